@@ -1,0 +1,168 @@
+"""The image zoo decodes to what a viewer shows; the geometry is exact where it can be."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlp.data import image_ops, order
+
+RAMP = np.linspace(0, 255, 12 * 16 * 3).reshape(12, 16, 3).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **kw) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **kw)
+    return out.getvalue()
+
+
+def test_plain_rgb_is_exact():
+    out = image_ops.decode(encoded(Image.fromarray(RAMP)))
+    assert out.dtype == np.uint8 and out.flags.writeable
+    np.testing.assert_array_equal(out, RAMP)
+
+
+def test_grey_and_one_bit():
+    grey = Image.fromarray(RAMP[..., 0])
+    np.testing.assert_array_equal(image_ops.decode(encoded(grey))[..., 1], RAMP[..., 0])
+    assert set(np.unique(image_ops.decode(encoded(grey.convert("1"))))) <= {0, 255}
+
+
+def test_palette_with_and_without_transparency():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    out = image_ops.decode(encoded(image))
+    assert out[0, 0].tolist() == [10, 20, 30] and out[0, 1].tolist() == [200, 100, 50]
+    out = image_ops.decode(encoded(image, transparency=0))
+    assert out[0, 0].tolist() == [255, 255, 255] and out[0, 1].tolist() == [200, 100, 50]
+
+
+def test_alpha_is_composited_on_white():
+    image = Image.new("RGBA", (3, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    image.putpixel((2, 0), (0, 0, 0, 128))
+    out = image_ops.decode(encoded(image))
+    assert out[0].tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
+    grey = Image.new("LA", (1, 1), (0, 0))
+    assert image_ops.decode(encoded(grey))[0, 0].tolist() == [255, 255, 255]
+    keyed = encoded(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3))
+    assert image_ops.decode(keyed)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_sixteen_bit_is_scaled_not_clipped():
+    deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    assert image_ops.decode(encoded(deep))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_cmyk_jpeg():
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    out = image_ops.decode(encoded(image, "JPEG", quality=95))
+    assert abs(out[8, 8].astype(int) - [255, 0, 0]).max() < 20
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_rotation(kind):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show rotated by 90° clockwise: left becomes top
+    out = image_ops.decode(encoded(Image.fromarray(pixels), kind, exif=exif))
+    assert out.shape == (32, 16, 3) and out[4].mean() > 240 and out[28].mean() < 15
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", encoded(Image.fromarray(RAMP))[:60]])
+def test_bad_bytes_raise_one_kind_of_error(data):
+    with pytest.raises(image_ops.BadImage):
+        image_ops.decode(data)
+
+
+def test_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(image_ops, "MAX_PIXELS", 100)
+    with pytest.raises(image_ops.BadImage, match="16×12 pixels"):
+        image_ops.decode(encoded(Image.fromarray(RAMP)))
+
+
+def test_eval_takes_the_centre_square():
+    image = np.zeros((20, 60, 3), np.uint8)
+    image[:, 20:40] = 255
+    assert (image_ops.eval_image(image, 20) == 255).all()
+    assert (image_ops.eval_image(image.transpose(1, 0, 2), 10, resize="box") == 255).all()
+    same = RAMP[:, :12]
+    np.testing.assert_array_equal(image_ops.eval_image(same, 12), same)
+
+
+def test_shrinking_is_antialiased():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for name in image_ops.FILTERS:
+        inner = image_ops.eval_image(stripes, 8, resize=name)[:, 1:-1].astype(int)
+        assert abs(inner - 127).max() <= 3, name
+
+
+def test_without_options_train_is_eval():
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    out = image_ops.train_image(image, 32, order.sample_rng(0, "image", 0))
+    np.testing.assert_array_equal(out, image_ops.eval_image(image, 32))
+
+
+def test_crops_stay_within_their_area():
+    """On an image whose pixels tell their place, the crop's sides can be read off the result."""
+    place = np.zeros((256, 256, 3), np.uint8)
+    place[..., 0], place[..., 1] = np.arange(256)[:, None], np.arange(256)[None]
+    areas, aspects, corners = [], [], set()
+    for p in range(200):
+        out = image_ops.train_image(
+            place,
+            32,
+            order.sample_rng(0, "i", p),
+            min_area_frac=0.3,
+            max_area_frac=0.7,
+            max_aspect=1.5,
+        ).astype(int)
+        high, wide = np.ptp(out[..., 0]) * 32 / 31, np.ptp(out[..., 1]) * 32 / 31
+        areas.append(high * wide / 256**2)
+        corners.add((out[0, 0, 0] // 40, out[0, 0, 1] // 40))
+        aspects.append(high / wide)
+    assert 1 / 1.6 < min(aspects) < 0.75 and 1.35 < max(aspects) < 1.6
+    assert 0.27 < min(areas) < 0.36 and 0.62 < max(areas) < 0.73 and len(corners) >= 6
+
+
+def test_flip_is_a_mirror_half_the_time():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    outs = [
+        image_ops.train_image(image, 16, order.sample_rng(0, "i", p), flip=True) for p in range(200)
+    ]
+    flipped = [np.array_equal(o, image[:, ::-1]) for o in outs]
+    assert 70 < sum(flipped) < 130
+    assert all(f or np.array_equal(o, image) for o, f in zip(outs, flipped, strict=True))
+
+
+def test_translation_shows_a_white_border():
+    black = np.zeros((32, 32, 3), np.uint8)
+    outs = [
+        image_ops.train_image(
+            black, 32, order.sample_rng(0, "i", p), min_area_frac=0.5, translate_frac=0.2
+        )
+        for p in range(30)
+    ]
+    assert any(o[0].min() == 255 for o in outs) and any(o[:, -1].min() == 255 for o in outs)
+
+
+def test_jitter_zero_brightness_means_the_same_picture():
+    image = Image.fromarray(RAMP)
+    same = np.asarray(image_ops._jittered(image, 1.0, 1.0, 1.0)).astype(int)
+    assert abs(same - RAMP).max() <= 1
+    darker = np.asarray(image_ops._jittered(image, 0.5, 1.0, 1.0)).astype(int)
+    assert abs(darker - RAMP / 2).max() <= 1
+    grey = np.asarray(image_ops._jittered(image, 1.0, 1.0, 0.0)).astype(int)
+    assert np.ptp(grey, axis=-1).max() <= 1
+    assert abs(grey[..., 0] - RAMP @ np.array(image_ops.LUMA)).max() <= 1
+    flat = np.asarray(image_ops._jittered(image, 1.0, 0.0, 1.0)).astype(int)
+    assert np.ptp(flat) <= 1
+    outs = [
+        image_ops.train_image(RAMP[:, :12], 12, order.sample_rng(0, "i", p), jitter=0.4)
+        for p in (0, 1)
+    ]
+    assert (outs[0] != outs[1]).any()

@@ -1,0 +1,222 @@
+"""Batches: equal for any hosts, workers, threads; every record once; resume anywhere."""
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+
+from vlp.core import check
+from vlp.data import loader, order, records
+
+SHAPES = loader.Data(
+    source="shapes", num_records=37, image_px=16, captions="uniform", flip=True, jitter=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return loader.open_dataset(SHAPES)
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for k in a:
+        np.testing.assert_array_equal(a[k], b[k], err_msg=k)
+
+
+def joined(parts):
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def test_shapes_and_dtypes(dataset):
+    batch = dataset.batch_at(0, 8, seed=0)
+    kinds = {k: (v.shape, v.dtype.name) for k, v in batch.items()}
+    assert kinds == {
+        "image": ((8, 16, 16, 3), "uint8"),
+        "text": ((8, 16), "int32"),
+        "mask": ((8,), "bool"),
+        "index": ((8, 2), "uint32"),
+        "record": ((8, 2), "uint32"),
+    }
+    assert batch["mask"].all()
+    both = loader.open_dataset(dataclasses.replace(SHAPES, captions="all", num_captions=3))
+    assert both.batch_at(0, 4, 0)["text"].shape == (4, 3, 16)
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("threads", [0, 3])
+def test_hosts_and_threads_cannot_change_the_batches(dataset, num_hosts, threads):
+    data = dataclasses.replace(SHAPES, read_threads=threads, cache_decoded=threads > 0)
+    d = loader.open_dataset(data)
+    arguments = {"start": 29, "batch": 24, "num_batches": 3, "seed": 4, "num_hosts": num_hosts}
+    hosts = [list(d.train_iter(host=h, **arguments)) for h in range(num_hosts)]
+    for i in range(3):
+        assert_equal(joined([h[i] for h in hosts]), dataset.batch_at(29 + 24 * i, 24, 4))
+
+
+def test_every_record_once_per_epoch(dataset):
+    batches = dataset.train_iter(start=0, batch=10, num_batches=37, seed=1)
+    ids = order.join_words(np.concatenate([b["record"] for b in batches])).reshape(10, 37)
+    np.testing.assert_array_equal(np.sort(ids), np.tile(np.arange(37), (10, 1)))
+    assert len({tuple(r) for r in ids}) == 10
+
+
+def test_resume_at_any_sample_and_any_batch_size(dataset):
+    whole = joined(list(dataset.train_iter(start=0, batch=12, num_batches=6, seed=2)))
+    for start in (1, 12, 36, 37, 50):
+        rest = list(dataset.train_iter(start=start, batch=7, num_batches=3, seed=2))
+        assert_equal(joined(rest), {k: v[start : start + 21] for k, v in whole.items()})
+    assert order.join_words(whole["index"]).tolist() == list(range(72))
+
+
+def test_augmentation_differs_by_epoch_and_seed(dataset):
+    ids = order.record_ids(0, 74, 37, seed=0)
+    second = 37 + int(np.flatnonzero(ids[37:] == ids[0])[0])
+    images = [dataset.batch_at(p, 1, s)["image"] for p, s in ((0, 0), (second, 0))]
+    assert (images[0] != images[1]).any()
+    assert (dataset.batch_at(0, 37, 0)["image"] != dataset.batch_at(0, 37, 1)["image"]).any()
+
+
+def test_rows_may_be_a_slice(dataset):
+    whole = dataset.batch_at(5, 8, 0)
+    assert_equal(dataset.batch_at(5, 8, 0, slice(2, 5)), {k: v[2:5] for k, v in whole.items()})
+    with pytest.raises(check.UserError, match="rows"):
+        dataset.batch_at(5, 8, 0, range(4, 9))
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 4])
+def test_evaluation_is_one_padded_pass(dataset, num_hosts):
+    hosts = [list(dataset.eval_iter(16, h, num_hosts)) for h in range(num_hosts)]
+    assert {len(h) for h in hosts} == {3} == {dataset.num_eval_batches(16)}
+    rows = joined([joined([h[i] for h in hosts]) for i in range(3)])
+    assert rows["mask"].tolist() == [True] * 37 + [False] * 11
+    ids = order.join_words(rows["record"])
+    np.testing.assert_array_equal(ids, np.minimum(np.arange(48), 36))  # padding repeats the last
+    first = dataset.record(3)["captions"][0]["text"]
+    assert dataset.tokenizer.decode(rows["text"][3]) == first
+    assert_equal(rows, joined([dataset.eval_batch(i, 16) for i in range(3)]))
+
+
+def test_hosts_wholly_in_the_padding_still_yield():
+    d = loader.open_dataset(dataclasses.replace(SHAPES, num_records=3))
+    batches = list(d.eval_iter(8, host=3, num_hosts=4))
+    assert len(batches) == 1 and not batches[0]["mask"].any() and batches[0]["image"].shape[0] == 2
+
+
+def test_records_on_disk(dataset_dir, small_tokenizer):
+    data = loader.Data(path=str(dataset_dir), image_px=8, cache_decoded=True, langs=())
+    d = loader.open_dataset(data)
+    assert d.tokenizer == small_tokenizer and d.num_records == 23
+    batch = d.batch_at(0, 23, 0)
+    ids = order.join_words(batch["record"])
+    assert d.keys(ids) == [f"k{i:04d}" for i in ids]
+    assert_equal(batch, d.batch_at(0, 23, 0))  # now from the cache
+    copy = pickle.loads(pickle.dumps(d))
+    assert_equal(batch, copy.batch_at(0, 23, 0))
+    assert loader.open_dataset(data, tokenizer=small_tokenizer).tokenizer is small_tokenizer
+    assert d.fingerprint == records.open_split(dataset_dir, "train").fingerprint
+
+
+def test_cache_is_bounded(dataset_dir):
+    data = loader.Data(path=str(dataset_dir), image_px=8, cache_decoded=True, cache_mb=1)
+    d = loader.open_dataset(data)
+    d._cache_left = 5000  # bytes: room for three of these images
+    d.batch_at(0, 23, 0)
+    assert 1 <= len(d._cache) <= 3 and d._cache_left >= 0
+
+
+def test_bad_images(tmp_path, small_tokenizer, make_records):
+    rows = make_records(6)
+    rows[2]["image"] = b"<html>"
+    records.write(tmp_path / "s", {"train": rows}, name="n", info={})
+    data = loader.Data(path=str(tmp_path / "s"), image_px=8)
+    with pytest.raises(check.UserError, match="record 2 of 'train': got a bad image"):
+        loader.open_dataset(data, small_tokenizer).batch_at(0, 6, 0)
+    replacing = dataclasses.replace(data, bad_images="replace")
+    batch = loader.open_dataset(replacing, small_tokenizer).batch_at(0, 6, 0)
+    expected = order.record_ids(0, 6, 6, 0)
+    np.testing.assert_array_equal(
+        order.join_words(batch["record"]), np.where(expected == 2, 3, expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "recrods"}, "config.data.source: got 'recrods'.*did you mean 'records'"),
+        ({"captions": "al"}, "did you mean 'all'"),
+        ({"resize": "bicubik"}, "did you mean 'bicubic'"),
+        ({"langs": "en"}, "config.data.langs"),
+        ({"min_area_frac": 0.0}, "config.data.min_area_frac"),
+        ({"text_len": 2}, "config.data.text_len"),
+        ({"source": "records", "path": ""}, "run `vlp data emoji"),
+        ({"tokenizer": "/no/such.model"}, "config.data.tokenizer"),
+    ],
+)
+def test_bad_configs_are_told_at_open(change, message):
+    with pytest.raises(check.UserError, match=message):
+        loader.open_dataset(dataclasses.replace(SHAPES, **change))
+
+
+def test_uneven_hosts_are_refused_before_reading(dataset):
+    with pytest.raises(check.UserError, match="multiple of 3"):
+        dataset.train_iter(start=0, batch=16, num_batches=1, seed=0, num_hosts=3)
+
+
+def test_no_warnings(dataset):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(dataset.train_iter(start=0, batch=8, num_batches=2, seed=0))
+
+
+SCRIPT = """
+    import dataclasses, sys
+    import numpy as np
+    from vlp.data import loader
+
+    if __name__ == "__main__":  # absl flags never parsed, as in a notebook
+        data = loader.Data(source="shapes", num_records=37, image_px=16, captions="uniform")
+        alone = list(loader.open_dataset(data).train_iter(start=5, batch=8, num_batches=7, seed=3))
+        for workers in (1, 2):
+            d = loader.open_dataset(dataclasses.replace(data, workers=workers))
+            many = list(d.train_iter(start=5, batch=8, num_batches=7, seed=3))
+            assert len(many) == 7
+            for a, b in zip(alone, many, strict=True):
+                for k in a:
+                    assert type(b[k]) is np.ndarray
+                    np.testing.assert_array_equal(a[k], b[k])
+        from jax._src import xla_bridge
+        assert not xla_bridge.backends_are_initialized()
+        print("equal")
+"""
+
+
+def test_workers_in_a_plain_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "equal", done.stderr[-2000:]
+    assert "Exception ignored" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_importing_data_needs_no_jax():
+    code = (
+        "import sys, vlp.data.loader, vlp.data.emoji, vlp.cli.data; assert 'jax' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={"PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )

@@ -1,0 +1,154 @@
+"""Datasets on disk: round trip, determinism, atomic writes, damage named in one line."""
+
+import json
+import os
+import pickle
+
+import pytest
+
+from vlp.core import check
+from vlp.data import records
+
+
+def test_round_trip_over_shards(dataset_dir, make_records):
+    source = records.open_split(dataset_dir, "train")
+    assert isinstance(source, records.Source)
+    assert len(source) == 23 and len(source.counts) == 3
+    expected = make_records(23)
+    assert [source[i] for i in (22, 0, 9, 10, 19, 20)] == [
+        expected[i] for i in (22, 0, 9, 10, 19, 20)
+    ]
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[11] == expected[11] and copy.fingerprint == source.fingerprint
+    for i in (-1, 23):
+        with pytest.raises(IndexError):
+            source[i]
+
+
+def test_manifest_says_what_is_there(dataset_dir):
+    manifest = json.loads((dataset_dir / records.MANIFEST).read_text())
+    assert manifest["name"] == "small" and manifest["info"] == {"license": "none"}
+    assert manifest["splits"]["train"]["num_records"] == 23
+    listed = {s["file"] for e in manifest["splits"].values() for s in e["shards"]}
+    assert listed | set(manifest["files"]) | {records.MANIFEST} == set(os.listdir(dataset_dir))
+    assert "train-00002-of-00003.arrayrecord" in listed
+
+
+def test_fingerprints_follow_keys_and_split(dataset_dir, tmp_path, make_records):
+    train, val = (records.open_split(dataset_dir, s).fingerprint for s in ("train", "val"))
+    rows = make_records(23)
+    rows[3]["key"] = "other"
+    records.write(tmp_path / "b", {"train": rows}, name="small", info={})
+    assert len({train, val, records.open_split(tmp_path / "b", "train").fingerprint}) == 3
+
+
+def test_writing_is_deterministic_and_repeatable(dataset_dir, tmp_path, caplog, make_records):
+    arguments = {"name": "n", "info": {}}
+    a = records.write(tmp_path / "a", {"train": make_records(9)}, **arguments)
+    b = records.write(tmp_path / "b", {"train": make_records(9)}, **arguments)
+    assert a == b
+    caplog.set_level("INFO")
+    assert records.write(tmp_path / "a", {"train": make_records(9)}, **arguments) == a
+    assert "same dataset" in caplog.text
+    with pytest.raises(check.UserError, match="another dataset"):
+        records.write(tmp_path / "a", {"train": make_records(8)}, **arguments)
+    assert len(records.open_split(tmp_path / "a", "train")) == 9
+    assert not [f for f in os.listdir(tmp_path) if "tmp-" in f]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, make_records):
+    def broken():
+        yield make_records(1)[0]
+        raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError):
+        records.write(tmp_path / "a", {"train": broken()}, name="n", info={})
+    assert os.listdir(tmp_path) == []
+
+
+def test_foreign_directories_and_bad_records_are_refused(tmp_path, make_records):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(check.UserError, match="no manifest.json"):
+        records.write(tmp_path / "mine", {"train": make_records(1)}, name="n", info={})
+    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+    for bad in (
+        {"key": "a", "image": "text", "captions": []},
+        {"key": "a", "image": b"", "captions": []},
+    ):
+        with pytest.raises(check.UserError, match="record 'a'"):
+            records.encode(bad)
+    with pytest.raises(check.UserError, match="0 records"):
+        records.write(tmp_path / "e", {"train": []}, name="n", info={})
+
+
+def _shard(path):
+    return path / "train-00001-of-00003.arrayrecord"
+
+
+def _truncate(path):
+    data = _shard(path).read_bytes()
+    _shard(path).write_bytes(data[: len(data) // 2])
+
+
+def _flip(path):
+    data = bytearray(_shard(path).read_bytes())
+    data[1000] ^= 1
+    _shard(path).write_bytes(data)
+
+
+def _count(path):
+    manifest = json.loads((path / records.MANIFEST).read_text())
+    manifest["splits"]["train"]["shards"][1]["records"] += 1
+    (path / records.MANIFEST).write_text(json.dumps(manifest))
+
+
+def _format(path):
+    (path / records.MANIFEST).write_text('{"format": 99}')
+
+
+DAMAGE = {
+    "truncated": (_truncate, r"00001-of-00003.arrayrecord: got \d+ bytes"),
+    "flipped": (_flip, "changed bytes"),
+    "missing": (lambda p: _shard(p).unlink(), "no file"),
+    "count": (_count, "got 10 records, expected 11 records"),
+    "manifest": (lambda p: (p / records.MANIFEST).unlink(), "run `vlp data emoji"),
+    "json": (lambda p: (p / records.MANIFEST).write_text("{"), "broken JSON"),
+    "format": (_format, "got format 99"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_in_one_line(dataset_dir, name):
+    damage, message = DAMAGE[name]
+    damage(dataset_dir)
+    with pytest.raises(check.UserError, match=message) as e:
+        records.open_split(dataset_dir, "train")
+    assert "\n" not in str(e.value)
+
+
+def test_unreadable_shard_with_matching_manifest(dataset_dir):
+    _shard(dataset_dir).write_bytes(b"x" * 70000)
+    manifest = json.loads((dataset_dir / records.MANIFEST).read_text())
+    manifest["splits"]["train"]["shards"][1] |= records._stat(str(_shard(dataset_dir)))
+    (dataset_dir / records.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(check.UserError, match="arrayrecord: got"):
+        records.open_split(dataset_dir, "train")
+
+
+def test_missing_path_and_unknown_split(dataset_dir):
+    for path in ("", "/nowhere/at/all"):
+        with pytest.raises(check.UserError, match="config.data.path"):
+            records.open_split(path, "train")
+    with pytest.raises(check.UserError, match=r"one of \['train', 'val'\]; did you mean 'train'"):
+        records.open_split(dataset_dir, "trian")
+
+
+def test_tokenizer_is_checked_against_the_manifest(dataset_dir):
+    source = records.open_split(dataset_dir, "val")
+    assert source.tokenizer().vocab_size > 10
+    data = bytearray((dataset_dir / records.TOKENIZER).read_bytes())
+    data[50] ^= 1
+    (dataset_dir / records.TOKENIZER).write_bytes(data)
+    with pytest.raises(check.UserError, match="tokenizer.model: got sha256"):
+        source.tokenizer()

@@ -1,0 +1,41 @@
+"""The in-memory source: distinct, deterministic, disjoint splits."""
+
+import numpy as np
+import pytest
+
+from vlp.core import check
+from vlp.data import records, shapes
+
+
+def test_records_are_distinct_and_splits_disjoint():
+    keys = {s: [shapes.Shapes(300, s)[i]["key"] for i in range(300)] for s in shapes.SPLITS}
+    assert len(set().union(*keys.values())) == 900
+    images = {shapes.Shapes(300)[i]["image"].tobytes() for i in range(300)}
+    assert len(images) == 300
+    assert isinstance(shapes.Shapes(), records.Source)
+
+
+def test_captions_tell_the_picture():
+    source = shapes.Shapes(200)
+    for i in range(200):
+        r = source[i]
+        _, color, _, ground, _ = r["key"].split("-")
+        assert color in r["captions"][0]["text"] and f"on {ground}" in r["captions"][0]["text"]
+        colors = np.unique(r["image"].reshape(-1, 3), axis=0).tolist()
+        assert sorted(colors) == sorted([list(shapes.COLORS[color]), list(shapes.COLORS[ground])])
+
+
+def test_tokenizer_keeps_captions_short():
+    t = shapes.Shapes(8, "val").tokenizer()
+    source = shapes.Shapes(300, "test")
+    assert not any(t.encode_counted(source[i]["captions"][0]["text"], 16)[1] for i in range(300))
+
+
+def test_bounds():
+    for num in (0, 10**6):
+        with pytest.raises(check.UserError, match="config.data.num_records"):
+            shapes.Shapes(num)
+    with pytest.raises(check.UserError, match="did you mean 'test'"):
+        shapes.Shapes(3, "tset")
+    with pytest.raises(IndexError):
+        shapes.Shapes(3)[3]

@@ -1,0 +1,56 @@
+"""Carries parameters into a model whose shapes may differ: between stages, and from another run."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlp.core import check, tree
+from vlp.ops import posembed
+
+log = logging.getLogger(__name__)
+PyTree = Any
+Resize = Callable[[Any, Any], Any]
+
+# Position tables: full-match pattern of the leaf's name → rule(old, fresh). Everything else must keep its shape.
+RESIZE: dict[str, Resize] = {
+    r"(.*/)?image_tower/pos": lambda old, fresh: posembed.resize_grid(old, fresh.shape[0]),
+    r"(.*/)?text_tower/pos": posembed.resize_sequence,
+}
+
+
+def carry(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
+    """`fresh` with the values of `old`: same name and shape carried, position tables resized, new leaves kept fresh.
+
+    Leaves that only `old` has are dropped; both kinds are logged. A leaf whose shape changed otherwise is a
+    UserError. Values take the sharding of `fresh`; equal shapes are carried to the bit.
+    """
+    values = tree.named(old)
+    names = tree.named(fresh)
+    _log(where, "new, initialised", names.keys() - values.keys())
+    _log(where, "not used", values.keys() - names.keys())
+
+    def one(name: str, leaf: jax.Array) -> jax.Array:
+        if name not in values:
+            return leaf
+        value = values[name]
+        if value.shape != leaf.shape:
+            rules = [rule for pattern, rule in RESIZE.items() if re.fullmatch(pattern, name)]
+            if not rules or value.shape[1:] != leaf.shape[1:]:
+                do = "make the models agree, or rename what is to start fresh"
+                raise check.error(f"{where}: {name}", f"shape {value.shape}", f"{leaf.shape}", do)
+            log.info("%s: %s resized from %s to %s", where, name, value.shape, leaf.shape)
+            value = rules[0](np.asarray(value), np.asarray(leaf))
+        return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
+
+    return tree.map_named(one, fresh)
+
+
+def _log(where: str, what: str, names: set[str]) -> None:
+    if names:
+        log.info("%s: %s: %s", where, what, ", ".join(sorted(names)))

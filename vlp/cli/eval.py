@@ -1,0 +1,49 @@
+"""`vlp eval`: runs the evaluations of a trained run again, or others."""
+
+import argparse
+import pathlib
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    about = "evaluate a checkpoint"
+    parser = subparsers.add_parser("eval", help=about, description=about)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run of `vlp train`")
+    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    parser.add_argument("--evals", default="", metavar="A,B", help="labels in config.evals (default: all)")
+    parser.add_argument("--split", default="", help="another split than the config's")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the results as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    import jax
+
+    from vlp.cli.main import compilation_cache
+    from vlp.core import check, mesh
+    from vlp.evals.io import IO
+    from vlp.infer.load import load
+    from vlp.train import stages, workdir
+
+    loaded = load(args.workdir, args.step)
+    _, built = stages.parse(loaded.meta["config"])
+    evals = built[loaded.meta["stage"]].evals
+    labels = [a for a in args.evals.split(",") if a] or list(evals)
+    compilation_cache()
+    rows = []
+    device_mesh = mesh.make(mesh.MeshShape())
+    with jax.set_mesh(device_mesh):
+        for label in labels:
+            if label not in evals:
+                raise check.unknown("--evals", label, evals)
+            evaluator = dataclasses.replace(evals[label], **({"split": args.split} if args.split else {}))
+            write = lambda name, value: workdir.write_json(  # noqa: E731
+                pathlib.Path(args.workdir) / "evals" / f"{name}.json", {"step": loaded.step} | value
+            )
+            for r in evaluator(loaded.apply, device_mesh, IO(loaded.data, loaded.tokenizer, write)):
+                rows.append({"eval": label, "step": loaded.step, "metric": r.metric, "value": r.value, **r.provenance})
+                print(f"{label:12s} {r.provenance.get('split', ''):10s} {r.metric:24s} {r.value:.4f}")
+    if args.json:
+        pathlib.Path(args.json).write_text(workdir.dump(rows, indent=1) + "\n")
+    return 0

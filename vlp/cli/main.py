@@ -1,0 +1,53 @@
+"""The command line: `vlp SUBCOMMAND …`.
+
+Exit codes: 0 done, 1 crash or a check that does not hold, 2 user error, 75 pre-empted and saved, 76 hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from vlp import __version__
+from vlp.core.check import UserError
+
+COMMANDS = ("train", "eval", "caption", "plan", "data", "report")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for noisy in ("absl", "orbax", "jax", "grain"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    parser = argparse.ArgumentParser(prog="vlp", description="Vision-language pretraining in JAX.")
+    parser.add_argument("--version", action="version", version=f"vlp {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = [c for c in COMMANDS if c == next((a for a in argv if not a.startswith("-")), None)]
+    for name in chosen or COMMANDS:  # one command does not import the others
+        importlib.import_module(f"vlp.cli.{name}").add_parser(subparsers)
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
+    wrong = [a for a in rest if not a.startswith("--config.")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"vlp: {error}", file=sys.stderr)
+        return 2
+
+
+def compilation_cache() -> None:
+    """Keeps compiled programs between runs (VLP_CACHE, default ~/.cache/vlp; empty: off)."""
+    import jax
+
+    root = os.environ.get("VLP_CACHE", str(pathlib.Path.home() / ".cache" / "vlp"))
+    if root and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,25 @@
+"""Errors that a user can act on: one line, `where: got X, expected Y; do Z`.
+
+The command line turns a `UserError` into exit code 2 and prints its message alone; any other exception is a
+crash (exit code 1, with its traceback).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in a config, a command or a file; its message says what to do."""
+
+
+def error(where: str, got: object, expected: object, do: str) -> UserError:
+    """Returns (does not raise) the error `where: got X, expected Y; do Z`."""
+    return UserError(f"{where}: got {got}, expected {expected}; {do}")
+
+
+def unknown(where: str, got: str, known: Iterable[str]) -> UserError:
+    """Returns the error for a name that is not one of `known`, with the closest match."""
+    known = sorted(known)
+    near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "use one of them"
+    return error(where, repr(got), f"one of {known}", hint)

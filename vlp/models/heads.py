@@ -1,0 +1,91 @@
+"""Parts that sit on top of towers: joint projection, logit scale and bias, attention pooling, extra heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlp.core import check
+from vlp.core.mesh import logical
+from vlp.models.layers import Attention, Linear, Norm
+
+
+class Joint(nn.Module):
+    """Projects to the joint space and normalises to unit length, in float32 (epsilon 1e-8, FLIP)."""
+
+    embed: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        y = Linear((x.shape[-1],), (self.embed,), ("embed", "joint"), bias=False, name="proj")(x)
+        return y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + 1e-16)
+
+
+class ScaleBias(nn.Module):
+    """Learned logit scale, in log space, and bias (None: no parameter, and 0)."""
+
+    scale: float = 1 / 0.07
+    bias: float | None = None
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(self.scale)))
+        if self.bias is None:
+            return jnp.exp(scale), jnp.float32(0)
+        return jnp.exp(scale), self.param("logit_bias", lambda _: jnp.float32(self.bias))
+
+
+class AttentionPool(nn.Module):
+    """Attentional pooler: one attention layer of `queries` learned queries over the tokens (CoCa §3.2)."""
+
+    queries: int
+    width: int
+    heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B Q D"]:
+        shape = (self.queries, self.width)
+        query = self.param("query", logical(nn.initializers.normal(0.02), "tokens", "embed"), shape)
+        query = jnp.broadcast_to(query.astype(self.dtype), (x.shape[0], *shape))
+        query = Norm(self.dtype, name="norm_query")(query)
+        y = Attention(self.heads, self.width, self.dtype, name="attention")(query, x)
+        return Norm(self.dtype, name="norm")(y)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSpec:
+    """A further head: an MLP of `depth` layers from `width_in` over `hidden` to `width_out` (predictor, projector …)."""
+
+    width_in: int
+    width_out: int
+    hidden: int = 0  # 0: width_in
+    depth: int = 2
+
+
+class Head(nn.Module):
+    """The MLP that a HeadSpec describes."""
+
+    spec: HeadSpec
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b E"]:
+        s = self.spec
+        if x.shape[-1] != s.width_in:
+            raise check.error("model.heads: width_in", s.width_in, x.shape[-1], "match the head to its input")
+        widths = [s.width_in] + [s.hidden or s.width_in] * (s.depth - 1) + [s.width_out]
+        for i, (a, b) in enumerate(zip(widths[:-1], widths[1:])):
+            x = nn.gelu(x) if i else x
+            x = Linear((a,), (b,), ("embed", "mlp"), name=f"layer{i}")(x)
+        return x
+
+
+def find(heads: Mapping[str, Head], name: str) -> Head:
+    if name not in heads:
+        raise check.unknown("objective: head", name, heads)
+    return heads[name]

@@ -1,0 +1,224 @@
+"""Layers that the towers share: linear maps, attention, MLP, pre-norm blocks and the scanned stack.
+
+Parameters are float32; `dtype` is the compute type; norms and softmax are float32. Randomness comes from
+per-example keys that are passed in (`keys_B`; None: deterministic), never from flax's own streams.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from vlp.core import check
+from vlp.core.mesh import constrain, logical
+from vlp.ops.attention import attend
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+ACTIVATIONS = {"gelu": nn.gelu, "gelu_exact": lambda x: nn.gelu(x, approximate=False), "relu": nn.relu}
+
+
+def lecun(fan_in: int) -> Any:
+    """Truncated normal with variance 1/fan_in (LeCun et al. 1998)."""
+    return nn.initializers.truncated_normal(stddev=fan_in**-0.5 / 0.87962566103423978)
+
+
+class Linear(nn.Module):
+    """x_…i · W_io + b_o over the last `len(shape_in)` axes; axes are named for sharding."""
+
+    shape_in: tuple[int, ...]
+    shape_out: tuple[int, ...]
+    names: tuple[str | None, ...]  # of shape_in + shape_out
+    bias: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        num_in = len(self.shape_in)
+        fan_in = 1
+        for n in self.shape_in:
+            fan_in *= n
+        kernel = self.param("kernel", logical(lecun(fan_in), *self.names), self.shape_in + self.shape_out)
+        contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+        if self.bias:
+            y += self.param("bias", logical(nn.initializers.zeros, *self.names[num_in:]), self.shape_out).astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """LayerNorm in float32 (Ba et al. 2016), returned in the compute type."""
+
+    dtype: str = "float32"
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        scale = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],))
+        bias = self.param("bias", logical(nn.initializers.zeros, "embed"), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over `kv` (itself if None), out to x's width (or `width`)."""
+
+    heads: int
+    width: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        kv_BSC: Float[Array, "B S C"] | None = None,
+        mask_BTS: Bool[Array, "#B T S"] | None = None,
+        causal: bool = False,
+    ) -> Float[Array, "B T E"]:
+        if self.width % self.heads:
+            raise check.error("model: width", self.width, f"a multiple of heads = {self.heads}", "change one")
+        head = (self.heads, self.width // self.heads)
+        names = ("heads", "kv")
+        width_x = x_BTD.shape[-1]
+        if kv_BSC is None:
+            qkv = Linear((width_x,), (3, *head), ("embed", None, *names), dtype=self.dtype, name="qkv")(x_BTD)
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        else:
+            q = Linear((width_x,), head, ("embed", *names), dtype=self.dtype, name="q")(x_BTD)
+            width_kv = kv_BSC.shape[-1]
+            kv = Linear((width_kv,), (2, *head), ("embed", None, *names), dtype=self.dtype, name="kv")(kv_BSC)
+            k, v = kv[:, :, 0], kv[:, :, 1]
+        q, k, v = (constrain(a, "batch", None, "heads", None) for a in (q, k, v))
+        y = attend(q, k, v, mask_BTS, causal=causal)
+        return Linear(head, (self.width,), (*names, "embed"), dtype=self.dtype, name="out")(y)
+
+
+class Mlp(nn.Module):
+    """Two linear maps with an activation between them."""
+
+    hidden: int
+    activation: str = "gelu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        if self.activation not in ACTIVATIONS:
+            raise check.unknown("model: activation", self.activation, ACTIVATIONS)
+        width = x.shape[-1]
+        y = Linear((width,), (self.hidden,), ("embed", "mlp"), dtype=self.dtype, name="up")(x)
+        y = ACTIVATIONS[self.activation](y)
+        return Linear((self.hidden,), (width,), ("mlp", "embed"), dtype=self.dtype, name="down")(y)
+
+
+def fold(keys_B: Key[Array, "B"] | None, number: int | Int[Array, ""]) -> Key[Array, "B"] | None:
+    """Per-example keys of a further draw."""
+    return None if keys_B is None else jax.vmap(lambda k: jax.random.fold_in(k, number))(keys_B)
+
+
+def drop(
+    x: Float[Array, "B *s"], keys_B: Key[Array, "B"] | None, rate: float | Float[Array, ""], *, path: bool = False
+) -> Float[Array, "B *s"]:
+    """Dropout from per-example keys; path: the whole residual branch of an example (Huang et al. 2016)."""
+    if keys_B is None or (isinstance(rate, float | int) and rate == 0):
+        return x
+    shape = (1,) * (x.ndim - 1) if path else x.shape[1:]
+    kept = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, shape))(keys_B)
+    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, cross-attention if `context` is given, MLP."""
+
+    width: int
+    heads: int
+    mlp: int
+    activation: str = "gelu"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer: Int[Array, ""],
+        context: Float[Array, "B S C"] | None,
+        mask: Bool[Array, "#B T T"] | None,
+        keys: Key[Array, "B"] | None,
+        causal: bool,
+        collect: bool,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"] | None]:
+        keys = fold(keys, layer) if self.dropout or self.drop_path else None
+
+        def add(x: Array, y: Array, number: int) -> Array:
+            y = drop(y, fold(keys, 2 * number), self.dropout)
+            y = drop(y, fold(keys, 2 * number + 1), self.drop_path, path=True)
+            return constrain(x + y, "batch", None, None)
+
+        attention = lambda name: Attention(self.heads, self.width, self.dtype, name=name)  # noqa: E731
+        y = Norm(self.dtype, name="norm_self")(x)
+        x = add(x, attention("self")(y, mask_BTS=mask, causal=causal), 0)
+        if context is not None:
+            y = Norm(self.dtype, name="norm_cross")(x)
+            x = add(x, attention("cross")(y, context), 1)
+        y = Norm(self.dtype, name="norm_mlp")(x)
+        x = add(x, Mlp(self.mlp, self.activation, self.dtype, name="mlp")(y), 2)
+        return x, x if collect else None
+
+
+class Stack(nn.Module):
+    """`depth` blocks under one scan: one block is compiled, and its parameters have a leading axis of layers.
+
+    remat: what the backward pass keeps of a block (REMAT); scan: False unrolls the loop, parameters unchanged.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    mlp: int
+    activation: str = "gelu"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        context: Float[Array, "B S C"] | None = None,
+        mask: Bool[Array, "#B T T"] | None = None,
+        keys: Key[Array, "B"] | None = None,
+        causal: bool = False,
+        collect: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "N B T D"] | None]:
+        if self.remat not in REMAT:
+            raise check.unknown("model: remat", self.remat, REMAT)
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan, static_argnums=(6, 7))
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.depth,
+            unroll=1 if self.scan else self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        blocks = scanned(
+            self.width, self.heads, self.mlp, self.activation, self.dropout, self.drop_path, self.dtype, name="blocks"
+        )
+        return blocks(x.astype(self.dtype), jnp.arange(self.depth), context, mask, keys, causal, collect)

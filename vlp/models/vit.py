@@ -1,0 +1,104 @@
+"""Vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) with FLIP's patch dropping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Num
+
+from vlp.core import check
+from vlp.core.mesh import constrain, logical
+from vlp.models.layers import Linear, Norm, Stack, fold
+from vlp.ops import masking, posembed
+
+POOLS = ("none", "cls", "mean")
+
+
+class ViT(nn.Module):
+    """Image tower. Sizes of images come from the input; `mlp` 0 means 4 · width.
+
+    pos: "learned" or "sincos". pool: "cls" (a learned token, appended in front after masking), "mean" over all
+    tokens, or "none". mean, std: pixels in [0, 1] are normalised by them.
+    """
+
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp: int = 0
+    pos: str = "learned"
+    pool: str = "none"
+    activation: str = "gelu"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        image: Num[Array, "B R R 3"],
+        *,
+        keep: float = 1.0,
+        keys: Key[Array, "B"] | None = None,
+        kept: Int[Array, "B M"] | None = None,
+        layers: bool = False,
+    ) -> dict[str, Any]:
+        """image: u8, or float in [0, 1]. Returns tokens [B N D], pooled [B D] or None, kept ids [B M] or None.
+
+        keep: fraction of patches kept when `keys` are given (FLIP); without keys the image is whole. A patch
+        keeps the position it had. kept: which patches to keep, instead of a random draw. layers: also the
+        output of every block, [depth B N D].
+        """
+        if self.pool not in POOLS:
+            raise check.unknown("model.image.pool", self.pool, POOLS)
+        if not 0 < keep <= 1:
+            raise check.error("objective.keep", keep, "a fraction in (0, 1]", "change it")
+        patches_BNP = patchify(image, self.patch)
+        num = patches_BNP.shape[1]
+        pos_ND = self._positions(num)
+        if kept is None and keep < 1 and keys is not None:
+            kept = masking.keep_ids(fold(keys, 0), num, keep)
+        if kept is not None:  # dropping before the linear map equals dropping after it, and costs less
+            patches_BNP = jnp.take_along_axis(patches_BNP, kept[..., None], axis=1)
+            pos_ND = pos_ND[kept]
+        x = patches_BNP.astype(jnp.float32) / (255.0 if image.dtype == jnp.uint8 else 1.0)
+        mean, std = (jnp.tile(jnp.asarray(v, jnp.float32), self.patch**2) for v in (self.mean, self.std))
+        x = Linear((x.shape[-1],), (self.width,), ("pixels", "embed"), dtype=self.dtype, name="patch")((x - mean) / std)
+        x = x + pos_ND.astype(self.dtype)
+        if self.pool == "cls":
+            cls_D = self.param("cls", logical(nn.initializers.normal(0.02), "embed"), (self.width,))
+            cls = jnp.broadcast_to(cls_D.astype(x.dtype), (x.shape[0], 1, self.width))
+            x = jnp.concatenate([cls, x], axis=1)
+        x = constrain(x, "batch", None, None)
+        stack = Stack(
+            self.depth, self.width, self.heads, self.mlp or 4 * self.width, self.activation, self.dropout,
+            self.drop_path, self.dtype, self.remat, self.scan, name="encoder",
+        )  # fmt: skip
+        x, collected = stack(x, keys=fold(keys, 1), collect=layers)
+        x = Norm(self.dtype, name="norm")(x)
+        pooled = {"cls": lambda: x[:, 0], "mean": lambda: x.mean(axis=1), "none": lambda: None}[self.pool]()
+        out = {"tokens": x, "pooled": pooled, "kept": kept}
+        return out | ({"layers": collected} if layers else {})
+
+    def _positions(self, num: int) -> Float[Array, "N D"]:
+        side = round(num**0.5)
+        if self.pos == "sincos":
+            return jnp.asarray(posembed.sincos_2d(side, side, self.width))
+        if self.pos != "learned":
+            raise check.unknown("model.image.pos", self.pos, ("learned", "sincos"))
+        return self.param("pos", logical(nn.initializers.normal(0.02), "tokens", "embed"), (num, self.width))
+
+
+def patchify(image: Num[Array, "B R R 3"], patch: int) -> Num[Array, "B N P"]:
+    """Cuts square patches, row by row; a patch is flattened as (row, column, channel)."""
+    size = image.shape[1]
+    if size % patch:
+        raise check.error("config.data.image_px", size, f"a multiple of model.image.patch = {patch}", "change one")
+    grid = image.reshape(image.shape[0], size // patch, patch, size // patch, patch, 3)
+    return grid.swapaxes(2, 3).reshape(image.shape[0], (size // patch) ** 2, patch * patch * 3)

@@ -1,0 +1,7 @@
+"""Training methods by name (`config.objective.name`); one file each."""
+
+from vlp.objectives.cap import Cap
+from vlp.objectives.clip import Clip
+from vlp.objectives.coca import Coca
+
+OBJECTIVES = {"cap": Cap, "clip": Clip, "coca": Coca}

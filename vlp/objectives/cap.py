@@ -1,0 +1,32 @@
+"""Captioning alone: the image-conditioned language model of CoCa's second term (LCap only, its table 8a)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from vlp.core.types import Ctx, Out, Term
+from vlp.losses import caption
+
+
+@dataclasses.dataclass(frozen=True)
+class Cap:
+    """−log P(token | tokens before it, image), over the number of real tokens of the global batch.
+
+    keep: fraction of patches the image tower sees in training (FLIP).
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    keep: float = 1.0
+
+    def __call__(self, ctx: Ctx) -> Out:
+        loss = ctx.map(self.encode)
+        count = loss["count"].sum()
+        accuracy = Term(loss["correct"].sum(), count)
+        return Out({"caption": Term(loss["total"].sum(), count)}, metrics={"caption/accuracy": accuracy})
+
+    def encode(self, ctx: Ctx) -> Any:
+        image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        text = ctx.student("text", ctx.batch["text"])
+        decoded = ctx.student("decode", text["tokens"], image["feats"])
+        return caption.nll(decoded["hidden"], decoded["unembed"], ctx.batch["text"])

@@ -1,0 +1,44 @@
+"""CoCa: contrastive and captioning losses from one pass through each tower (Yu et al. 2022, arXiv:2205.01917)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from vlp.core.types import Ctx, Out, Term
+from vlp.losses import caption, contrastive
+
+
+@dataclasses.dataclass(frozen=True)
+class Coca:
+    """λ_con · (i→t + t→i) + λ_cap · captioning (eq. 2–4).
+
+    As in the paper, the two contrastive directions are summed; CLIP, FLIP and open_clip's CoCa take their mean,
+    which is contrastive_weight 0.5 here. Captioning divides by the real tokens of the global batch.
+    keep: fraction of patches the image tower sees in training (FLIP, Li et al. 2022, arXiv:2212.00794); both
+    losses read the same masked pass.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    contrastive_weight: float = 1.0
+    caption_weight: float = 2.0
+    keep: float = 1.0
+
+    def __call__(self, ctx: Ctx) -> Out:
+        zi_BE, zt_BE, captions = ctx.map(self.encode)
+        scale, _ = ctx.student("scale_bias")
+        loss = contrastive.softmax(zi_BE, zt_BE, scale)
+        count = captions["count"].sum()
+        terms = {
+            "contrastive": Term((loss["i2t"] + loss["t2i"]).sum(), zi_BE.shape[0], self.contrastive_weight),
+            "caption": Term(captions["total"].sum(), count, self.caption_weight),
+        }
+        accuracy = {"caption/accuracy": Term(captions["correct"].sum(), count)}
+        return Out(terms, metrics=contrastive.metrics(loss, scale) | accuracy)
+
+    def encode(self, ctx: Ctx) -> Any:
+        image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        text = ctx.student("text", ctx.batch["text"])
+        decoded = ctx.student("decode", text["tokens"], image["feats"])
+        captions = caption.nll(decoded["hidden"], decoded["unembed"], ctx.batch["text"])
+        return image["embed"], text["embed"], captions

@@ -1,0 +1,52 @@
+"""Caption decoding: greedy, over any next-token function, and over a model with `image`, `text` and `decode`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vlp.core.types import Apply
+
+
+def greedy(
+    next_logits: Callable[[Int[Array, "B L"], Int[Array, ""]], Float[Array, "B V"]],
+    batch: int,
+    length: int,
+    *,
+    pad_id: int = 0,
+    bos_id: int = 1,
+    eos_id: int = 2,
+) -> Int[Array, "B L"]:
+    """The likeliest token at each position, until every row has ended or is full.
+
+    next_logits(tokens, t): logits of token t + 1 given tokens 0..t (what stands behind t is padding). Rows begin
+    with BOS; what follows an EOS is padding. PAD and BOS are never chosen.
+    """
+    tokens = jnp.full((batch, length), pad_id, jnp.int32).at[:, 0].set(bos_id)
+
+    def more(carry: tuple[Array, Array, Array]) -> Array:
+        _, t, done_B = carry
+        return (t < length - 1) & ~done_B.all()
+
+    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        tokens_BL, t, done_B = carry
+        logits_BV = next_logits(tokens_BL, t).at[:, jnp.array([pad_id, bos_id])].set(-jnp.inf)
+        best_B = jnp.where(done_B, pad_id, logits_BV.argmax(axis=-1).astype(jnp.int32))
+        return tokens_BL.at[:, t + 1].set(best_B), t + 1, done_B | (best_B == eos_id)
+
+    done_B = jnp.zeros((batch,), bool)
+    return jax.lax.while_loop(more, step, (tokens, jnp.int32(0), done_B))[0]
+
+
+def captions(apply: Apply, image: jax.Array, *, length: int) -> jax.Array:
+    """Greedy captions, i32[B length]; the image is encoded once."""
+    feats = apply("image", image)["feats"]
+
+    def next_logits(tokens_BL: jax.Array, t: jax.Array) -> jax.Array:
+        out = apply("decode", apply("text", tokens_BL)["tokens"], feats)
+        return jnp.take(out["hidden"], t, axis=1).astype(jnp.float32) @ out["unembed"]
+
+    return greedy(next_logits, image.shape[0], length)

@@ -1,0 +1,41 @@
+"""Position tables: the 2-D sine-cosine table, and the one rule by which learned tables change size."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vlp.core import check
+
+
+def sincos_2d(rows: int, cols: int, width: int, temperature: float = 10_000.0) -> Float[np.ndarray, "N D"]:
+    """Fixed 2-D table: a quarter of the width each for sin x, cos x, sin y, cos y.
+
+    Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), as used by MAE and FLIP.
+    """
+    if width % 4:
+        raise check.error("model.image.width", width, "a multiple of 4 for sincos positions", "change it")
+    omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4))
+    y, x = np.mgrid[:rows, :cols]
+    angles_x, angles_y = (np.outer(axis.reshape(-1), omega) for axis in (x, y))
+    table = [np.sin(angles_x), np.cos(angles_x), np.sin(angles_y), np.cos(angles_y)]
+    return np.concatenate(table, axis=1).astype(np.float32)
+
+
+def resize_grid(table_ND: Float[Array, "N D"], num_tokens: int) -> Float[Array, "M D"]:
+    """Resizes the table of a square grid to another: bicubic, antialiased when it shrinks; equal size is a no-op."""
+    old, new = math.isqrt(table_ND.shape[0]), math.isqrt(num_tokens)
+    if table_ND.shape[0] == num_tokens:
+        return table_ND
+    if old * old != table_ND.shape[0] or new * new != num_tokens:
+        got = f"{table_ND.shape[0]} → {num_tokens} positions"
+        raise check.error("position table", got, "square grids", "use square images")
+    grid = table_ND.reshape(old, old, -1)
+    return jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True).reshape(num_tokens, -1)
+
+
+def resize_sequence(table_LD: Float[Array, "L D"], fresh_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    """Rows of a text table are absolute positions: the common ones are kept, further ones are taken fresh."""
+    return jnp.concatenate([table_LD, fresh_MD[table_LD.shape[0] :]])[: fresh_MD.shape[0]]

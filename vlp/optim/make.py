@@ -1,0 +1,135 @@
+"""The optimiser: optax's update rule, and ordered rules of what happens to which parameter.
+
+A rule is a full-match pattern of leaf names; the first that matches a leaf decides; every leaf must be matched and
+every rule must match (a mistyped pattern would otherwise do nothing in silence).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlp.core import check, tree
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """match: pattern of leaf names. lr, decay: multipliers. freeze: no update and no optimiser memory.
+
+    clamp: the parameter is clipped to [low, high] after each update.
+    """
+
+    match: str
+    lr: float = 1.0
+    decay: float = 1.0
+    freeze: bool = False
+    clamp: tuple[float, float] | None = None
+
+
+DEFAULT_RULES = (
+    Rule(".*logit_scale", decay=0.0, clamp=(0.0, math.log(100.0))),
+    Rule(".*(bias|norm.*/scale|/pos|/cls|/query|logit_bias)", decay=0.0),
+    Rule(".*"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): p ← p − lr · (m̂/(√v̂ + eps) + weight_decay · p).
+
+    clip_norm: bound of the gradient's global norm (None: unbounded). b1, b2, eps as in Adam.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    clip_norm: float | None = 1.0
+    rules: tuple[Rule, ...] = DEFAULT_RULES
+
+
+def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
+    """A tree like `params` with each leaf's rule; raises UserError for an uncovered leaf or a rule without a leaf."""
+    used: set[int] = set()
+
+    def pick(name: str, _: Any) -> Rule:
+        for i, rule in enumerate(rules):
+            if re.fullmatch(rule.match, name):
+                used.add(i)
+                return rule
+        raise check.error("config.optim.rules", f"no rule for {name!r}", "a rule for every parameter", "end with '.*'")
+
+    out = tree.map_named(pick, params)
+    defaults = {rule.match for rule in DEFAULT_RULES}  # these may be idle: not every model has each kind of leaf
+    idle = [r.match for i, r in enumerate(rules) if i not in used and r.match not in defaults and r.match != ".*"]
+    if idle:
+        names = list(tree.named(params))
+        near = check.unknown("config.optim.rules", idle[0], names)
+        raise check.UserError(f"{near} (the pattern matches no parameter that an earlier rule leaves)")
+    return out
+
+
+def table(rules: Sequence[Rule], params: PyTree) -> str:
+    """A line per rule: how many leaves and parameters it covers, and what it does to them."""
+    assigned = tree.named(assign(rules, params))
+    leaves = tree.named(params)
+    lines = [f"{'rule':44s} {'leaves':>6s} {'parameters':>14s}  effect"]
+    for rule in rules:
+        mine = [leaves[n] for n, r in assigned.items() if r is rule]
+        effect = "frozen" if rule.freeze else f"lr ×{rule.lr:g}, decay ×{rule.decay:g}"
+        if rule.clamp:
+            effect += f", clamped to [{rule.clamp[0]:g}, {rule.clamp[1]:.4g}]"
+        lines.append(f"{rule.match:44s} {len(mine):6d} {tree.size(mine):14,d}  {effect}")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Updater:
+    """The optimiser bound to a model's leaves. Frozen leaves are no part of its state."""
+
+    optim: Optim
+    rules: Any  # tree of Rule, like the parameters
+
+    @property
+    def trainable(self) -> PyTree:
+        return jax.tree.map(lambda r: not r.freeze, self.rules)
+
+    @property
+    def transform(self) -> optax.GradientTransformation:
+        o = self.optim
+        clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
+        return optax.chain(clip, optax.scale_by_adam(o.b1, o.b2, o.eps))
+
+    def init(self, params: PyTree) -> PyTree:
+        return self.transform.init(tree.where(self.trainable, params))
+
+    def update(
+        self, grads: PyTree, opt: PyTree, params: PyTree, lr: jax.Array
+    ) -> tuple[PyTree, PyTree, jax.Array]:
+        """Next trainable parameters, next state, and the norm of the change. Trees without the frozen leaves."""
+        direction, opt = self.transform.update(grads, opt, params)
+        rules = tree.where(self.trainable, self.rules)
+
+        def change(rule: Rule, u: jax.Array, p: jax.Array) -> jax.Array:
+            return -lr * rule.lr * (u + self.optim.weight_decay * rule.decay * p)
+
+        def clamp(rule: Rule, p: jax.Array) -> jax.Array:
+            return jnp.clip(p, *rule.clamp) if rule.clamp else p
+
+        changes = jax.tree.map(change, rules, direction, params)
+        new = jax.tree.map(clamp, rules, optax.apply_updates(params, changes))
+        return new, opt, tree.norm(changes)
+
+
+def make(optim: Optim, params: PyTree) -> Updater:
+    """Binds the optimiser to parameters (or their shapes); raises UserError for rules that do not fit."""
+    return Updater(optim, assign(optim.rules, params))

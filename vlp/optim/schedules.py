@@ -1,0 +1,57 @@
+"""Learning-rate schedules: a function of the fraction of a stage that is done, so the batch size cannot change it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vlp.core import check
+
+SHAPES = ("cosine", "linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up from 0 to `lr`, then `shape` down to lr · end_frac at the stage's last sample.
+
+    At most one of warmup_samples, warmup_steps and warmup_frac (of the stage) may be given.
+    """
+
+    lr: float
+    shape: str = "cosine"
+    warmup_samples: int = 0
+    warmup_steps: int = 0
+    warmup_frac: float = 0.0
+    end_frac: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise check.unknown("config.schedule.shape", self.shape, SHAPES)
+        given = [n for n in ("warmup_samples", "warmup_steps", "warmup_frac") if getattr(self, n)]
+        if len(given) > 1:
+            raise check.error("config.schedule", " and ".join(given), "one warm-up", "keep one of them")
+
+    def warmup(self, batch: int, num_steps: int) -> float:
+        """Warm-up in steps (may be a fraction: the unit underneath is samples)."""
+        return self.warmup_samples / batch or float(self.warmup_steps) or self.warmup_frac * num_steps
+
+    def at(self, batch: int, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+        """Returns stage step (0-based) → learning rate of the update made in that step."""
+        warmup = self.warmup(batch, num_steps)
+        if warmup > num_steps:
+            do = "shorten the warm-up or lengthen the stage"
+            raise check.error("config.schedule", f"a warm-up of {warmup:g} steps", f"at most {num_steps}", do)
+        rest = max(num_steps - warmup, 1e-9)
+
+        def lr(step: jax.Array) -> jax.Array:
+            step = jnp.asarray(step, jnp.float32) + 1.0  # the first update is not wasted on 0
+            done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
+            fall = {"cosine": 0.5 * (1 + jnp.cos(math.pi * done)), "linear": 1 - done, "constant": jnp.ones(())}
+            decayed = self.end_frac + (1 - self.end_frac) * fall[self.shape]
+            return self.lr * jnp.where(step < warmup, step / max(warmup, 1e-9), decayed)
+
+        return lr

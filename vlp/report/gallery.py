@@ -1,0 +1,176 @@
+"""Pictures of what the run does: retrieval with its five best, captions beside their images.
+
+Right answers carry a ✓ and a word, never colour alone. Images must be data URIs; anything else is
+left out, so that the page never asks the network. Ranks count from 1.
+"""
+
+import difflib
+import re
+from html import escape
+from typing import Any
+
+from vlp.report import numbers
+
+MAX_ITEMS = 60
+_IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+")
+_RIGHT = '<span class="right"><span aria-hidden="true">✓</span> right</span>'
+
+
+def retrieval(name: str, artefact: dict[str, Any]) -> str:
+    """Returns the queries of one retrieval artefact, with a filter for the missed ones."""
+    queries = _dicts(artefact.get("queries"))
+    shown = queries[:MAX_ITEMS]
+    hits = [_hit(q) for q in shown]
+    text_hits, image_hits = sum(a for a, _ in hits), sum(b for _, b in hits)
+    words = (
+        f"{_of(len(shown), len(queries), 'query', 'queries')} at step {_step(artefact)}: "
+        f"the right caption comes first in {text_hits}, the right image in {image_hits}."
+    )
+    cards = [_query(q, hit) for q, hit in zip(shown, hits, strict=True)]
+    return (
+        f'<div class="gallery"><p class="hint">{words}</p>{_filter(name)}'
+        f'<div class="queries">{"".join(cards)}</div></div>'
+    )
+
+
+def captions(name: str, artefact: dict[str, Any]) -> str:
+    """Returns the items of one captions artefact: image, true caption, generated one."""
+    items = _dicts(artefact.get("items"))
+    shown = items[:MAX_ITEMS]
+    exact = sum(_exact(item) for item in shown)
+    words = (
+        f"{_of(len(shown), len(items), 'image', 'images')} at step {_step(artefact)}: "
+        f"{exact} exact (up to case and spaces). "
+        "Words that the true caption does not have at that place are underlined."
+    )
+    cards = "".join(_captioned(item) for item in shown)
+    return f'<p class="hint">{words}</p><div class="captions">{cards}</div>'
+
+
+# --- retrieval
+
+
+def _query(query: dict[str, Any], hit: tuple[bool, bool]) -> str:
+    texts = "".join(_text(found) for found in _dicts(query.get("top_texts")))
+    images = "".join(_thumb(found) for found in _dicts(query.get("top_images")))
+    caption = escape(str(query.get("caption", "")))
+    return (
+        f'<article class="query {"hit" if all(hit) else "missed"}">'
+        f'<section><h4>Image → text {_rank(query.get("rank_i2t"))}</h4><div class="ask">'
+        f"{_image(query.get('image'), query.get('caption'))}<ol>{texts}</ol></div></section>"
+        f"<section><h4>Text → image {_rank(query.get('rank_t2i'))}</h4>"
+        f'<blockquote>{caption}</blockquote><ol class="thumbs">{images}</ol></section>'
+        f"<footer><code>{escape(str(query.get('key', '')))}</code></footer></article>"
+    )
+
+
+def _text(found: dict[str, Any]) -> str:
+    right = bool(found.get("right"))
+    return (
+        f"<li{' class=is-right' if right else ''}><span>{escape(str(found.get('caption', '')))} "
+        f"{_RIGHT if right else ''}</span>{_score(found)}</li>"
+    )
+
+
+def _thumb(found: dict[str, Any]) -> str:
+    right = bool(found.get("right"))
+    image = _image(found.get("image"), found.get("caption"))
+    return (
+        f"<li{' class=is-right' if right else ''}>{image}"
+        f"{_RIGHT if right else ''}{_score(found)}</li>"
+    )
+
+
+def _score(found: dict[str, Any]) -> str:
+    score = found.get("score")
+    return f'<span class="score">{score:.3f}</span>' if isinstance(score, int | float) else ""
+
+
+def _rank(rank: object) -> str:
+    """Returns a chip that says where the right one came; ranks count from 1."""
+    if not isinstance(rank, int):
+        return ""
+    if rank == 1:
+        return '<span class="chip good">✓ first</span>'
+    return f'<span class="chip">right one is {numbers.count(rank)}{_ordinal(rank)}</span>'
+
+
+def _ordinal(rank: int) -> str:
+    teen = rank % 100 in (11, 12, 13)
+    return "th" if teen else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+
+
+def _hit(query: dict[str, Any]) -> tuple[bool, bool]:
+    return query.get("rank_i2t") == 1, query.get("rank_t2i") == 1
+
+
+def _filter(name: str) -> str:
+    """Returns the choice all / missed / right; plain CSS acts on it."""
+    group = escape(f"show-{name}")
+    choices = (("all", "all"), ("missed", "missed"), ("hit", "right both ways"))
+    labels = [
+        f'<label><input type="radio" name="{group}" value="{value}"'
+        f"{' checked' if value == 'all' else ''}> {text}</label>"
+        for value, text in choices
+    ]
+    return f'<fieldset class="filter"><legend>show</legend>{"".join(labels)}</fieldset>'
+
+
+# --- captions
+
+
+def _captioned(item: dict[str, Any]) -> str:
+    exact = _exact(item)
+    true, generated = str(item.get("caption", "")), str(item.get("generated", ""))
+    mark = (
+        '<span class="chip good">✓ exact</span>' if exact else '<span class="chip">differs</span>'
+    )
+    return (
+        f'<article class="captioned">{_image(item.get("image"), true)}<div>{mark}<dl>'
+        f"<dt>true</dt><dd>{escape(true)}</dd><dt>generated</dt>"
+        f"<dd>{escape(generated) if exact else _differences(true, generated)}</dd></dl>"
+        f"<code>{escape(str(item.get('key', '')))}</code></div></article>"
+    )
+
+
+def _differences(true: str, generated: str) -> str:
+    """Returns the generated caption with the words underlined that `true` lacks at that place."""
+    if not generated.strip():
+        return "<i>nothing</i>"
+    a, b = true.casefold().split(), generated.casefold().split()
+    words = generated.split()
+    out = []
+    for op, _, _, start, end in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        text = escape(" ".join(words[start:end]))
+        if text:
+            out.append(text if op == "equal" else f"<mark>{text}</mark>")
+    return " ".join(out)
+
+
+def _exact(item: dict[str, Any]) -> bool:
+    true, generated = (str(item.get(k, "")).casefold().split() for k in ("caption", "generated"))
+    return true == generated
+
+
+# --- both
+
+
+def _image(uri: object, caption: object) -> str:
+    if not isinstance(uri, str) or not _IMAGE.fullmatch(uri):
+        return '<span class="no-image">no image</span>'
+    text = escape(str(caption or ""))
+    return f'<img src="{uri}" alt="{text}" title="{text}" width="96" height="96" decoding="async">'
+
+
+def _of(shown: int, num: int, one: str, many: str) -> str:
+    first = f"The first {shown} of {num}" if shown < num else str(num)
+    return f"{first} {one if num == 1 else many}"
+
+
+def _step(artefact: dict[str, Any]) -> str:
+    step = artefact.get("step")
+    return numbers.count(step) if isinstance(step, int) else "?"
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

@@ -1,0 +1,54 @@
+"""What a config amounts to: parameters by part of the model, and the stages in samples and steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from vlp.core import tree
+from vlp.train.state import abstract_params
+from vlp.train.stages import parse
+
+
+def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One flat row per stage: name, batch, steps, samples, and parameters by group (`parameters/image` …)."""
+    rows = []
+    for stage in parse(config)[1]:
+        counts = parameters(stage.model, stage.data.image_px, stage.data.text_len)
+        rows.append({
+            "stage": stage.name,
+            "batch": stage.batch,
+            "steps": stage.num_steps,
+            "samples": stage.num_steps * stage.batch,
+            "image_px": stage.data.image_px,
+            "text_len": stage.data.text_len,
+            **{f"parameters/{k}": v for k, v in counts.items()},
+        })  # fmt: skip
+    return rows
+
+
+def parameters(model: Any, image_px: int, text_len: int) -> dict[str, int]:
+    """Parameters of each of the model's groups (first match counts), and in all. Nothing is allocated."""
+    counts = dict.fromkeys(model.groups, 0)
+    leaves = tree.named(nn.unbox(abstract_params(model, image_px, text_len)))
+    for name, leaf in leaves.items():
+        group = next(g for g, pattern in model.groups.items() if re.fullmatch(pattern, name))
+        counts[group] += tree.size(leaf)
+    return counts | {"total": tree.size(leaves)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The plan as text."""
+    lines = []
+    for row in rows:
+        lines.append(
+            f"stage {row['stage']}: {row['samples']:,} samples = {row['steps']:,} steps of {row['batch']:,}; "
+            f"{row['image_px']} px, {row['text_len']} tokens"
+        )
+    counts = {k.removeprefix("parameters/"): v for k, v in rows[-1].items() if k.startswith("parameters/")}
+    width = max(map(len, counts))
+    lines += [f"  {name:{width}s} {num:>15,d}  {num / 1e6:9.1f} M" for name, num in counts.items()]
+    return "\n".join(lines)

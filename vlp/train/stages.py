@@ -1,0 +1,158 @@
+"""A run is a list of stages: each an overlay on the config, with its own length, data, objective and schedule.
+
+FLIP's unmasked tuning, CLIPA's lengths and resolutions, freezing and fine-tuning are stages. Samples seen counts over
+the whole run; a stage begins where the one before it ended, and its schedule counts from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vlp.core import check
+from vlp.core.config import build, build_named, overlay, plain
+from vlp.core.mesh import MeshShape
+from vlp.data.loader import Data
+from vlp.evals import EVALS
+from vlp.models import MODELS
+from vlp.objectives import OBJECTIVES
+from vlp.optim.make import Optim
+from vlp.optim.schedules import Schedule
+
+# What may change between two starts of one run: the numbers do not depend on it.
+FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "platform", "data.workers",
+        "data.read_threads", "data.prefetch", "data.cache_decoded", "data.cache_mb", "hang_secs")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen model beside the trained one. decay: moving average of it; path: another run's workdir (any
+    architecture); neither: the parameters that the stage began with."""
+
+    decay: float | None = None
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A second stream of batches: its data and its own global batch size."""
+
+    data: Data
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What holds for all stages. mesh, platform and how often is logged and saved may change at a restart."""
+
+    name: str
+    seed: int = 0
+    mesh: MeshShape = MeshShape()
+    platform: str = ""  # "tpu", "gpu", "cpu": stop if JAX found another one
+    log_every_steps: int = 10
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage, built. Length: `samples` or `steps` (of `batch`); `index`, `start_samples` are filled in."""
+
+    name: str
+    batch: int
+    model: Any
+    objective: Any
+    data: Data
+    optim: Optim
+    schedule: Schedule
+    samples: int = 0
+    steps: int = 0
+    micro_batches: int = 1
+    streams: Mapping[str, Stream] = dataclasses.field(default_factory=dict)
+    teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+    evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    eval_params: str = "student"  # or the name of a teacher ("ema")
+    init: str = ""  # workdir whose parameters the stage starts from
+    carry_optimizer: bool = False
+    index: int = 0
+    start_step: int = 0
+    start_samples: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps or -(-self.samples // self.batch)
+
+    @property
+    def end_samples(self) -> int:
+        return self.start_samples + self.num_steps * self.batch
+
+
+def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
+    """Builds the run and its stages from a loaded config. Every mistake in the config is raised here."""
+    config = plain(config)
+    run_keys = {f.name for f in dataclasses.fields(Run)}
+    stage_keys = {f.name for f in dataclasses.fields(Stage)} - {"name", "index", "start_step", "start_samples"}
+    for key in config:
+        if key not in run_keys | stage_keys | {"stages"}:
+            raise check.unknown("config", key, run_keys | stage_keys | {"stages"})
+    run = build(Run, {k: v for k, v in config.items() if k in run_keys}, "config")
+    base = {k: v for k, v in config.items() if k in stage_keys}
+    stages: list[Stage] = []
+    for i, patch in enumerate(config.get("stages") or [{}]):
+        where = f"config.stages.{i}" if config.get("stages") else "config"
+        for key in patch:
+            if key not in stage_keys | {"name"}:
+                raise check.unknown(where, key, stage_keys | {"name"})
+        section = overlay(base, patch)
+        if "steps" in patch or "samples" in patch:  # a stage's own length replaces the base's
+            for key in {"steps", "samples"} - set(patch):
+                section.pop(key, None)
+        start = (stages[-1].start_step + stages[-1].num_steps, stages[-1].end_samples) if stages else (0, 0)
+        stages.append(_build(section, where, i, *start))
+        names = [s.name for s in stages]
+        if len(set(names)) < len(names):
+            raise check.error(where, f"name {names[-1]!r} twice", "a name of its own for each stage", "rename it")
+    return run, tuple(stages)
+
+
+def _build(section: dict[str, Any], where: str, index: int, start_step: int, start_samples: int) -> Stage:
+    section = dict(section)
+    name = section.pop("name", f"stage{index}")
+    for key, table in (("model", MODELS), ("objective", OBJECTIVES)):
+        if key not in section:
+            raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
+        section[key] = build_named(table, section[key], f"config.{key}")
+    section["evals"] = {
+        k: build_named(EVALS, v, f"config.evals.{k}", default=k) for k, v in section.get("evals", {}).items()
+    }
+    section.setdefault("optim", {})
+    built = {"index": index, "start_step": start_step, "start_samples": start_samples, "name": name}
+    built |= {k: section.pop(k) for k in ("model", "objective", "evals")}
+    hints = {"data": Data, "optim": Optim, "schedule": Schedule}
+    for key, cls in hints.items():
+        if key not in section:
+            raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
+        section[key] = build(cls, section[key], f"config.{key}")
+    stage = build(Stage, section | built, "config")
+    if bool(stage.steps) == bool(stage.samples) or stage.num_steps < 1:
+        got = f"steps={stage.steps}, samples={stage.samples}"
+        raise check.error(where, got, "one of them above 0", "give the stage's length in samples or in steps")
+    if stage.eval_params not in ("student", *stage.teachers):
+        raise check.unknown("config.eval_params", stage.eval_params, ("student", *stage.teachers))
+    stage.schedule.at(stage.batch, stage.num_steps)
+    return stage
+
+
+def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that determines the numbers: what a workdir's run must agree on."""
+    out = plain(config)
+    for section in (out, *out.get("stages", [])):
+        for path in FREE:
+            node: Any = section
+            *parents, last = path.split(".")
+            for part in parents:
+                node = node.get(part, {})
+            node.pop(last, None)
+    return out

@@ -1,0 +1,71 @@
+"""One training step: one jit, state donated. Knows no method and no parameter by name; imports no data code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlp.core import tree
+from vlp.core.types import Apply, Ctx, Objective
+from vlp.optim import ema
+from vlp.optim.make import Updater
+from vlp.train.state import State
+
+PyTree = Any
+
+
+def train_step(
+    state: State,
+    batch: Mapping[str, jax.Array],
+    *,
+    model: Any,
+    objective: Objective,
+    updater: Updater,
+    lr_at: Callable[[jax.Array], jax.Array],
+    seed: int,
+    num_micro: int = 1,
+    teachers: Mapping[str, tuple[Any, float | None]] | None = None,
+) -> tuple[State, dict[str, jax.Array]]:
+    """Returns the next state and the metrics of this step (scalars).
+
+    teachers: name → (model, decay); with a decay the teacher is the moving average of the trained parameters.
+    """
+    teachers = teachers or {}
+    frozen = tree.where(jax.tree.map(lambda t: not t, updater.trainable), state.params)
+    trainable = tree.where(updater.trainable, state.params)
+
+    def loss_fn(trainable: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+        ctx = Ctx(
+            apply=Apply(model, tree.merge(trainable, frozen)),
+            batch=batch,
+            seed=jax.random.key(seed),
+            step=state.stage_step,
+            extra=state.extra,
+            frozen={name: Apply(net, state.teachers[name]) for name, (net, _) in teachers.items()},
+            num_micro=num_micro,
+        )
+        out = objective(ctx)
+        loss = sum((term.weight * term.mean() for term in out.terms.values()), jnp.float32(0))
+        metrics = {name: term.mean() for name, term in (out.terms | out.metrics).items()}
+        return loss, (jax.lax.stop_gradient(out.extra), metrics)
+
+    (loss, (extra, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    lr = lr_at(state.stage_step)
+    trainable, opt, update_norm = updater.update(grads, state.opt, trainable, lr)
+    params = tree.merge(trainable, frozen)
+    averages = {
+        name: state.teachers[name] if decay is None else ema.update(state.teachers[name], params, decay, state.stage_step)
+        for name, (_, decay) in teachers.items()
+    }
+    metrics = {"loss": loss, **metrics, "lr": lr, "grad_norm": tree.norm(grads), "update_norm": update_norm}
+    metrics["param_norm"] = tree.norm(params)
+    return State(state.step + 1, state.stage_step + 1, params, opt, averages, extra), metrics
+
+
+def is_finite(metrics: Mapping[str, float]) -> bool:
+    """Whether a step's loss and gradient are numbers."""
+    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])

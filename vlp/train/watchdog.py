@@ -1,0 +1,73 @@
+"""Signals and hangs: a polite stop for SIGTERM and Ctrl-C, and an end to a run in which nothing moves."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+
+import jax
+
+PREEMPTED = 75  # exit code: saved, start me again
+HANG = 76  # exit code: nothing moved
+
+
+class Stop:
+    """Inside `with`, the first SIGTERM or Ctrl-C only asks to stop; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to save and leave after this step; the same answer on all hosts."""
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+
+
+class Watchdog:
+    """Ends the process with exit code 76, and every thread's stack, if `beat` is not called for `secs` (0: never)."""
+
+    def __init__(self, secs: float) -> None:
+        self._secs = secs
+        self._last, self._phase = time.monotonic(), "start"
+        self._closed = threading.Event()
+        if secs:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self, phase: str) -> None:
+        self._last, self._phase = time.monotonic(), phase
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(self._secs / 4, 5.0)):
+            still = time.monotonic() - self._last
+            if still > self._secs:
+                got = f"no progress for {still:.0f} s in phase {self._phase!r}"
+                print(f"run: {got}, expected some within hang_secs; see the stacks", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(HANG)

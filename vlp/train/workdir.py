@@ -1,0 +1,133 @@
+"""The files of a run: config, versions, metrics (the record), artefacts of evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+from vlp import __version__
+from vlp.core import check
+from vlp.core.config import difference
+from vlp.train import stages
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. Process 0 writes. Nothing is written behind a restored step."""
+
+    def __init__(self, path: pathlib.Path, restored_step: int | None):
+        self._path = path
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        kept = [] if restored_step is None else [r for r in read(path) if r["step"] <= restored_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(dump(row) + "\n" for row in kept))
+        os.replace(partial, path)
+        self._file = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._active:
+            self._file.write(dump(row) + "\n")
+
+    def flush(self) -> None:
+        """Puts every row on disk (before a checkpoint that claims them)."""
+        if self._active:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._active:
+            self.flush()
+            self._file.close()
+
+
+def dump(value: Any, indent: int | None = None) -> str:
+    """JSON; NaN and infinities as strings, which plain JSON does not have."""
+
+    def safe(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: safe(x) for k, x in v.items()}
+        if isinstance(v, list | tuple):
+            return [safe(x) for x in v]
+        return str(v) if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(safe(value), indent=indent, ensure_ascii=False)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a half-written last line is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes atomically, on process 0."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(dump(value, indent=1) + "\n")
+        os.replace(partial, path)
+
+
+def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises UserError if the workdir holds a run of another config, or something that is no run."""
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.is_dir() and any(workdir.iterdir()):
+            do = "choose an empty or new directory"
+            raise check.error(f"--workdir {workdir}", "a directory with other files", "a run or nothing", do)
+        return
+    changes = difference(stages.fixed(json.loads(path.read_text())), stages.fixed(config))
+    if changes:
+        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        do = "choose another --workdir, or the run's own config"
+        raise check.error(f"--workdir {workdir}", f"a run with another config ({changes[0]}{more})", "the same", do)
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on beside the config: packages, git commit, device."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    devices = jax.devices()
+    return {
+        "vlp": __version__,
+        "git": _git(),
+        "python": platform.python_version(),
+        **found,
+        "platform": devices[0].platform,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+    }
+
+
+def _git() -> str:
+    """Commit of the source tree, "+" if it has changes; empty outside a repository."""
+    here = pathlib.Path(__file__).parent
+    run = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, timeout=20)  # noqa: E731
+    try:
+        commit = run("rev-parse", "HEAD")
+        changed = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return commit.stdout.strip() + ("+" if changed else "") if commit.returncode == 0 else ""
+
+
+def encode_bytes(data: bytes) -> str:
+    return base64.b64encode(data).decode()
