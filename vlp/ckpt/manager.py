@@ -25,11 +25,22 @@ class Checkpoints:
     def __init__(self, directory: str | pathlib.Path, keep: int = 2, create: bool = True):
         self._path = pathlib.Path(directory).absolute()
         if not create and not self._path.is_dir():
-            raise check.error(str(directory), "no checkpoints", "a workdir of `vlp train`", "train first, or check it")
+            raise check.error(
+                str(directory),
+                "no checkpoints",
+                "a workdir of `vlp train`",
+                "train first, or check it",
+            )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=create, read_only=not create, step_prefix="step", step_format_fixed_length=9
+            max_to_keep=keep,
+            create=create,
+            read_only=not create,
+            step_prefix="step",
+            step_format_fixed_length=9,
         )
-        self._manager = ocp.CheckpointManager(self._path, options=options, item_names=("params", "rest", "meta"))
+        self._manager = ocp.CheckpointManager(
+            self._path, options=options, item_names=("params", "rest", "meta")
+        )
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -40,16 +51,22 @@ class Checkpoints:
     def save(self, step: int, params: PyTree, rest: PyTree, meta: dict[str, Any]) -> None:
         """Starts a save and returns once the arrays are copied; raises here if the save before it failed."""
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest), meta=ocp.args.JsonSave(meta)
+            params=ocp.args.StandardSave(params),
+            rest=ocp.args.StandardSave(rest),
+            meta=ocp.args.JsonSave(meta),
         )
         self._manager.save(step, args=args)
 
     def meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+            "meta"
+        ]
 
     def restore(self, step: int, params: PyTree, rest: PyTree) -> tuple[PyTree, PyTree]:
         """Restores into the shapes and shardings of abstract trees (any mesh)."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest))
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
+        )
         out = self._manager.restore(step, args=args)
         return out["params"], out["rest"]
 
@@ -75,5 +92,7 @@ def select(checkpoints: Checkpoints, workdir: str | pathlib.Path, step: int | No
     steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
         got = "no checkpoint" if not steps else f"no step {step}"
-        raise check.error(str(workdir), got, f"one of steps {steps}" if steps else "a saved step", "train first")
+        raise check.error(
+            str(workdir), got, f"one of steps {steps}" if steps else "a saved step", "train first"
+        )
     return steps[-1] if step is None else step

@@ -7,7 +7,9 @@ import pathlib
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     about = "caption images with a trained model (greedy)"
     parser = subparsers.add_parser("caption", help=about, description=about)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="a run of `vlp train` with a decoder")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="a run of `vlp train` with a decoder"
+    )
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.set_defaults(run=run)
@@ -24,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
             raise check.error("vlp caption", f"no file {path!r}", "image files", "check the path")
     compilation_cache()
     loaded = load(args.workdir, args.step)
-    for path, text in zip(args.images, caption(loaded, [pathlib.Path(p).read_bytes() for p in args.images])):
+    for path, text in zip(
+        args.images, caption(loaded, [pathlib.Path(p).read_bytes() for p in args.images])
+    ):
         print(f"{path}\t{text}")
     return 0

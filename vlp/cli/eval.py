@@ -9,7 +9,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("eval", help=about, description=about)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run of `vlp train`")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    parser.add_argument("--evals", default="", metavar="A,B", help="labels in config.evals (default: all)")
+    parser.add_argument(
+        "--evals", default="", metavar="A,B", help="labels in config.evals (default: all)"
+    )
     parser.add_argument("--split", default="", help="another split than the config's")
     parser.add_argument("--json", default="", metavar="FILE", help="write the results as JSON")
     parser.set_defaults(run=run)
@@ -37,13 +39,25 @@ def run(args: argparse.Namespace) -> int:
         for label in labels:
             if label not in evals:
                 raise check.unknown("--evals", label, evals)
-            evaluator = dataclasses.replace(evals[label], **({"split": args.split} if args.split else {}))
-            write = lambda name, value: workdir.write_json(  # noqa: E731
+            evaluator = dataclasses.replace(
+                evals[label], **({"split": args.split} if args.split else {})
+            )
+            write = lambda name, value: workdir.write_json(
                 pathlib.Path(args.workdir) / "evals" / f"{name}.json", {"step": loaded.step} | value
             )
             for r in evaluator(loaded.apply, device_mesh, IO(loaded.data, loaded.tokenizer, write)):
-                rows.append({"eval": label, "step": loaded.step, "metric": r.metric, "value": r.value, **r.provenance})
-                print(f"{label:12s} {r.provenance.get('split', ''):10s} {r.metric:24s} {r.value:.4f}")
+                rows.append(
+                    {
+                        "eval": label,
+                        "step": loaded.step,
+                        "metric": r.metric,
+                        "value": r.value,
+                        **r.provenance,
+                    }
+                )
+                print(
+                    f"{label:12s} {r.provenance.get('split', ''):10s} {r.metric:24s} {r.value:.4f}"
+                )
     if args.json:
         pathlib.Path(args.json).write_text(workdir.dump(rows, indent=1) + "\n")
     return 0

@@ -6,7 +6,9 @@ import argparse
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     about = "count a config's parameters and lay out its stages"
     parser = subparsers.add_parser("plan", help=about, description=about)
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="config file and its argument")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py[:ARG]", help="config file and its argument"
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="write the plan as JSON")
     parser.set_defaults(run=run)
 

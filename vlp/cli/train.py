@@ -8,7 +8,9 @@ from vlp.cli.main import compilation_cache
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     about = "train a model, or continue its run (same command)"
     parser = subparsers.add_parser("train", help=about, description=about)
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="config file and its argument")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py[:ARG]", help="config file and its argument"
+    )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
     parser.epilog = "Any value can be overridden: --config.section.key=value"
     parser.set_defaults(run=run)

@@ -14,6 +14,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -56,13 +57,21 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     path, _, arg = spec.partition(":")
     if not pathlib.Path(path).is_file():
-        raise check.error("--config", repr(path), "a Python file with get_config(arg)", "check the path")
+        raise check.error(
+            "--config", repr(path), "a Python file with get_config(arg)", "check the path"
+        )
     module_spec = importlib.util.spec_from_file_location("vlp_config", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    sys.path.insert(0, str(pathlib.Path(path).resolve().parent))  # `import common` beside it
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     if not hasattr(module, "get_config"):
-        raise check.error(f"--config {path}", "no get_config", "def get_config(arg)", "add the function")
+        raise check.error(
+            f"--config {path}", "no get_config", "def get_config(arg)", "add the function"
+        )
     config = plain(module.get_config(arg or None))
     for item in overrides:
         _override(config, item)
@@ -82,7 +91,9 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise check.error("config", f"a {type(value).__name__}", "plain data (dict, list, str, number)", "return data")
+    raise check.error(
+        "config", f"a {type(value).__name__}", "plain data (dict, list, str, number)", "return data"
+    )
 
 
 def overlay(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +101,11 @@ def overlay(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]
     out = copy.deepcopy(dict(base))
     for key, value in patch.items():
         old = out.get(key)
-        same_kind = isinstance(old, dict) and isinstance(value, Mapping) and value.get("name", old.get("name"))
+        same_kind = (
+            isinstance(old, dict)
+            and isinstance(value, Mapping)
+            and value.get("name", old.get("name"))
+        )
         if isinstance(old, dict) and isinstance(value, Mapping) and same_kind == old.get("name"):
             out[key] = overlay(old, value)
         else:
@@ -112,12 +127,16 @@ def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     required = dataclasses.MISSING
     for name, f in fields.items():
         if name not in section and f.default is required and f.default_factory is required:
-            raise check.error(where, "no value", f"{name}: {_name(hints[name])}", f"set {where}.{name}")
+            raise check.error(
+                where, "no value", f"{name}: {_name(hints[name])}", f"set {where}.{name}"
+            )
     values = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in section.items()}
     return cls(**values)
 
 
-def build_named(table: Mapping[str, type], section: Mapping[str, Any], where: str, default: str = "") -> Any:
+def build_named(
+    table: Mapping[str, type], section: Mapping[str, Any], where: str, default: str = ""
+) -> Any:
     """Builds the component of `table` that `section["name"]` names (or `default`) from the rest of it."""
     rest = dict(section)
     name = rest.pop("name", default)
@@ -130,9 +149,15 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
     """Lists the paths at which two plain configs differ, as "path: old -> new"."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in difference(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+        return [
+            d
+            for k in keys
+            for d in difference(old.get(k), new.get(k), f"{path}.{k}" if path else k)
+        ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new)) for d in difference(a, b, f"{path}.{i}")]
+        return [
+            d for i, (a, b) in enumerate(zip(old, new)) for d in difference(a, b, f"{path}.{i}")
+        ]
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
@@ -164,12 +189,16 @@ def _override(config: dict[str, Any], item: str) -> None:
     elif isinstance(node, dict):
         node[last] = text if isinstance(node.get(last), str) else _literal(text)
     else:
-        raise check.error("config." + ".".join(parents), repr(node), "a section", "shorten the path")
+        raise check.error(
+            "config." + ".".join(parents), repr(node), "a section", "shorten the path"
+        )
 
 
 def _index(part: str, node: list, where: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise check.error(where, repr(part), f"a number below {len(node)}", "name an element of the list")
+        raise check.error(
+            where, repr(part), f"a number below {len(node)}", "name an element of the list"
+        )
     return int(part)
 
 
@@ -195,7 +224,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
         if len(kinds) == len(value):
-            return tuple(_convert(v, k, f"{where}.{i}") for i, (v, k) in enumerate(zip(value, kinds)))
+            return tuple(
+                _convert(v, k, f"{where}.{i}") for i, (v, k) in enumerate(zip(value, kinds))
+            )
     elif origin in (dict, Mapping) and isinstance(value, Mapping):
         return FrozenDict({k: _convert(v, args[1], f"{where}.{k}") for k, v in value.items()})
     elif origin is typing.Literal and value in args:
@@ -206,4 +237,6 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
-    raise check.error(where, repr(value), _name(hint) if origin is None else str(hint), "correct the value")
+    raise check.error(
+        where, repr(value), _name(hint) if origin is None else str(hint), "correct the value"
+    )

@@ -47,9 +47,17 @@ def make(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     sizes = dataclasses.astuple(shape)
     known = math.prod(n for n in sizes if n != -1)
     free = sum(n == -1 for n in sizes)
-    if min(sizes) < -1 or 0 in sizes or free > 1 or len(devices) % max(known, 1) or (not free and known != len(devices)):
+    if (
+        min(sizes) < -1
+        or 0 in sizes
+        or free > 1
+        or len(devices) % max(known, 1)
+        or (not free and known != len(devices))
+    ):
         got = " × ".join(f"{a}={n}" for a, n in zip(AXES, sizes))
-        raise check.error("config.mesh", got, f"a product of {len(devices)} devices", "change it, or use -1 once")
+        raise check.error(
+            "config.mesh", got, f"a product of {len(devices)} devices", "change it, or use -1 once"
+        )
     sizes = tuple(len(devices) // known if n == -1 else n for n in sizes)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -68,7 +76,10 @@ def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Parti
     for name, dim in zip(names, shape, strict=True):
         axes: tuple[str, ...] = ()
         for axis in RULES[name] if name else ():
-            if axis not in used and dim % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in axes)) == 0:
+            if (
+                axis not in used
+                and dim % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in axes)) == 0
+            ):
                 axes += (axis,)
         used.update(axes)
         parts.append(axes or None)
@@ -83,11 +94,15 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
         if isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, spec(leaf.names, value.shape, mesh))
         size = math.prod(value.shape) * value.dtype.itemsize
-        assert size < _LARGE_BYTES, f"{name}: {size} bytes without axis names; wrap its initialiser in `logical`"
+        assert size < _LARGE_BYTES, (
+            f"{name}: {size} bytes without axis names; wrap its initialiser in `logical`"
+        )
         return NamedSharding(mesh, PartitionSpec())
 
-    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda p, x: one(tree.name(p), x), boxed, is_leaf=is_box)
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+    return jax.tree_util.tree_map_with_path(
+        lambda p, x: one(tree.name(p), x), boxed, is_leaf=is_box
+    )
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -110,7 +125,9 @@ def check_batch(batch: int, mesh: Mesh, num_micro: int = 1, where: str = "config
     """Raises UserError unless the global batch divides over the mesh's batch axes and the micro-batches."""
     ways = math.prod(mesh.shape[a] for a in RULES["batch"])
     if batch < 1 or num_micro < 1 or batch % (ways * num_micro):
-        detail = f"data×fsdp = {ways}" + (f" × micro_batches = {num_micro}" if num_micro > 1 else "")
+        detail = f"data×fsdp = {ways}" + (
+            f" × micro_batches = {num_micro}" if num_micro > 1 else ""
+        )
         do = f"use a multiple of {ways * max(num_micro, 1)} or change config.mesh"
         raise check.error(where, batch, f"a multiple of {detail}", do)
 

@@ -22,7 +22,9 @@ def named(tree: PyTree) -> dict[str, Any]:
 
 def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Maps f(name, leaf, *leaves) over trees of the same structure."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: f(name(path), *leaves), tree, *rest)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: f(name(path), *leaves), tree, *rest
+    )
 
 
 def where(mask: PyTree, tree: PyTree) -> PyTree:
@@ -32,7 +34,9 @@ def where(mask: PyTree, tree: PyTree) -> PyTree:
 
 def merge(first: PyTree, second: PyTree) -> PyTree:
     """Fills the gaps (None) of `first` with the leaves of `second`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
+    )
 
 
 def norm(tree: PyTree) -> jax.Array:

@@ -62,7 +62,9 @@ class Apply:
 
 
 @functools.lru_cache(maxsize=64)
-def _jitted(f: Callable[..., Any], model: Any, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+def _jitted(
+    f: Callable[..., Any], model: Any, static: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
     return jax.jit(lambda params, *args: f(Apply(model, params), *args, **dict(static)))
 
 
@@ -111,7 +113,12 @@ class Ctx:
         leaves = {k.removeprefix(prefix): v for k, v in self.batch.items() if k.startswith(prefix)}
         if not leaves:
             streams = {k.split(".")[0] for k in self.batch if "." in k}
-            raise check.error("objective", f"stream {name!r}", f"one of {sorted(streams)}", "add it to data.streams")
+            raise check.error(
+                "objective",
+                f"stream {name!r}",
+                f"one of {sorted(streams)}",
+                "add it to data.streams",
+            )
         return dataclasses.replace(self, batch=leaves)
 
     def map(self, f: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
@@ -129,7 +136,9 @@ class Ctx:
 
         def split(x: jax.Array) -> jax.Array:
             if x.shape[0] % k:
-                raise check.error("batch", x.shape[0], f"a multiple of micro_batches = {k}", "change config.batch")
+                raise check.error(
+                    "batch", x.shape[0], f"a multiple of micro_batches = {k}", "change config.batch"
+                )
             x = jnp.moveaxis(x.reshape(x.shape[0] // k, k, *x.shape[1:]), 1, 0)
             return mesh.constrain(x, None, "batch", *[None] * (x.ndim - 2))
 

@@ -33,7 +33,10 @@ class Captions:
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         dataset = io.open(self.split)
-        losses, generate = apply.jit(_losses), apply.jit(decoding.captions, length=dataset.data.text_len)
+        losses, generate = (
+            apply.jit(_losses),
+            apply.jit(decoding.captions, length=dataset.data.text_len),
+        )
         sums = {"true": 0.0, "shuffled": 0.0, "count": 0.0}
         generated: list[str] = []
         for rows, mask_B in ios.batches(dataset, self.batch, mesh):
@@ -61,7 +64,9 @@ def normal(dataset: Any, record: int) -> str:
     return dataset.tokenizer.decode(dataset.tokenizer.encode(text, dataset.data.text_len))
 
 
-def _losses(apply: Apply, image: jax.Array, text: jax.Array, other_B: jax.Array) -> dict[str, jax.Array]:
+def _losses(
+    apply: Apply, image: jax.Array, text: jax.Array, other_B: jax.Array
+) -> dict[str, jax.Array]:
     feats, tokens = apply("image", image)["feats"], apply("text", text)["tokens"]
 
     def nll(feats: jax.Array) -> dict[str, jax.Array]:

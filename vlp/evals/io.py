@@ -30,7 +30,11 @@ class IO:
         return _open(dataclasses.replace(self.data, split=split, captions="first"), self.tokenizer)
 
     def provenance(self, dataset: Dataset) -> dict[str, Any]:
-        return {"split": dataset.data.split, "num": dataset.num_records, "fingerprint": dataset.fingerprint}
+        return {
+            "split": dataset.data.split,
+            "num": dataset.num_records,
+            "fingerprint": dataset.fingerprint,
+        }
 
 
 @functools.lru_cache(maxsize=8)
@@ -38,7 +42,9 @@ def _open(data: Data, tokenizer: Tokenizer) -> Dataset:
     return open_dataset(data, tokenizer)
 
 
-def batches(dataset: Dataset, batch: int, mesh: Mesh) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
+def batches(
+    dataset: Dataset, batch: int, mesh: Mesh
+) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
     """One pass: (global device batch, mask over its rows on the host). The last batch is filled up and masked."""
     ways = meshes.check_batch
     ways(batch, mesh, where="config.evals: batch")

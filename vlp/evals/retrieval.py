@@ -59,7 +59,9 @@ def rank_of_pair(scores_NN: Float[np.ndarray, "N N"]) -> Int[np.ndarray, "N"]:
     return (scores_NN >= np.diagonal(scores_NN)[:, None]).sum(axis=1)
 
 
-def _gallery(dataset: Any, scores_NN: np.ndarray, ranks: dict[str, np.ndarray], num: int) -> dict[str, Any]:
+def _gallery(
+    dataset: Any, scores_NN: np.ndarray, ranks: dict[str, np.ndarray], num: int
+) -> dict[str, Any]:
     shown = np.linspace(0, len(scores_NN) - 1, min(num, len(scores_NN))).astype(int)
 
     def image(i: int) -> str:
@@ -85,4 +87,9 @@ def _gallery(dataset: Any, scores_NN: np.ndarray, ranks: dict[str, np.ndarray], 
                 for j in images
             ],
         })  # fmt: skip
-    return {"kind": "retrieval", "split": dataset.data.split, "num": len(scores_NN), "queries": queries}
+    return {
+        "kind": "retrieval",
+        "split": dataset.data.split,
+        "num": len(scores_NN),
+        "queries": queries,
+    }

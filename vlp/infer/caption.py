@@ -16,8 +16,15 @@ from vlp.ops import decoding
 def caption(loaded: Loaded, images: Sequence[bytes]) -> list[str]:
     """Greedy captions of encoded images (JPEG, PNG, …), prepared as in training."""
     if not hasattr(loaded.apply.model, "decode"):
-        raise check.error("caption", f"a {type(loaded.apply.model).__name__}", "a model with a decoder", "train coca")
+        raise check.error(
+            "caption",
+            f"a {type(loaded.apply.model).__name__}",
+            "a model with a decoder",
+            "train coca",
+        )
     px, resize = loaded.data.image_px, loaded.data.resize
     pixels = [image_ops.eval_image(image_ops.decode(data), px, resize=resize) for data in images]
-    tokens = loaded.apply.jit(decoding.captions, length=loaded.data.text_len)(jnp.asarray(np.stack(pixels)))
+    tokens = loaded.apply.jit(decoding.captions, length=loaded.data.text_len)(
+        jnp.asarray(np.stack(pixels))
+    )
     return [loaded.tokenizer.decode(row) for row in np.asarray(tokens)]

@@ -23,7 +23,10 @@ def nll(
     real_BM = labels_BM != pad_id
     hidden_BMD = hidden_BLD[:, :-1]
     logits_BMV = jnp.einsum(
-        "bmd,dv->bmv", hidden_BMD, unembed_DV.astype(hidden_BMD.dtype), preferred_element_type=jnp.float32
+        "bmd,dv->bmv",
+        hidden_BMD,
+        unembed_DV.astype(hidden_BMD.dtype),
+        preferred_element_type=jnp.float32,
     )
     picked_BM = jnp.take_along_axis(logits_BMV, labels_BM[..., None], axis=-1)[..., 0]
     nll_BM = jax.nn.logsumexp(logits_BMV, axis=-1) - picked_BM

@@ -28,7 +28,9 @@ def softmax(
     logits_BB = scale * jnp.einsum("be,ce->bc", zi_BE, zt_BE, precision=jax.lax.Precision.HIGHEST)
     diagonal_B = jnp.diagonal(logits_BB)
 
-    def direction(logits_BB: Float[Array, "B B"], targets_BB: Float[Array, "B B"] | None) -> Float[Array, "B"]:
+    def direction(
+        logits_BB: Float[Array, "B B"], targets_BB: Float[Array, "B B"] | None
+    ) -> Float[Array, "B"]:
         lse_B = jax.nn.logsumexp(logits_BB, axis=1)
         if targets_BB is None:
             return lse_B - diagonal_B

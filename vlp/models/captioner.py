@@ -28,7 +28,9 @@ class Multimodal:
     """The upper half of the text decoder; its width, heads, MLP and compute are the lower half's."""
 
     depth: int
-    tied: bool = False  # output embedding = token embedding; the paper's base and large count them apart
+    tied: bool = (
+        False  # output embedding = token embedding; the paper's base and large count them apart
+    )
     dropout: float | None = None  # None: as the lower half
 
 
@@ -52,7 +54,9 @@ class Captioner(nn.Module):
     bias: float | None = None
     heads: Mapping[str, parts.HeadSpec] | None = None
 
-    groups: ClassVar[dict[str, str]] = {  # lines of the parameter table: full-match patterns of leaf names
+    groups: ClassVar[
+        dict[str, str]
+    ] = {  # lines of the parameter table: full-match patterns of leaf names
         "image": "image_tower/.*",
         "decoder": "(text_tower|decoder|decoder_norm|unembedding).*",
         "poolers, projections and heads": ".*",
@@ -60,8 +64,12 @@ class Captioner(nn.Module):
 
     def setup(self) -> None:
         text, upper = self.text_tower, self.multimodal
-        if text.pool != "cls" and self.contrastive and text.causal and text.pool == "mean":
-            raise check.error("config.model.text_tower.pool", "'mean'", "'cls', 'eos' or 'last'", "use 'cls'")
+        if self.contrastive and text.pool == "none":
+            expected = "a pooled text for the contrastive embedding"
+            raise check.error("config.model.text_tower.pool", "'none'", expected, "use 'cls'")
+        if not text.causal:
+            expected = "a causal text tower under the decoder"
+            raise check.error("config.model.text_tower.causal", False, expected, "set it to True")
         heads = self.pool_heads or text.heads
         if self.queries:
             self.pool_caption = parts.AttentionPool(self.queries, text.width, heads, text.dtype)
@@ -116,7 +124,11 @@ class Captioner(nn.Module):
         return out | ({"embed": self.joint_text(out["pooled"])} if self.contrastive else {})
 
     def decode(
-        self, tokens: Float[Array, "B L D"], feats: Float[Array, "B S C"], *, keys: Key[Array, "B"] | None = None
+        self,
+        tokens: Float[Array, "B L D"],
+        feats: Float[Array, "B S C"],
+        *,
+        keys: Key[Array, "B"] | None = None,
     ) -> dict[str, Any]:
         """Multimodal half: hidden [B L D] at each position, and unembed [D V]; logits = hidden · unembed.
 

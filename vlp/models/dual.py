@@ -25,7 +25,9 @@ class Dual(nn.Module):
     bias: float | None = None
     heads: Mapping[str, parts.HeadSpec] | None = None
 
-    groups: ClassVar[dict[str, str]] = {  # lines of the parameter table: full-match patterns of leaf names
+    groups: ClassVar[
+        dict[str, str]
+    ] = {  # lines of the parameter table: full-match patterns of leaf names
         "image": "image_tower/.*",
         "text": "text_tower/.*",
         "projections and heads": ".*",
@@ -33,7 +35,9 @@ class Dual(nn.Module):
 
     def setup(self) -> None:
         if self.image_tower.pool == "none":
-            raise check.error("config.model.image_tower.pool", "'none'", "a pooled image", "use 'cls' or 'mean'")
+            raise check.error(
+                "config.model.image_tower.pool", "'none'", "a pooled image", "use 'cls' or 'mean'"
+            )
         self.joint_image = parts.Joint(self.embed)
         self.joint_text = parts.Joint(self.embed)
         self.temperature = parts.ScaleBias(self.scale, self.bias)

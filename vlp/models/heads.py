@@ -60,7 +60,7 @@ class AttentionPool(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class HeadSpec:
-    """A further head: an MLP of `depth` layers from `width_in` over `hidden` to `width_out` (predictor, projector …)."""
+    """A further head (predictor, projector …): an MLP of `depth` layers."""
 
     width_in: int
     width_out: int
@@ -77,7 +77,9 @@ class Head(nn.Module):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b E"]:
         s = self.spec
         if x.shape[-1] != s.width_in:
-            raise check.error("model.heads: width_in", s.width_in, x.shape[-1], "match the head to its input")
+            raise check.error(
+                "model.heads: width_in", s.width_in, x.shape[-1], "match the head to its input"
+            )
         widths = [s.width_in] + [s.hidden or s.width_in] * (s.depth - 1) + [s.width_out]
         for i, (a, b) in enumerate(zip(widths[:-1], widths[1:])):
             x = nn.gelu(x) if i else x

@@ -23,7 +23,11 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-ACTIVATIONS = {"gelu": nn.gelu, "gelu_exact": lambda x: nn.gelu(x, approximate=False), "relu": nn.relu}
+ACTIVATIONS = {
+    "gelu": nn.gelu,
+    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+    "relu": nn.relu,
+}
 
 
 def lecun(fan_in: int) -> Any:
@@ -46,11 +50,17 @@ class Linear(nn.Module):
         fan_in = 1
         for n in self.shape_in:
             fan_in *= n
-        kernel = self.param("kernel", logical(lecun(fan_in), *self.names), self.shape_in + self.shape_out)
+        kernel = self.param(
+            "kernel", logical(lecun(fan_in), *self.names), self.shape_in + self.shape_out
+        )
         contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
+        )
         if self.bias:
-            y += self.param("bias", logical(nn.initializers.zeros, *self.names[num_in:]), self.shape_out).astype(self.dtype)
+            y += self.param(
+                "bias", logical(nn.initializers.zeros, *self.names[num_in:]), self.shape_out
+            ).astype(self.dtype)
         return y
 
 
@@ -86,17 +96,23 @@ class Attention(nn.Module):
         causal: bool = False,
     ) -> Float[Array, "B T E"]:
         if self.width % self.heads:
-            raise check.error("model: width", self.width, f"a multiple of heads = {self.heads}", "change one")
+            raise check.error(
+                "model: width", self.width, f"a multiple of heads = {self.heads}", "change one"
+            )
         head = (self.heads, self.width // self.heads)
         names = ("heads", "kv")
         width_x = x_BTD.shape[-1]
         if kv_BSC is None:
-            qkv = Linear((width_x,), (3, *head), ("embed", None, *names), dtype=self.dtype, name="qkv")(x_BTD)
+            qkv = Linear(
+                (width_x,), (3, *head), ("embed", None, *names), dtype=self.dtype, name="qkv"
+            )(x_BTD)
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         else:
             q = Linear((width_x,), head, ("embed", *names), dtype=self.dtype, name="q")(x_BTD)
             width_kv = kv_BSC.shape[-1]
-            kv = Linear((width_kv,), (2, *head), ("embed", None, *names), dtype=self.dtype, name="kv")(kv_BSC)
+            kv = Linear(
+                (width_kv,), (2, *head), ("embed", None, *names), dtype=self.dtype, name="kv"
+            )(kv_BSC)
             k, v = kv[:, :, 0], kv[:, :, 1]
         q, k, v = (constrain(a, "batch", None, "heads", None) for a in (q, k, v))
         y = attend(q, k, v, mask_BTS, causal=causal)
@@ -126,7 +142,11 @@ def fold(keys_B: Key[Array, "B"] | None, number: int | Int[Array, ""]) -> Key[Ar
 
 
 def drop(
-    x: Float[Array, "B *s"], keys_B: Key[Array, "B"] | None, rate: float | Float[Array, ""], *, path: bool = False
+    x: Float[Array, "B *s"],
+    keys_B: Key[Array, "B"] | None,
+    rate: float | Float[Array, ""],
+    *,
+    path: bool = False,
 ) -> Float[Array, "B *s"]:
     """Dropout from per-example keys; path: the whole residual branch of an example (Huang et al. 2016)."""
     if keys_B is None or (isinstance(rate, float | int) and rate == 0):
@@ -165,7 +185,7 @@ class Block(nn.Module):
             y = drop(y, fold(keys, 2 * number + 1), self.drop_path, path=True)
             return constrain(x + y, "batch", None, None)
 
-        attention = lambda name: Attention(self.heads, self.width, self.dtype, name=name)  # noqa: E731
+        attention = lambda name: Attention(self.heads, self.width, self.dtype, name=name)
         y = Norm(self.dtype, name="norm_self")(x)
         x = add(x, attention("self")(y, mask_BTS=mask, causal=causal), 0)
         if context is not None:
@@ -208,7 +228,9 @@ class Stack(nn.Module):
             raise check.unknown("model: remat", self.remat, REMAT)
         block: Any = Block
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan, static_argnums=(6, 7))
+            block = nn.remat(
+                Block, policy=REMAT[self.remat], prevent_cse=not self.scan, static_argnums=(6, 7)
+            )
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -219,6 +241,15 @@ class Stack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scanned(
-            self.width, self.heads, self.mlp, self.activation, self.dropout, self.drop_path, self.dtype, name="blocks"
+            self.width,
+            self.heads,
+            self.mlp,
+            self.activation,
+            self.dropout,
+            self.drop_path,
+            self.dtype,
+            name="blocks",
         )
-        return blocks(x.astype(self.dtype), jnp.arange(self.depth), context, mask, keys, causal, collect)
+        return blocks(
+            x.astype(self.dtype), jnp.arange(self.depth), context, mask, keys, causal, collect
+        )

@@ -12,7 +12,7 @@ from vlp.core import check
 from vlp.core.mesh import constrain, logical
 from vlp.models.layers import Norm, Stack, fold
 
-POOLS = ("cls", "eos", "last", "mean")
+POOLS = ("cls", "eos", "last", "mean", "none")
 
 
 class Text(nn.Module):
@@ -20,7 +20,7 @@ class Text(nn.Module):
 
     pool: "cls" appends a learned token behind the text, which sees every real token and is seen by none (CoCa,
     Yu et al. 2022, arXiv:2205.01917, §3.2); "eos" takes the first end-of-text token (CLIP); "last" the last
-    position whatever it holds (SigLIP); "mean" averages the real tokens. Padding is never looked at, and the
+    position whatever it holds (SigLIP); "mean" averages the real tokens; "none" pools nothing. Padding is never looked at, and the
     number of pads changes nothing but for "last", which is defined by the padded length.
     """
 
@@ -44,37 +44,46 @@ class Text(nn.Module):
         if self.pool not in POOLS:
             raise check.unknown("model.text.pool", self.pool, POOLS)
         init = nn.initializers.normal(0.02)
-        self.embedding = self.param("embedding", logical(init, "vocab", "embed"), (self.vocab, self.width))
+        self.embedding = self.param(
+            "embedding", logical(init, "vocab", "embed"), (self.vocab, self.width)
+        )
         if self.pool == "cls":
             self.cls = self.param("cls", logical(init, "embed"), (self.width,))
         self.stack = Stack(
             self.depth, self.width, self.heads, self.mlp or 4 * self.width, self.activation, self.dropout,
             self.drop_path, self.dtype, self.remat, self.scan, name="encoder",
         )  # fmt: skip
-        self.norm = Norm(self.dtype)
+        if self.pool != "none":
+            self.norm = Norm(self.dtype)
 
     @nn.compact
     def __call__(
         self, text: Int[Array, "B L"], *, keys: Key[Array, "B"] | None = None, layers: bool = False
     ) -> dict[str, Any]:
-        """Returns tokens [B L D] (before the final norm), pooled [B D], mask bool[B L] (True: a real token)."""
+        """Returns tokens [B L D] (before the final norm), pooled [B D] or None, mask bool[B L] (True: a real token)."""
         length = text.shape[1]
-        pos = self.param("pos", logical(nn.initializers.normal(0.01), "tokens", "embed"), (length, self.width))
+        pos = self.param(
+            "pos", logical(nn.initializers.normal(0.01), "tokens", "embed"), (length, self.width)
+        )
         mask_BL = text != self.pad_id
         table = constrain(self.embedding.astype(self.dtype), "vocab", None)
         x = table[text] + pos.astype(self.dtype)
-        x = jnp.where(mask_BL[..., None], x, jnp.zeros((), x.dtype))  # what the PAD row holds cannot leak
+        x = jnp.where(
+            mask_BL[..., None], x, jnp.zeros((), x.dtype)
+        )  # what the PAD row holds cannot leak
         if self.pool == "cls":
             cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], 1, self.width))
             x = jnp.concatenate([x, cls], axis=1)
         x = constrain(x, "batch", None, None)
         mask_BTS = attention_mask(mask_BL, causal=self.causal, cls=self.pool == "cls")
         x, collected = self.stack(x, mask=mask_BTS, keys=fold(keys, 1), collect=layers)
-        pooled = self.norm(self._pool(x, text, mask_BL))
+        pooled = None if self.pool == "none" else self.norm(self._pool(x, text, mask_BL))
         out = {"tokens": x[:, :length], "pooled": pooled, "mask": mask_BL}
         return out | ({"layers": collected} if layers else {})
 
-    def _pool(self, x: Array, text: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+    def _pool(
+        self, x: Array, text: Int[Array, "B L"], mask_BL: Bool[Array, "B L"]
+    ) -> Float[Array, "B D"]:
         if self.pool in ("cls", "last"):
             return x[:, -1]
         if self.pool == "eos":
@@ -91,5 +100,7 @@ def attention_mask(mask_BL: Bool[Array, "B L"], *, causal: bool, cls: bool) -> B
     """
     length = mask_BL.shape[1] + int(cls)
     keys_BT = jnp.pad(mask_BL, ((0, 0), (0, int(cls))))  # nobody else sees the CLS
-    seen_TT = jnp.tril(jnp.ones((length, length), bool)) if causal else jnp.ones((length, length), bool)
+    seen_TT = (
+        jnp.tril(jnp.ones((length, length), bool)) if causal else jnp.ones((length, length), bool)
+    )
     return (keys_BT[:, None, :] & seen_TT) | jnp.eye(length, dtype=bool)

@@ -64,12 +64,18 @@ class ViT(nn.Module):
         pos_ND = self._positions(num)
         if kept is None and keep < 1 and keys is not None:
             kept = masking.keep_ids(fold(keys, 0), num, keep)
-        if kept is not None:  # dropping before the linear map equals dropping after it, and costs less
+        if (
+            kept is not None
+        ):  # dropping before the linear map equals dropping after it, and costs less
             patches_BNP = jnp.take_along_axis(patches_BNP, kept[..., None], axis=1)
             pos_ND = pos_ND[kept]
         x = patches_BNP.astype(jnp.float32) / (255.0 if image.dtype == jnp.uint8 else 1.0)
-        mean, std = (jnp.tile(jnp.asarray(v, jnp.float32), self.patch**2) for v in (self.mean, self.std))
-        x = Linear((x.shape[-1],), (self.width,), ("pixels", "embed"), dtype=self.dtype, name="patch")((x - mean) / std)
+        mean, std = (
+            jnp.tile(jnp.asarray(v, jnp.float32), self.patch**2) for v in (self.mean, self.std)
+        )
+        x = Linear(
+            (x.shape[-1],), (self.width,), ("pixels", "embed"), dtype=self.dtype, name="patch"
+        )((x - mean) / std)
         x = x + pos_ND.astype(self.dtype)
         if self.pool == "cls":
             cls_D = self.param("cls", logical(nn.initializers.normal(0.02), "embed"), (self.width,))
@@ -82,7 +88,9 @@ class ViT(nn.Module):
         )  # fmt: skip
         x, collected = stack(x, keys=fold(keys, 1), collect=layers)
         x = Norm(self.dtype, name="norm")(x)
-        pooled = {"cls": lambda: x[:, 0], "mean": lambda: x.mean(axis=1), "none": lambda: None}[self.pool]()
+        pooled = {"cls": lambda: x[:, 0], "mean": lambda: x.mean(axis=1), "none": lambda: None}[
+            self.pool
+        ]()
         out = {"tokens": x, "pooled": pooled, "kept": kept}
         return out | ({"layers": collected} if layers else {})
 
@@ -92,13 +100,17 @@ class ViT(nn.Module):
             return jnp.asarray(posembed.sincos_2d(side, side, self.width))
         if self.pos != "learned":
             raise check.unknown("model.image.pos", self.pos, ("learned", "sincos"))
-        return self.param("pos", logical(nn.initializers.normal(0.02), "tokens", "embed"), (num, self.width))
+        return self.param(
+            "pos", logical(nn.initializers.normal(0.02), "tokens", "embed"), (num, self.width)
+        )
 
 
 def patchify(image: Num[Array, "B R R 3"], patch: int) -> Num[Array, "B N P"]:
     """Cuts square patches, row by row; a patch is flattened as (row, column, channel)."""
     size = image.shape[1]
     if size % patch:
-        raise check.error("config.data.image_px", size, f"a multiple of model.image.patch = {patch}", "change one")
+        raise check.error(
+            "config.data.image_px", size, f"a multiple of model.image.patch = {patch}", "change one"
+        )
     grid = image.reshape(image.shape[0], size // patch, patch, size // patch, patch, 3)
     return grid.swapaxes(2, 3).reshape(image.shape[0], (size // patch) ** 2, patch * patch * 3)

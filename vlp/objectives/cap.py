@@ -23,7 +23,9 @@ class Cap:
         loss = ctx.map(self.encode)
         count = loss["count"].sum()
         accuracy = Term(loss["correct"].sum(), count)
-        return Out({"caption": Term(loss["total"].sum(), count)}, metrics={"caption/accuracy": accuracy})
+        return Out(
+            {"caption": Term(loss["total"].sum(), count)}, metrics={"caption/accuracy": accuracy}
+        )
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)

@@ -30,7 +30,9 @@ class Coca:
         loss = contrastive.softmax(zi_BE, zt_BE, scale)
         count = captions["count"].sum()
         terms = {
-            "contrastive": Term((loss["i2t"] + loss["t2i"]).sum(), zi_BE.shape[0], self.contrastive_weight),
+            "contrastive": Term(
+                (loss["i2t"] + loss["t2i"]).sum(), zi_BE.shape[0], self.contrastive_weight
+            ),
             "caption": Term(captions["total"].sum(), count, self.caption_weight),
         }
         accuracy = {"caption/accuracy": Term(captions["correct"].sum(), count)}

@@ -10,13 +10,17 @@ from jaxtyping import Array, Float
 from vlp.core import check
 
 
-def sincos_2d(rows: int, cols: int, width: int, temperature: float = 10_000.0) -> Float[np.ndarray, "N D"]:
+def sincos_2d(
+    rows: int, cols: int, width: int, temperature: float = 10_000.0
+) -> Float[np.ndarray, "N D"]:
     """Fixed 2-D table: a quarter of the width each for sin x, cos x, sin y, cos y.
 
     Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), as used by MAE and FLIP.
     """
     if width % 4:
-        raise check.error("model.image.width", width, "a multiple of 4 for sincos positions", "change it")
+        raise check.error(
+            "model.image.width", width, "a multiple of 4 for sincos positions", "change it"
+        )
     omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4))
     y, x = np.mgrid[:rows, :cols]
     angles_x, angles_y = (np.outer(axis.reshape(-1), omega) for axis in (x, y))
@@ -33,9 +37,13 @@ def resize_grid(table_ND: Float[Array, "N D"], num_tokens: int) -> Float[Array, 
         got = f"{table_ND.shape[0]} → {num_tokens} positions"
         raise check.error("position table", got, "square grids", "use square images")
     grid = table_ND.reshape(old, old, -1)
-    return jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True).reshape(num_tokens, -1)
+    return jax.image.resize(grid, (new, new, grid.shape[-1]), "cubic", antialias=True).reshape(
+        num_tokens, -1
+    )
 
 
-def resize_sequence(table_LD: Float[Array, "L D"], fresh_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
+def resize_sequence(
+    table_LD: Float[Array, "L D"], fresh_MD: Float[Array, "M D"]
+) -> Float[Array, "M D"]:
     """Rows of a text table are absolute positions: the common ones are kept, further ones are taken fresh."""
     return jnp.concatenate([table_LD, fresh_MD[table_LD.shape[0] :]])[: fresh_MD.shape[0]]

@@ -66,15 +66,28 @@ def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
             if re.fullmatch(rule.match, name):
                 used.add(i)
                 return rule
-        raise check.error("config.optim.rules", f"no rule for {name!r}", "a rule for every parameter", "end with '.*'")
+        raise check.error(
+            "config.optim.rules",
+            f"no rule for {name!r}",
+            "a rule for every parameter",
+            "end with '.*'",
+        )
 
     out = tree.map_named(pick, params)
-    defaults = {rule.match for rule in DEFAULT_RULES}  # these may be idle: not every model has each kind of leaf
-    idle = [r.match for i, r in enumerate(rules) if i not in used and r.match not in defaults and r.match != ".*"]
+    defaults = {
+        rule.match for rule in DEFAULT_RULES
+    }  # these may be idle: not every model has each kind of leaf
+    idle = [
+        r.match
+        for i, r in enumerate(rules)
+        if i not in used and r.match not in defaults and r.match != ".*"
+    ]
     if idle:
         names = list(tree.named(params))
         near = check.unknown("config.optim.rules", idle[0], names)
-        raise check.UserError(f"{near} (the pattern matches no parameter that an earlier rule leaves)")
+        raise check.UserError(
+            f"{near} (the pattern matches no parameter that an earlier rule leaves)"
+        )
     return out
 
 

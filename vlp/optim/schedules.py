@@ -33,24 +33,34 @@ class Schedule:
             raise check.unknown("config.schedule.shape", self.shape, SHAPES)
         given = [n for n in ("warmup_samples", "warmup_steps", "warmup_frac") if getattr(self, n)]
         if len(given) > 1:
-            raise check.error("config.schedule", " and ".join(given), "one warm-up", "keep one of them")
+            raise check.error(
+                "config.schedule", " and ".join(given), "one warm-up", "keep one of them"
+            )
 
     def warmup(self, batch: int, num_steps: int) -> float:
         """Warm-up in steps (may be a fraction: the unit underneath is samples)."""
-        return self.warmup_samples / batch or float(self.warmup_steps) or self.warmup_frac * num_steps
+        return (
+            self.warmup_samples / batch or float(self.warmup_steps) or self.warmup_frac * num_steps
+        )
 
     def at(self, batch: int, num_steps: int) -> Callable[[jax.Array], jax.Array]:
         """Returns stage step (0-based) → learning rate of the update made in that step."""
         warmup = self.warmup(batch, num_steps)
         if warmup > num_steps:
             do = "shorten the warm-up or lengthen the stage"
-            raise check.error("config.schedule", f"a warm-up of {warmup:g} steps", f"at most {num_steps}", do)
+            raise check.error(
+                "config.schedule", f"a warm-up of {warmup:g} steps", f"at most {num_steps}", do
+            )
         rest = max(num_steps - warmup, 1e-9)
 
         def lr(step: jax.Array) -> jax.Array:
             step = jnp.asarray(step, jnp.float32) + 1.0  # the first update is not wasted on 0
             done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
-            fall = {"cosine": 0.5 * (1 + jnp.cos(math.pi * done)), "linear": 1 - done, "constant": jnp.ones(())}
+            fall = {
+                "cosine": 0.5 * (1 + jnp.cos(math.pi * done)),
+                "linear": 1 - done,
+                "constant": jnp.ones(()),
+            }
             decayed = self.end_frac + (1 - self.end_frac) * fall[self.shape]
             return self.lr * jnp.where(step < warmup, step / max(warmup, 1e-9), decayed)
 

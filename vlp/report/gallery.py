@@ -75,10 +75,7 @@ def _text(found: dict[str, Any]) -> str:
 def _thumb(found: dict[str, Any]) -> str:
     right = bool(found.get("right"))
     image = _image(found.get("image"), found.get("caption"))
-    return (
-        f"<li{' class=is-right' if right else ''}>{image}"
-        f"{_RIGHT if right else ''}{_score(found)}</li>"
-    )
+    return f"<li{' class=is-right' if right else ''}>{image}{_RIGHT if right else ''}{_score(found)}</li>"
 
 
 def _score(found: dict[str, Any]) -> str:

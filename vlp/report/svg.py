@@ -132,8 +132,7 @@ def _grid(chart: Chart, x_axis: axes.Axis, y_axis: axes.Axis) -> str:
         x = x_axis(value)
         out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
         out.append(
-            f'<text class="tick" x="{x:.1f}" y="{base + 17}" text-anchor="middle">'
-            f"{numbers.si(value)}</text>"
+            f'<text class="tick" x="{x:.1f}" y="{base + 17}" text-anchor="middle">{numbers.si(value)}</text>'
         )
     for mark in chart.marks:
         x = x_axis(mark)

@@ -86,7 +86,9 @@ def run(config: Mapping[str, Any], directory: str | pathlib.Path) -> int:
                 state = enter(session, parts, state, position if state is None else None)
                 state = train_stage(session, parts, state)
                 if int(state.step) < total and stop.asked(int(state.step)):
-                    log.info("stopped at step %d and saved; the same command continues", int(state.step))
+                    log.info(
+                        "stopped at step %d and saved; the same command continues", int(state.step)
+                    )
                     return PREEMPTED
             log.info("done: %s", workdir)
             return 0
@@ -108,7 +110,10 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     updater = optimisers.make(stage.optim, nn.unbox(boxed))
     teachers = {}
     for name, teacher in stage.teachers.items():
-        teachers[name] = (load(teacher.path).apply.model if teacher.path else stage.model, teacher.decay)
+        teachers[name] = (
+            load(teacher.path).apply.model if teacher.path else stage.model,
+            teacher.decay,
+        )
     step = functools.partial(
         train_step,
         model=stage.model,
@@ -123,31 +128,46 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     batch, state = abstract_batch(parts), abstract_state(parts, mesh)
     missing = stage.objective.reads - set(batch)
     if missing:
-        raise check.error("config.objective", f"no batch leaf {sorted(missing)}", sorted(batch), "change config.data")
+        raise check.error(
+            "config.objective",
+            f"no batch leaf {sorted(missing)}",
+            sorted(batch),
+            "change config.data",
+        )
     jax.eval_shape(step, state, batch)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
     return dataclasses.replace(parts, step=compiled)
 
 
-def enter(session: Session, parts: Parts, previous: State | None, position: dict[str, Any] | None) -> State:
+def enter(
+    session: Session, parts: Parts, previous: State | None, position: dict[str, Any] | None
+) -> State:
     """The state at the point where training goes on: restored, carried over from the stage before, or fresh."""
     stage, mesh = parts.stage, session.mesh
     restored = position is not None and position["step"] > 0
     if restored and position["stage_step"] > 0:
         return restore(session, parts, position["step"])
-    params = states.init_params(stage.model, stage.data.image_px, stage.data.text_len, session.settings.seed, mesh)
+    params = states.init_params(
+        stage.model, stage.data.image_px, stage.data.text_len, session.settings.seed, mesh
+    )
     where = f"stage {stage.name!r}"
     if previous is not None:
         params = init_from.carry(previous.params, params, where)
     if stage.init:
-        params = init_from.carry(load(stage.init).apply.params, params, f"{where}: init from {stage.init}")
+        params = init_from.carry(
+            load(stage.init).apply.params, params, f"{where}: init from {stage.init}"
+        )
     teachers = {}
     for name, teacher in stage.teachers.items():
         if teacher.path:
-            teachers[name] = jax.device_put(load(teacher.path).apply.params, meshes.replicated(mesh))
+            teachers[name] = jax.device_put(
+                load(teacher.path).apply.params, meshes.replicated(mesh)
+            )
         elif previous is not None and name in previous.teachers:
-            teachers[name] = init_from.carry(previous.teachers[name], params, f"{where}: teacher {name!r}")
+            teachers[name] = init_from.carry(
+                previous.teachers[name], params, f"{where}: teacher {name!r}"
+            )
         else:
             teachers[name] = jax.tree.map(jnp.copy, params)
     extra = init_extra(stage, session.settings.seed)
@@ -167,7 +187,9 @@ def train_stage(session: Session, parts: Parts, state: State) -> State:
     stage, settings = parts.stage, session.settings
     first = int(state.stage_step)
     batches = feed(parts, settings.seed, first, session.mesh)
-    bar = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None, leave=True)
+    bar = tqdm(
+        total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None, leave=True
+    )
     clock = Clock(stage.batch)
     pending: tuple[int, Any] | None = None  # metrics of the step before, read while this one runs
 
@@ -185,7 +207,11 @@ def train_stage(session: Session, parts: Parts, state: State) -> State:
         bar.update()
         step, last = stage.start_step + number + 1, number + 1 == stage.num_steps
         stopping = session.stop.asked(step)
-        due = [n for n, e in stage.evals.items() if last or (e.every_steps and step % e.every_steps == 0)]
+        due = [
+            n
+            for n, e in stage.evals.items()
+            if last or (e.every_steps and step % e.every_steps == 0)
+        ]
         saving = last or stopping or step % settings.save_every_steps == 0
         if due or saving:
             record()
@@ -208,11 +234,19 @@ def evaluate(session: Session, parts: Parts, state: State, label: str, step: int
     began = time.monotonic()
     params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
     model = stage.model if stage.eval_params == "student" else parts.teachers[stage.eval_params][0]
-    write = lambda name, value: files.write_json(session.workdir / "evals" / f"{name}.json", {"step": step} | value)  # noqa: E731
+    write = lambda name, value: files.write_json(
+        session.workdir / "evals" / f"{name}.json", {"step": step} | value
+    )
     io = IO(stage.data, parts.main.tokenizer, write)
     results = list(stage.evals[label](Apply(model, params), session.mesh, io))
     samples = stage.start_samples + (step - stage.start_step) * stage.batch
-    row: dict[str, Any] = {"kind": "eval", "step": step, "samples": samples, "stage": stage.name, "eval": label}
+    row: dict[str, Any] = {
+        "kind": "eval",
+        "step": step,
+        "samples": samples,
+        "stage": stage.name,
+        "eval": label,
+    }
     row |= {r.metric: r.value for r in results} | dict(results[0].provenance if results else {})
     session.metrics.write(row | {"time/eval_s": round(time.monotonic() - began, 3)})
     text = "  ".join(f"{r.metric} {r.value:.4g}" for r in results)
@@ -254,7 +288,12 @@ def restore(session: Session, parts: Parts, step: int) -> State:
         if old != data.fingerprint:
             where = f"config.{f'streams.{name}.' if name else ''}data"
             do = "bring back the run's data, or start a new --workdir"
-            raise check.error(where, f"fingerprint {data.fingerprint[:16]}", f"{old[:16]} as in the checkpoint", do)
+            raise check.error(
+                where,
+                f"fingerprint {data.fingerprint[:16]}",
+                f"{old[:16]} as in the checkpoint",
+                do,
+            )
     target = abstract_state(parts, session.mesh)
     rest = {k: getattr(target, k) for k in ("step", "stage_step", "opt", "teachers", "extra")}
     params, rest = session.checkpoints.restore(step, target.params, rest)
@@ -263,7 +302,12 @@ def restore(session: Session, parts: Parts, step: int) -> State:
 
 
 def open_session(
-    config: dict[str, Any], settings: Run, workdir: pathlib.Path, mesh: Mesh, stop: Stop, first: Parts
+    config: dict[str, Any],
+    settings: Run,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    stop: Stop,
+    first: Parts,
 ) -> tuple[Session, dict[str, Any]]:
     """Makes the workdir, or finds where its run stands. Returns the session and the position to go on from."""
     workdir.mkdir(parents=True, exist_ok=True)
@@ -280,11 +324,33 @@ def open_session(
         (workdir / "tokenizer.model").write_bytes(first.main.tokenizer.to_bytes())
     metrics = files.Metrics(workdir / "metrics.jsonl", position["step"])
     session = Session(
-        config, settings, workdir, mesh, checkpoints, metrics, stop, Watchdog(settings.hang_secs), versions
+        config,
+        settings,
+        workdir,
+        mesh,
+        checkpoints,
+        metrics,
+        stop,
+        Watchdog(settings.hang_secs),
+        versions,
     )
-    num = tree.size(states.abstract_params(first.stage.model, first.stage.data.image_px, first.stage.data.text_len))
-    log.info("%s: %s parameters on %s × %s", config["name"], f"{num:,}", versions["devices"], versions["device"])
-    log.info("data: %s records, %s", f"{first.main.num_records:,}", first.stage.data.path or first.stage.data.source)
+    num = tree.size(
+        states.abstract_params(
+            first.stage.model, first.stage.data.image_px, first.stage.data.text_len
+        )
+    )
+    log.info(
+        "%s: %s parameters on %s × %s",
+        config["name"],
+        f"{num:,}",
+        versions["devices"],
+        versions["device"],
+    )
+    log.info(
+        "data: %s records, %s",
+        f"{first.main.num_records:,}",
+        first.stage.data.path or first.stage.data.source,
+    )
     log.info("%s", optimisers.table(first.stage.optim.rules, abstract_state(first, mesh).params))
     return session, position
 
@@ -296,15 +362,23 @@ def feed(parts: Parts, seed: int, stage_step: int, mesh: Mesh) -> Iterator[dict[
     streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
     for name, data in parts.datasets.items():
         batch = stage.streams[name].batch if name else stage.batch
-        start = stage.start_step * batch if name else stage.start_samples  # a second stream counts its own samples
+        start = (
+            stage.start_step * batch if name else stage.start_samples
+        )  # a second stream counts its own samples
         start += stage_step * batch
-        streams[name] = data.train_iter(start=start, batch=batch, num_batches=stage.num_steps - stage_step, seed=seed, **hosts)
+        streams[name] = data.train_iter(
+            start=start, batch=batch, num_batches=stage.num_steps - stage_step, seed=seed, **hosts
+        )
     for rows in zip(*streams.values()):
-        named = {f"{n}.{k}" if n else k: v for n, leaves in zip(streams, rows) for k, v in leaves.items()}
+        named = {
+            f"{n}.{k}" if n else k: v for n, leaves in zip(streams, rows) for k, v in leaves.items()
+        }
         yield meshes.to_global(named, mesh)
 
 
-def write_step(session: Session, parts: Parts, number: int, metrics: Any, clock: Clock, bar: Any) -> None:
+def write_step(
+    session: Session, parts: Parts, number: int, metrics: Any, clock: Clock, bar: Any
+) -> None:
     """Records one step's metrics if it is due; stops the run if they are no numbers."""
     stage, settings = parts.stage, session.settings
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -314,10 +388,14 @@ def write_step(session: Session, parts: Parts, number: int, metrics: Any, clock:
     if not is_finite(values):
         session.metrics.write(row)
         session.metrics.flush()
-        ids = order.record_ids(seen - stage.batch, stage.batch, parts.main.num_records, settings.seed)
+        ids = order.record_ids(
+            seen - stage.batch, stage.batch, parts.main.num_records, settings.seed
+        )
         keys = parts.main.keys(ids[:64])
         path = session.workdir / f"nonfinite_step{step}.json"
-        files.write_json(path, {"step": step, "metrics": values, "records": ids.tolist(), "keys": keys})
+        files.write_json(
+            path, {"step": step, "metrics": values, "records": ids.tolist(), "keys": keys}
+        )
         got = f"loss {values['loss']} and gradient norm {values['grad_norm']}"
         raise FloatingPointError(
             f"step {step}: got {got}, expected finite numbers; see {path} for the batch "
@@ -327,7 +405,9 @@ def write_step(session: Session, parts: Parts, number: int, metrics: Any, clock:
         times = clock.read()
         session.metrics.write(row | times)
         rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
-        bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}")
+        bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}"
+        )
         if bar.disable:
             left = (stage.num_steps - number) * stage.batch / max(rate, 1e-9)
             log.info(
@@ -397,7 +477,9 @@ def abstract_state(parts: Parts, mesh: Mesh) -> State:
     extra = jax.eval_shape(lambda: init_extra(stage, 0))
     state = jax.eval_shape(lambda p, t, e: create(p, teachers=t, extra=e), params, teachers, extra)
     shardings = states.shardings(stage.model, px, length, parts.updater, state, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
 
 
 def abstract_batch(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
@@ -406,7 +488,9 @@ def abstract_batch(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
     for name, data in parts.datasets.items():
         size = parts.stage.streams[name].batch if name else parts.stage.batch
         for key, rows in data.batch_at(0, 1, 0).items():
-            out[f"{name}.{key}" if name else key] = jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype)
+            out[f"{name}.{key}" if name else key] = jax.ShapeDtypeStruct(
+                (size, *rows.shape[1:]), rows.dtype
+            )
     return out
 
 
@@ -417,7 +501,7 @@ def init_extra(stage: Stage, seed: int) -> PyTree:
 
 
 def same_shapes(a: PyTree, b: PyTree) -> bool:
-    shapes = lambda t: (jax.tree.structure(t), [x.shape for x in jax.tree.leaves(t)])  # noqa: E731
+    shapes = lambda t: (jax.tree.structure(t), [x.shape for x in jax.tree.leaves(t)])
     return shapes(a) == shapes(b)
 
 
@@ -430,15 +514,25 @@ def check_text(stage: Stage, data: Dataset) -> None:
     if tower.vocab < data.tokenizer.vocab_size:
         do = f"set config.model.text_tower.vocab to {data.tokenizer.vocab_size} or more"
         raise check.error(
-            "config.model.text_tower.vocab", tower.vocab, f"the tokenizer's {data.tokenizer.vocab_size} or more", do
+            "config.model.text_tower.vocab",
+            tower.vocab,
+            f"the tokenizer's {data.tokenizer.vocab_size} or more",
+            do,
         )
     if ours != theirs:
-        raise check.error("config.model.text_tower pad_id, eos_id", ours, f"the tokenizer's {theirs}", "change them")
+        raise check.error(
+            "config.model.text_tower pad_id, eos_id",
+            ours,
+            f"the tokenizer's {theirs}",
+            "change them",
+        )
 
 
 def check_platform(wanted: str) -> None:
     """Never train on another kind of device than the config asks for."""
     found = jax.default_backend()
     if wanted and wanted != found:
-        do = "check the installation (pip install 'vlp[tpu]' or 'vlp[cuda]'), or set config.platform"
+        do = (
+            "check the installation (pip install 'vlp[tpu]' or 'vlp[cuda]'), or set config.platform"
+        )
         raise check.error("config.platform", f"{found} devices", wanted, do)

@@ -9,8 +9,8 @@ from typing import Any
 import flax.linen as nn
 
 from vlp.core import tree
-from vlp.train.state import abstract_params
 from vlp.train.stages import parse
+from vlp.train.state import abstract_params
 
 
 def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -37,6 +37,8 @@ def parameters(model: Any, image_px: int, text_len: int) -> dict[str, int]:
     for name, leaf in leaves.items():
         group = next(g for g, pattern in model.groups.items() if re.fullmatch(pattern, name))
         counts[group] += tree.size(leaf)
+    if {"image", "decoder"} <= counts.keys():  # what CoCa's table 1 counts
+        counts["image + decoder"] = counts["image"] + counts["decoder"]
     return counts | {"total": tree.size(leaves)}
 
 
@@ -48,7 +50,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"stage {row['stage']}: {row['samples']:,} samples = {row['steps']:,} steps of {row['batch']:,}; "
             f"{row['image_px']} px, {row['text_len']} tokens"
         )
-    counts = {k.removeprefix("parameters/"): v for k, v in rows[-1].items() if k.startswith("parameters/")}
+    counts = {
+        k.removeprefix("parameters/"): v for k, v in rows[-1].items() if k.startswith("parameters/")
+    }
     width = max(map(len, counts))
     lines += [f"  {name:{width}s} {num:>15,d}  {num / 1e6:9.1f} M" for name, num in counts.items()]
     return "\n".join(lines)

@@ -93,7 +93,12 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     """Builds the run and its stages from a loaded config. Every mistake in the config is raised here."""
     config = plain(config)
     run_keys = {f.name for f in dataclasses.fields(Run)}
-    stage_keys = {f.name for f in dataclasses.fields(Stage)} - {"name", "index", "start_step", "start_samples"}
+    stage_keys = {f.name for f in dataclasses.fields(Stage)} - {
+        "name",
+        "index",
+        "start_step",
+        "start_samples",
+    }
     for key in config:
         if key not in run_keys | stage_keys | {"stages"}:
             raise check.unknown("config", key, run_keys | stage_keys | {"stages"})
@@ -109,15 +114,23 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
         if "steps" in patch or "samples" in patch:  # a stage's own length replaces the base's
             for key in {"steps", "samples"} - set(patch):
                 section.pop(key, None)
-        start = (stages[-1].start_step + stages[-1].num_steps, stages[-1].end_samples) if stages else (0, 0)
+        start = (
+            (stages[-1].start_step + stages[-1].num_steps, stages[-1].end_samples)
+            if stages
+            else (0, 0)
+        )
         stages.append(_build(section, where, i, *start))
         names = [s.name for s in stages]
         if len(set(names)) < len(names):
-            raise check.error(where, f"name {names[-1]!r} twice", "a name of its own for each stage", "rename it")
+            raise check.error(
+                where, f"name {names[-1]!r} twice", "a name of its own for each stage", "rename it"
+            )
     return run, tuple(stages)
 
 
-def _build(section: dict[str, Any], where: str, index: int, start_step: int, start_samples: int) -> Stage:
+def _build(
+    section: dict[str, Any], where: str, index: int, start_step: int, start_samples: int
+) -> Stage:
     section = dict(section)
     name = section.pop("name", f"stage{index}")
     for key, table in (("model", MODELS), ("objective", OBJECTIVES)):
@@ -125,7 +138,8 @@ def _build(section: dict[str, Any], where: str, index: int, start_step: int, sta
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
         section[key] = build_named(table, section[key], f"config.{key}")
     section["evals"] = {
-        k: build_named(EVALS, v, f"config.evals.{k}", default=k) for k, v in section.get("evals", {}).items()
+        k: build_named(EVALS, v, f"config.evals.{k}", default=k)
+        for k, v in section.get("evals", {}).items()
     }
     section.setdefault("optim", {})
     built = {"index": index, "start_step": start_step, "start_samples": start_samples, "name": name}
@@ -138,7 +152,9 @@ def _build(section: dict[str, Any], where: str, index: int, start_step: int, sta
     stage = build(Stage, section | built, "config")
     if bool(stage.steps) == bool(stage.samples) or stage.num_steps < 1:
         got = f"steps={stage.steps}, samples={stage.samples}"
-        raise check.error(where, got, "one of them above 0", "give the stage's length in samples or in steps")
+        raise check.error(
+            where, got, "one of them above 0", "give the stage's length in samples or in steps"
+        )
     if stage.eval_params not in ("student", *stage.teachers):
         raise check.unknown("config.eval_params", stage.eval_params, ("student", *stage.teachers))
     stage.schedule.at(stage.batch, stage.num_steps)

@@ -33,7 +33,9 @@ class State:
 
 def abstract_params(model: Any, image_px: int, text_len: int) -> PyTree:
     """Shapes of the parameters, still carrying the names of their axes. Costs no memory and no compilation."""
-    return jax.eval_shape(lambda key: model.init(key, *_inputs(image_px, text_len))["params"], jax.random.key(0))
+    return jax.eval_shape(
+        lambda key: model.init(key, *_inputs(image_px, text_len))["params"], jax.random.key(0)
+    )
 
 
 def init_params(model: Any, image_px: int, text_len: int, seed: int, mesh: Mesh) -> PyTree:
@@ -46,7 +48,9 @@ def init_params(model: Any, image_px: int, text_len: int, seed: int, mesh: Mesh)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def shardings(model: Any, image_px: int, text_len: int, updater: Updater, state: State, mesh: Mesh) -> State:
+def shardings(
+    model: Any, image_px: int, text_len: int, updater: Updater, state: State, mesh: Mesh
+) -> State:
     """The sharding of every leaf of an (abstract) state: optimiser leaves as their parameter if the shape is equal."""
     boxed = abstract_params(model, image_px, text_len)
     params = meshes.shardings(boxed, mesh)
@@ -61,7 +65,9 @@ def shardings(model: Any, image_px: int, text_len: int, updater: Updater, state:
     return State(step=rest, stage_step=rest, params=params, opt=opt, teachers=teachers, extra=extra)
 
 
-def create(params: PyTree, updater: Updater, teachers: dict[str, PyTree], extra: PyTree, step: int) -> State:
+def create(
+    params: PyTree, updater: Updater, teachers: dict[str, PyTree], extra: PyTree, step: int
+) -> State:
     """A stage's first state: fresh optimiser state, counts from `step`."""
     zero = jnp.zeros((), jnp.int32)
     return State(zero + step, zero, params, updater.init(params), teachers, extra)
@@ -73,10 +79,14 @@ def _inputs(image_px: int, text_len: int) -> tuple[jax.Array, jax.Array]:
 
 def _pairs(abstract: PyTree, shardings: PyTree) -> dict[tuple[Any, ...], tuple[Any, Any]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(abstract)
-    return {tuple(path): (x, s) for (path, x), s in zip(flat, jax.tree.leaves(shardings), strict=True)}
+    return {
+        tuple(path): (x, s) for (path, x), s in zip(flat, jax.tree.leaves(shardings), strict=True)
+    }
 
 
-def _like(by_path: dict[tuple[Any, ...], tuple[Any, Any]], path: tuple[Any, ...], leaf: Any, rest: Any) -> Any:
+def _like(
+    by_path: dict[tuple[Any, ...], tuple[Any, Any]], path: tuple[Any, ...], leaf: Any, rest: Any
+) -> Any:
     """The sharding of the parameter whose path ends this one, if their shapes are equal; else replicated."""
     for start in range(len(path)):
         shape, sharding = by_path.get(tuple(path[start:]), (None, None))

@@ -58,10 +58,18 @@ def train_step(
     trainable, opt, update_norm = updater.update(grads, state.opt, trainable, lr)
     params = tree.merge(trainable, frozen)
     averages = {
-        name: state.teachers[name] if decay is None else ema.update(state.teachers[name], params, decay, state.stage_step)
+        name: state.teachers[name]
+        if decay is None
+        else ema.update(state.teachers[name], params, decay, state.stage_step)
         for name, (_, decay) in teachers.items()
     }
-    metrics = {"loss": loss, **metrics, "lr": lr, "grad_norm": tree.norm(grads), "update_norm": update_norm}
+    metrics = {
+        "loss": loss,
+        **metrics,
+        "lr": lr,
+        "grad_norm": tree.norm(grads),
+        "update_norm": update_norm,
+    }
     metrics["param_norm"] = tree.norm(params)
     return State(state.step + 1, state.stage_step + 1, params, opt, averages, extra), metrics
 

@@ -29,7 +29,9 @@ class Stop:
                 self._previous[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -68,6 +70,10 @@ class Watchdog:
             still = time.monotonic() - self._last
             if still > self._secs:
                 got = f"no progress for {still:.0f} s in phase {self._phase!r}"
-                print(f"run: {got}, expected some within hang_secs; see the stacks", file=sys.stderr, flush=True)
+                print(
+                    f"run: {got}, expected some within hang_secs; see the stacks",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(HANG)

@@ -28,7 +28,9 @@ class Metrics:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        kept = [] if restored_step is None else [r for r in read(path) if r["step"] <= restored_step]
+        kept = (
+            [] if restored_step is None else [r for r in read(path) if r["step"] <= restored_step]
+        )
         partial = path.with_suffix(".partial")
         partial.write_text("".join(dump(row) + "\n" for row in kept))
         os.replace(partial, path)
@@ -91,13 +93,20 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     if not path.exists():
         if workdir.is_dir() and any(workdir.iterdir()):
             do = "choose an empty or new directory"
-            raise check.error(f"--workdir {workdir}", "a directory with other files", "a run or nothing", do)
+            raise check.error(
+                f"--workdir {workdir}", "a directory with other files", "a run or nothing", do
+            )
         return
     changes = difference(stages.fixed(json.loads(path.read_text())), stages.fixed(config))
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         do = "choose another --workdir, or the run's own config"
-        raise check.error(f"--workdir {workdir}", f"a run with another config ({changes[0]}{more})", "the same", do)
+        raise check.error(
+            f"--workdir {workdir}",
+            f"a run with another config ({changes[0]}{more})",
+            "the same",
+            do,
+        )
 
 
 def versions() -> dict[str, Any]:
@@ -120,7 +129,9 @@ def versions() -> dict[str, Any]:
 def _git() -> str:
     """Commit of the source tree, "+" if it has changes; empty outside a repository."""
     here = pathlib.Path(__file__).parent
-    run = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, timeout=20)  # noqa: E731
+    run = lambda *args: subprocess.run(
+        ["git", "-C", here, *args], capture_output=True, text=True, timeout=20
+    )
     try:
         commit = run("rev-parse", "HEAD")
         changed = run("status", "--porcelain", "--untracked-files=no").stdout.strip()

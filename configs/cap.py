@@ -1,0 +1,19 @@
+"""Captioning alone on CoCa's base towers: the LCap-only row of its table 8a (batch 4,096), no contrastive parts."""
+
+import coca
+import ml_collections
+from common import smoke
+
+from vlp.core.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    arg = parse_arg(arg, path="data/pairs", keep=1.0, smoke=False)
+    c = coca.get_config(f"size=base,path={arg.path}")
+    c.name = "cap_base"
+    c.batch = 4_096
+    c.model.contrastive = False
+    c.model.text_tower.pool = "none"  # no embedding, so no CLS
+    c.objective = dict(name="cap", keep=arg.keep)
+    del c.evals["retrieval"]
+    return smoke(c) if arg.smoke else c

