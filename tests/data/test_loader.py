@@ -151,7 +151,6 @@ def test_bad_images(tmp_path, small_tokenizer, make_records):
         ({"source": "recrods"}, "config.data.source: got 'recrods'.*did you mean 'records'"),
         ({"captions": "al"}, "did you mean 'all'"),
         ({"resize": "bicubik"}, "did you mean 'bicubic'"),
-        ({"langs": "en"}, "config.data.langs"),
         ({"min_area_frac": 0.0}, "config.data.min_area_frac"),
         ({"text_len": 2}, "config.data.text_len"),
         ({"source": "records", "path": ""}, "run `vlp data emoji"),

@@ -1,6 +1,8 @@
 """The order law: a bijection per epoch, equal from everywhere, O(window)."""
 
+import collections
 import time
+
 
 import numpy as np
 import pytest
@@ -86,3 +88,19 @@ def test_words_round_trip():
     words = order.split_words(values)
     assert words.dtype == np.uint32 and words[3].tolist() == [1, 0]
     np.testing.assert_array_equal(order.join_words(words), values)
+
+
+def test_groups_visit_each_group_once_an_epoch_and_its_members_in_turn():
+    names = ["a"] * 1 + ["b"] * 2 + ["c"] * 5 + ["d"] * 3
+    groups = order.Groups.of(names)
+    assert groups.num == 4
+    epochs = 30  # a multiple of every group's size
+    ids = groups.record_ids(0, 4 * epochs, seed=3)
+    by_epoch = [[names[i] for i in ids[4 * e : 4 * e + 4]] for e in range(epochs)]
+    assert all(sorted(e) == ["a", "b", "c", "d"] for e in by_epoch)
+    assert len({tuple(e) for e in by_epoch}) > 1
+    counts = collections.Counter(ids.tolist())
+    assert {i: counts[i] for i in range(11)} == {
+        i: epochs // names.count(names[i]) for i in range(11)
+    }
+    np.testing.assert_array_equal(groups.record_ids(17, 9, seed=3), ids[17:26])

@@ -34,6 +34,7 @@ class Data:
     tokenizer: str = ""  # path of a model; "" = the source's own
     num_records: int = 512  # source "shapes" only
     shuffle: bool = True
+    group_by: str = ""  # a field of the records: an epoch visits each of its values once
     image_px: int = 64
     text_len: int = 16  # tokens, with bos and eos
     captions: str = "first"  # first | uniform | all (then num_captions of them, cycled)
@@ -72,10 +73,6 @@ def _check(data: Data) -> None:
     for field, known in (("captions", text_ops.POLICIES), ("bad_images", BAD_IMAGES)):
         if getattr(data, field) not in known:
             raise check.unknown(f"config.data.{field}", getattr(data, field), known)
-    if isinstance(data.langs, str):
-        raise check.error(
-            "config.data.langs", repr(data.langs), "a tuple of codes", "write ('en',)"
-        )
     bounds = (
         ("min_area_frac", 0 < data.min_area_frac <= data.max_area_frac, "in (0, max_area_frac]"),
         ("max_area_frac", data.max_area_frac <= 1, "at most 1"),
@@ -112,12 +109,31 @@ class Dataset:
         self.data, self.source, self.tokenizer = data, source, tokenizer
         self.num_records: int = len(source)
         self.fingerprint: str = source.fingerprint
+        self._groups = self._group(data.group_by) if data.group_by else None
         self._cache: dict[int, dict] = {}
         self._cache_left = data.cache_mb * 10**6 if data.cache_decoded else 0
         self._lock = threading.Lock()
 
     def __reduce__(self):  # the cache stays behind; workers fill their own
         return Dataset, (self.data, self.source, self.tokenizer)
+
+    def _group(self, field: str) -> order.Groups:
+        """Reads that field of every record: meant for data that is read in seconds."""
+        if field not in self.source[0]:
+            known = sorted(k for k, v in self.source[0].items() if isinstance(v, str))
+            raise check.unknown("config.data.group_by", field, known)
+        return order.Groups.of([self.source[i][field] for i in range(self.num_records)])
+
+    @property
+    def epoch_len(self) -> int:
+        """Samples in an epoch: records, or groups of them."""
+        return self._groups.num if self._groups else self.num_records
+
+    def record_ids(self, start: int, count: int, seed: int) -> np.ndarray:
+        """Returns i64[count], the records at stream positions start … start + count - 1."""
+        if self._groups:
+            return self._groups.record_ids(start, count, seed, self.data.shuffle)
+        return order.record_ids(start, count, self.num_records, seed, self.data.shuffle)
 
     def record(self, record_id: int) -> dict:
         """Returns a record with its image decoded: u8[H, W, 3]. Do not write into it."""
@@ -144,7 +160,7 @@ class Dataset:
                     self._cache_left -= size
         return found
 
-    def keys(self, record_ids: Sequence[int]) -> list[str]:
+    def keys(self, record_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the keys of the records."""
         return [self.source[int(i)]["key"] for i in record_ids]
 
@@ -161,7 +177,7 @@ class Dataset:
         if rows.step != 1 or not 0 <= rows.start <= rows.stop <= batch:
             raise check.error("rows", rows, f"a block of 0 … {batch}", "use order.host_rows")
         first = start + rows.start
-        ids_b = order.record_ids(first, len(rows), self.num_records, seed, self.data.shuffle)
+        ids_b = self.record_ids(first, len(rows), seed)
         return self._collate(first, ids_b, functools.partial(_train_sample, seed))
 
     def train_iter(
@@ -218,7 +234,7 @@ class Dataset:
         image_bRRC = np.empty((b, data.image_px, data.image_px, 3), np.uint8)
         text_bKL = np.empty((b, *caption_axes, data.text_len), np.int32)
         ids_b = ids_b.copy()
-        for row, record_id in enumerate(ids_b):
+        for row, record_id in enumerate(ids_b.tolist()):
             record, ids_b[row] = self._good_record(record_id)
             image_bRRC[row], texts = prepare(record, data, first + row)
             ids_KL = [self.tokenizer.encode(t, data.text_len) for t in texts]

@@ -6,8 +6,10 @@ therefore resumes from one integer, and hosts, workers and threads cannot change
 here: reading records (loader.py).
 """
 
+import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -70,6 +72,38 @@ def record_ids(
     return ids.astype(np.int64)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Groups:
+    """Records that are forms of one thing: members i64[n] lists record ids group by group, group g
+    at first[g] … first[g + 1] - 1."""
+
+    members: np.ndarray
+    first: np.ndarray
+
+    @staticmethod
+    def of(names: Sequence[str]) -> "Groups":
+        """Groups records by name; `names[i]` is the group of record i."""
+        _, group_n = np.unique(np.asarray(names), return_inverse=True)
+        sizes = np.bincount(group_n)
+        return Groups(np.argsort(group_n, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
+
+    @property
+    def num(self) -> int:
+        return len(self.first) - 1
+
+    def record_ids(self, start: int, count: int, seed: int, shuffle: bool = True) -> np.ndarray:
+        """As `record_ids`, but an epoch visits every group once, and a group's members in turn.
+
+        After as many epochs as a group has members, each of them was read once. So a large group
+        does not crowd out the small ones, and forms of one thing do not meet in a batch.
+        """
+        group = record_ids(start, count, self.num, seed, shuffle)
+        epoch = np.arange(start, start + count, dtype=np.int64) // self.num
+        size = np.diff(self.first)[group]
+        turn = (_hash(seed, group) % size.astype(np.uint64)).astype(np.int64) + epoch
+        return self.members[self.first[group] + turn % size]
+
+
 def host_rows(batch: int, host: int, num_hosts: int) -> range:
     """Returns the rows of the global batch that this host reads: equal, contiguous blocks."""
     if num_hosts < 1 or batch % num_hosts:
@@ -77,7 +111,7 @@ def host_rows(batch: int, host: int, num_hosts: int) -> range:
             "batch",
             f"{batch} rows for {num_hosts} hosts",
             f"a multiple of {num_hosts}",
-            "change config.train.batch or the number of hosts",
+            "change config.batch or the number of hosts",
         )
     if not 0 <= host < num_hosts:
         raise check.error("host", host, f"0 … {num_hosts - 1}", "check the process index")

@@ -8,7 +8,8 @@ bytes are the whole definition.
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -73,7 +74,7 @@ class Tokenizer:
         ids_L[: len(ids)] = ids
         return ids_L, cut
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[Any] | np.ndarray) -> str:
         """Returns the text of one row of ids: stops at the first eos, skips pad and bos."""
         kept = []
         for i in np.asarray(ids).tolist():

@@ -23,7 +23,6 @@ from vlp.core import check, tree
 from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
-from vlp.data import order
 from vlp.data.loader import Dataset, open_dataset
 from vlp.evals.io import IO
 from vlp.infer.load import load
@@ -388,9 +387,7 @@ def write_step(
     if not is_finite(values):
         session.metrics.write(row)
         session.metrics.flush()
-        ids = order.record_ids(
-            seen - stage.batch, stage.batch, parts.main.num_records, settings.seed
-        )
+        ids = parts.main.record_ids(seen - stage.batch, stage.batch, settings.seed)
         keys = parts.main.keys(ids[:64])
         path = session.workdir / f"nonfinite_step{step}.json"
         files.write_json(
