@@ -6,8 +6,13 @@ import pathlib
 import jax
 import pytest
 
+# Eight devices on few cores: with as many threads as cores, two collectives of one program can wait for each other.
+os.environ.setdefault("PJRT_NPROC", "32")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tiny models spend their time in the compiler; tests, and the commands they start, ask it for less (3 × faster).
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 _cache = os.environ.get(
     "VLP_TEST_CACHE", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax-tests")
 )
@@ -22,3 +27,50 @@ os.environ.setdefault(
 def _no_mesh_left_behind():
     yield
     assert jax.sharding.get_abstract_mesh().empty
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """The function (model, image_px, text_len, seed=0) → parameters drawn by NumPy, none of them zero.
+
+    Costs no compilation, which `init` does; biases and norms are not at their special starting points.
+    """
+    import flax.linen as nn
+    import numpy as np
+
+    from vlp.core import tree
+    from vlp.train import state
+
+    def draw(model, image_px: int, text_len: int, seed: int = 0):
+        rng = np.random.default_rng(seed)
+
+        def one(name: str, leaf):
+            noise = rng.normal(size=leaf.shape).astype(np.float32)
+            if name.endswith("/scale"):
+                return 1 + 0.1 * noise
+            return 0.25 * noise if leaf.ndim else np.float32(2.0)
+
+        return tree.map_named(one, nn.unbox(state.abstract_params(model, image_px, text_len)))
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def coca_run(tmp_path_factory):
+    """The workdir of a finished two-stage run (`runs.COCA`). Read only: copy it to change it."""
+    import runs
+
+    directory = tmp_path_factory.mktemp("coca") / "run"
+    assert runs.train(runs.COCA, directory) == 0
+    return directory
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Knows the model and the objective "toy" (`runs.TOY`), which compile in no time."""
+    import runs
+    from vlp.models import MODELS
+    from vlp.objectives import OBJECTIVES
+
+    monkeypatch.setitem(MODELS, "toy", runs.Toy)
+    monkeypatch.setitem(OBJECTIVES, "toy", runs.ToyObjective)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlp.core import check, tree
+from vlp.core import mesh as meshes
 from vlp.ops import posembed
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ def carry(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
     Leaves that only `old` has are dropped; both kinds are logged. A leaf whose shape changed otherwise is a
     UserError. Values take the sharding of `fresh`; equal shapes are carried to the bit.
     """
+    check_fits(old, fresh, where)
     values = tree.named(old)
     names = tree.named(fresh)
     _log(where, "new, initialised", names.keys() - values.keys())
@@ -40,15 +43,26 @@ def carry(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
             return leaf
         value = values[name]
         if value.shape != leaf.shape:
-            rules = [rule for pattern, rule in RESIZE.items() if re.fullmatch(pattern, name)]
-            if not rules or value.shape[1:] != leaf.shape[1:]:
-                do = "make the models agree, or rename what is to start fresh"
-                raise check.error(f"{where}: {name}", f"shape {value.shape}", f"{leaf.shape}", do)
             log.info("%s: %s resized from %s to %s", where, name, value.shape, leaf.shape)
-            value = rules[0](np.asarray(value), np.asarray(leaf))
-        return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
+            old_new = (jnp.asarray(meshes.to_host(x)) for x in (value, leaf))
+            value = np.asarray(_rule(name)(*old_new))
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
     return tree.map_named(one, fresh)
+
+
+def check_fits(old: PyTree, fresh: PyTree, where: str) -> None:
+    """Raises the UserError that `carry` would, from shapes alone."""
+    values = tree.named(old)
+    for name, leaf in tree.named(fresh).items():
+        shape = values[name].shape if name in values else leaf.shape
+        if shape != leaf.shape and (_rule(name) is None or shape[1:] != leaf.shape[1:]):
+            do = "make the models agree, or rename what is to start fresh"
+            raise check.error(f"{where}: {name}", f"shape {shape}", f"{leaf.shape}", do)
+
+
+def _rule(name: str) -> Resize | None:
+    return next((rule for pattern, rule in RESIZE.items() if re.fullmatch(pattern, name)), None)
 
 
 def _log(where: str, what: str, names: set[str]) -> None:

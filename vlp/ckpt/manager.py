@@ -2,21 +2,26 @@
 
 A checkpoint holds two trees, `params` and `rest` (optimiser, counts, teachers, the objective's arrays), and `meta`:
 position (step, stage, samples seen), the config, tokenizer and versions. Data needs no state: it is a function of the
-samples seen.
+samples seen. A checkpoint whose files are not as they were written (digest.py) is passed over.
 """
 
 from __future__ import annotations
 
+import logging
 import pathlib
+import time
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vlp.ckpt import digest
 from vlp.core import check
 
+log = logging.getLogger(__name__)
 PyTree = Any
+ITEMS = ("params", "rest", "meta")
 
 
 class Checkpoints:
@@ -37,16 +42,52 @@ class Checkpoints:
             read_only=not create,
             step_prefix="step",
             step_format_fixed_length=9,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(
-            self._path, options=options, item_names=("params", "rest", "meta")
-        )
+        self._manager = ocp.CheckpointManager(self._path, options=options, item_names=ITEMS)
+        self._saving = -1
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
+    def newest(self) -> int | None:
+        """The newest step that is whole; logs those passed over. None: there is no step at all."""
+        problems = []
+        for step in reversed(self.steps()):
+            if not (problem := self.problem(step)):
+                for broken in problems:
+                    log.warning("%s; taking step %d instead", broken, step)
+                return step
+            problems.append(f"{self._folder(step)}: {problem}")
+        if problems:
+            do = "bring back a copy, or move the directory away to start again"
+            raise check.error(str(self._path), "; ".join(problems), "a whole checkpoint", do)
+        return None
+
+    def problem(self, step: int) -> str:
+        """What is wrong with a step's files, or ""; process 0 looks."""
+        found = ""
+        if jax.process_index() == 0:
+            found = digest.problem(self._folder(step), ITEMS)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.broadcast_one_to_all(np.int32(bool(found))):
+                return found or "broken files (process 0 says which)"
+        return found
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames later steps (the broken ones that `newest` passed over), so that they can be saved anew."""
+        later = [s for s in self.steps() if s > step]
+        if later and jax.process_index() == 0:
+            for folder in map(self._folder, later):
+                folder.rename(self._path / f"broken_{int(time.time())}_{folder.name}")
+        if later:
+            if jax.process_count() > 1:
+                from jax.experimental import multihost_utils
+
+                multihost_utils.sync_global_devices("set_aside_after")
+            self._manager.reload()
 
     def save(self, step: int, params: PyTree, rest: PyTree, meta: dict[str, Any]) -> None:
         """Starts a save and returns once the arrays are copied; raises here if the save before it failed."""
@@ -55,7 +96,16 @@ class Checkpoints:
             rest=ocp.args.StandardSave(rest),
             meta=ocp.args.JsonSave(meta),
         )
-        self._manager.save(step, args=args)
+        self.wait()
+        self._saving = step
+        saved = self._manager.save(step, args=args)
+        assert saved, f"step {step} is behind the checkpoints {self.steps()}"
+
+    def _seal(self) -> None:
+        """Called by Orbax once everything is written and before the checkpoint gets its name."""
+        if jax.process_index() == 0:
+            name = self._folder(self._saving).name
+            digest.write(next(self._path.glob(f"{name}*")))  # here or under a temporary name
 
     def meta(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
@@ -70,13 +120,21 @@ class Checkpoints:
         out = self._manager.restore(step, args=args)
         return out["params"], out["rest"]
 
-    def params(self, step: int) -> PyTree:
-        """The parameters alone, as numpy arrays: needs no mesh, no optimiser, no model."""
-        path = self._path / f"step_{step:09d}" / "params"
+    def params(self, step: int, teacher: str = "") -> PyTree:
+        """The parameters (or a teacher's) alone, as numpy arrays: needs no mesh, no optimiser, no model."""
+        path = self._folder(step) / ("rest" if teacher else "params")
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(path).item_metadata.tree
+            if teacher:
+                tree = {"teachers": {teacher: tree["teachers"][teacher]}}
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return reader.restore(path, restore_args=args)
+            out = reader.restore(
+                path, args=ocp.args.PyTreeRestore(tree, args, partial_restore=True)
+            )
+        return out["teachers"][teacher] if teacher else out
+
+    def _folder(self, step: int) -> pathlib.Path:
+        return self._path / f"step_{step:09d}"
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises if it failed."""
@@ -88,11 +146,16 @@ class Checkpoints:
 
 
 def select(checkpoints: Checkpoints, workdir: str | pathlib.Path, step: int | None) -> int:
-    """The wanted step, or the newest; raises UserError if there is none."""
+    """The wanted step, or the newest whole one; raises UserError if there is none."""
     steps = checkpoints.steps()
-    if not steps or (step is not None and step not in steps):
+    if not steps or step not in (None, *steps):
         got = "no checkpoint" if not steps else f"no step {step}"
-        raise check.error(
-            str(workdir), got, f"one of steps {steps}" if steps else "a saved step", "train first"
-        )
-    return steps[-1] if step is None else step
+        expected = f"one of steps {steps}" if steps else "a saved step"
+        raise check.error(str(workdir), got, expected, "train first")
+    if step is None:
+        step = checkpoints.newest()
+        assert step is not None
+    elif problem := checkpoints.problem(step):
+        do = f"take another of steps {steps}"
+        raise check.error(f"{workdir}, step {step}", problem, "a whole checkpoint", do)
+    return step

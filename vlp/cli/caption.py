@@ -18,16 +18,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from vlp.cli.main import compilation_cache
     from vlp.core import check
+    from vlp.data import image_ops
     from vlp.infer.caption import caption
     from vlp.infer.load import load
 
+    images = []
     for path in args.images:
         if not pathlib.Path(path).is_file():
             raise check.error("vlp caption", f"no file {path!r}", "image files", "check the path")
+        try:
+            images.append(image_ops.decode(pathlib.Path(path).read_bytes()))
+        except image_ops.BadImage as e:
+            got = f"{path!r}, no usable image ({e})"
+            raise check.error("vlp caption", got, "image files", "leave it out") from e
     compilation_cache()
     loaded = load(args.workdir, args.step)
-    for path, text in zip(
-        args.images, caption(loaded, [pathlib.Path(p).read_bytes() for p in args.images])
-    ):
+    for path, text in zip(args.images, caption(loaded, images)):
         print(f"{path}\t{text}")
     return 0

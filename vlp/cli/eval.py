@@ -24,28 +24,32 @@ def run(args: argparse.Namespace) -> int:
 
     from vlp.cli.main import compilation_cache
     from vlp.core import check, mesh
-    from vlp.evals.io import IO
+    from vlp.evals.io import IO, check_ready
     from vlp.infer.load import load
     from vlp.train import stages, workdir
 
     loaded = load(args.workdir, args.step)
     _, built = stages.parse(loaded.meta["config"])
     evals = built[loaded.meta["stage"]].evals
-    labels = [a for a in args.evals.split(",") if a] or list(evals)
+    for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):
+        if label not in evals:
+            raise check.unknown("--evals", label, evals)
+    if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
+        raise check.error("--json", repr(args.json), "a file in an existing directory", "make it")
+    split = {"split": args.split} if args.split else {}
+    chosen = {label: dataclasses.replace(evals[label], **split) for label in labels}
+    write = lambda name, value: workdir.write_json(
+        pathlib.Path(args.workdir) / "evals" / f"{name}.json", {"step": loaded.step} | value
+    )
+    io = IO(loaded.data, loaded.tokenizer, write)
+    device_mesh = mesh.make(mesh.MeshShape())
+    for label, evaluator in chosen.items():
+        check_ready(evaluator, loaded.apply.model, device_mesh, io, f"config.evals.{label}")
     compilation_cache()
     rows = []
-    device_mesh = mesh.make(mesh.MeshShape())
     with jax.set_mesh(device_mesh):
-        for label in labels:
-            if label not in evals:
-                raise check.unknown("--evals", label, evals)
-            evaluator = dataclasses.replace(
-                evals[label], **({"split": args.split} if args.split else {})
-            )
-            write = lambda name, value: workdir.write_json(
-                pathlib.Path(args.workdir) / "evals" / f"{name}.json", {"step": loaded.step} | value
-            )
-            for r in evaluator(loaded.apply, device_mesh, IO(loaded.data, loaded.tokenizer, write)):
+        for label, evaluator in chosen.items():
+            for r in evaluator(loaded.apply, device_mesh, io):
                 rows.append(
                     {
                         "eval": label,

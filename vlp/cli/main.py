@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in chosen or COMMANDS:  # one command does not import the others
         importlib.import_module(f"vlp.cli.{name}").add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
-    args.overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
-    wrong = [a for a in rest if not a.startswith("--config.")]
+    taken = [a for a in rest if a.startswith("--config.") and hasattr(args, "config")]
+    args.overrides = [a.removeprefix("--config.") for a in taken]
+    wrong = [a for a in rest if a not in taken]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     try:

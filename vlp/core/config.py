@@ -113,7 +113,7 @@ def overlay(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]
     return out
 
 
-def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+def build(cls: type[T], section: Any, where: str) -> T:
     """Builds the dataclass `cls` from a section; unknown keys, missing keys and wrong types are UserErrors."""
     if not isinstance(section, Mapping):
         raise check.error(where, repr(section), f"a section of {cls.__name__}", "write a dict")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class Term:
     """One term of a loss over the global batch: weight · total / count (count 0 counts as 1)."""
 
     total: jax.Array
-    count: jax.Array | float
+    count: jax.Array | float | int
     weight: float = struct.field(pytree_node=False, default=1.0)
 
     def mean(self) -> jax.Array:
@@ -54,6 +54,9 @@ class Apply:
     params: PyTree
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self.model, method):
+            got = f"a {type(self.model).__name__}, which has no {method!r}"
+            raise check.error("config.model", got, "a model that answers it", "change it or the objective")
         return self.model.apply({"params": self.params}, *args, method=method, **kwargs)
 
     def jit(self, f: Callable[..., Any], **static: Any) -> Callable[..., Any]:
@@ -172,6 +175,7 @@ class _Teachers(Mapping[str, Callable[..., Any]]):
         return len(self._frozen)
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A training method: a frozen dataclass of numbers. May define `init_extra(key)` → arrays (see `Out.extra`)."""
 
@@ -189,9 +193,13 @@ class Result:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """A frozen dataclass; owns its data spec and `every_steps` (0: at the end of a stage only)."""
 
+    needs: ClassVar[frozenset[str]]  # of the model, checked before training: "image.embed", "decode" …
+    split: str
+    batch: int
     every_steps: int
 
     def __call__(self, apply: Apply, device_mesh: Any, io: Any) -> Iterator[Result]: ...

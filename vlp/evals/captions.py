@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from vlp.ops import decoding
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """caption_loss: nats per real token; caption_loss_shuffled: the same texts with the images of other rows.
+    """caption_loss: nats per real token; caption_loss_shuffled: each text with the image of the record after its own.
 
     If the two are alike, the decoder ignores the image. exact_match: greedy captions that equal the reference;
     distinct: share of different captions among those generated. items: how many the report shows.
     """
 
+    needs: ClassVar = frozenset({"image.feats", "text.tokens", "decode"})
     split: str = "test"
     batch: int = 64
     every_steps: int = 0
@@ -39,10 +40,14 @@ class Captions:
         )
         sums = {"true": 0.0, "shuffled": 0.0, "count": 0.0}
         generated: list[str] = []
-        for rows, mask_B in ios.batches(dataset, self.batch, mesh):
-            num = int(mask_B.sum())
-            other_B = np.where(mask_B, (np.arange(len(mask_B)) + 1) % max(num, 1), 0)
-            out = losses(rows["image"], rows["text"], jnp.asarray(other_B))
+        for i, (rows, mask_B) in enumerate(ios.batches(dataset, self.batch, mesh)):
+            after = (
+                i + 1
+            ) * self.batch  # the record behind the batch; behind the last one, the first
+            after_1RRC = dataset.eval_batch(after if after < dataset.num_records else 0, 1)["image"]
+            other_B = np.arange(self.batch) + 1
+            other_B[mask_B.sum() - 1] = self.batch
+            out = losses(rows["image"], rows["text"], after_1RRC, other_B)
             for name in sums:
                 sums[name] += float(meshes.to_host(out[name])[mask_B].sum(dtype=np.float64))
             tokens = meshes.to_host(generate(rows["image"]))[mask_B]
@@ -65,23 +70,25 @@ def normal(dataset: Any, record: int) -> str:
 
 
 def _losses(
-    apply: Apply, image: jax.Array, text: jax.Array, other_B: jax.Array
+    apply: Apply, image: jax.Array, text: jax.Array, after_1RRC: jax.Array, other_B: jax.Array
 ) -> dict[str, jax.Array]:
+    """other_B: for each text, the row of [image; after] that it is shuffled with."""
     feats, tokens = apply("image", image)["feats"], apply("text", text)["tokens"]
 
     def nll(feats: jax.Array) -> dict[str, jax.Array]:
         decoded = apply("decode", tokens, feats)
         return caption.nll(decoded["hidden"], decoded["unembed"], text)
 
-    true, shuffled = nll(feats), nll(feats[other_B])
+    pool = jnp.concatenate([feats, apply("image", after_1RRC)["feats"]])
+    true, shuffled = nll(feats), nll(pool[other_B])
     return {"true": true["total"], "shuffled": shuffled["total"], "count": true["count"]}
 
 
 def _items(dataset: Any, generated: list[str], truth: list[str], num: int) -> dict[str, Any]:
-    shown = np.linspace(0, len(truth) - 1, min(num, len(truth))).astype(int)
+    shown = np.linspace(0, len(truth) - 1, min(num, len(truth))).astype(int).tolist()
     items = [
         {
-            "image": ios.data_uri(dataset.eval_batch(int(i), 1)["image"][0]),
+            "image": ios.data_uri(dataset.eval_batch(i, 1)["image"][0]),
             "caption": truth[i],
             "generated": generated[i],
             "key": dataset.keys([i])[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from vlp.evals import io as ios
 class Retrieval:
     """Every image against every text of `split`. gallery: how many queries the report shows."""
 
+    needs: ClassVar = frozenset({"image.embed", "text.embed"})
     split: str = "test"
     batch: int = 64
     every_steps: int = 0
@@ -55,24 +56,25 @@ def _embed(apply: Apply, image: jax.Array, text: jax.Array) -> tuple[jax.Array, 
 
 
 def rank_of_pair(scores_NN: Float[np.ndarray, "N N"]) -> Int[np.ndarray, "N"]:
-    """Rank (1 is best) of entry (k, k) in row k; a tie counts against it, so a constant model has rank N."""
-    return (scores_NN >= np.diagonal(scores_NN)[:, None]).sum(axis=1)
+    """Rank (1 is best) of entry (k, k) in row k; a tie counts against it, and so does NaN: a constant or broken
+    model has rank N."""
+    return (~(scores_NN < np.diagonal(scores_NN)[:, None])).sum(axis=1)
 
 
 def _gallery(
     dataset: Any, scores_NN: np.ndarray, ranks: dict[str, np.ndarray], num: int
 ) -> dict[str, Any]:
-    shown = np.linspace(0, len(scores_NN) - 1, min(num, len(scores_NN))).astype(int)
+    shown = np.linspace(0, len(scores_NN) - 1, min(num, len(scores_NN))).astype(int).tolist()
 
     def image(i: int) -> str:
-        return ios.data_uri(dataset.eval_batch(int(i), 1)["image"][0])
+        return ios.data_uri(dataset.eval_batch(i, 1)["image"][0])
 
     def caption(i: int) -> str:
-        return dataset.record(int(i))["captions"][0]["text"]
+        return dataset.record(i)["captions"][0]["text"]
 
     queries = []
     for i in shown:
-        texts, images = np.argsort(-scores_NN[i])[:5], np.argsort(-scores_NN[:, i])[:5]
+        texts, images = (np.argsort(-row)[:5].tolist() for row in (scores_NN[i], scores_NN[:, i]))
         queries.append({
             "image": image(i),
             "caption": caption(i),

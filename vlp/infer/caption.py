@@ -13,8 +13,8 @@ from vlp.infer.load import Loaded
 from vlp.ops import decoding
 
 
-def caption(loaded: Loaded, images: Sequence[bytes]) -> list[str]:
-    """Greedy captions of encoded images (JPEG, PNG, …), prepared as in training."""
+def caption(loaded: Loaded, images: Sequence[np.ndarray]) -> list[str]:
+    """Greedy captions of images, u8[H W 3] of any size, which are prepared as in training."""
     if not hasattr(loaded.apply.model, "decode"):
         raise check.error(
             "caption",
@@ -23,7 +23,7 @@ def caption(loaded: Loaded, images: Sequence[bytes]) -> list[str]:
             "train coca",
         )
     px, resize = loaded.data.image_px, loaded.data.resize
-    pixels = [image_ops.eval_image(image_ops.decode(data), px, resize=resize) for data in images]
+    pixels = [image_ops.eval_image(image, px, resize=resize) for image in images]
     tokens = loaded.apply.jit(decoding.captions, length=loaded.data.text_len)(
         jnp.asarray(np.stack(pixels))
     )

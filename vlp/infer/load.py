@@ -19,7 +19,8 @@ from vlp.models import MODELS
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """apply("image", x) and so on; data: how images and texts were prepared in training."""
+    """apply("image", x) and so on, with the parameters that the run evaluates (its `eval_params`); data: how images
+    and texts were prepared in training."""
 
     apply: Apply
     tokenizer: Tokenizer
@@ -46,7 +47,9 @@ def _load(workdir: str, step: int) -> Loaded:
     model = build_named(MODELS, section["model"], "config.model")
     tokenizer = Tokenizer.from_bytes(base64.b64decode(meta["tokenizer"]))
     data = build(Data, meta["preprocessing"], "preprocessing")
-    return Loaded(Apply(model, checkpoints.params(step)), tokenizer, data, step, meta)
+    which = section.get("eval_params", "student")
+    params = checkpoints.params(step, teacher="" if which == "student" else which)
+    return Loaded(Apply(model, params), tokenizer, data, step, meta)
 
 
 def stage_config(config: Mapping[str, Any], index: int) -> dict[str, Any]:

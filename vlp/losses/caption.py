@@ -26,11 +26,11 @@ def nll(
         "bmd,dv->bmv",
         hidden_BMD,
         unembed_DV.astype(hidden_BMD.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.promote_types(hidden_BLD.dtype, jnp.float32),
     )
     picked_BM = jnp.take_along_axis(logits_BMV, labels_BM[..., None], axis=-1)[..., 0]
     nll_BM = jax.nn.logsumexp(logits_BMV, axis=-1) - picked_BM
-    best_BM = picked_BM >= logits_BMV.max(axis=-1)
+    best_BM = logits_BMV.argmax(axis=-1) == labels_BM
     return {
         "total": jnp.where(real_BM, nll_BM, 0).sum(axis=1),
         "count": real_BM.sum(axis=1).astype(jnp.float32),

@@ -21,10 +21,11 @@ def softmax(
 
     zi, zt: unit vectors, row k of one belongs to row k of the other. targets_BB: instead of the identity, how much
     image i and text j belong together; rows are normalised for i2t, columns for t2i. Also `hit_i2t`, `hit_t2i`:
-    1 where no other row of the batch scores above the pair (in-batch retrieval@1).
+    1 where no other row of the batch scores above the pair, shared among equals (in-batch retrieval@1).
     Source: CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3), which halves the sum of both directions.
     """
-    zi_BE, zt_BE = zi_BE.astype(jnp.float32), zt_BE.astype(jnp.float32)
+    dtype = jnp.promote_types(zi_BE.dtype, jnp.float32)
+    zi_BE, zt_BE = zi_BE.astype(dtype), zt_BE.astype(dtype)
     logits_BB = scale * jnp.einsum("be,ce->bc", zi_BE, zt_BE, precision=jax.lax.Precision.HIGHEST)
     diagonal_B = jnp.diagonal(logits_BB)
 
@@ -37,11 +38,15 @@ def softmax(
         targets_BB = targets_BB / targets_BB.sum(axis=1, keepdims=True)
         return lse_B - (targets_BB * logits_BB).sum(axis=1)
 
+    def hit(logits_BB: Float[Array, "B B"]) -> Float[Array, "B"]:
+        best_BB = logits_BB >= logits_BB.max(axis=1, keepdims=True)
+        return (jnp.diagonal(best_BB) / best_BB.sum(axis=1)).astype(jnp.float32)
+
     return {
         "i2t": direction(logits_BB, targets_BB),
         "t2i": direction(logits_BB.T, None if targets_BB is None else targets_BB.T),
-        "hit_i2t": (diagonal_B >= logits_BB.max(axis=1)).astype(jnp.float32),
-        "hit_t2i": (diagonal_B >= logits_BB.max(axis=0)).astype(jnp.float32),
+        "hit_i2t": hit(logits_BB),
+        "hit_t2i": hit(logits_BB.T),
     }
 
 

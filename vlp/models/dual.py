@@ -34,10 +34,10 @@ class Dual(nn.Module):
     }
 
     def setup(self) -> None:
-        if self.image_tower.pool == "none":
-            raise check.error(
-                "config.model.image_tower.pool", "'none'", "a pooled image", "use 'cls' or 'mean'"
-            )
+        for what in ("image", "text"):
+            if getattr(self, f"{what}_tower").pool == "none":
+                where = f"config.model.{what}_tower.pool"
+                raise check.error(where, "'none'", f"a pooled {what}", "use 'cls' or 'mean'")
         self.joint_image = parts.Joint(self.embed)
         self.joint_text = parts.Joint(self.embed)
         self.temperature = parts.ScaleBias(self.scale, self.bias)

@@ -22,7 +22,9 @@ class Joint(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
-        y = Linear((x.shape[-1],), (self.embed,), ("embed", "joint"), bias=False, name="proj")(x)
+        dtype = jnp.promote_types(x.dtype, jnp.float32).name
+        names = ("embed", "joint")
+        y = Linear((x.shape[-1],), (self.embed,), names, bias=False, dtype=dtype, name="proj")(x)
         return y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + 1e-16)
 
 

@@ -58,9 +58,9 @@ class Linear(nn.Module):
             x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
         )
         if self.bias:
-            y += self.param(
-                "bias", logical(nn.initializers.zeros, *self.names[num_in:]), self.shape_out
-            ).astype(self.dtype)
+            init = logical(nn.initializers.zeros, *self.names[num_in:])
+            bias = self.param("bias", init, self.shape_out)
+            y += jnp.broadcast_to(bias.astype(self.dtype), y.shape)
         return y
 
 
@@ -74,9 +74,10 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         scale = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],))
         bias = self.param("bias", logical(nn.initializers.zeros, "embed"), (x.shape[-1],))
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.broadcast_to(p, y.shape) for p in (scale, bias))
         return (y * scale + bias).astype(self.dtype)
 
 

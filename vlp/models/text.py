@@ -67,7 +67,7 @@ class Text(nn.Module):
         )
         mask_BL = text != self.pad_id
         table = constrain(self.embedding.astype(self.dtype), "vocab", None)
-        x = table[text] + pos.astype(self.dtype)
+        x = table[text] + pos[None].astype(self.dtype)
         x = jnp.where(
             mask_BL[..., None], x, jnp.zeros((), x.dtype)
         )  # what the PAD row holds cannot leak
@@ -103,4 +103,4 @@ def attention_mask(mask_BL: Bool[Array, "B L"], *, causal: bool, cls: bool) -> B
     seen_TT = (
         jnp.tril(jnp.ones((length, length), bool)) if causal else jnp.ones((length, length), bool)
     )
-    return (keys_BT[:, None, :] & seen_TT) | jnp.eye(length, dtype=bool)
+    return (keys_BT[:, None, :] & seen_TT[None]) | jnp.eye(length, dtype=bool)[None]

@@ -61,22 +61,23 @@ class ViT(nn.Module):
             raise check.error("objective.keep", keep, "a fraction in (0, 1]", "change it")
         patches_BNP = patchify(image, self.patch)
         num = patches_BNP.shape[1]
-        pos_ND = self._positions(num)
+        pos_ND = constrain(self._positions(num), None, None)
         if kept is None and keep < 1 and keys is not None:
             kept = masking.keep_ids(fold(keys, 0), num, keep)
-        if (
-            kept is not None
-        ):  # dropping before the linear map equals dropping after it, and costs less
+        if kept is None:
+            pos_BND = pos_ND[None]
+        else:  # dropping before the linear map equals dropping after it, and costs less
             patches_BNP = jnp.take_along_axis(patches_BNP, kept[..., None], axis=1)
-            pos_ND = pos_ND[kept]
+            pos_BND = pos_ND[kept]
         x = patches_BNP.astype(jnp.float32) / (255.0 if image.dtype == jnp.uint8 else 1.0)
         mean, std = (
-            jnp.tile(jnp.asarray(v, jnp.float32), self.patch**2) for v in (self.mean, self.std)
+            jnp.tile(jnp.asarray(v, jnp.float32), (1, 1, self.patch**2))
+            for v in (self.mean, self.std)
         )
         x = Linear(
             (x.shape[-1],), (self.width,), ("pixels", "embed"), dtype=self.dtype, name="patch"
         )((x - mean) / std)
-        x = x + pos_ND.astype(self.dtype)
+        x = x + pos_BND.astype(self.dtype)
         if self.pool == "cls":
             cls_D = self.param("cls", logical(nn.initializers.normal(0.02), "embed"), (self.width,))
             cls = jnp.broadcast_to(cls_D.astype(x.dtype), (x.shape[0], 1, self.width))

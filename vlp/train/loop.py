@@ -7,7 +7,7 @@ import functools
 import logging
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +24,7 @@ from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
 from vlp.data.loader import Dataset, open_dataset
+from vlp.evals import io as ios
 from vlp.evals.io import IO
 from vlp.infer.load import load
 from vlp.optim import make as optimisers
@@ -55,12 +56,13 @@ class Session:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A stage made ready: its data, optimiser, teachers' models and compiled step."""
+    """A stage made ready: its data, optimiser, teachers' models, its state's shapes and shardings, compiled step."""
 
     stage: Stage
     datasets: Mapping[str, Dataset]  # "" is the main stream
     updater: optimisers.Updater
     teachers: Mapping[str, tuple[Any, float | None]]
+    abstract: State
     step: Any
 
     @property
@@ -78,7 +80,10 @@ def run(config: Mapping[str, Any], directory: str | pathlib.Path) -> int:
     mesh = meshes.make(settings.mesh)
     with jax.set_mesh(mesh), Stop() as stop:
         all_parts = [prepare(stage, settings, mesh) for stage in stages]
-        session, position = open_session(config, settings, workdir, mesh, stop, all_parts[0])
+        meta = last_meta(workdir)
+        position = meta["position"] if meta else {"step": 0, "stage": 0, "stage_step": 0}
+        check_start(all_parts, position, meta)
+        session = open_session(config, settings, workdir, mesh, stop, all_parts[0], position)
         state, total = None, stages[-1].start_step + stages[-1].num_steps
         try:
             for parts in all_parts[position["stage"] :]:
@@ -123,8 +128,11 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
         num_micro=stage.micro_batches,
         teachers=teachers,
     )
-    parts = Parts(stage, datasets, updater, teachers, step)
-    batch, state = abstract_batch(parts), abstract_state(parts, mesh)
+    state = abstract_state(stage, updater, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
+    parts = Parts(stage, datasets, updater, teachers, state, compiled)
+    batch = abstract_batch(parts)
     missing = stage.objective.reads - set(batch)
     if missing:
         raise check.error(
@@ -133,10 +141,38 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
             sorted(batch),
             "change config.data",
         )
-    jax.eval_shape(step, state, batch)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
-    return dataclasses.replace(parts, step=compiled)
+    compiled.eval_shape(state, batch)  # the trace is kept for the first step
+    for label, evaluator in stage.evals.items():
+        io = IO(stage.data, parts.main.tokenizer)
+        ios.check_ready(evaluator, stage.model, mesh, io, f"config.evals.{label}")
+    return parts
+
+
+def check_start(
+    all_parts: Sequence[Parts], position: Mapping[str, int], meta: Mapping[str, Any] | None
+) -> None:
+    """Raises UserError for data unlike the checkpoint's, and for parameters that a later stage could not take over."""
+    if meta:
+        found = description_of_data(all_parts[position["stage"]])
+        for key, value in found.items():
+            if meta.get(key, value) != value:
+                do = "bring back the run's data, or start a new --workdir"
+                raise check.error("config.data", f"other {key}", "the checkpoint's", do)
+    for previous, parts in zip((None, *all_parts), all_parts):
+        stage = parts.stage
+        if stage.index < position["stage"] or (stage.index == position["stage"] and meta):
+            continue  # already entered
+        where = f"stage {stage.name!r}"
+        if previous is not None:
+            init_from.check_fits(previous.abstract.params, parts.abstract.params, where)
+            if stage.carry_optimizer and not same_shapes(previous.abstract.opt, parts.abstract.opt):
+                do = "set carry_optimizer=False for this stage"
+                raise check.error(
+                    where, "an optimiser state of other shapes", "the stage before's", do
+                )
+        if stage.init:
+            params = load(stage.init).apply.params
+            init_from.check_fits(params, parts.abstract.params, f"{where}: init from {stage.init}")
 
 
 def enter(
@@ -144,15 +180,17 @@ def enter(
 ) -> State:
     """The state at the point where training goes on: restored, carried over from the stage before, or fresh."""
     stage, mesh = parts.stage, session.mesh
-    restored = position is not None and position["step"] > 0
-    if restored and position["stage_step"] > 0:
+    files.write_json(session.workdir / "preprocessing.json", plain(stage.data))
+    if position is not None and position["stage_step"] > 0:
         return restore(session, parts, position["step"])
-    params = states.init_params(
-        stage.model, stage.data.image_px, stage.data.text_len, session.settings.seed, mesh
-    )
     where = f"stage {stage.name!r}"
-    if previous is not None:
-        params = init_from.carry(previous.params, params, where)
+    if previous is not None and same_shapes(previous.params, parts.abstract.params):
+        params = previous.params
+    else:
+        px, length = stage.data.image_px, stage.data.text_len
+        params = states.init_params(stage.model, px, length, session.settings.seed, mesh)
+        if previous is not None:
+            params = init_from.carry(previous.params, params, where)
     if stage.init:
         params = init_from.carry(
             load(stage.init).apply.params, params, f"{where}: init from {stage.init}"
@@ -163,7 +201,7 @@ def enter(
             teachers[name] = jax.device_put(
                 load(teacher.path).apply.params, meshes.replicated(mesh)
             )
-        elif previous is not None and name in previous.teachers:
+        elif teacher.decay is not None and previous is not None and name in previous.teachers:
             teachers[name] = init_from.carry(
                 previous.teachers[name], params, f"{where}: teacher {name!r}"
             )
@@ -174,11 +212,8 @@ def enter(
         extra = previous.extra
     state = states.create(params, parts.updater, teachers, extra, stage.start_step)
     if stage.carry_optimizer and previous is not None:
-        if not same_shapes(previous.opt, state.opt):
-            do = "set carry_optimizer=False for this stage"
-            raise check.error(where, "an optimiser state of other shapes", "the stage before's", do)
         state = state.replace(opt=previous.opt)
-    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract_state(parts, mesh)))
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, parts.abstract))
 
 
 def train_stage(session: Session, parts: Parts, state: State) -> State:
@@ -232,12 +267,11 @@ def evaluate(session: Session, parts: Parts, state: State, label: str, step: int
     session.watchdog.beat(f"eval {label}")
     began = time.monotonic()
     params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
-    model = stage.model if stage.eval_params == "student" else parts.teachers[stage.eval_params][0]
     write = lambda name, value: files.write_json(
         session.workdir / "evals" / f"{name}.json", {"step": step} | value
     )
     io = IO(stage.data, parts.main.tokenizer, write)
-    results = list(stage.evals[label](Apply(model, params), session.mesh, io))
+    results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
     samples = stage.start_samples + (step - stage.start_step) * stage.batch
     row: dict[str, Any] = {
         "kind": "eval",
@@ -272,32 +306,36 @@ def description(session: Session, parts: Parts) -> dict[str, Any]:
         "config": session.config,
         "stage": parts.stage.index,
         "tokenizer": files.encode_bytes(tokenizer.to_bytes()),
-        "tokenizer_sha256": tokenizer.sha256,
         "preprocessing": plain(parts.stage.data),
-        "fingerprints": {name: data.fingerprint for name, data in parts.datasets.items()},
         "versions": session.versions,
+        **description_of_data(parts),
+    }
+
+
+def description_of_data(parts: Parts) -> dict[str, Any]:
+    """What must be the same when the run goes on."""
+    return {
+        "tokenizer_sha256": parts.main.tokenizer.sha256,
+        "fingerprints": {name: data.fingerprint for name, data in parts.datasets.items()},
     }
 
 
 def restore(session: Session, parts: Parts, step: int) -> State:
-    """The state of a checkpoint, in this run's shardings; refuses other data than it was trained on."""
-    meta = session.checkpoints.meta(step)
-    for name, data in parts.datasets.items():
-        old = meta["fingerprints"].get(name)
-        if old != data.fingerprint:
-            where = f"config.{f'streams.{name}.' if name else ''}data"
-            do = "bring back the run's data, or start a new --workdir"
-            raise check.error(
-                where,
-                f"fingerprint {data.fingerprint[:16]}",
-                f"{old[:16]} as in the checkpoint",
-                do,
-            )
-    target = abstract_state(parts, session.mesh)
+    """The state of a checkpoint, in this run's shardings."""
+    target = parts.abstract
     rest = {k: getattr(target, k) for k in ("step", "stage_step", "opt", "teachers", "extra")}
     params, rest = session.checkpoints.restore(step, target.params, rest)
-    log.info("restored step %d (%s samples seen)", step, f"{meta['position']['samples']:,}")
+    log.info("restored step %d", step)
     return State(params=params, **rest)
+
+
+def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What the newest whole checkpoint says of itself; None if there is no checkpoint."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    checkpoints = Checkpoints(workdir / "checkpoints", create=False)
+    step = checkpoints.newest()
+    return None if step is None else checkpoints.meta(step)
 
 
 def open_session(
@@ -307,18 +345,15 @@ def open_session(
     mesh: Mesh,
     stop: Stop,
     first: Parts,
-) -> tuple[Session, dict[str, Any]]:
-    """Makes the workdir, or finds where its run stands. Returns the session and the position to go on from."""
+    position: Mapping[str, int],
+) -> Session:
+    """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints)
-    step = checkpoints.latest()
-    position = {"step": 0, "stage": 0, "stage_step": 0, "samples": 0}
-    if step is not None:
-        position = checkpoints.meta(step)["position"]
+    checkpoints.set_aside_after(position["step"])
     versions = files.versions()
     files.write_json(workdir / "config.json", config)
     files.write_json(workdir / "versions.json", versions)
-    files.write_json(workdir / "preprocessing.json", plain(first.stage.data))
     if jax.process_index() == 0:
         (workdir / "tokenizer.model").write_bytes(first.main.tokenizer.to_bytes())
     metrics = files.Metrics(workdir / "metrics.jsonl", position["step"])
@@ -350,8 +385,8 @@ def open_session(
         f"{first.main.num_records:,}",
         first.stage.data.path or first.stage.data.source,
     )
-    log.info("%s", optimisers.table(first.stage.optim.rules, abstract_state(first, mesh).params))
-    return session, position
+    log.info("%s", optimisers.table(first.stage.optim.rules, first.abstract.params))
+    return session
 
 
 def feed(parts: Parts, seed: int, stage_step: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
@@ -361,10 +396,7 @@ def feed(parts: Parts, seed: int, stage_step: int, mesh: Mesh) -> Iterator[dict[
     streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
     for name, data in parts.datasets.items():
         batch = stage.streams[name].batch if name else stage.batch
-        start = (
-            stage.start_step * batch if name else stage.start_samples
-        )  # a second stream counts its own samples
-        start += stage_step * batch
+        start = (stage.streams[name] if name else stage).start_samples + stage_step * batch
         streams[name] = data.train_iter(
             start=start, batch=batch, num_batches=stage.num_steps - stage_step, seed=seed, **hosts
         )
@@ -380,6 +412,7 @@ def write_step(
 ) -> None:
     """Records one step's metrics if it is due; stops the run if they are no numbers."""
     stage, settings = parts.stage, session.settings
+    clock.count()
     values = {k: float(v) for k, v in jax.device_get(metrics).items()}
     step = stage.start_step + number
     seen = stage.start_samples + number * stage.batch
@@ -393,7 +426,7 @@ def write_step(
         files.write_json(
             path, {"step": step, "metrics": values, "records": ids.tolist(), "keys": keys}
         )
-        got = f"loss {values['loss']} and gradient norm {values['grad_norm']}"
+        got = ", ".join(f"{k} {values[k]}" for k in ("loss", "grad_norm", "param_norm"))
         raise FloatingPointError(
             f"step {step}: got {got}, expected finite numbers; see {path} for the batch "
             f"(keys {', '.join(keys[:4])}, …), lower the learning rate or look at the data"
@@ -414,7 +447,7 @@ def write_step(
 
 
 class Clock:
-    """Time since the last reading: in all, and waiting for data."""
+    """Steps since the last reading, time in all, and time waiting for data."""
 
     def __init__(self, batch: int) -> None:
         self._batch = batch
@@ -426,8 +459,11 @@ class Clock:
         before = time.monotonic()
         value = get()
         self._waited += time.monotonic() - before
-        self._steps += 1
         return value
+
+    def count(self) -> None:
+        """One more step was done."""
+        self._steps += 1
 
     def paused(self) -> Any:
         """Inside `with`, time does not count (evaluation, saving)."""
@@ -459,9 +495,8 @@ class _Paused:
         self._clock.shift(time.monotonic() - self._began)
 
 
-def abstract_state(parts: Parts, mesh: Mesh) -> State:
+def abstract_state(stage: Stage, updater: optimisers.Updater, mesh: Mesh) -> State:
     """Shapes and shardings of a stage's state."""
-    stage = parts.stage
     px, length = stage.data.image_px, stage.data.text_len
     params = nn.unbox(states.abstract_params(stage.model, px, length))
     teachers = {}
@@ -470,10 +505,10 @@ def abstract_state(parts: Parts, mesh: Mesh) -> State:
         if teacher.path:
             loaded = load(teacher.path)
             teachers[name] = jax.eval_shape(lambda tree: tree, loaded.apply.params)
-    create = functools.partial(states.create, updater=parts.updater, step=0)
+    create = functools.partial(states.create, updater=updater, step=0)
     extra = jax.eval_shape(lambda: init_extra(stage, 0))
     state = jax.eval_shape(lambda p, t, e: create(p, teachers=t, extra=e), params, teachers, extra)
-    shardings = states.shardings(stage.model, px, length, parts.updater, state, mesh)
+    shardings = states.shardings(stage.model, px, length, updater, state, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )

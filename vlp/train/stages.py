@@ -6,6 +6,7 @@ the whole run; a stage begins where the one before it ended, and its schedule co
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -36,10 +37,11 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A second stream of batches: its data and its own global batch size."""
+    """A second stream of batches: its data and its own global batch size. `start_samples` is filled in."""
 
     data: Data
     batch: int
+    start_samples: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +105,12 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
         if key not in run_keys | stage_keys | {"stages"}:
             raise check.unknown("config", key, run_keys | stage_keys | {"stages"})
     run = build(Run, {k: v for k, v in config.items() if k in run_keys}, "config")
+    for key in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
+        if getattr(run, key) < 1:
+            raise check.error(f"config.{key}", getattr(run, key), "1 or more", "change it")
     base = {k: v for k, v in config.items() if k in stage_keys}
     stages: list[Stage] = []
+    seen: collections.Counter[str] = collections.Counter()  # samples, by stream
     for i, patch in enumerate(config.get("stages") or [{}]):
         where = f"config.stages.{i}" if config.get("stages") else "config"
         for key in patch:
@@ -119,7 +125,14 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
             if stages
             else (0, 0)
         )
-        stages.append(_build(section, where, i, *start))
+        stage = _build(section, where, i, *start)
+        streams = {
+            name: dataclasses.replace(stream, start_samples=seen[name])
+            for name, stream in stage.streams.items()
+        }
+        for name, stream in streams.items():
+            seen[name] += stream.batch * stage.num_steps
+        stages.append(dataclasses.replace(stage, streams=streams))
         names = [s.name for s in stages]
         if len(set(names)) < len(names):
             raise check.error(
@@ -150,13 +163,20 @@ def _build(
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
         section[key] = build(cls, section[key], f"config.{key}")
     stage = build(Stage, section | built, "config")
+    if stage.batch < 1:
+        raise check.error("config.batch", stage.batch, "1 or more", "change it")
     if bool(stage.steps) == bool(stage.samples) or stage.num_steps < 1:
         got = f"steps={stage.steps}, samples={stage.samples}"
         raise check.error(
             where, got, "one of them above 0", "give the stage's length in samples or in steps"
         )
-    if stage.eval_params not in ("student", *stage.teachers):
-        raise check.unknown("config.eval_params", stage.eval_params, ("student", *stage.teachers))
+    for key, teacher in stage.teachers.items():
+        if teacher.path and teacher.decay is not None:
+            do = "drop one of them"
+            raise check.error(f"config.teachers.{key}", "decay and path", "one of them", do)
+    known = ("student", *(k for k, teacher in stage.teachers.items() if not teacher.path))
+    if stage.eval_params not in known:
+        raise check.unknown("config.eval_params", stage.eval_params, known)
     stage.schedule.at(stage.batch, stage.num_steps)
     return stage
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -21,16 +22,18 @@ class State:
     """step counts over the whole run, stage_step since the stage began (schedules read it).
 
     teachers: parameters by name, for those that the stage configures. extra: the objective's own arrays.
+    Leaves are arrays; in a tree of shapes or of shardings they are those.
     """
 
-    step: jax.Array
-    stage_step: jax.Array
+    step: PyTree
+    stage_step: PyTree
     params: PyTree
     opt: PyTree
     teachers: dict[str, PyTree]
     extra: PyTree
 
 
+@functools.lru_cache(maxsize=16)  # a trace of the whole model, asked for often
 def abstract_params(model: Any, image_px: int, text_len: int) -> PyTree:
     """Shapes of the parameters, still carrying the names of their axes. Costs no memory and no compilation."""
     return jax.eval_shape(

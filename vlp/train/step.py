@@ -75,5 +75,5 @@ def train_step(
 
 
 def is_finite(metrics: Mapping[str, float]) -> bool:
-    """Whether a step's loss and gradient are numbers."""
-    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    """Whether a step's loss, gradient and parameters are numbers."""
+    return all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "param_norm"))

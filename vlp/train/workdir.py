@@ -91,6 +91,9 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises UserError if the workdir holds a run of another config, or something that is no run."""
     path = workdir / "config.json"
     if not path.exists():
+        if workdir.exists() and not workdir.is_dir():
+            do = "choose another --workdir"
+            raise check.error(f"--workdir {workdir}", "a file", "a directory", do)
         if workdir.is_dir() and any(workdir.iterdir()):
             do = "choose an empty or new directory"
             raise check.error(

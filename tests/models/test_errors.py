@@ -1,0 +1,125 @@
+"""What a config can get wrong about a model is one line, before anything compiles."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax.core import FrozenDict
+
+from vlp.core.check import UserError
+from vlp.core.types import Apply
+from vlp.models.captioner import Captioner, Multimodal
+from vlp.models.dual import Dual
+from vlp.models.heads import HeadSpec
+from vlp.models.text import Text
+from vlp.models.vit import ViT
+from vlp.train import state
+
+IMAGE, TEXT = ViT(4, 16, 1, 2), Text(16, 16, 1, 2)
+CAPTIONER = Captioner(IMAGE, TEXT, Multimodal(1), embed=8, queries=2)
+DUAL = Dual(IMAGE.clone(pool="cls"), TEXT, embed=8, heads=FrozenDict({"predict": HeadSpec(8, 4)}))
+image = lambda **kwargs: CAPTIONER.clone(image_tower=IMAGE.clone(**kwargs))
+text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (
+            image(pool="max"),
+            "model.image.pool: got 'max', expected one of ['cls', 'mean', 'none']; did you mean",
+        ),
+        (
+            image(pos="learnt"),
+            "got 'learnt', expected one of ['learned', 'sincos']; did you mean 'learned'?",
+        ),
+        (
+            image(patch=5),
+            "image_px: got 8, expected a multiple of model.image.patch = 5; change one",
+        ),
+        (
+            image(activation="gelo"),
+            "activation: got 'gelo', expected one of ['gelu', 'gelu_exact', 'relu']; did you",
+        ),
+        (
+            image(remat="dot"),
+            "remat: got 'dot', expected one of ['dots', 'dots_no_batch', 'full', 'none']; did you",
+        ),
+        (
+            image(width=18, pos="sincos"),
+            "width: got 18, expected a multiple of 4 for sincos positions",
+        ),
+        (image(heads=3), "width: got 16, expected a multiple of heads = 3"),
+        (
+            text(pool="eot"),
+            "model.text.pool: got 'eot', expected one of ['cls', 'eos', 'last', 'mean', 'none']; did",
+        ),
+        (
+            text(pool="none"),
+            "text_tower.pool: got 'none', expected a pooled text for the contrastive embedding",
+        ),
+        (
+            text(causal=False),
+            "text_tower.causal: got False, expected a causal text tower under the decoder",
+        ),
+        (text(activation="relo"), "activation: got 'relo'"),
+        (DUAL.clone(image_tower=IMAGE), "image_tower.pool: got 'none', expected a pooled image"),
+        (
+            DUAL.clone(text_tower=TEXT.clone(pool="none")),
+            "text_tower.pool: got 'none', expected a pooled text",
+        ),
+    ],
+)
+def test_wrong_models(model, message):
+    with pytest.raises(UserError) as caught:
+        state.abstract_params(model, 8, 4)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "model, method, args, kwargs, message",
+    [
+        (
+            DUAL,
+            "head",
+            ("predct", (1, 8)),
+            {},
+            "head: got 'predct', expected one of ['predict']; did you mean",
+        ),
+        (CAPTIONER, "head", ("predict", (1, 8)), {}, "head: got 'predict', expected one of []"),
+        (
+            DUAL,
+            "head",
+            ("predict", (1, 7)),
+            {},
+            "width_in: got 8, expected 7; match the head to its input",
+        ),
+        (
+            DUAL,
+            "image",
+            ((1, 8, 8, 3),),
+            {"keep": 0.0},
+            "keep: got 0.0, expected a fraction in (0, 1]",
+        ),
+        (
+            DUAL,
+            "image",
+            ((1, 8, 8, 3),),
+            {"keep": 1.5},
+            "keep: got 1.5, expected a fraction in (0, 1]",
+        ),
+        (
+            DUAL,
+            "image",
+            ((1, 10, 10, 3),),
+            {},
+            "image_px: got 10, expected a multiple of model.image.patch = 4",
+        ),
+    ],
+)
+def test_wrong_calls(model, method, args, kwargs, message):
+    params = nn.unbox(state.abstract_params(model, 8, 4))
+    args = [jnp.zeros(a) if isinstance(a, tuple) else a for a in args]
+    with pytest.raises(UserError) as caught:
+        jax.eval_shape(lambda p: Apply(model, p)(method, *args, **kwargs), params)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,127 @@
+"""The image tower: patches, positions, and what dropping patches keeps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlp.core import tree
+from vlp.core.types import Apply
+from vlp.models.dual import Dual
+from vlp.models.text import Text
+from vlp.models.vit import ViT, patchify
+
+PX, NUM = 16, 16
+VIT = ViT(patch=4, width=16, depth=2, heads=2, mlp=32, pool="mean")
+KEYS = jax.random.split(jax.random.key(0), 3)
+
+
+@pytest.fixture(scope="module")
+def params(random_params):
+    return tower_params(random_params, VIT)
+
+
+def tower_params(random_params, tower):
+    text = Text(vocab=8, width=16, depth=1, heads=2)
+    return random_params(Dual(tower, text, embed=8), PX, 4)["image_tower"]
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(1).integers(0, 256, (3, PX, PX, 3)).astype(np.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("keep", "layers"))
+def run(tower, params, image, **kwargs):
+    return Apply(tower, params)("__call__", image, **kwargs)
+
+
+def test_patches_are_cut_row_by_row(image):
+    patches = np.asarray(patchify(jnp.asarray(image), 4))
+    for i in range(NUM):
+        y, x = divmod(i, 4)
+        block = image[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+        np.testing.assert_array_equal(patches[:, i], block.reshape(3, 48))
+
+
+def test_keeping_all_is_no_masking_to_the_bit(params, image):
+    whole, kept = run(VIT, params, image), run(VIT, params, image, keep=1.0, keys=KEYS)
+    assert kept["kept"] is None
+    for name in ("tokens", "pooled"):
+        np.testing.assert_array_equal(whole[name], kept[name])
+
+
+def test_kept_patches_carry_their_own_positions(params, image):
+    """Patches may be kept in any order: the tokens come out in that order, and are the same."""
+    whole = run(VIT, params, image)
+    rng = np.random.default_rng(0)
+    for order in (np.tile(np.arange(NUM), (3, 1)), rng.permuted([range(NUM)] * 3, axis=1)):
+        out = run(VIT, params, image, kept=jnp.asarray(order))
+        want = np.take_along_axis(np.asarray(whole["tokens"]), order[..., None], axis=1)
+        np.testing.assert_allclose(out["tokens"], want, atol=2e-5)
+        np.testing.assert_allclose(out["pooled"], whole["pooled"], atol=2e-5)
+
+
+def test_masked_is_the_subset_of_the_whole(params, image):
+    """With attention switched off, each token is a function of its patch and position alone."""
+    off = lambda name, x: np.zeros_like(x) if "self/out" in name else x
+    alone = tree.map_named(off, params)
+    out = run(VIT, alone, image, keep=0.5, keys=KEYS)
+    kept = np.asarray(out["kept"])
+    assert kept.shape == (3, 8) and len({tuple(row) for row in kept}) == 3
+    want = np.take_along_axis(np.asarray(run(VIT, alone, image)["tokens"]), kept[..., None], axis=1)
+    np.testing.assert_allclose(out["tokens"], want, atol=1e-5)
+
+
+def test_dropped_patches_are_not_seen(params, image):
+    out = run(VIT, params, image, keep=0.5, keys=KEYS)
+    kept = np.asarray(out["kept"])
+    assert out["tokens"].shape == (3, 8, 16)
+    grid = np.zeros((3, NUM), bool)
+    np.put_along_axis(grid, kept, True, axis=1)
+    seen = np.kron(grid.reshape(3, 4, 4), np.ones((4, 4), bool))[..., None]
+    blank = run(VIT, params, np.where(seen, image, 0).astype(np.uint8), keep=0.5, keys=KEYS)
+    np.testing.assert_array_equal(out["tokens"], blank["tokens"])
+    again = run(VIT, params, image, kept=out["kept"])
+    np.testing.assert_allclose(out["tokens"], again["tokens"], atol=1e-6)
+
+
+def test_pools(params, image, random_params):
+    out = run(VIT, params, image)
+    np.testing.assert_allclose(out["pooled"], out["tokens"].mean(axis=1), atol=1e-6)
+    cls = VIT.clone(pool="cls")
+    with_cls = tower_params(random_params, cls)
+    out = run(cls, with_cls, image, keep=0.5, keys=KEYS)
+    assert out["tokens"].shape == (3, 9, 16)  # the CLS is never dropped
+    np.testing.assert_array_equal(out["pooled"], out["tokens"][:, 0])
+    assert {"cls"} == set(with_cls) - set(params)
+    assert jax.eval_shape(lambda: run(VIT.clone(pool="none"), params, image))["pooled"] is None
+
+
+def test_pixels_are_bytes_or_fractions_and_normalised(params, image):
+    out = run(VIT, params, image)
+    exact = run(VIT, params, (image / np.float32(255)).astype(np.float32))
+    np.testing.assert_allclose(out["tokens"], exact["tokens"], atol=1e-5)
+    mean, std = np.float32([0.1, 0.2, 0.3]), np.float32([0.4, 0.5, 0.6])
+    tinted = VIT.clone(mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+    pixels = (image / np.float32(255) - 0.5) / 0.5 * std + mean
+    again = run(tinted, params, pixels.astype(np.float32))
+    np.testing.assert_allclose(out["tokens"], again["tokens"], atol=2e-5)
+
+
+def test_fixed_positions_are_no_parameter(params, random_params, image):
+    fixed = tower_params(random_params, VIT.clone(pos="sincos"))
+    assert set(params) - set(fixed) == {"pos"}
+    same = run(VIT.clone(pos="sincos"), fixed, np.full_like(image, 7))
+    assert np.abs(np.diff(same["tokens"], axis=1)).min() > 0  # positions still tell patches apart
+
+
+def test_layers_are_the_outputs_of_the_blocks(params, image):
+    out = run(VIT, params, image, layers=True)
+    assert out["layers"].shape == (2, 3, NUM, 16)
+    last = np.asarray(out["layers"][-1])
+    norm = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-6)
+    want = norm * params["norm"]["scale"] + params["norm"]["bias"]
+    np.testing.assert_allclose(out["tokens"], want, atol=2e-5)

@@ -1,0 +1,149 @@
+"""What the tests of objectives share: a stage of training without its loop, on any mesh."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlp.core import mesh as meshes
+from vlp.core.mesh import MeshShape
+from vlp.core.types import Apply, Ctx
+from vlp.optim import make as optimisers
+from vlp.optim.schedules import Schedule
+from vlp.train import state as states
+from vlp.train.step import train_step
+
+PX, LENGTH = 16, 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """A model, an objective and parameters: their loss, gradients and steps, on a mesh of the first devices."""
+
+    model: Any
+    objective: Any
+    params: Any
+    teachers: Any = dataclasses.field(default_factory=dict)  # name → (model, decay, params)
+    optim: optimisers.Optim = optimisers.Optim(weight_decay=0.0)
+    lr: float = 1e-3
+    px: int = PX
+
+    def on(self, shape: tuple[int, int, int], batch: Any) -> tuple[Any, Any]:
+        """The mesh, and the batch laid out on it."""
+        mesh = meshes.make(MeshShape(*shape), jax.devices()[: int(np.prod(shape))])
+        return mesh, meshes.to_global(batch, mesh)
+
+    def loss(self, params: Any, batch: Any, extra: Any, frozen: Any, num_micro: int) -> jax.Array:
+        ctx = Ctx(
+            Apply(self.model, params),
+            batch,
+            seed=jax.random.key(0),
+            extra=extra,
+            frozen={k: Apply(t[0], frozen[k]) for k, t in self.teachers.items()},
+            num_micro=num_micro,
+        )
+        terms = self.objective(ctx).terms.values()
+        return sum((term.weight * term.mean() for term in terms), jnp.float32(0))
+
+    def value(
+        self,
+        batch: Any,
+        shape: tuple[int, int, int] = (1, 1, 1),
+        num_micro: int = 1,
+        *,
+        grads: bool = False,
+    ) -> Any:
+        """The loss (and gradients) of one step with masks and dropout on."""
+        mesh, placed = self.on(shape, batch)
+        f = functools.partial(self.loss, num_micro=num_micro)
+        f = jax.value_and_grad(f) if grads else f
+        frozen = {name: t[2] for name, t in self.teachers.items()}
+        with jax.set_mesh(mesh):
+            boxed = states.abstract_params(self.model, self.px, LENGTH)
+            params = jax.device_put(self.params, meshes.shardings(boxed, mesh))
+            return jax.device_get(jax.jit(f)(params, placed, self.extra(), frozen))
+
+    def extra(self) -> Any:
+        init = getattr(self.objective, "init_extra", None)
+        return () if init is None else init(jax.random.key(7))
+
+    def steps(
+        self, batches: Any, shape: tuple[int, int, int] = (1, 1, 1), num_micro: int = 1
+    ) -> tuple[list[states.State], list[dict[str, np.ndarray]]]:
+        """States (the first is the start) and metrics of `train_step` on each batch, fetched to the host."""
+        updater = optimisers.make(self.optim, self.params)
+        teachers = {name: t[2] for name, t in self.teachers.items()}
+        create = functools.partial(
+            states.create, updater=updater, teachers=teachers, extra=self.extra(), step=0
+        )
+        mesh, _ = self.on(shape, {})
+        with jax.set_mesh(mesh):
+            abstract = jax.eval_shape(create, self.params)
+            layout = states.shardings(self.model, self.px, LENGTH, updater, abstract, mesh)
+            state = jax.device_put(create(self.params), layout)
+            step = functools.partial(
+                train_step,
+                model=self.model,
+                objective=self.objective,
+                updater=updater,
+                lr_at=Schedule(self.lr, "constant").at(8, 1),
+                seed=0,
+                num_micro=num_micro,
+                teachers={name: t[:2] for name, t in self.teachers.items()},
+            )
+            step = jax.jit(step, out_shardings=(layout, meshes.replicated(mesh)), donate_argnums=0)
+            out, metrics = [jax.device_get(state)], []
+            for batch in batches:
+                state, numbers = step(state, meshes.to_global(batch, mesh))
+                assert jax.tree.all(
+                    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layout)
+                )
+                out.append(jax.device_get(state))
+                metrics.append(jax.device_get(numbers))
+        return out, metrics
+
+
+@pytest.fixture(scope="session")
+def training():
+    """The class `Training`."""
+    return Training
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """The function (num=8, start=0, vocab=24, px=16) → a batch of random pairs at a place of the sample stream."""
+
+    def make(num: int = 8, start: int = 0, vocab: int = 24, px: int = PX) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(start)
+        ends = rng.integers(2, LENGTH, num)
+        text = rng.integers(3, vocab, (num, LENGTH))
+        text[:, 0] = 1
+        place = np.arange(LENGTH)[None]
+        text = np.where(place == ends[:, None], 2, np.where(place > ends[:, None], 0, text))
+        index = np.stack([np.zeros(num), start + np.arange(num)], axis=1)
+        return {
+            "image": rng.integers(0, 256, (num, px, px, 3)).astype(np.uint8),
+            "text": text.astype(np.int32),
+            "index": index.astype(np.uint32),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def error():
+    """Relative norm of the difference of two trees of arrays."""
+
+    def relative(ours: Any, reference: Any) -> float:
+        a, b = (
+            np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(t)])
+            for t in (ours, reference)
+        )
+        assert a.shape == b.shape
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    return relative

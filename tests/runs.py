@@ -1,0 +1,217 @@
+"""Runs of tiny models for the tests of training, checkpoints, evaluation and commands; also their config file.
+
+In-process runs use one of the eight devices unless told otherwise, and compile each stage once for all of them.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, ClassVar
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlp.cli import main as cli
+from vlp.core import mesh as meshes
+from vlp.core import tree
+from vlp.core.types import Out, Term
+from vlp.models import MODELS
+from vlp.objectives import OBJECTIVES
+from vlp.train import loop, workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOWER = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
+DATA = {
+    "source": "shapes", "num_records": 21, "image_px": 16, "text_len": 8, "captions": "uniform",
+    "read_threads": 1,
+}  # fmt: skip
+CLIP = {
+    "name": "tiny", "batch": 8, "steps": 4,
+    "model": {
+        "name": "dual", "embed": 8,
+        "image_tower": {"patch": 8, "pool": "mean", **TOWER},
+        "text_tower": {"vocab": 128, "pool": "eos", **TOWER},
+    },
+    "objective": {"name": "clip"},
+    "data": DATA,
+    "schedule": {"lr": 1e-2, "warmup_frac": 0.2},
+    "log_every_steps": 1, "save_every_steps": 2,
+}  # fmt: skip
+COCA = CLIP | {
+    "steps": 0,
+    "model": {
+        "name": "captioner", "embed": 8, "queries": 2, "multimodal": {"depth": 1},
+        "image_tower": {"patch": 8, "dropout": 0.1, **TOWER},
+        "text_tower": {"vocab": 128, "dropout": 0.1, **TOWER},
+    },
+    "objective": {"name": "coca", "keep": 0.5},
+    "teachers": {"ema": {"decay": 0.9}},
+    "eval_params": "ema",
+    "evals": {"retrieval": {"every_steps": 3, "batch": 8}},
+    "stages": [
+        {"name": "masked", "steps": 5},
+        {
+            "name": "unmasked", "steps": 4, "batch": 16, "objective": {"keep": 1.0},
+            "data": {"image_px": 24, "text_len": 10},
+            "evals": {"captions": {"batch": 8, "items": 2}},
+        },
+    ],
+}  # fmt: skip
+TOY = {
+    "name": "toy", "batch": 8, "steps": 4,
+    "model": {"name": "toy"},
+    "objective": {"name": "toy"},
+    "data": DATA,
+    "schedule": {"lr": 1e-2},
+    "log_every_steps": 1, "save_every_steps": 2,
+}  # fmt: skip
+
+
+class Toy(nn.Module):
+    """A dual encoder that compiles in no time: mean colour and bag of words."""
+
+    embed: int = 4
+
+    def setup(self):
+        self.colour, self.words = nn.Dense(self.embed), nn.Embed(128, self.embed)
+
+    def __call__(self, image, text):
+        self.image(image), self.text(text)
+
+    def image(self, image, *, keep=1.0, keys=None):
+        return {"embed": self.colour(image.astype(jnp.float32).mean(axis=(1, 2)) / 255)}
+
+    def text(self, text, *, keys=None):
+        return {"embed": self.words(text).mean(axis=1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyObjective:
+    """Squared distance of the pair's embeddings; not a number at stage step `nan_step`."""
+
+    reads: ClassVar = frozenset({"image", "text"})
+    nan_step: int = -1
+
+    def __call__(self, ctx):
+        zi_BE, zt_BE = ctx.map(self.encode)
+        total = jnp.square(zi_BE - zt_BE).sum()
+        total = jnp.where(ctx.step == self.nan_step, jnp.nan, total)
+        return Out({"distance": Term(total, zi_BE.shape[0])})
+
+    def encode(self, ctx) -> Any:
+        image = ctx.student("image", ctx.batch["image"])
+        return image["embed"], ctx.student("text", ctx.batch["text"])["embed"]
+
+
+def register_toy():
+    """Makes the toy known; in tests, fixture `toy` does."""
+    MODELS["toy"], OBJECTIVES["toy"] = Toy, ToyObjective
+
+
+class Killed(BaseException):
+    """Stands for the death of the process."""
+
+
+def get_config(arg):
+    return json.loads(pathlib.Path(arg).read_text())
+
+
+def changed(config, **changes):
+    """The config with values replaced, by dotted path: changed(CLIP, **{"model.embed": 4}, steps=2)."""
+    config = copy.deepcopy(config)
+    for path, value in changes.items():
+        node = config
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    return config
+
+
+def arguments(config, directory):
+    """The command line that trains `config` in `directory`."""
+    file = pathlib.Path(f"{directory}.config.json")
+    file.write_text(json.dumps(config))
+    return ["train", "--config", f"{__file__}:{file}", "--workdir", str(directory)]
+
+
+def vlp(*argv, devices=1):
+    """`vlp argv` in this process; returns the exit code. Stages that were compiled before are not compiled again."""
+    make = functools.partial(meshes.make, devices=jax.devices()[:devices])
+    with contextlib.ExitStack() as stack:
+        if meshes.make is _MAKE:
+            stack.enter_context(mock.patch.object(meshes, "make", make))
+        if loop.prepare is _PREPARE:
+            stack.enter_context(mock.patch.object(loop, "prepare", _prepare))
+        return cli.main([str(a) for a in argv])
+
+
+def train(config, directory, devices=1):
+    return vlp(*arguments(config, directory), devices=devices)
+
+
+def command(*argv, env=(), **kwargs):
+    """`vlp argv` as a process of its own, on one device; its output is captured."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu"} | dict(env)
+    argv = [sys.executable, "-m", "vlp", *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(argv, cwd=ROOT, env=env, **pipes, **kwargs)
+
+
+def rows(directory):
+    """metrics.jsonl, without what was measured by the clock."""
+    out = workdir.read(pathlib.Path(directory) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in out]
+
+
+def saved(directory, step=None):
+    """Every array of a checkpoint by name, and its step."""
+    import orbax.checkpoint as ocp
+
+    folders = sorted((pathlib.Path(directory) / "checkpoints").glob("step_?????????"))
+    folder = folders[-1] if step is None else folders[0].with_name(f"step_{step:09d}")
+    out = {"": np.int64(folder.name.removeprefix("step_"))}
+    with ocp.PyTreeCheckpointer() as reader:
+        for item in ("params", "rest"):
+            meta = reader.metadata(folder / item).item_metadata.tree
+            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), meta)
+            arrays = tree.named(reader.restore(folder / item, restore_args=args))
+            out |= {f"{item}/{k}": v for k, v in arrays.items()}
+    return out
+
+
+def assert_same_run(a, b):
+    """Equal records, and equal last states to the bit."""
+    for row_a, row_b in zip(rows(a), rows(b)):
+        assert row_a == row_b
+    assert len(rows(a)) == len(rows(b))
+    state_a, state_b = saved(a), saved(b)
+    assert state_a.keys() == state_b.keys()
+    for name, value in state_a.items():
+        np.testing.assert_array_equal(value, state_b[name], err_msg=name)
+
+
+def contents(directory):
+    """Every path below a directory with its bytes: what a refused command must leave alone."""
+    paths = sorted(pathlib.Path(directory).rglob("*"))
+    return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+_MAKE, _PREPARE = meshes.make, loop.prepare
+_PARTS = {}
+
+
+def _prepare(stage, settings, mesh):
+    key = repr(stage), settings.seed, mesh
+    if key not in _PARTS:
+        _PARTS[key] = _PREPARE(stage, settings, mesh)
+    return _PARTS[key]
