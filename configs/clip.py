@@ -26,9 +26,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     compute = dict(dtype="bfloat16", remat="dots_no_batch")
     c.model = dict(
         name="dual",
-        image_tower=dict(
-            patch=patch, width=width, depth=depth, heads=heads, pool="cls", **compute
-        ),
+        image_tower=dict(patch=patch, width=width, depth=depth, heads=heads, pool="cls", **compute),
         text_tower=dict(
             vocab=49_408, width=text_width, depth=12, heads=text_heads, pool="eos", **compute
         ),

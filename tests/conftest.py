@@ -65,10 +65,21 @@ def coca_run(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="session")
+def clip_run(tmp_path_factory):
+    """The workdir of a finished run of one stage (`runs.CLIP`). Read only: copy it to change it."""
+    import runs
+
+    directory = tmp_path_factory.mktemp("clip") / "run"
+    assert runs.train(runs.CLIP, directory) == 0
+    return directory
+
+
 @pytest.fixture
 def toy(monkeypatch):
     """Knows the model and the objective "toy" (`runs.TOY`), which compile in no time."""
     import runs
+
     from vlp.models import MODELS
     from vlp.objectives import OBJECTIVES
 

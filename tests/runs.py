@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -27,6 +28,7 @@ from vlp.core.types import Out, Term
 from vlp.models import MODELS
 from vlp.objectives import OBJECTIVES
 from vlp.train import loop, workdir
+from vlp.train import state as states
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOWER = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
@@ -148,10 +150,13 @@ def vlp(*argv, devices=1):
     """`vlp argv` in this process; returns the exit code. Stages that were compiled before are not compiled again."""
     make = functools.partial(meshes.make, devices=jax.devices()[:devices])
     with contextlib.ExitStack() as stack:
-        if meshes.make is _MAKE:
-            stack.enter_context(mock.patch.object(meshes, "make", make))
-        if loop.prepare is _PREPARE:
-            stack.enter_context(mock.patch.object(loop, "prepare", _prepare))
+        patches = [
+            (meshes, "make", make),
+            (loop, "prepare", _prepare),
+            (states, "init_params", _init),
+        ]
+        for owner, name, new in patches:
+            stack.enter_context(mock.patch.object(owner, name, new))
         return cli.main([str(a) for a in argv])
 
 
@@ -159,12 +164,12 @@ def train(config, directory, devices=1):
     return vlp(*arguments(config, directory), devices=devices)
 
 
-def command(*argv, env=(), **kwargs):
-    """`vlp argv` as a process of its own, on one device; its output is captured."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu"} | dict(env)
-    argv = [sys.executable, "-m", "vlp", *map(str, argv)]
+def command(*argv, program=(__file__,)):
+    """`vlp argv` as a process of its own, on one device, that knows the toy; its output is captured."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, *program, *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(argv, cwd=ROOT, env=env, **pipes, **kwargs)
+    return subprocess.Popen(argv, cwd=ROOT, env=env, **pipes)
 
 
 def rows(directory):
@@ -206,12 +211,25 @@ def contents(directory):
     return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
 
 
-_MAKE, _PREPARE = meshes.make, loop.prepare
-_PARTS = {}
+_PREPARE, _INIT = loop.prepare, states.init_params
+_MEMORY = {}
 
 
 def _prepare(stage, settings, mesh):
     key = repr(stage), settings.seed, mesh
-    if key not in _PARTS:
-        _PARTS[key] = _PREPARE(stage, settings, mesh)
-    return _PARTS[key]
+    if key not in _MEMORY:
+        _MEMORY[key] = _PREPARE(stage, settings, mesh)
+    return _MEMORY[key]
+
+
+def _init(model, image_px, text_len, seed, mesh):
+    key = repr(model), image_px, text_len, seed, mesh
+    if key not in _MEMORY:
+        _MEMORY[key] = _INIT(model, image_px, text_len, seed, mesh)
+    return jax.tree.map(jnp.copy, _MEMORY[key])  # the run gives its arrays away
+
+
+if __name__ == "__main__":
+    logging.root.handlers.clear()  # Grain's, which would keep the command from setting its own
+    register_toy()
+    sys.exit(cli.main())

@@ -3,7 +3,6 @@
 import collections
 import time
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -18,6 +18,8 @@ from vlp.train import state as states
 from vlp.train.step import train_step
 
 PX, LENGTH = 16, 8
+# Compiles twice as fast; drop it if an XLA no longer knows the option.
+QUICK = {"xla_cpu_use_fusion_emitters": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class Training:
     optim: optimisers.Optim = optimisers.Optim(weight_decay=0.0)
     lr: float = 1e-3
     px: int = PX
+    length: int = LENGTH
+    programs: Any = dataclasses.field(default_factory=dict, repr=False)
 
     def on(self, shape: tuple[int, int, int], batch: Any) -> tuple[Any, Any]:
         """The mesh, and the batch laid out on it."""
@@ -59,49 +63,67 @@ class Training:
     ) -> Any:
         """The loss (and gradients) of one step with masks and dropout on."""
         mesh, placed = self.on(shape, batch)
-        f = functools.partial(self.loss, num_micro=num_micro)
-        f = jax.value_and_grad(f) if grads else f
         frozen = {name: t[2] for name, t in self.teachers.items()}
         with jax.set_mesh(mesh):
-            boxed = states.abstract_params(self.model, self.px, LENGTH)
+            boxed = states.abstract_params(self.model, self.px, self.length)
             params = jax.device_put(self.params, meshes.shardings(boxed, mesh))
-            return jax.device_get(jax.jit(f)(params, placed, self.extra(), frozen))
+            run = self.compiled(num_micro, grads)
+            return jax.device_get(run(params, placed, self.extra(), frozen))
+
+    def compiled(self, num_micro: int, grads: bool) -> Any:
+        """`loss` under jit, the same function at each call (so that it compiles once for a mesh)."""
+        if (num_micro, grads) not in self.programs:
+            f = functools.partial(self.loss, num_micro=num_micro)
+            f = jax.value_and_grad(f) if grads else f
+            self.programs[num_micro, grads] = jax.jit(f, compiler_options=QUICK)
+        return self.programs[num_micro, grads]
+
+    def moved(self, grads: Any, lr: float) -> "Training":
+        """After a step of plain gradient descent."""
+        step = lambda p, g: np.asarray(p - lr * g, np.float32)
+        return dataclasses.replace(self, params=jax.tree.map(step, self.params, grads))
 
     def extra(self) -> Any:
         init = getattr(self.objective, "init_extra", None)
         return () if init is None else init(jax.random.key(7))
 
-    def steps(
-        self, batches: Any, shape: tuple[int, int, int] = (1, 1, 1), num_micro: int = 1
-    ) -> tuple[list[states.State], list[dict[str, np.ndarray]]]:
-        """States (the first is the start) and metrics of `train_step` on each batch, fetched to the host."""
+    def start(self, shape: tuple[int, int, int] = (1, 1, 1), num_micro: int = 1) -> Any:
+        """The mesh, the first state in its layout, and the compiled step (state, batch) → state, metrics."""
         updater = optimisers.make(self.optim, self.params)
-        teachers = {name: t[2] for name, t in self.teachers.items()}
         create = functools.partial(
-            states.create, updater=updater, teachers=teachers, extra=self.extra(), step=0
+            states.create,
+            updater=updater,
+            teachers={name: t[2] for name, t in self.teachers.items()},
+            extra=self.extra(),
+            step=0,
         )
         mesh, _ = self.on(shape, {})
         with jax.set_mesh(mesh):
             abstract = jax.eval_shape(create, self.params)
-            layout = states.shardings(self.model, self.px, LENGTH, updater, abstract, mesh)
+            layout = states.shardings(self.model, self.px, self.length, updater, abstract, mesh)
             state = jax.device_put(create(self.params), layout)
-            step = functools.partial(
-                train_step,
-                model=self.model,
-                objective=self.objective,
-                updater=updater,
-                lr_at=Schedule(self.lr, "constant").at(8, 1),
-                seed=0,
-                num_micro=num_micro,
-                teachers={name: t[:2] for name, t in self.teachers.items()},
-            )
-            step = jax.jit(step, out_shardings=(layout, meshes.replicated(mesh)), donate_argnums=0)
-            out, metrics = [jax.device_get(state)], []
+        step = functools.partial(
+            train_step,
+            model=self.model,
+            objective=self.objective,
+            updater=updater,
+            lr_at=Schedule(self.lr, "constant").at(8, 1),
+            seed=0,
+            num_micro=num_micro,
+            teachers={name: t[:2] for name, t in self.teachers.items()},
+        )
+        out = (layout, meshes.replicated(mesh))
+        return mesh, state, jax.jit(step, out_shardings=out, compiler_options=QUICK)
+
+    def steps(
+        self, batches: Any, shape: tuple[int, int, int] = (1, 1, 1), num_micro: int = 1
+    ) -> tuple[list[states.State], list[dict[str, np.ndarray]]]:
+        """States (the first is the start) and metrics of `train_step` on each batch, on the host."""
+        mesh, state, step = self.start(shape, num_micro)
+        out, metrics = [jax.device_get(state)], []
+        with jax.set_mesh(mesh):
             for batch in batches:
                 state, numbers = step(state, meshes.to_global(batch, mesh))
-                assert jax.tree.all(
-                    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layout)
-                )
                 out.append(jax.device_get(state))
                 metrics.append(jax.device_get(numbers))
         return out, metrics

@@ -1,7 +1,5 @@
 """A run that dies anywhere and is started again ends as if nothing had happened, to the bit."""
 
-import json
-import shutil
 from unittest import mock
 
 import numpy as np
@@ -9,60 +7,63 @@ import pytest
 import runs
 
 from vlp.core import mesh as meshes
+from vlp.data import order
 from vlp.train import loop
 
 
-def die_at(number, function):
-    """`function`, but its call `number` (from 1) kills the run instead."""
-    calls = iter(range(1, 1000))
+def before(number):
+    """Dies instead of the function's call `number` (from 1)."""
 
-    def call(*args, **kwargs):
+    def wrap(function, calls):
         if next(calls) == number:
             raise runs.Killed
-        return function(*args, **kwargs)
+        return function()
 
-    return call
+    return wrap
 
 
-def die_after(number, function):
-    """`function`, but the run is killed right after its call `number`."""
-    calls = iter(range(1, 1000))
+def after(number):
+    """Dies right after the function's call `number`."""
 
-    def call(*args, **kwargs):
-        out = function(*args, **kwargs)
+    def wrap(function, calls):
+        out = function()
         if next(calls) == number:
             raise runs.Killed
         return out
 
-    return call
+    return wrap
 
 
-def kill(config, directory, owner, name, how):
-    with mock.patch.object(owner, name, how(getattr(owner, name))), pytest.raises(runs.Killed):
-        runs.train(config, directory)
+def kill(config, directory, owner, name, when, devices=1):
+    function, calls = getattr(owner, name), iter(range(1, 1000))
+    patch = lambda *args, **kwargs: when(lambda: function(*args, **kwargs), calls)
+    with mock.patch.object(owner, name, patch), pytest.raises(runs.Killed):
+        runs.train(config, directory, devices)
 
 
-# Where the run dies, in order; with `runs.COCA` a save is due at steps 2, 4, 5, 6, 8, 9 and an evaluation at 3, 5, 6, 9.
+# Each start goes on from where the death before left it. A save is due at steps 2, 4, 5, 6, 8 and 9, an evaluation at
+# 3, 5, 6 and 9; stage 2 begins after step 5. Last: the kind and step of the last row that is on record then.
 DEATHS = [
-    ("before anything is saved", loop, "save", lambda f: die_at(1, f)),
-    ("right after the first save", loop, "save", lambda f: die_after(1, f)),
-    ("in an evaluation", meshes, "to_host", lambda f: die_at(2, f)),
-    ("before step 5", meshes, "to_global", lambda f: die_at(3 + 2, f)),
-    ("before the save at the boundary", loop, "save", lambda f: die_at(2, f)),
-    ("after the save at the boundary", loop, "save", lambda f: die_after(1, f)),
-    ("entering stage 2", loop, "enter", lambda f: die_at(2, f)),
-    ("having entered stage 2", loop, "enter", lambda f: die_after(2, f)),
-    ("after the first step of stage 2", loop, "evaluate", lambda f: die_at(1, f)),
-    ("before the last save", loop, "save", lambda f: die_at(3, f)),
+    ("before anything is saved", loop, "save", before(1), ("train", 2)),
+    ("right after the first save", loop, "save", after(1), ("train", 2)),
+    ("in the evaluation after step 3", meshes, "to_host", before(2), ("train", 3)),
+    ("while step 4 is saved", loop, "save", after(1), ("train", 4)),
+    ("before the save at the boundary", loop, "save", before(2), ("eval", 5)),
+    ("after the save at the boundary", loop, "save", after(1), ("eval", 5)),
+    ("before entering stage 2", loop, "enter", before(2), ("eval", 5)),
+    ("after entering stage 2", loop, "enter", after(2), ("eval", 5)),
+    ("after the first step of stage 2", loop, "evaluate", before(1), ("train", 6)),
+    ("before the last save", loop, "save", before(3), ("eval", 9)),
 ]
 
 
 def test_deaths(coca_run, tmp_path):
-    for i, (what, owner, name, how) in enumerate(DEATHS):
-        kill(runs.COCA, tmp_path / "run", owner, name, how)
+    for what, owner, name, when, last in DEATHS:
+        kill(runs.COCA, tmp_path / "run", owner, name, when)
         reached = runs.rows(tmp_path / "run")
+        assert (reached[-1]["kind"], reached[-1]["step"]) == last, what
         assert reached == runs.rows(coca_run)[: len(reached)], what
-        if i == 3:
+        if what == "while step 4 is saved":
             lose_last_save(tmp_path / "run")
     assert runs.train(runs.COCA, tmp_path / "run") == 0
     runs.assert_same_run(tmp_path / "run", coca_run)
@@ -75,3 +76,46 @@ def lose_last_save(directory):
     newest.rename(newest.with_name(newest.name + ".orbax-checkpoint-tmp"))
     with (directory / "metrics.jsonl").open("a") as f:
         f.write('{"kind": "train", "ste')
+
+
+def test_done_is_done(coca_run):
+    files = runs.contents(coca_run / "checkpoints")
+    with mock.patch.object(
+        meshes, "to_global", side_effect=AssertionError("nothing is left to do")
+    ):
+        assert runs.train(runs.COCA, coca_run) == 0
+    assert runs.contents(coca_run / "checkpoints") == files
+
+
+def test_free_keys(clip_run, tmp_path):
+    """What the config calls free may change at a restart: the numbers stay."""
+    kill(runs.CLIP, tmp_path / "run", loop, "save", after(1))
+    free = {
+        "data.workers": 1, "data.read_threads": 0, "data.prefetch": 2, "data.cache_decoded": True,
+        "log_every_steps": 2, "save_every_steps": 1, "keep_checkpoints": 1, "platform": "cpu",
+        "hang_secs": 600.0, "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+    }  # fmt: skip
+    assert runs.train(runs.changed(runs.CLIP, **free), tmp_path / "run") == 0
+    whole = runs.rows(clip_run)
+    assert runs.rows(tmp_path / "run") == [whole[0], whole[1], whole[3]]  # step 3 is not logged
+    np.testing.assert_equal(runs.saved(tmp_path / "run"), runs.saved(clip_run))
+
+
+@pytest.mark.parametrize("first, second", [((8, 1, 1), (2, 2, 2))])
+def test_other_mesh(clip_run, tmp_path, monkeypatch, first, second):
+    """The same samples, and losses that differ by rounding alone."""
+    seen = []
+    to_global = meshes.to_global
+    watch = lambda batch, mesh: seen.append(batch["record"]) or to_global(batch, mesh)
+    monkeypatch.setattr(meshes, "to_global", watch)
+    shape = lambda sizes: dict(zip(meshes.AXES, sizes))
+    config = runs.changed(runs.CLIP, mesh=shape(first))
+    kill(config, tmp_path / "run", loop, "save", after(1), devices=8)
+    config = runs.changed(runs.CLIP, mesh=shape(second))
+    assert runs.train(config, tmp_path / "run", devices=8) == 0
+    ids = order.record_ids(0, 4 * 8, runs.DATA["num_records"], seed=0)
+    np.testing.assert_array_equal(order.join_words(np.concatenate(seen)), ids)
+    for row, wanted in zip(runs.rows(tmp_path / "run"), runs.rows(clip_run), strict=True):
+        assert row["step"] == wanted["step"]
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)

@@ -45,7 +45,9 @@ def carry(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
         if value.shape != leaf.shape:
             log.info("%s: %s resized from %s to %s", where, name, value.shape, leaf.shape)
             old_new = (jnp.asarray(meshes.to_host(x)) for x in (value, leaf))
-            value = np.asarray(_rule(name)(*old_new))
+            rule = _rule(name)
+            assert rule is not None, "check_fits let it through"
+            value = np.asarray(rule(*old_new))
         return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
     return tree.map_named(one, fresh)

@@ -49,6 +49,6 @@ def compilation_cache() -> None:
     import jax
 
     root = os.environ.get("VLP_CACHE", str(pathlib.Path.home() / ".cache" / "vlp"))
-    if root and jax.config.jax_compilation_cache_dir is None:
+    if root and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore  # made at run time
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

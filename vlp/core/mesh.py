@@ -41,7 +41,7 @@ class MeshShape:
     tensor: int = 1
 
 
-def make(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes the mesh (axes data, fsdp, tensor; Auto) over all devices, or over those given."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = dataclasses.astuple(shape)

@@ -56,7 +56,9 @@ class Apply:
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.model, method):
             got = f"a {type(self.model).__name__}, which has no {method!r}"
-            raise check.error("config.model", got, "a model that answers it", "change it or the objective")
+            raise check.error(
+                "config.model", got, "a model that answers it", "change it or the objective"
+            )
         return self.model.apply({"params": self.params}, *args, method=method, **kwargs)
 
     def jit(self, f: Callable[..., Any], **static: Any) -> Callable[..., Any]:
@@ -197,7 +199,9 @@ class Result:
 class Evaluator(Protocol):
     """A frozen dataclass; owns its data spec and `every_steps` (0: at the end of a stage only)."""
 
-    needs: ClassVar[frozenset[str]]  # of the model, checked before training: "image.embed", "decode" …
+    needs: ClassVar[
+        frozenset[str]
+    ]  # of the model, checked before training: "image.embed", "decode" …
     split: str
     batch: int
     every_steps: int

@@ -128,7 +128,8 @@ def _jittered(
     image: Image.Image, brightness: float, contrast: float, saturation: float
 ) -> Image.Image:
     """Brightness, contrast (about the mean luma), saturation: one affine map of colours."""
-    mean = np.dot(LUMA, image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+    pixel_11C = np.asarray(image.resize((1, 1), Image.Resampling.BOX))
+    mean = float(np.dot(LUMA, pixel_11C[0, 0]))
     gain, shift = brightness * contrast, brightness * (1 - contrast) * mean
     rows = (
         (

@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
-from array_record.python import array_record_module as array_record
+from array_record.python import array_record_module as array_record  # pyright: ignore  # compiled, without stubs
 
 from vlp.core import check
 from vlp.data import tokenizer as tokenizers
@@ -59,7 +59,9 @@ def encode(record: Mapping) -> bytes:
             "one or more {text, source, lang}",
             "fix the converter",
         )
-    return msgpack.packb(dict(record), use_bin_type=True)
+    packed = msgpack.packb(dict(record), use_bin_type=True)
+    assert packed is not None
+    return packed
 
 
 def decode(data: bytes) -> dict:

@@ -35,6 +35,7 @@ def choose(
     if policy == "first":
         return texts[:1]
     if policy == "uniform":
+        assert rng is not None, "uniform needs a generator"
         return [texts[int(rng.integers(len(texts)))]]
     if policy == "all":
         return [texts[i % len(texts)] for i in range(num)]

@@ -232,11 +232,12 @@ class Stack(nn.Module):
             block = nn.remat(
                 Block, policy=REMAT[self.remat], prevent_cse=not self.scan, static_argnums=(6, 7)
             )
+        every: Any = nn.broadcast
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, every, every, every, every, every),  # pyright: ignore  # typed as one int
             length=self.depth,
             unroll=1 if self.scan else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -18,10 +18,11 @@ POOLS = ("cls", "eos", "last", "mean", "none")
 class Text(nn.Module):
     """Text tower (CoCa's unimodal decoder when causal with pool "cls"). `mlp` 0 means 4 · width.
 
-    pool: "cls" appends a learned token behind the text, which sees every real token and is seen by none (CoCa,
-    Yu et al. 2022, arXiv:2205.01917, §3.2); "eos" takes the first end-of-text token (CLIP); "last" the last
-    position whatever it holds (SigLIP); "mean" averages the real tokens; "none" pools nothing. Padding is never looked at, and the
-    number of pads changes nothing but for "last", which is defined by the padded length.
+    pool: "cls" appends a learned token behind the text, which sees every real token and is seen
+    by none (CoCa, Yu et al. 2022, arXiv:2205.01917, §3.2); "eos" takes the first end-of-text token
+    (CLIP); "last" the last position whatever it holds (SigLIP); "mean" averages the real tokens;
+    "none" pools nothing. Padding is never looked at, and the number of pads changes nothing but
+    for "last", which is defined by the padded length.
     """
 
     vocab: int

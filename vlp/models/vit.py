@@ -62,8 +62,9 @@ class ViT(nn.Module):
         patches_BNP = patchify(image, self.patch)
         num = patches_BNP.shape[1]
         pos_ND = constrain(self._positions(num), None, None)
-        if kept is None and keep < 1 and keys is not None:
-            kept = masking.keep_ids(fold(keys, 0), num, keep)
+        draw_keys = fold(keys, 0)
+        if kept is None and keep < 1 and draw_keys is not None:
+            kept = masking.keep_ids(draw_keys, num, keep)
         if kept is None:
             pos_BND = pos_ND[None]
         else:  # dropping before the linear map equals dropping after it, and costs less

@@ -60,7 +60,7 @@ def train_step(
     averages = {
         name: state.teachers[name]
         if decay is None
-        else ema.update(state.teachers[name], params, decay, state.stage_step)
+        else ema.update(state.teachers[name], params, decay, state.step)
         for name, (_, decay) in teachers.items()
     }
     metrics = {

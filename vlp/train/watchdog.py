@@ -71,7 +71,7 @@ class Watchdog:
             if still > self._secs:
                 got = f"no progress for {still:.0f} s in phase {self._phase!r}"
                 print(
-                    f"run: {got}, expected some within hang_secs; see the stacks",
+                    f"run: got {got}, expected some within hang_secs; see the stacks",
                     file=sys.stderr,
                     flush=True,
                 )

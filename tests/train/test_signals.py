@@ -1,0 +1,107 @@
+"""Runs that are stopped, killed or stuck, as processes: exit codes, and the same command going on."""
+
+import os
+import random
+import signal
+import textwrap
+import time
+from unittest import mock
+
+import pytest
+import runs
+
+from vlp.core import mesh as meshes
+from vlp.train.watchdog import HANG, PREEMPTED, Watchdog
+
+LONG = runs.changed(runs.TOY, steps=40, save_every_steps=6)
+
+
+def await_line(process, word):
+    """Reads the process's output up to the line that contains `word`."""
+    for line in process.stdout:
+        if word in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def finish(process, signal_number=0):
+    """Sends the signal and returns the exit code; an error of the process is shown."""
+    if signal_number:
+        process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=300)
+    assert "Traceback" not in errors, errors
+    return process.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(clip_run, tmp_path, number):
+    calls = iter(range(1, 100))
+    to_global = meshes.to_global
+
+    def ask(batch, mesh):
+        if next(calls) == 3:
+            os.kill(os.getpid(), number)
+        return to_global(batch, mesh)
+
+    with mock.patch.object(meshes, "to_global", ask):
+        assert runs.train(runs.CLIP, tmp_path / "run") == PREEMPTED
+    assert runs.rows(tmp_path / "run")[-1]["step"] == int(runs.saved(tmp_path / "run")[""]) == 3
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert runs.train(runs.CLIP, tmp_path / "run") == 0
+    runs.assert_same_run(tmp_path / "run", clip_run)
+
+
+def test_stopped_and_killed(toy, tmp_path):
+    """SIGTERM before the first step is compiled, SIGKILL wherever it hits, SIGTERM on the way, then to the end."""
+    run = tmp_path / "run"
+    start = lambda: runs.command(*runs.arguments(LONG, run))
+    process = start()
+    await_line(process, "effect")  # the table of rules: next comes the compiler
+    assert finish(process, signal.SIGTERM) == PREEMPTED
+    assert runs.rows(run)[-1]["step"] == 1
+    process = start()
+    await_line(process, "restored step 1")
+    time.sleep(random.uniform(0, 6))
+    assert finish(process, signal.SIGKILL) in (-signal.SIGKILL, 0)
+    process = start()
+    await_line(process, "] stage0")  # a step's line
+    assert finish(process, signal.SIGTERM) in (PREEMPTED, 0)
+    assert finish(start()) == 0
+    assert runs.train(LONG, tmp_path / "whole") == 0
+    runs.assert_same_run(run, tmp_path / "whole")
+
+
+STUCK = """
+    import sys, time
+    sys.path.insert(0, "tests")
+    import runs
+    from vlp.data.loader import Dataset
+    runs.register_toy()
+    def stuck(self, **_):
+        time.sleep(600)
+        yield
+    Dataset.train_iter = stuck
+    sys.exit(runs.cli.main())
+"""
+
+
+def test_hang(tmp_path):
+    argv = runs.arguments(runs.changed(runs.TOY, hang_secs=6.0), tmp_path / "run")
+    process = runs.command(*argv, program=("-c", textwrap.dedent(STUCK)))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == HANG == 76, errors
+    message, stacks = errors.split("\n", 1)
+    assert message.startswith("run: got no progress for ") and "in phase 'data'" in message
+    assert "in stuck" in stacks and "Thread 0x" in stacks
+
+
+def test_a_beating_heart_is_left_alone(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watchdog = Watchdog(0.4)
+    for _ in range(10):
+        time.sleep(0.08)
+        watchdog.beat("step")
+    watchdog.close()
+    time.sleep(0.6)
+    assert not ended

@@ -1,0 +1,49 @@
+"""How fast a run goes, and how much of it waits for data."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Steps since the last reading, time in all, and time waiting for data."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._began = self._mark = time.monotonic()
+        self._waited = 0.0
+        self._steps = 0
+
+    def wait(self, get: Callable[[], T]) -> T:
+        """Returns get(), its time counted as waiting for data."""
+        before = time.monotonic()
+        value = get()
+        self._waited += time.monotonic() - before
+        return value
+
+    def count(self) -> None:
+        """One more step was done."""
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside `with`, time does not count (evaluation, saving)."""
+        began = time.monotonic()
+        yield
+        self._mark += time.monotonic() - began
+
+    def read(self) -> dict[str, float]:
+        now = time.monotonic()
+        span = max(now - self._mark, 1e-9)
+        out = {
+            "time/examples_per_s": round(self._steps * self._batch / span, 3),
+            "time/data_wait_frac": round(min(self._waited / span, 1.0), 4),
+            "time/elapsed_s": round(now - self._began, 3),
+        }
+        self._mark, self._waited, self._steps = now, 0.0, 0
+        return out

@@ -1,0 +1,89 @@
+"""Where training goes on: restored from a checkpoint, carried over from the stage before, or fresh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlp.ckpt import init_from
+from vlp.core import check
+from vlp.core import mesh as meshes
+from vlp.core.config import plain
+from vlp.infer.load import load
+from vlp.train import state as states
+from vlp.train import workdir as files
+from vlp.train.parts import Parts, init_extra, same_shapes
+from vlp.train.session import Session, description_of_data, restore
+from vlp.train.state import State
+
+
+def check_start(
+    all_parts: Sequence[Parts], position: Mapping[str, int], meta: Mapping[str, Any] | None
+) -> None:
+    """Raises UserError for data unlike the checkpoint's, and for parameters that a later stage could not take over."""
+    if meta:
+        found = description_of_data(all_parts[position["stage"]])
+        for key, value in found.items():
+            if meta.get(key, value) != value:
+                do = "bring back the run's data, or start a new --workdir"
+                raise check.error("config.data", f"other {key}", "the checkpoint's", do)
+    for previous, parts in zip((None, *all_parts), all_parts):
+        stage = parts.stage
+        if stage.index < position["stage"] or (stage.index == position["stage"] and meta):
+            continue  # already entered
+        where = f"stage {stage.name!r}"
+        if previous is not None:
+            init_from.check_fits(previous.abstract.params, parts.abstract.params, where)
+            if stage.carry_optimizer and not same_shapes(previous.abstract.opt, parts.abstract.opt):
+                do = "set carry_optimizer=False for this stage"
+                raise check.error(
+                    where, "an optimiser state of other shapes", "the stage before's", do
+                )
+        if stage.init:
+            params = load(stage.init).apply.params
+            init_from.check_fits(params, parts.abstract.params, f"{where}: init from {stage.init}")
+
+
+def enter(
+    session: Session, parts: Parts, previous: State | None, position: dict[str, Any] | None
+) -> State:
+    """The state at the point where training goes on: restored, carried over from the stage before, or fresh."""
+    stage, mesh = parts.stage, session.mesh
+    files.write_json(session.workdir / "preprocessing.json", plain(stage.data))
+    if position is not None and position["stage_step"] > 0:
+        return restore(session, parts, position["step"])
+    where = f"stage {stage.name!r}"
+    if previous is not None and same_shapes(previous.params, parts.abstract.params):
+        params = previous.params
+    else:
+        px, length = stage.data.image_px, stage.data.text_len
+        params = states.init_params(stage.model, px, length, session.settings.seed, mesh)
+        if previous is not None:
+            params = init_from.carry(previous.params, params, where)
+    if stage.init:
+        params = init_from.carry(
+            load(stage.init).apply.params, params, f"{where}: init from {stage.init}"
+        )
+    teachers = {}
+    for name, teacher in stage.teachers.items():
+        if teacher.path:
+            teachers[name] = jax.device_put(
+                load(teacher.path).apply.params, meshes.replicated(mesh)
+            )
+        elif teacher.decay is not None and previous is not None and name in previous.teachers:
+            teachers[name] = init_from.carry(
+                previous.teachers[name], params, f"{where}: teacher {name!r}"
+            )
+        else:
+            teachers[name] = jax.tree.map(jnp.copy, params)
+    extra = init_extra(stage, session.settings.seed)
+    if previous is not None and same_shapes(previous.extra, extra):
+        extra = previous.extra
+    state = states.create(params, parts.updater, teachers, extra, stage.start_step)
+    if stage.carry_optimizer and previous is not None:
+        state = dataclasses.replace(state, opt=previous.opt)
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, parts.abstract))

@@ -1,0 +1,139 @@
+"""A run's workdir, open: its checkpoints, metrics and signals, and what a checkpoint says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vlp.ckpt.manager import Checkpoints
+from vlp.core import tree
+from vlp.core.config import plain
+from vlp.optim import make as optimisers
+from vlp.train import workdir as files
+from vlp.train.parts import Parts
+from vlp.train.stages import Run
+from vlp.train.state import State
+from vlp.train.watchdog import Stop, Watchdog
+
+log = logging.getLogger(__name__)
+REST = ("step", "stage_step", "opt", "teachers", "extra")  # of a State: all but the parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What all stages share."""
+
+    config: dict[str, Any]
+    settings: Run
+    workdir: pathlib.Path
+    mesh: Mesh
+    checkpoints: Checkpoints
+    metrics: files.Metrics
+    stop: Stop
+    watchdog: Watchdog
+    versions: dict[str, Any]
+
+
+def open_session(
+    config: dict[str, Any],
+    settings: Run,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    stop: Stop,
+    first: Parts,
+    position: Mapping[str, int],
+) -> Session:
+    """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints)
+    checkpoints.set_aside_after(position["step"])
+    versions = files.versions()
+    files.write_json(workdir / "config.json", config)
+    files.write_json(workdir / "versions.json", versions)
+    if jax.process_index() == 0:
+        (workdir / "tokenizer.model").write_bytes(first.main.tokenizer.to_bytes())
+    metrics = files.Metrics(workdir / "metrics.jsonl", position["step"])
+    session = Session(
+        config,
+        settings,
+        workdir,
+        mesh,
+        checkpoints,
+        metrics,
+        stop,
+        Watchdog(settings.hang_secs),
+        versions,
+    )
+    num = tree.size(first.abstract.params)
+    log.info(
+        "%s: %s parameters on %s × %s",
+        config["name"],
+        f"{num:,}",
+        versions["devices"],
+        versions["device"],
+    )
+    log.info(
+        "data: %s records, %s",
+        f"{first.main.num_records:,}",
+        first.stage.data.path or first.stage.data.source,
+    )
+    log.info("%s", optimisers.table(first.stage.optim.rules, first.abstract.params))
+    return session
+
+
+def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What the newest whole checkpoint says of itself; None if there is no checkpoint."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    checkpoints = Checkpoints(workdir / "checkpoints", create=False)
+    step = checkpoints.newest()
+    return None if step is None else checkpoints.meta(step)
+
+
+def save(session: Session, parts: Parts, state: State, stage_step: int) -> None:
+    """Puts the metrics on disk, then starts a checkpoint that claims them."""
+    session.watchdog.beat("save")
+    session.metrics.flush()
+    stage = parts.stage
+    step = stage.start_step + stage_step
+    samples = stage.start_samples + stage_step * stage.batch
+    position = {"step": step, "stage": stage.index, "stage_step": stage_step, "samples": samples}
+    meta = {"position": position, **description(session, parts)}
+    rest = {k: getattr(state, k) for k in REST}
+    session.checkpoints.save(step, state.params, rest, meta)
+
+
+def restore(session: Session, parts: Parts, step: int) -> State:
+    """The state of a checkpoint, in this run's shardings."""
+    target = parts.abstract
+    rest = {k: getattr(target, k) for k in REST}
+    params, rest = session.checkpoints.restore(step, target.params, rest)
+    log.info("restored step %d", step)
+    return State(params=params, **rest)
+
+
+def description(session: Session, parts: Parts) -> dict[str, Any]:
+    """All that is needed to use the parameters elsewhere."""
+    tokenizer = parts.main.tokenizer
+    return {
+        "config": session.config,
+        "stage": parts.stage.index,
+        "tokenizer": files.encode_bytes(tokenizer.to_bytes()),
+        "preprocessing": plain(parts.stage.data),
+        "versions": session.versions,
+        **description_of_data(parts),
+    }
+
+
+def description_of_data(parts: Parts) -> dict[str, Any]:
+    """What must be the same when the run goes on."""
+    return {
+        "tokenizer_sha256": parts.main.tokenizer.sha256,
+        "fingerprints": {name: data.fingerprint for name, data in parts.datasets.items()},
+    }
