@@ -40,16 +40,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.optim = dict(b2=0.98, weight_decay=0.2)
     c.schedule = dict(lr=2e-3, warmup_frac=0.1)
     c.stages = [
-        dict(name="masked", steps=480),
+        dict(name="masked", steps=560),
         dict(name="unmasked", steps=40, objective=dict(keep=1.0), schedule=dict(lr=2e-4)),
     ]
     c.evals = dict(
         retrieval=dict(split="test", batch=200),
-        validation=dict(name="retrieval", split="val", batch=200, every_steps=120, gallery=0),
+        validation=dict(name="retrieval", split="val", batch=200, every_steps=140, gallery=0),
     )
     if arg.clip:
         c.name = "clip_emoji"
     else:
         c.evals.captions = dict(split="test", batch=200)
-    c.log_every_steps, c.save_every_steps = 10, 120
+    c.log_every_steps, c.save_every_steps = 10, 140
     return smoke(c) if arg.smoke else c

@@ -24,6 +24,7 @@ import numpy as np
 from vlp.cli import main as cli
 from vlp.core import mesh as meshes
 from vlp.core import tree
+from vlp.core.mesh import logical
 from vlp.core.types import Out, Term
 from vlp.models import MODELS
 from vlp.objectives import OBJECTIVES
@@ -84,28 +85,31 @@ class Toy(nn.Module):
     embed: int = 4
 
     def setup(self):
-        self.colour, self.words = nn.Dense(self.embed), nn.Embed(128, self.embed)
+        init = lambda *names: logical(nn.initializers.normal(0.5), *names)
+        self.colour = self.param("colour", init("pixels", "embed"), (3, self.embed))
+        self.words = self.param("words", init("vocab", "embed"), (128, self.embed))
 
     def __call__(self, image, text):
         self.image(image), self.text(text)
 
     def image(self, image, *, keep=1.0, keys=None):
-        return {"embed": self.colour(image.astype(jnp.float32).mean(axis=(1, 2)) / 255)}
+        return {"embed": image.astype(jnp.float32).mean(axis=(1, 2)) / 255 @ self.colour}
 
     def text(self, text, *, keys=None):
-        return {"embed": self.words(text).mean(axis=1)}
+        return {"embed": self.words[text].mean(axis=1)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyObjective:
-    """Squared distance of the pair's embeddings; not a number at stage step `nan_step`."""
+    """Distance of the pair's embeddings, squared or more; not a number at stage step `nan_step`."""
 
     reads: ClassVar = frozenset({"image", "text"})
     nan_step: int = -1
+    power: int = 2
 
     def __call__(self, ctx):
         zi_BE, zt_BE = ctx.map(self.encode)
-        total = jnp.square(zi_BE - zt_BE).sum()
+        total = ((zi_BE - zt_BE) ** self.power).sum()
         total = jnp.where(ctx.step == self.nan_step, jnp.nan, total)
         return Out({"distance": Term(total, zi_BE.shape[0])})
 

@@ -215,6 +215,30 @@ def test_draws_come_from_each_examples_key(params, image):
         np.testing.assert_allclose(out[name][order], moved[name], atol=2e-5, err_msg=name)
 
 
+def test_double_precision_stays_double(random_params, image):
+    """Nothing rounds to float32 on the way, so that comparisons at 1e-10 are possible."""
+    towers = {n: getattr(MODEL, n).clone(dtype="float64") for n in ("image_tower", "text_tower")}
+    model = MODEL.clone(**towers)
+
+    def conversions(jaxpr):
+        for eqn in jaxpr.eqns:
+            kinds = (
+                eqn.primitive.name,
+                eqn.invars and eqn.invars[0].aval.dtype,
+                eqn.outvars[0].aval.dtype,
+            )
+            if kinds == ("convert_element_type", np.float64, np.float32):
+                yield eqn
+            for inner in jax.core.jaxprs_in_params(eqn.params):
+                yield from conversions(inner)
+
+    with jax.enable_x64(True):
+        params = jax.tree.map(np.float64, random_params(MODEL, PX, LENGTH))
+        jaxpr = jax.make_jaxpr(functools.partial(forward, model))(params, image, TEXT_BL)
+        assert {x.dtype for x in jaxpr.out_avals} == {np.dtype(np.float64)}
+        assert not list(conversions(jaxpr.jaxpr))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def encode(model, params, image):
     return Apply(model, params)("image", image)

@@ -309,7 +309,7 @@ def test_asking_for_what_is_not_there(toys, batches):
             toys["Distil"],
             plain,
             1,
-            "got stream 'words', expected one of []; add it to data.streams",
+            "got stream 'words', expected one of []; add it to config.streams",
         ),
         (toys["Distil"], renamed, 1, "got stream 'words', expected one of ['texts']"),
         (

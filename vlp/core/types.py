@@ -122,7 +122,7 @@ class Ctx:
                 "objective",
                 f"stream {name!r}",
                 f"one of {sorted(streams)}",
-                "add it to data.streams",
+                "add it to config.streams",
             )
         return dataclasses.replace(self, batch=leaves)
 

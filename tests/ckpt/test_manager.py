@@ -1,0 +1,225 @@
+"""Checkpoints: what they hold, how they fail, and that broken ones are passed over."""
+
+import json
+import logging
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from vlp.ckpt import digest
+from vlp.ckpt.manager import Checkpoints, select
+from vlp.core import check
+from vlp.core import mesh as meshes
+
+MESH = meshes.MeshShape(2, 2, 2)
+
+
+def trees(step):
+    """Parameters and the rest, with values that tell the step; sharded over eight devices."""
+    mesh = meshes.make(MESH)
+    put = lambda x, *names: jax.device_put(
+        np.float32(x), jax.sharding.NamedSharding(mesh, meshes.spec(names, np.shape(x), mesh))
+    )
+    params = {"w": put(np.arange(32).reshape(8, 4) + 100 * step, "embed", "mlp")}
+    average = {"w": put(np.arange(32).reshape(8, 4) - 100 * step, "embed", "mlp")}
+    rest = {
+        "step": jnp.int32(step),
+        "teachers": {"ema": average},
+        "extra": (),
+        "opt": [None, put(np.ones(64))],
+    }
+    return params, rest
+
+
+def save(checkpoints, *steps):
+    for step in steps:
+        params, rest = trees(step)
+        checkpoints.save(step, params, rest, {"position": {"step": step}, "note": "é"})
+    checkpoints.wait()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A directory with the checkpoints of steps 2, 4 and 6. Read only."""
+    directory = tmp_path_factory.mktemp("three") / "checkpoints"
+    checkpoints = Checkpoints(directory, keep=3)
+    save(checkpoints, 2, 4, 6)
+    checkpoints.close()
+    return directory
+
+
+@pytest.fixture
+def copied(three, tmp_path):
+    return pathlib.Path(shutil.copytree(three, tmp_path / "checkpoints"))
+
+
+def test_round_trip_onto_another_mesh(three):
+    checkpoints = Checkpoints(three, create=False)
+    assert checkpoints.steps() == [2, 4, 6] and checkpoints.newest() == 6
+    assert checkpoints.meta(4) == {"position": {"step": 4}, "note": "é"}
+    one = meshes.replicated(meshes.make(meshes.MeshShape(), jax.devices()[:1]))
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
+    params, rest = checkpoints.restore(4, *jax.tree.map(abstract, trees(0)))
+    wanted = trees(4)
+    assert jax.tree.structure((params, rest)) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, (params, rest), wanted)
+    assert params["w"].sharding.device_set == {jax.devices()[0]}
+
+
+def test_parameters_alone(three):
+    checkpoints = Checkpoints(three, create=False)
+    for teacher, tree in (("", trees(6)[0]), ("ema", trees(6)[1]["teachers"]["ema"])):
+        params = checkpoints.params(6, teacher)
+        assert list(params) == ["w"] and type(params["w"]) is np.ndarray
+        np.testing.assert_array_equal(params["w"], tree["w"])
+
+
+def test_reading_writes_nothing(three):
+    before = runs.contents(three)
+    checkpoints = Checkpoints(three, create=False)
+    checkpoints.meta(checkpoints.newest())
+    checkpoints.params(2)
+    assert runs.contents(three) == before
+
+
+def test_keeps_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    save(checkpoints, 1, 2, 30)
+    checkpoints.close()
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_000000030"]
+
+
+def flip(folder):
+    largest = max(
+        (f for f in (folder / "params").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def truncate(folder):
+    largest = max(
+        (f for f in (folder / "rest").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[:-1])
+
+
+HARM = {
+    "a flipped bit": (flip, "was changed"),
+    "a truncated file": (truncate, "was changed"),
+    "no parameters": (lambda folder: shutil.rmtree(folder / "params"), "params is missing"),
+    "no optimiser": (lambda folder: shutil.rmtree(folder / "rest"), "rest is missing"),
+    "no position": (lambda folder: (folder / "meta" / "metadata").unlink(), "meta/metadata is missing"),
+    "broken digests": (lambda folder: (folder / digest.FILE).write_text("{"), "is broken"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_broken_checkpoints_are_passed_over(copied, caplog, harm):
+    break_it, told = HARM[harm]
+    break_it(copied / "step_000000006")
+    reader = Checkpoints(copied, create=False)
+    with caplog.at_level(logging.WARNING, "vlp"):
+        assert reader.newest() == 4 == select(reader, "run", None)
+    assert "step_000000006: " in caplog.text and told in caplog.text
+    assert "taking step 4 instead" in caplog.text
+    with pytest.raises(check.UserError, match=told):
+        select(reader, "run", 6)
+    assert select(reader, "run", 2) == 2
+
+    before = runs.contents(copied / "step_000000006")
+    writer = Checkpoints(copied, keep=3)
+    writer.set_aside_after(4)
+    assert writer.steps() == [2, 4]
+    save(writer, 6, 8)
+    writer.close()
+    (aside,) = copied.glob("broken_*_step_000000006")
+    assert len(runs.contents(aside)) == len(before)
+    assert Checkpoints(copied, create=False).newest() == 8
+    assert Checkpoints(copied, create=False).steps() == [4, 6, 8]
+
+
+def test_all_broken(copied):
+    for folder in copied.iterdir():
+        flip(folder)
+    before = runs.contents(copied)
+    with pytest.raises(check.UserError, match="expected a whole checkpoint; bring back a copy"):
+        Checkpoints(copied, create=False).newest()
+    assert runs.contents(copied) == before
+
+
+def test_every_file_counts(copied):
+    folder = copied / "step_000000006"
+    names = json.loads((folder / digest.FILE).read_text())
+    files = {p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file()}
+    assert set(names) == {name for name in files if not name.endswith("commit_success.txt")}
+    items = ("params", "rest", "meta")
+    assert len(names) > 10 and digest.problem(folder, items) == ""
+    for name in names:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data + b"x")
+        assert digest.problem(folder, items) == f"{name} was changed"
+        (folder / name).write_bytes(data)
+
+
+def test_without_digests(copied):
+    """Copies that lost the file, and checkpoints of others: taken if their items are there."""
+    for folder in copied.iterdir():
+        (folder / digest.FILE).unlink()
+    shutil.rmtree(copied / "step_000000006" / "rest")
+    assert Checkpoints(copied, create=False).newest() == 4
+
+
+def test_unfinished_saves_do_not_count(copied):
+    """What a process leaves that died in a save; saving that step again replaces it."""
+    half = copied / "step_000000008.orbax-checkpoint-tmp"
+    shutil.copytree(copied / "step_000000006" / "params", half / "params")
+    assert Checkpoints(copied, create=False).newest() == 6
+    checkpoints = Checkpoints(copied, keep=9)
+    assert checkpoints.steps() == [2, 4, 6]
+    save(checkpoints, 8)
+    checkpoints.close()
+    assert not half.exists()
+    np.testing.assert_array_equal(
+        Checkpoints(copied, create=False).params(8)["w"], trees(8)[0]["w"]
+    )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", ["save", "wait", "close"])
+def test_a_failed_save_is_not_lost(tmp_path, monkeypatch, how):
+    """A save runs in the background: its failure must stop the run at the next word with the checkpoints."""
+    checkpoints = Checkpoints(tmp_path / "c")
+    save(checkpoints, 2)
+
+    def full(folder):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(digest, "write", full)
+    params, rest = trees(4)
+    checkpoints.save(4, params, rest, {})
+    with pytest.raises(OSError, match="no space left"):
+        if how == "save":
+            checkpoints.save(6, params, rest, {})
+        else:
+            getattr(checkpoints, how)()
+    assert Checkpoints(tmp_path / "c", create=False).newest() == 2
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(check.UserError, match="got no checkpoints, expected a workdir"):
+        Checkpoints(tmp_path / "run" / "checkpoints", create=False)
+    assert not list(tmp_path.iterdir())
+    checkpoints = Checkpoints(tmp_path / "new")
+    assert checkpoints.newest() is None
+    with pytest.raises(check.UserError, match="got no checkpoint, expected a saved step"):
+        select(checkpoints, "run", None)
+    save(checkpoints, 3)
+    with pytest.raises(check.UserError, match=r"got no step 5, expected one of steps \[3\]"):
+        select(checkpoints, "run", 5)

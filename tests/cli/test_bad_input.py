@@ -1,0 +1,124 @@
+"""Every mistake of a user: exit code 2, one line that says what to do, nothing written, nothing trained."""
+
+import shutil
+
+import pytest
+
+import runs
+from runs import CLIP, COCA, changed
+from vlp.train import loop
+
+
+def refused(capsys, *argv, devices=1):
+    """Runs a command that must be refused; returns its one line."""
+    assert runs.vlp(*argv, devices=devices) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    line = lines[0]
+    assert line.startswith("vlp: ") and "got " in line and ", expected " in line and "; " in line
+    return line
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    def fail(*args):
+        raise AssertionError("got as far as training")
+
+    monkeypatch.setattr(loop, "open_session", fail)
+
+
+MISTAKES = {
+    "top key": ({"batchh": 8}, "did you mean 'batch'"),
+    "nested key": ({"optim.weight_decy": 0.1}, "did you mean 'weight_decay'"),
+    "model key": ({"model.image_tower.widht": 8}, "did you mean 'width'"),
+    "stage key": ({"stages": [{"stepps": 3}]}, "did you mean 'steps'"),
+    "type": ({"optim.b1": "big"}, "config.optim.b1: got 'big', expected float"),
+    "objective": ({"objective.name": "cilp"}, "did you mean 'clip'"),
+    "objective key": ({"objective.kep": 0.5}, "did you mean 'keep'"),
+    "keep": ({"objective.keep": 1.5}, "got 1.5"),
+    "evaluator": ({"evals": {"retrieval": {"splitt": "val"}}}, "did you mean 'split'"),
+    "eval split": ({"evals": {"retrieval": {"split": "tset", "batch": 8}}}, "test"),
+    "two lengths": ({"samples": 80}, "steps=4, samples=80"),
+    "no length": ({"steps": 0}, "steps=0, samples=0"),
+    "warm-up": ({"schedule.warmup_steps": 2}, "one warm-up"),
+    "patch": ({"model.image_tower.patch": 7}, "a multiple of model.image.patch = 7"),
+    "vocabulary": ({"model.text_tower.vocab": 100}, "the tokenizer's 128 or more"),
+    "micro-batches": ({"micro_batches": 3}, "multiple of 3"),
+    "mesh": ({"mesh": {"data": 3}}, "product of 1 devices"),
+    "platform": ({"platform": "tpu"}, "got cpu devices, expected tpu"),
+    "no decoder": ({"objective.name": "coca"}, "decode"),
+    "captions of a dual encoder": ({"evals": {"captions": {"batch": 8}}}, "decode"),
+    "rule without leaf": ({"optim.rules": [{"match": "imge.*"}, {"match": ".*"}]}, "imge"),
+    "uncovered leaf": ({"optim.rules": [{"match": "image_tower.*"}]}, "a rule for every"),
+    "source": ({"data.source": "shaps"}, "did you mean 'shapes'"),
+    "no such data": ({"data": {"path": "/nowhere", "image_px": 16}}, "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_config(mistake, tmp_path, capsys):
+    changes, message = MISTAKES[mistake]
+    argv = runs.arguments(changed(CLIP, **changes), tmp_path / "run")
+    before = runs.contents(tmp_path)
+    assert message in refused(capsys, *argv)
+    assert runs.contents(tmp_path) == before
+
+
+def test_batch_and_mesh(tmp_path, capsys):
+    argv = runs.arguments(changed(CLIP, batch=12), tmp_path / "run")
+    line = refused(capsys, *argv, devices=8)
+    assert "config.batch: got 12, expected a multiple of data×fsdp = 8" in line
+    evals = {"retrieval": {"batch": 12}}
+    argv = runs.arguments(changed(CLIP, evals=evals), tmp_path / "run")
+    assert "got 12" in refused(capsys, *argv, devices=8)
+
+
+def test_overrides_and_files(tmp_path, capsys):
+    argv = runs.arguments(CLIP, tmp_path / "run")
+    assert "'stepps'" in refused(capsys, *argv, "--config.stepps=3")
+    assert "optmi" in refused(capsys, *argv, "--config.optmi.b1=0.5")
+    argv = ["train", "--config", tmp_path / "none.py", "--workdir", tmp_path / "run"]
+    assert "none.py" in refused(capsys, *argv)
+    argv = ["plan", "--config", f"{runs.ROOT / 'configs' / 'coca.py'}:szie=base"]
+    assert "did you mean 'size'" in refused(capsys, *argv)
+
+
+def test_foreign_workdir(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    argv = runs.arguments(CLIP, tmp_path / "run")
+    before = runs.contents(tmp_path)
+    assert "a directory with other files" in refused(capsys, *argv)
+    assert runs.contents(tmp_path) == before
+
+
+def test_workdir_of_another_config(clip_run, tmp_path, capsys):
+    directory = tmp_path / "run"
+    shutil.copytree(clip_run, directory)
+    argv = runs.arguments(changed(CLIP, **{"schedule.lr": 0.5}), directory)
+    before = runs.contents(directory)
+    assert "schedule.lr: 0.01 -> 0.5" in refused(capsys, *argv)
+    assert runs.contents(directory) == before
+
+
+def test_later_stage(tmp_path, capsys):
+    """What would only go wrong in the second stage is told before the first."""
+    config = changed(COCA, **{"stages.1.data.image_px": 21})
+    assert "image_px" in refused(capsys, *runs.arguments(config, tmp_path / "run"))
+    config = changed(COCA, **{"stages.1.carry_optimizer": True})
+    assert "optimiser" in refused(capsys, *runs.arguments(config, tmp_path / "run"))
+
+
+def test_other_commands(clip_run, tmp_path, capsys):
+    assert "no checkpoints" in refused(capsys, "eval", "--workdir", tmp_path)
+    assert "no step 77" in refused(capsys, "eval", "--workdir", clip_run, "--step", 77)
+    assert "retrival" in refused(capsys, "eval", "--workdir", clip_run, "--evals", "retrival")
+    image = tmp_path / "a.png"
+    assert "no file" in refused(capsys, "caption", "--workdir", clip_run, image)
+    image.write_bytes(b"<html>")
+    assert "no usable image" in refused(capsys, "caption", "--workdir", clip_run, image)
+    from PIL import Image
+
+    Image.new("RGB", (20, 30)).save(image)
+    assert "a model with a decoder" in refused(capsys, "caption", "--workdir", clip_run, image)
+    refused(capsys, "report", tmp_path)
