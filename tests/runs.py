@@ -216,21 +216,21 @@ def contents(directory):
 
 
 _PREPARE, _INIT = loop.prepare, states.init_params
-_MEMORY = {}
+MEMORY = {}
 
 
 def _prepare(stage, settings, mesh):
     key = repr(stage), settings.seed, mesh
-    if key not in _MEMORY:
-        _MEMORY[key] = _PREPARE(stage, settings, mesh)
-    return _MEMORY[key]
+    if key not in MEMORY:
+        MEMORY[key] = _PREPARE(stage, settings, mesh)
+    return MEMORY[key]
 
 
 def _init(model, image_px, text_len, seed, mesh):
     key = repr(model), image_px, text_len, seed, mesh
-    if key not in _MEMORY:
-        _MEMORY[key] = _INIT(model, image_px, text_len, seed, mesh)
-    return jax.tree.map(jnp.copy, _MEMORY[key])  # the run gives its arrays away
+    if key not in MEMORY:
+        MEMORY[key] = _INIT(model, image_px, text_len, seed, mesh)
+    return jax.tree.map(jnp.copy, MEMORY[key])  # the run gives its arrays away
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 import runs
+
 from vlp.core import config as configs
 from vlp.train import plan, stages, workdir
 

@@ -1,15 +1,18 @@
 """What a run leaves on disk, and a run whose newest checkpoint broke."""
 
+import io
 import json
 import shutil
 from unittest import mock
 
-import numpy as np
 import pytest
 import runs
+from PIL import Image
 
+from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints
 from vlp.core.config import build
+from vlp.data import records, tokenizer
 from vlp.data.loader import Data
 from vlp.data.tokenizer import Tokenizer
 from vlp.train import loop, session
@@ -30,9 +33,9 @@ def test_contents(coca_run):
     assert {"vlp", "jax", "orbax-checkpoint", "git", "device"} < beside["versions"].keys()
     data = build(Data, meta["preprocessing"], "preprocessing")
     assert (data.image_px, data.text_len) == (24, 10)  # of the last stage
-    tokenizer = Tokenizer((coca_run / "tokenizer.model").read_bytes())
-    assert meta["tokenizer"] == session.files.encode_bytes(tokenizer.to_bytes())
-    assert meta["tokenizer_sha256"] == tokenizer.sha256
+    words = Tokenizer((coca_run / "tokenizer.model").read_bytes())
+    assert meta["tokenizer"] == session.files.encode_bytes(words.to_bytes())
+    assert meta["tokenizer_sha256"] == words.sha256
     assert meta["position"] == {"step": 9, "stage": 1, "stage_step": 4, "samples": 104}
 
 
@@ -68,28 +71,39 @@ def test_a_broken_checkpoint(toy, tmp_path, capsys):
     assert names[0].startswith("broken_") and names[1:] == ["step_000000004", "step_000000006"]
 
 
-OTHER_DATA = {
-    "records": {"data.num_records": 20},
-    "tokenizer": {},
-}
+def write_data(path, prefix, vocab):
+    """Twelve records whose keys begin with `prefix`, and a tokenizer of up to `vocab` pieces."""
+    shutil.rmtree(path, ignore_errors=True)
+    png = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(png, "PNG")
+    captions = [{"text": "a red square on nothing at all", "source": "x", "lang": "en"}]
+    rows = [
+        {"key": f"{prefix}{i}", "image": png.getvalue(), "captions": captions} for i in range(12)
+    ]
+    words = tokenizer.train([captions[0]["text"]], vocab, model_type="bpe")
+    records.write(
+        path, {"train": rows}, name="x", info={}, files={records.TOKENIZER: words.to_bytes()}
+    )
 
 
-@pytest.mark.parametrize("what", ["records", "tokenizer"])
-def test_other_data_than_the_checkpoints(toy, tmp_path, capsys, monkeypatch, what):
+def test_other_data_than_the_checkpoints(toy, tmp_path, capsys):
     """A restart with other records or another tokenizer is refused, and overwrites nothing."""
-    dying_after_step_4(runs.TOY | {"steps": 6}, tmp_path / "run")
+    data = {"path": str(tmp_path / "data"), "image_px": 16, "text_len": 8}
+    config = runs.TOY | {"steps": 6, "data": data}
+    write_data(tmp_path / "data", "a", 24)
+    dying_after_step_4(config, tmp_path / "run")
     before = runs.contents(tmp_path / "run")
-    meta = session.last_meta(tmp_path / "run")
-    key = {"records": "fingerprints", "tokenizer": "tokenizer_sha256"}[what]
-    monkeypatch.setattr(loop, "last_meta", lambda directory: meta | {key: "another"})
-    assert runs.train(runs.TOY | {"steps": 6}, tmp_path / "run") == 2
-    assert f"config.data: got other {key}, expected the checkpoint's" in capsys.readouterr().err
-    assert runs.contents(tmp_path / "run") == before
+    for prefix, vocab, told in (("b", 24, "fingerprints"), ("a", 28, "tokenizer_sha256")):
+        write_data(tmp_path / "data", prefix, vocab)
+        with mock.patch.dict(runs.MEMORY, clear=True):  # which has the old data open
+            assert runs.train(config, tmp_path / "run") == 2
+        told = f"config.data: got other {told}, expected the checkpoint's"
+        assert told in capsys.readouterr().err
+        assert runs.contents(tmp_path / "run") == before
 
 
 def test_a_failed_save_fails_the_run(toy, tmp_path, monkeypatch):
     """At the latest when the run ends: it must not say that it is done."""
-    from vlp.ckpt import digest
 
     def full(folder):
         raise OSError("no space left on device")
@@ -98,6 +112,4 @@ def test_a_failed_save_fails_the_run(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(digest, "write", full)
     with pytest.raises(OSError, match="no space left"):
         runs.train(config, tmp_path / "run")
-    monkeypatch.undo()
-    runs.register_toy()
     assert Checkpoints(tmp_path / "run" / "checkpoints").newest() is None

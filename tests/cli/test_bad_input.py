@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-
 import runs
 from runs import CLIP, COCA, changed
+
 from vlp.train import loop
 
 

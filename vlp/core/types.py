@@ -179,9 +179,13 @@ class _Teachers(Mapping[str, Callable[..., Any]]):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A training method: a frozen dataclass of numbers. May define `init_extra(key)` → arrays (see `Out.extra`)."""
+    """A training method: a frozen dataclass of numbers.
 
-    reads: ClassVar[frozenset[str]]  # batch leaves, checked against the data before compiling
+    reads: batch leaves, checked against the data before compiling. It may also declare `needs`, what the model must
+    answer ("decode", "image.embed"), and define `init_extra(key)` → arrays (see `Out.extra`).
+    """
+
+    reads: ClassVar[frozenset[str]]
 
     def __call__(self, ctx: Ctx) -> Out: ...
 
@@ -197,11 +201,12 @@ class Result:
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """A frozen dataclass; owns its data spec and `every_steps` (0: at the end of a stage only)."""
+    """A frozen dataclass; owns its data spec and `every_steps` (0: at the end of a stage only).
 
-    needs: ClassVar[
-        frozenset[str]
-    ]  # of the model, checked before training: "image.embed", "decode" …
+    needs: what the model must answer ("image.embed", "decode"), checked before training.
+    """
+
+    needs: ClassVar[frozenset[str]]
     split: str
     batch: int
     every_steps: int

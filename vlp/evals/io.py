@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Evaluator
 from vlp.data.loader import Data, Dataset, open_dataset
 from vlp.data.tokenizer import Tokenizer
+from vlp.models.answers import check_needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +42,9 @@ class IO:
 def check_ready(evaluator: Evaluator, model: Any, mesh: Mesh, io: IO, where: str) -> None:
     """Raises UserError for whatever would stop the evaluator after hours of training."""
     meshes.check_batch(evaluator.batch, mesh, where=f"{where}.batch")
-    answers = _answers(model, io.data.image_px, io.data.text_len)
-    missing = sorted(evaluator.needs - answers)
-    if missing:
-        got = f"a {type(model).__name__} without {', '.join(missing)}"
-        do = "drop this evaluation or change config.model"
-        raise check.error(where, got, "a model that gives it", do)
+    do = "drop this evaluation or change config.model"
+    check_needs(model, evaluator.needs, io.data.image_px, io.data.text_len, where, do)
     io.open(evaluator.split)
-
-
-@functools.lru_cache(maxsize=16)
-def _answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
-    """The model's methods, and what `image` and `text` give: "decode", "image.embed" …"""
-    out = {name for name in ("decode", "head", "scale_bias") if hasattr(model, name)}
-    image = jnp.zeros((1, image_px, image_px, 3), jnp.uint8)
-    for method, x in (("image", image), ("text", jnp.ones((1, text_len), jnp.int32))):
-        answer = functools.partial(model.init_with_output, method=method)
-        out |= {f"{method}.{name}" for name in jax.eval_shape(answer, jax.random.key(0), x)[0]}
-    return frozenset(out)
 
 
 @functools.lru_cache(maxsize=8)

@@ -17,6 +17,7 @@ class Cap:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    needs: ClassVar[frozenset[str]] = frozenset({"image.feats", "text.tokens", "decode"})
     keep: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:

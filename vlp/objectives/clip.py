@@ -17,6 +17,7 @@ class Clip:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    needs: ClassVar[frozenset[str]] = frozenset({"image.embed", "text.embed", "scale_bias"})
     keep: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:

@@ -20,6 +20,9 @@ class Coca:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"image.embed", "image.feats", "text.embed", "text.tokens", "decode", "scale_bias"}
+    )
     contrastive_weight: float = 1.0
     caption_weight: float = 2.0
     keep: float = 1.0

@@ -16,6 +16,7 @@ from vlp.core import mesh as meshes
 from vlp.data.loader import Dataset, open_dataset
 from vlp.evals.io import IO, check_ready
 from vlp.infer.load import load
+from vlp.models.answers import check_needs
 from vlp.optim import make as optimisers
 from vlp.train import state as states
 from vlp.train.stages import Run, Stage
@@ -71,6 +72,10 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
     parts = Parts(stage, datasets, updater, teachers, state, compiled)
+    needs = getattr(stage.objective, "needs", frozenset())
+    do = "change config.objective or config.model"
+    px, length = stage.data.image_px, stage.data.text_len
+    check_needs(stage.model, needs, px, length, "config.objective", do)
     batch = abstract_batch(parts)
     missing = stage.objective.reads - set(batch)
     if missing:

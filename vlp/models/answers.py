@@ -1,0 +1,33 @@
+"""What a model can be asked: its methods, and what `image` and `text` return."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlp.core import check
+
+
+def check_needs(
+    model: Any, needs: Set[str], image_px: int, text_len: int, where: str, do: str
+) -> None:
+    """Raises UserError unless the model gives all of `needs`: "decode", "image.embed", "text.tokens" …"""
+    missing = sorted(needs - answers(model, image_px, text_len))
+    if missing:
+        got = f"a {type(model).__name__} without {', '.join(missing)}"
+        raise check.error(where, got, "a model that gives it", do)
+
+
+@functools.lru_cache(maxsize=16)
+def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
+    """The model's optional methods, and every leaf of what `image` and `text` return. Computes nothing."""
+    out = {name for name in ("decode", "head", "scale_bias") if hasattr(model, name)}
+    image = jnp.zeros((1, image_px, image_px, 3), jnp.uint8)
+    for method, x in (("image", image), ("text", jnp.ones((1, text_len), jnp.int32))):
+        answer = functools.partial(model.init_with_output, method=method)
+        out |= {f"{method}.{name}" for name in jax.eval_shape(answer, jax.random.key(0), x)[0]}
+    return frozenset(out)
