@@ -1,7 +1,8 @@
 """The demo: CoCa with FLIP masking on emoji and their names, in minutes on a laptop CPU.
 
-`make demo` runs it. The first stage drops half of the patches, the second tunes on whole images (FLIP §3). A batch
-holds one form of each emoji at most (group_by), so that the skin tones of one gesture are no negatives of each other.
+`make demo` runs it. The first stage drops half of the patches, the second tunes on whole images (FLIP §3). An epoch
+visits each emoji once, in one of its forms (group_by), so that the skin tones of one gesture rarely are negatives of
+each other and do not crowd out the rest.
 
 Arguments: path (the data), clip (the same towers and steps, contrastive loss alone), seed, smoke.
 """

@@ -23,11 +23,12 @@ def smoke(c: Any) -> Any:
     c.data = dict(source="shapes", num_records=32, image_px=16, text_len=12)
     stages = c.get("stages") or [dict()]
     for stage in stages:
+        stage.pop("schedule", None)
         for key in ("samples", "batch", "data", "micro_batches"):
             stage.pop(key, None)
         stage["steps"] = 2 if len(stages) == 1 else 1
     c.stages = stages
-    c.schedule = dict(lr=1e-3)
+    c.schedule = dict(lr=1e-3, shape="constant")
     c.mesh = dict(data=1, fsdp=-1)
     for evaluator in c.get("evals", {}).values():
         evaluator.update(split="test", batch=8)

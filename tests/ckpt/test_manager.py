@@ -31,7 +31,7 @@ def trees(step):
         "step": jnp.int32(step),
         "teachers": {"ema": average},
         "extra": (),
-        "opt": [None, put(np.ones(64))],
+        "opt": [None, put(np.ones(64), None)],
     }
     return params, rest
 

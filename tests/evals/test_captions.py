@@ -10,7 +10,7 @@ import pytest
 
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
-from vlp.data.loader import Data
+from vlp.data.loader import Data, open_dataset
 from vlp.data.tokenizer import EOS, PAD
 from vlp.evals import io as ios
 from vlp.evals.captions import Captions
@@ -41,7 +41,7 @@ class Parrot:
 
 def open_data(text_len=16):
     data = Data(source="shapes", num_records=NUM, image_px=8, text_len=text_len, read_threads=0)
-    dataset = ios.IO(data, None).open("test")
+    dataset = ios.IO(data, open_dataset(data).tokenizer).open("test")
     return dataset, dataset.eval_batch(0, NUM)
 
 

@@ -11,7 +11,7 @@ import pytest
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
-from vlp.data.loader import Data
+from vlp.data.loader import Data, open_dataset
 from vlp.evals import io as ios
 from vlp.evals.retrieval import Retrieval, rank_of_pair
 
@@ -35,7 +35,7 @@ class Lookup:
 def evaluate(zi_NE, zt_NE, batch=8, mesh=meshes.MeshShape(), num_devices=8, write=lambda *_: None):
     """The evaluator's numbers by name for a model with these embeddings of the test records."""
     data = Data(source="shapes", num_records=len(zi_NE), image_px=8, text_len=16, read_threads=0)
-    io = ios.IO(data, None, write)
+    io = ios.IO(data, open_dataset(data).tokenizer, write)
     rows = io.open("test").eval_batch(0, len(zi_NE))
     assert len(np.unique(rows["text"], axis=0)) == len(zi_NE)
     tables = {

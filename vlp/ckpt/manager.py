@@ -151,7 +151,8 @@ def select(checkpoints: Checkpoints, workdir: str | pathlib.Path, step: int | No
     if not steps or step not in (None, *steps):
         got = "no checkpoint" if not steps else f"no step {step}"
         expected = f"one of steps {steps}" if steps else "a saved step"
-        raise check.error(str(workdir), got, expected, "train first")
+        do = "take one of them" if steps else "train first"
+        raise check.error(str(workdir), got, expected, do)
     if step is None:
         step = checkpoints.newest()
         assert step is not None

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for noisy in ("absl", "orbax", "jax", "grain"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="vlp", description="Vision-language pretraining in JAX.")
     parser.add_argument("--version", action="version", version=f"vlp {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -5,7 +5,7 @@ crash (exit code 1, with its traceback).
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(ValueError):
@@ -23,3 +23,10 @@ def unknown(where: str, got: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "use one of them"
     return error(where, repr(got), f"one of {known}", hint)
+
+
+def bounds(where: str, section: object, rules: Mapping[str, tuple[bool, str]]) -> None:
+    """Raises UserError for the first field whose rule, (holds, what is expected), does not hold."""
+    for field, (holds, expected) in rules.items():
+        if not holds:
+            raise error(f"{where}.{field}", getattr(section, field), expected, "change the config")

@@ -30,7 +30,8 @@ class Term:
     weight: float = struct.field(pytree_node=False, default=1.0)
 
     def mean(self) -> jax.Array:
-        return self.total / jnp.maximum(jnp.asarray(self.count, jnp.float32), 1.0)
+        count = jnp.asarray(self.count, jnp.float32)
+        return self.total / jnp.where(count == 0, 1.0, count)
 
 
 @struct.dataclass

@@ -160,6 +160,10 @@ class Dataset:
                     self._cache_left -= size
         return found
 
+    def reference(self, record_id: int) -> str:
+        """The caption that evaluations compare with: the first in the wanted languages."""
+        return _texts(self.record(record_id), self.data, "first", None)[0]
+
     def keys(self, record_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the keys of the records."""
         return [self.source[int(i)]["key"] for i in record_ids]

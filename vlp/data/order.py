@@ -95,7 +95,8 @@ class Groups:
         """As `record_ids`, but an epoch visits every group once, and a group's members in turn.
 
         After as many epochs as a group has members, each of them was read once. So a large group
-        does not crowd out the small ones, and forms of one thing do not meet in a batch.
+        does not crowd out the small ones, and forms of one thing meet in a batch only where it
+        straddles two epochs.
         """
         group = record_ids(start, count, self.num, seed, shuffle)
         epoch = np.arange(start, start + count, dtype=np.int64) // self.num

@@ -65,7 +65,7 @@ class Captions:
 
 def normal(dataset: Any, record: int) -> str:
     """The reference caption as the tokenizer gives it back (lower case, normalised)."""
-    text = dataset.record(record)["captions"][0]["text"]
+    text = dataset.reference(record)
     return dataset.tokenizer.decode(dataset.tokenizer.encode(text, dataset.data.text_len))
 
 

@@ -70,7 +70,7 @@ def _gallery(
         return ios.data_uri(dataset.eval_batch(i, 1)["image"][0])
 
     def caption(i: int) -> str:
-        return dataset.record(i)["captions"][0]["text"]
+        return dataset.reference(i)
 
     queries = []
     for i in shown:

@@ -26,8 +26,9 @@ def check_needs(
 def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
     """The model's optional methods, and every leaf of what `image` and `text` return. Computes nothing."""
     out = {name for name in ("decode", "head", "scale_bias") if hasattr(model, name)}
-    image = jnp.zeros((1, image_px, image_px, 3), jnp.uint8)
-    for method, x in (("image", image), ("text", jnp.ones((1, text_len), jnp.int32))):
+    image = jax.ShapeDtypeStruct((1, image_px, image_px, 3), jnp.uint8)
+    text = jax.ShapeDtypeStruct((1, text_len), jnp.int32)
+    for method, x in (("image", image), ("text", text)):
         answer = functools.partial(model.init_with_output, method=method)
         out |= {f"{method}.{name}" for name in jax.eval_shape(answer, jax.random.key(0), x)[0]}
     return frozenset(out)

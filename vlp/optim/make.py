@@ -56,6 +56,17 @@ class Optim:
     clip_norm: float | None = 1.0
     rules: tuple[Rule, ...] = DEFAULT_RULES
 
+    def __post_init__(self) -> None:
+        clip = self.clip_norm
+        bounds = {
+            "b1": (0 <= self.b1 < 1, "in [0, 1)"),
+            "b2": (0 <= self.b2 < 1, "in [0, 1)"),
+            "eps": (self.eps > 0, "above 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
+            "clip_norm": (clip is None or clip > 0, "above 0, or None"),
+        }
+        check.bounds("config.optim", self, bounds)
+
 
 def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
     """A tree like `params` with each leaf's rule; raises UserError for an uncovered leaf or a rule without a leaf."""

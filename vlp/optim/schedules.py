@@ -31,6 +31,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise check.unknown("config.schedule.shape", self.shape, SHAPES)
+        bounds = {
+            "lr": (0 < self.lr < math.inf, "above 0 and finite"),
+            "end_frac": (0 <= self.end_frac <= 1, "in [0, 1]"),
+            "warmup_frac": (0 <= self.warmup_frac <= 1, "in [0, 1]"),
+            "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
+            "warmup_samples": (self.warmup_samples >= 0, "at least 0"),
+        }
+        check.bounds("config.schedule", self, bounds)
         given = [n for n in ("warmup_samples", "warmup_steps", "warmup_frac") if getattr(self, n)]
         if len(given) > 1:
             raise check.error(

@@ -61,6 +61,7 @@ def run(config: Mapping[str, Any], directory: str | pathlib.Path) -> int:
             session.metrics.close()
             session.watchdog.close()
             session.checkpoints.close()
+            session.lock.close()
 
 
 def train_stage(session: Session, parts: Parts, state: State) -> State:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax
 from jax.sharding import Mesh
@@ -38,6 +38,7 @@ class Session:
     stop: Stop
     watchdog: Watchdog
     versions: dict[str, Any]
+    lock: IO[str]
 
 
 def open_session(
@@ -50,7 +51,7 @@ def open_session(
     position: Mapping[str, int],
 ) -> Session:
     """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    lock = files.lock(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints)
     checkpoints.set_aside_after(position["step"])
     versions = files.versions()
@@ -69,6 +70,7 @@ def open_session(
         stop,
         Watchdog(settings.hang_secs),
         versions,
+        lock,
     )
     num = tree.size(first.abstract.params)
     log.info(

@@ -21,9 +21,10 @@ from vlp.objectives import OBJECTIVES
 from vlp.optim.make import Optim
 from vlp.optim.schedules import Schedule
 
-# What may change between two starts of one run: the numbers do not depend on it.
+# What may change between two starts of one run: the numbers do not depend on it (data is known by its fingerprint).
 FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "platform", "data.workers",
-        "data.read_threads", "data.prefetch", "data.cache_decoded", "data.cache_mb", "hang_secs")  # fmt: skip
+        "data.read_threads", "data.prefetch", "data.cache_decoded", "data.cache_mb", "data.path",
+        "hang_secs")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import pathlib
 import platform
 import subprocess
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -18,6 +20,8 @@ from vlp import __version__
 from vlp.core import check
 from vlp.core.config import difference
 from vlp.train import stages
+
+log = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -28,6 +32,8 @@ class Metrics:
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        if restored_step and not path.exists():
+            log.warning("%s is missing; the record begins again at step %d", path, restored_step)
         kept = (
             [] if restored_step is None else [r for r in read(path) if r["step"] <= restored_step]
         )
@@ -66,15 +72,17 @@ def dump(value: Any, indent: int | None = None) -> str:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a half-written last line is left out."""
+    """The rows of a metrics file; a line that is not whole is left out (and told, unless it is the last)."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            if number < len(lines):
+                log.warning("%s: line %d is broken; left out", path, number)
     return rows
 
 
@@ -94,13 +102,21 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         if workdir.exists() and not workdir.is_dir():
             do = "choose another --workdir"
             raise check.error(f"--workdir {workdir}", "a file", "a directory", do)
+        if (workdir / "checkpoints").is_dir():
+            do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
+            raise check.error(f"--workdir {workdir}", "a run without config.json", "its config", do)
         if workdir.is_dir() and any(workdir.iterdir()):
             do = "choose an empty or new directory"
             raise check.error(
                 f"--workdir {workdir}", "a directory with other files", "a run or nothing", do
             )
         return
-    changes = difference(stages.fixed(json.loads(path.read_text())), stages.fixed(config))
+    try:
+        old = json.loads(path.read_text())
+    except ValueError:
+        do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
+        raise check.error(str(path), "a broken file", "the run's config", do) from None
+    changes = difference(stages.fixed(old), stages.fixed(config))
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         do = "choose another --workdir, or the run's own config"
@@ -110,6 +126,31 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
             "the same",
             do,
         )
+
+
+def lock(workdir: pathlib.Path) -> IO[str]:
+    """Makes the workdir and takes it for this process; hold the result for as long as the run writes.
+
+    Raises UserError if another process has it (its metrics and checkpoints would be overwritten).
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("w")
+    except OSError as e:
+        do = "choose another --workdir"
+        raise check.error(f"--workdir {workdir}", str(e), "a directory to write to", do) from None
+    if jax.process_index() == 0:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            do = "wait for it, stop it, or choose another --workdir"
+            raise check.error(
+                f"--workdir {workdir}", "a run that is going on", "a free workdir", do
+            ) from None
+        except OSError:  # a file system without locks
+            log.warning("%s cannot be locked; start no second run in it", workdir)
+    return file
 
 
 def versions() -> dict[str, Any]:
