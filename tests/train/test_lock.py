@@ -1,0 +1,31 @@
+"""One run per workdir at a time, and a record that outlives a broken line."""
+
+import pytest
+
+from vlp.core import check
+from vlp.train import workdir
+
+
+def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path):
+    first = workdir.lock(tmp_path / "run")
+    with pytest.raises(check.UserError, match="a run that is going on"):
+        workdir.lock(tmp_path / "run")
+    first.close()
+    workdir.lock(tmp_path / "run").close()
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(check.UserError, match="a directory to write to"):
+        workdir.lock(tmp_path / "file" / "run")
+
+
+def test_broken_lines_are_left_out_and_told(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\ngarbage\n{"step": 3}\n{"step"')
+    assert workdir.read(path) == [{"step": 1}, {"step": 3}]
+    assert "line 2 is broken" in caplog.text
+    metrics = workdir.Metrics(path, 3)
+    metrics.write({"step": 4})
+    metrics.close()
+    assert [r["step"] for r in workdir.read(path)] == [1, 3, 4]
