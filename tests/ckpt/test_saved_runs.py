@@ -20,7 +20,7 @@ from vlp.train import loop, session
 
 def test_contents(coca_run):
     """All that is needed to use the model, in the checkpoint and beside it."""
-    names = {p.name for p in coca_run.iterdir()}
+    names = {p.name for p in coca_run.iterdir()} - {".lock"}
     expected = "checkpoints config.json evals metrics.jsonl preprocessing.json tokenizer.model versions.json"
     assert names == set(expected.split())
     meta = Checkpoints(coca_run / "checkpoints", create=False).meta(9)

@@ -85,7 +85,7 @@ def test_it_resumes(config, tmp_path):
     def watch(*args):
         for batch in feed(*args):
             for name, indices in seen.items():
-                indices.append(order.join_words(batch[f"{name}index"]))
+                indices.append(order.join_words(np.asarray(batch[f"{name}index"])))
             yield batch
 
     with mock.patch.object(loop, "feed", watch):

@@ -54,7 +54,7 @@ def test_other_sizes(tmp_path, monkeypatch):
 
     def watch(*args):
         for batch in feed(*args):
-            positions.append(order.join_words(batch["index"]))
+            positions.append(order.join_words(np.asarray(batch["index"])))
             yield batch
 
     monkeypatch.setattr(loop, "feed", watch)

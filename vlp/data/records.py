@@ -273,6 +273,11 @@ class RecordSource:
         local = int(i - self._ends[shard] + self.counts[shard])
         return decode(self._readers[shard].read([local])[0])
 
+    @property
+    def info(self) -> dict:
+        """What the dataset says of itself: where it comes from, its licence and attribution."""
+        return read_manifest(self.path).get("info", {})
+
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the dataset's own tokenizer, checked against the manifest if that lists it."""
         file = os.path.join(self.path, TOKENIZER)

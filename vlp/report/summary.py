@@ -105,7 +105,7 @@ def _captions(row: load.Row) -> str:
     out = f"On {_where(row)} its caption loss is <b>{numbers.si(true)}</b>"
     if math.isfinite(other):
         gap = other - true
-        reads = "it reads the image" if gap > 0.05 * abs(true) else "it hardly looks at the image"
+        reads = "it reads the image" if gap > 0.02 * abs(true) else "it hardly looks at the image"
         out += f" with the true image and {numbers.si(other)} with another one, so {reads}"
     if math.isfinite(exact := row.values.get("exact_match", math.nan)):
         out += f"; {numbers.percent(exact)} of generated captions are exact"

@@ -54,7 +54,7 @@ def open_session(
     lock = files.lock(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints)
     checkpoints.set_aside_after(position["step"])
-    versions = files.versions()
+    versions = files.versions() | {"data": getattr(first.main.source, "info", {})}
     files.write_json(workdir / "config.json", config)
     files.write_json(workdir / "versions.json", versions)
     if jax.process_index() == 0:
