@@ -96,9 +96,9 @@ def test_it_resumes(config, tmp_path):
     rows = runs.rows(tmp_path / "whole")
     assert [row["turns"] for row in rows] == list(range(1, 10))
     assert {"ema", "start", "other", "queue", "more"} < rows[0].keys()
-    assert rows[0]["ema"] == rows[0]["start"] == 0 < rows[0]["other"]
-    assert rows[4]["ema"] > 0 and rows[4]["start"] > rows[4]["ema"]
-    assert rows[5]["start"] == 0 < rows[5]["ema"]
+    assert rows[0]["ema"] < 1e-12 and rows[0]["start"] < 1e-12 < rows[0]["other"]
+    assert 1e-12 < rows[4]["ema"] < rows[4]["start"]
+    assert rows[5]["start"] < 1e-12 < rows[5]["ema"]
     end = runs.saved(tmp_path / "whole")
     other = runs.saved(tmp_path / "other")
     names = [name for name in other if name.startswith("params/")]
@@ -137,7 +137,9 @@ def test_eight_devices(config, tmp_path):
     mesh = dict(zip(meshes.AXES, (2, 2, 2)))
     assert runs.train(runs.changed(config, mesh=mesh), tmp_path / "eight", devices=8) == 0
     for row, wanted in zip(runs.rows(tmp_path / "eight"), runs.rows(tmp_path / "one"), strict=True):
-        assert row == pytest.approx(wanted, rel=1e-5)
+        for name, value in wanted.items():
+            same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-12)
+            assert row[name] == same, name
 
 
 def test_a_stream_that_is_not_there(config, tmp_path, capsys):
