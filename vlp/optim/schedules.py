@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from vlp.core import check
 
@@ -51,7 +52,7 @@ class Schedule:
             self.warmup_samples / batch or float(self.warmup_steps) or self.warmup_frac * num_steps
         )
 
-    def at(self, batch: int, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    def at(self, batch: int, num_steps: int) -> Callable[[ArrayLike], jax.Array]:
         """Returns stage step (0-based) → learning rate of the update made in that step."""
         warmup = self.warmup(batch, num_steps)
         if warmup > num_steps:
@@ -61,7 +62,7 @@ class Schedule:
             )
         rest = max(num_steps - warmup, 1e-9)
 
-        def lr(step: jax.Array) -> jax.Array:
+        def lr(step: ArrayLike) -> jax.Array:
             step = jnp.asarray(step, jnp.float32) + 1.0  # the first update is not wasted on 0
             done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
             fall = {
