@@ -51,7 +51,7 @@ def loops(zi, zt, scale, targets, wi, wt):
 @jax.jit
 def ours(zi, zt, scale, targets, wi, wt):
     def total(zi, zt, scale):
-        loss = contrastive.softmax(zi, zt, scale, targets)
+        loss = contrastive.softmax(zi, zt, scale, targets=targets)
         return (wi * loss["i2t"] + wt * loss["t2i"]).sum(), loss
 
     (_, loss), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(zi, zt, scale)

@@ -81,7 +81,7 @@ class Captions:
         alike_BB = (group_B[:, None] == group_B[None, :]).astype(jnp.float32)
         terms, num = {}, zt_BKE.shape[1]
         for k in range(num):
-            loss = contrastive.softmax(zi_BE, zt_BKE[:, k], scale, alike_BB)
+            loss = contrastive.softmax(zi_BE, zt_BKE[:, k], scale, targets=alike_BB)
             nll_B = weight_B * (loss["i2t"] + loss["t2i"])
             terms[f"caption{k}"] = Term(nll_B.sum(), weight_B.sum(), 1 / num)
         return Out(terms)

@@ -1,62 +1,96 @@
-"""Softmax contrastive loss of a batch of pairs, per example, in float32."""
+"""Contrastive losses of a batch of pairs, per example, exact over the global batch, in float32 or wider."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlp.core.types import Term
+from vlp.losses import pairs
+
+PyTree = Any
 
 
 def softmax(
     zi_BE: Float[Array, "B E"],
     zt_BE: Float[Array, "B E"],
     scale: Float[Array, ""],
-    targets_BB: Float[Array, "B B"] | None = None,
+    *,
+    keep: Callable[..., jax.Array] | None = None,
+    targets: Callable[..., jax.Array] | Float[Array, "B B"] | None = None,
+    a: PyTree = (),
+    b: PyTree = (),
+    chunk: int = 0,
 ) -> dict[str, Float[Array, "B"]]:
     """Cross-entropy of each image over all texts (`i2t`) and of each text over all images (`t2i`).
 
-    zi, zt: unit vectors, row k of one belongs to row k of the other. targets_BB: instead of the identity, how much
-    image i and text j belong together; rows are normalised for i2t, columns for t2i. Also `hit_i2t`, `hit_t2i`:
-    1 where no other row of the batch scores above the pair, shared among equals (in-batch retrieval@1).
+    zi, zt: unit vectors, row k of one belongs to row k of the other. keep, targets: functions of (i, j, a, b), of
+    global indices and of leaves of the images and of the texts (`losses.pairs.Pairs`): which pairs are in the
+    denominators, and, instead of the identity, how much two belong together (normalised per image for i2t, per text
+    for t2i); `targets` may also be a matrix, which then is the largest array here. chunk: texts gathered at a time.
+
+    Besides, for losses made of them (leave-one-out, focal): `lse_i2t`, `lse_t2i`, log-sum-exp of an image's and of a
+    text's logits; `positive`, the pair's own logit (the mean by `targets`, where given, of an image's). `hit_i2t`,
+    `hit_t2i`: 1 where no other pair scores above the own one, shared among equals (in-batch retrieval@1).
     Source: CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3), which halves the sum of both directions.
     """
-    dtype = jnp.promote_types(zi_BE.dtype, jnp.float32)
-    zi_BE, zt_BE = zi_BE.astype(dtype), zt_BE.astype(dtype)
-    logits_BB = scale * jnp.einsum("be,ce->bc", zi_BE, zt_BE, precision=jax.lax.Precision.HIGHEST)
-    diagonal_B = jnp.diagonal(logits_BB)
-
-    def direction(
-        logits_BB: Float[Array, "B B"], targets_BB: Float[Array, "B B"] | None
-    ) -> Float[Array, "B"]:
-        lse_B = jax.nn.logsumexp(logits_BB, axis=1)
-        if targets_BB is None:
-            return lse_B - diagonal_B
-        targets_BB = targets_BB / targets_BB.sum(axis=1, keepdims=True)
-        return lse_B - (targets_BB * logits_BB).sum(axis=1)
-
-    def hit(logits_BB: Float[Array, "B B"]) -> Float[Array, "B"]:
-        best_BB = logits_BB >= logits_BB.max(axis=1, keepdims=True)
-        return (jnp.diagonal(best_BB) / best_BB.sum(axis=1)).astype(jnp.float32)
-
+    if isinstance(targets, jax.Array):
+        targets, a = _row_of_matrix, targets
+    what = pairs.Pairs(keep=keep, targets=targets)
+    image, text = pairs.reduce(what, {"scale": scale}, zi_BE, zt_BE, a, b, chunk=chunk)
+    mean = lambda s: s["target"] if targets is None else s["target"] / s["mass"]
     return {
-        "i2t": direction(logits_BB, targets_BB),
-        "t2i": direction(logits_BB.T, None if targets_BB is None else targets_BB.T),
-        "hit_i2t": hit(logits_BB),
-        "hit_t2i": hit(logits_BB.T),
+        "i2t": image["lse"] - mean(image),
+        "t2i": text["lse"] - mean(text),
+        "lse_i2t": image["lse"],
+        "lse_t2i": text["lse"],
+        "positive": mean(image),
+        "hit_i2t": image["hit"],
+        "hit_t2i": text["hit"],
     }
+
+
+def sigmoid(
+    zi_BE: Float[Array, "B E"],
+    zt_BE: Float[Array, "B E"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    *,
+    keep: Callable[..., jax.Array] | None = None,
+    a: PyTree = (),
+    b: PyTree = (),
+    chunk: int = 0,
+) -> dict[str, Float[Array, "B"]]:
+    """`loss`: the sum over texts j of −log σ(z (scale · xᵢ·yⱼ + bias)), z = 1 for the pair and −1 for others.
+
+    Every pair is one binary decision (SigLIP, Zhai et al. 2023, arXiv:2303.15343, eq. 2). keep, a, b, chunk,
+    `hit_i2t` and `hit_t2i` as in `softmax`.
+    """
+    what = pairs.Pairs(keep=keep, each=_binary)
+    params = {"scale": scale, "bias": bias}
+    image, text = pairs.reduce(what, params, zi_BE, zt_BE, a, b, chunk=chunk)
+    return {"loss": image["each"], "hit_i2t": image["hit"], "hit_t2i": text["hit"]}
+
+
+def _binary(score: jax.Array, target: jax.Array) -> jax.Array:
+    return -jax.nn.log_sigmoid((2 * target - 1) * score)
+
+
+def _row_of_matrix(i_B1: Any, j_1B: jax.Array, a_BB: jax.Array, b: Any) -> jax.Array:
+    return jnp.take(a_BB, j_1B[0], axis=1, mode="clip")
 
 
 def metrics(loss: dict[str, Float[Array, "B"]], scale: Float[Array, ""]) -> dict[str, Term]:
     """What to log of a batch: the mean of both directions minus ln B (0: nothing learned), and retrieval@1."""
-    num = loss["i2t"].shape[0]
-    excess_B = 0.5 * (loss["i2t"] + loss["t2i"]) - math.log(num)
+    num = loss["hit_i2t"].shape[0]
     hits_B = 0.5 * (loss["hit_i2t"] + loss["hit_t2i"])
-    return {
-        "contrastive/minus_log_batch": Term(excess_B.sum(), num),
-        "contrastive/retrieval@1": Term(hits_B.sum(), num),
-        "logit_scale": Term(scale, 1),
-    }
+    out = {"contrastive/retrieval@1": Term(hits_B.sum(), num), "logit_scale": Term(scale, 1)}
+    if "i2t" in loss:
+        excess_B = 0.5 * (loss["i2t"] + loss["t2i"]) - math.log(num)
+        out["contrastive/minus_log_batch"] = Term(excess_B.sum(), num)
+    return out

@@ -1,0 +1,434 @@
+"""Exact sums over all pairs of a sharded batch, without the B×C matrix and without a gathered copy of either side.
+
+Columns are gathered slice by slice, the next one while this one is worked on. Each device scores its own rows against
+a slice, tile by tile; a score is computed once per pass and enters a running log-sum-exp of its row and one of its
+column, which are merged across devices. The backward pass recomputes the tiles from the two log-sum-exps. The result
+is a number per example and its derivative takes any cotangent, so weights, leave-one-out, clipping and soft
+targets stay outside.
+
+Recomputing tiles of logits is Inf-CL's idea (Cheng et al. 2024, arXiv:2410.17243), which scores each pair once per
+direction. Axis letters: B rows and C columns of the global batch, R rows and S columns of a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from vlp.core import check
+from vlp.core import mesh as meshes
+
+PyTree = Any
+Stats = dict[str, jax.Array]
+CHUNK = 1024  # columns gathered at a time
+TILE = 1024  # rows of a device scored at a time
+
+
+def dot(
+    params: dict[str, jax.Array], x_RE: jax.Array, y_SE: jax.Array, precision: jax.lax.Precision
+) -> jax.Array:
+    """scale · x·y, and + bias if params has one."""
+    scores_RS = params["scale"] * jnp.einsum("re,se->rs", x_RE, y_SE, precision=precision)
+    return scores_RS + params["bias"] if "bias" in params else scores_RS
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """What is summed over the pairs. Functions, evaluated tile by tile; they must hash, so define them once.
+
+    score(params, x, y, precision) → [R S]: float leaves of rows and columns come in float32 or wider.
+    keep(i_R1, j_1S, a, b) → bool [R S], of global indices and the leaves `a` of rows and `b` of columns: False takes
+    a pair out of both log-sum-exps (an equal caption, say). targets(…) → [R S] how much i and j belong together; None
+    is the identity. each(score, target) → [R S]: sum this over the pairs in place of the log-sum-exps.
+    """
+
+    score: Callable[..., jax.Array] = dot
+    keep: Callable[..., jax.Array] | None = None
+    targets: Callable[..., jax.Array] | None = None
+    each: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+def reduce(
+    pairs: Pairs,
+    params: PyTree,
+    x: PyTree,
+    y: PyTree,
+    a: PyTree = (),
+    b: PyTree = (),
+    *,
+    chunk: int = 0,
+    tile: int = 0,
+) -> tuple[Stats, Stats]:
+    """Returns the sums of every row, [B], and of every column, [C].
+
+    x, a: leaves that lead with B, of the rows; y, b: with C. params, x and y are differentiated, a and b are not.
+    chunk: columns gathered at a time, tile: rows scored at a time (0: 1,024 of each); they change memory, not values.
+
+    Each dict: `lse` (−inf where nothing is kept), or `each` if that is given; `target`, the sum of target · score;
+    without gradient `mass`, the sum of targets, and `hit`: 1 where no kept pair scores above pair (k, k), shared
+    among equals.
+    """
+    if min(chunk, tile) < 0:
+        raise check.error("losses.pairs", f"chunk {chunk}, tile {tile}", "0 (automatic) or more")
+    num_rows, num_cols = jax.tree.leaves(x)[0].shape[0], jax.tree.leaves(y)[0].shape[0]
+    axes, ways = _row_axes(num_rows, num_cols)
+    rows, cols = num_rows // ways, num_cols // ways
+    sweep = Sweep(
+        pairs,
+        axes,
+        ways,
+        rows=rows,
+        cols=cols,
+        tile=min(tile or TILE, rows),
+        part=min(max(-(-(chunk or CHUNK) // ways), 1), cols),
+        precision=_precision((x, y)),
+    )
+    return _reduce(sweep, params, x, y, a, b)
+
+
+def _row_axes(num_rows: int, num_cols: int) -> tuple[tuple[str, ...], int]:
+    """The mesh axes over which rows are divided, batch axes first, and their product."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes: tuple[str, ...] = ()
+    ways = 1
+    if not mesh.empty:
+        for axis in dict.fromkeys((*meshes.RULES["batch"], *mesh.axis_names)):
+            if math.gcd(num_rows, num_cols) % (ways * mesh.shape[axis]) == 0:
+                axes, ways = (*axes, axis), ways * mesh.shape[axis]
+    return axes, ways
+
+
+def _precision(tree: PyTree) -> jax.lax.Precision:
+    """One pass of the matrix unit holds half-precision values exactly; float32 needs all of them."""
+    half = all(leaf.dtype.itemsize <= 2 for leaf in jax.tree.leaves(tree))
+    return jax.lax.Precision.DEFAULT if half else jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """How one device goes over its rows × all columns: `part` columns of each of `ways` devices are one slice."""
+
+    pairs: Pairs
+    axes: tuple[str, ...]
+    ways: int
+    rows: int  # of a device
+    cols: int
+    tile: int
+    part: int
+    precision: jax.lax.Precision
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // self.tile)
+
+    @property
+    def slices(self) -> int:
+        return -(-self.cols // self.part)
+
+    def over_mesh(self, f: Callable[..., Any], ins: tuple[bool, ...], outs: Any) -> Any:
+        """f on every device's part; True marks what leads with rows or columns, False what all devices hold."""
+        if not self.axes:
+            return f
+        spec = lambda sharded: PartitionSpec(self.axes) if sharded else PartitionSpec()
+        specs = jax.tree.map(spec, (ins, outs))
+        return jax.shard_map(f, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+    def index(self) -> jax.Array | int:
+        return jax.lax.axis_index(self.axes) if self.axes else 0
+
+    def split(self, tree: PyTree, size: int) -> PyTree:
+        """Rows [N …] → [N / size, size …], the last tile filled up with zeros."""
+
+        def one(leaf: jax.Array) -> jax.Array:
+            short = -leaf.shape[0] % size
+            if short:
+                leaf = jnp.pad(leaf, ((0, short), *[(0, 0)] * (leaf.ndim - 1)))
+            return leaf.reshape(-1, size, *leaf.shape[1:])
+
+        return jax.tree.map(one, tree)
+
+    def gather(self, parts: PyTree, k: jax.Array | int) -> PyTree:
+        """Slice k of the columns: part k of every device, in the devices' order."""
+        part = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, k, keepdims=False), parts)
+        if not self.axes:
+            return part
+        return jax.tree.map(lambda p: jax.lax.all_gather(p, self.axes, tiled=True), part)
+
+    def scatter(self, slices: jax.Array) -> jax.Array:
+        """Sums a slice over devices; each gets its own part."""
+        if not self.axes:
+            return slices
+        return jax.lax.psum_scatter(slices, self.axes, tiled=True)
+
+    def columns(self, k: jax.Array | int) -> tuple[jax.Array, jax.Array | None]:
+        """Global indices of slice k's columns, and which of them exist (None: all)."""
+        s = jnp.arange(self.ways * self.part)
+        local = k * self.part + s % self.part
+        real = None if self.cols % self.part == 0 else local < self.cols
+        return (s // self.part) * self.cols + local, real
+
+    def row_indices(self) -> tuple[jax.Array, jax.Array | None]:
+        """Global indices of this device's rows [tiles, tile], and which of them exist (None: all)."""
+        local = jnp.arange(self.tiles * self.tile).reshape(self.tiles, self.tile)
+        real = None if self.rows % self.tile == 0 else local < self.rows
+        return self.index() * self.rows + local, real
+
+    def scores(
+        self, params: PyTree, x_R: PyTree, y_S: PyTree, row: PyTree, col: PyTree
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+        """Of one tile, [R S]: scores, which pairs count (None: all), targets, which pairs are (k, k)."""
+        (i_R, real_R, a_R), (j_S, real_S, b_S) = row, col
+        i_R1, j_1S = i_R[:, None], j_S[None, :]
+        s_RS = self.pairs.score(params, x_R, y_S, self.precision)
+        same_RS = i_R1 == j_1S
+        real_RS = None
+        for mask in (
+            None if real_R is None else real_R[:, None],
+            None if real_S is None else real_S[None, :],
+        ):
+            if mask is not None:
+                real_RS = mask if real_RS is None else real_RS & mask
+        if self.pairs.targets is None:
+            t_RS = same_RS.astype(s_RS.dtype)
+        else:
+            t_RS = self.pairs.targets(i_R1, j_1S, a_R, b_S).astype(s_RS.dtype)
+        if real_RS is not None:
+            t_RS = jnp.where(real_RS, t_RS, 0)
+            same_RS &= real_RS
+        keep_RS = real_RS
+        if self.pairs.keep is not None:
+            keep_RS = self.pairs.keep(i_R1, j_1S, a_R, b_S)
+            keep_RS = keep_RS if real_RS is None else keep_RS & real_RS
+        return s_RS, keep_RS, t_RS, same_RS
+
+    def over_slices(
+        self, parts: PyTree, carry: PyTree, work: Callable[[PyTree, PyTree, Any], tuple[Any, Any]]
+    ) -> tuple[PyTree, PyTree]:
+        """Folds work(carry, slice, k) → (carry, out) over the slices; the next slice travels meanwhile.
+
+        Outs are stacked: [slices …]. The last slice is outside of the loop: nothing travels that is not used.
+        """
+
+        def body(state: PyTree, k: jax.Array) -> tuple[PyTree, PyTree]:
+            carry, here = state
+            after = self.gather(parts, k + 1)
+            carry, out = work(carry, here, k)
+            return (carry, after), out
+
+        here, last = self.gather(parts, 0), self.slices - 1
+        if not last:
+            carry, out = work(carry, here, 0)
+            return carry, jax.tree.map(lambda o: o[None], out)
+        (carry, here), outs = jax.lax.scan(body, (carry, here), jnp.arange(last))
+        carry, out = work(carry, here, last)
+        join = lambda many, one: jnp.concatenate([many, one[None]])
+        return carry, jax.tree.map(join, outs, out)
+
+
+def _wide(tree: PyTree) -> PyTree:
+    """Half-precision leaves in float32."""
+    return jax.tree.map(lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32)), tree)
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> Stats:
+    """Running sums of nothing."""
+    zero = {n: jnp.zeros(shape, dtype) for n in ("sum", "ties", "target", "mass", "own")}
+    return zero | {"max": jnp.full(shape, -jnp.inf, dtype)}
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _sums(
+    pairs: Pairs,
+    s_RS: jax.Array,
+    keep_RS: jax.Array | None,
+    t_RS: jax.Array,
+    same_RS: jax.Array,
+    axis: int,
+) -> Stats:
+    """One tile's sums along `axis`."""
+    drop = lambda x, value: x if keep_RS is None else jnp.where(keep_RS, x, value)
+    kept_RS = drop(s_RS, -jnp.inf)
+    top = kept_RS.max(axis)
+    if pairs.each is None:
+        total = jnp.exp(kept_RS - jnp.expand_dims(_finite(top), axis)).sum(axis)
+    else:
+        total = drop(pairs.each(s_RS, t_RS), 0).sum(axis)
+    return {
+        "max": top,
+        "sum": total,
+        "ties": (kept_RS == jnp.expand_dims(top, axis)).sum(axis).astype(s_RS.dtype),
+        "target": (t_RS * s_RS).sum(axis),
+        "mass": t_RS.sum(axis),
+        "own": jnp.where(same_RS, s_RS, 0).sum(axis),
+    }
+
+
+def _merge(pairs: Pairs, first: Stats, second: Stats) -> Stats:
+    """Sums over two sets of pairs → over their union."""
+    both = jax.tree.map(lambda f, s: jnp.stack([f, s]), first, second)
+    return _merge_all(pairs, both)
+
+
+def _merge_all(pairs: Pairs, many: Stats) -> Stats:
+    """The same over the leading axis."""
+    top = many["max"].max(0)
+    fall = jnp.exp(many["max"] - _finite(top)[None]) if pairs.each is None else 1
+    return {
+        "max": top,
+        "sum": (many["sum"] * fall).sum(0),
+        "ties": jnp.where(many["max"] == top[None], many["ties"], 0).sum(0),
+        **{n: many[n].sum(0) for n in ("target", "mass", "own")},
+    }
+
+
+def _finish(pairs: Pairs, sums: Stats) -> Stats:
+    best = (sums["own"] >= sums["max"]) & (sums["ties"] > 0)
+    total = sums["sum"]
+    return {
+        "lse" if pairs.each is None else "each": total
+        if pairs.each is not None
+        else _finite(sums["max"]) + jnp.log(total),
+        "target": sums["target"],
+        "mass": sums["mass"],
+        "hit": jnp.where(best, 1 / jnp.maximum(sums["ties"], 1), 0).astype(jnp.float32),
+    }
+
+
+def _forward(
+    sweep: Sweep, params: PyTree, x: PyTree, y: PyTree, a: PyTree, b: PyTree
+) -> tuple[Stats, Stats]:
+    """On one device: sums of its rows over all columns, and of its columns over all rows."""
+    pairs = sweep.pairs
+    x_tiles, a_tiles = sweep.split((_wide(x), a), sweep.tile)
+    i, real = sweep.row_indices()
+    dtype = jax.eval_shape(
+        lambda p, x, y: pairs.score(p, x, y, sweep.precision),
+        params, *(jax.tree.map(lambda v: v[:1], _wide(v)) for v in (x, y)),
+    ).dtype  # fmt: skip
+    size = sweep.ways * sweep.part
+
+    def slice_(rows: Stats, here: PyTree, k: Any) -> tuple[Stats, Stats]:
+        y_S, b_S = here
+        y_S, col = _wide(y_S), (*sweep.columns(k), b_S)
+
+        def tile(cols: Stats, xs: PyTree) -> tuple[Stats, Stats]:
+            x_R, row, sums = xs
+            scored = sweep.scores(params, x_R, y_S, row, col)
+            cols = _merge(pairs, cols, _sums(pairs, *scored, axis=0))
+            return cols, _merge(pairs, sums, _sums(pairs, *scored, axis=1))
+
+        cols, rows = jax.lax.scan(tile, _empty((size,), dtype), (x_tiles, (i, real, a_tiles), rows))
+        if sweep.axes:
+            spread = lambda v: v.reshape(sweep.ways, sweep.part)
+            cols = {n: jax.lax.all_to_all(spread(v), sweep.axes, 0, 0) for n, v in cols.items()}
+            cols = _merge_all(pairs, cols)
+        return rows, cols
+
+    rows = _empty((sweep.tiles, sweep.tile), dtype)
+    rows, cols = sweep.over_slices(sweep.split((y, b), sweep.part), rows, slice_)
+    flat = lambda tree, num: jax.tree.map(lambda v: v.reshape(-1)[:num], tree)
+    return _finish(pairs, flat(rows, sweep.rows)), _finish(pairs, flat(cols, sweep.cols))
+
+
+def _backward(
+    sweep: Sweep, params: PyTree, x: PyTree, y: PyTree, a: PyTree, b: PyTree,
+    lse: tuple[jax.Array, jax.Array] | None, cotangents: tuple[Stats, Stats],
+) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
+    """On one device: gradients of params (of its rows' pairs), of its rows x and of its columns y."""
+    pairs, name = sweep.pairs, "lse" if sweep.pairs.each is None else "each"
+    wide_x, wide_y = _wide(x), _wide(y)
+    of_rows, of_cols = ({n: c[n] for n in (name, "target")} for c in cotangents)
+    if lse is not None:
+        of_rows, of_cols = ({**of, "at": _finite(v)} for of, v in zip((of_rows, of_cols), lse))
+    x_tiles, a_tiles, of_tiles = sweep.split((wide_x, a, of_rows), sweep.tile)
+    i, real = sweep.row_indices()
+
+    def slope(s_RS: Any, keep_RS: Any, t_RS: Any, of_R: Stats, of_S: Stats) -> jax.Array:
+        """d(loss)/d(score) of one tile."""
+        drop = lambda g: g if keep_RS is None else jnp.where(keep_RS, g, 0)
+        of_R1 = {n: v[:, None] for n, v in of_R.items()}
+        of_1S = {n: v[None, :] for n, v in of_S.items()}
+        g_RS = t_RS * (of_R1["target"] + of_1S["target"])
+        if pairs.each is not None:
+            one = jnp.ones_like(s_RS)
+            _, d_RS = jax.jvp(lambda s: pairs.each(s, t_RS), (s_RS,), (one,))
+            return g_RS + drop((of_R1["each"] + of_1S["each"]) * d_RS)
+        kept_RS = s_RS if keep_RS is None else jnp.where(keep_RS, s_RS, -jnp.inf)
+        softmax = lambda o: o["lse"] * jnp.exp(kept_RS - o["at"])
+        return g_RS + softmax(of_R1) + softmax(of_1S)
+
+    def slice_(carry: PyTree, here: PyTree, k: Any) -> tuple[PyTree, PyTree]:
+        d_params, d_x, waiting = carry
+        y_S, b_S, of_S = here
+        y_S, col = _wide(y_S), (*sweep.columns(k), b_S)
+        # what the slice before leaves to be summed over devices travels while this one is worked on
+        ready = () if waiting is None else jax.tree.map(sweep.scatter, waiting)
+
+        def tile(sums: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+            x_R, row, of_R, d_x_R = xs
+
+            def score(params: PyTree, x_R: PyTree, y_S: PyTree) -> Any:
+                s_RS, *rest = sweep.scores(params, x_R, y_S, row, col)
+                return s_RS, rest
+
+            s_RS, pull, (keep_RS, t_RS, _) = jax.vjp(score, params, x_R, y_S, has_aux=True)
+            d_p, d_x, d_y = pull(slope(s_RS, keep_RS, t_RS, of_R, of_S))
+            add = functools.partial(jax.tree.map, jnp.add)
+            return add(sums, (d_p, d_y)), add(d_x_R, d_x)
+
+        zeros = jax.tree.map(jnp.zeros_like, (params, y_S))
+        xs = (x_tiles, (i, real, a_tiles), of_tiles, d_x)
+        (d_p, d_y), d_x = jax.lax.scan(tile, zeros, xs)
+        return (jax.tree.map(jnp.add, d_params, d_p), d_x, d_y), ready
+
+    whole = lambda v: jnp.zeros((sweep.ways * sweep.part, *v.shape[1:]), v.dtype)
+    waiting = jax.tree.map(whole, wide_y) if sweep.slices > 1 else None
+    carry = (*jax.tree.map(jnp.zeros_like, (params, x_tiles)), waiting)
+    parts = sweep.split((y, b, of_cols), sweep.part)
+    (d_params, d_x, last), d_y = sweep.over_slices(parts, carry, slice_)
+    last = jax.tree.map(lambda v: sweep.scatter(v)[None], last)
+    if sweep.slices > 1:  # the first that came out was of no slice
+        last = jax.tree.map(lambda many, one: jnp.concatenate([many[1:], one]), d_y, last)
+    if sweep.axes:
+        d_params = jax.lax.psum(d_params, sweep.axes)
+    fit = lambda g, v: g.reshape(-1, *v.shape[1:])[: v.shape[0]].astype(v.dtype)
+    return d_params, jax.tree.map(fit, d_x, x), jax.tree.map(fit, last, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reduce(
+    sweep: Sweep, params: PyTree, x: PyTree, y: PyTree, a: PyTree, b: PyTree
+) -> tuple[Stats, Stats]:
+    run = sweep.over_mesh(
+        functools.partial(_forward, sweep), (False, True, True, True, True), (True, True)
+    )
+    return run(params, x, y, a, b)
+
+
+def _reduce_fwd(sweep: Sweep, *args: PyTree) -> tuple[Any, Any]:
+    out = _reduce(sweep, *args)
+    lse = None if sweep.pairs.each else (out[0]["lse"], out[1]["lse"])
+    return out, (args, lse)
+
+
+def _reduce_bwd(sweep: Sweep, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    args, lse = saved
+    run = sweep.over_mesh(
+        functools.partial(_backward, sweep),
+        (False, True, True, True, True, True, True),
+        (False, True, True),
+    )
+    return (*run(*args, lse, cotangents), None, None)
+
+
+_reduce.defvjp(_reduce_fwd, _reduce_bwd)
