@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 
 from vlp.core import check
@@ -82,6 +83,49 @@ def test_foreign_directories_and_bad_records_are_refused(tmp_path, make_records)
         records.write(tmp_path / "e", {"train": []}, name="n", info={})
 
 
+def test_a_whole_record_survives(make_records):
+    row = make_records(1)[0] | {
+        "boxes": [{"box": [0, 0.25, 0.5, 1.0], "text": "a cat"}],
+        "negatives": ["a dog"],
+        "embeddings": {"clip": np.arange(6, dtype=np.float16).reshape(2, 3)},
+        "label": 7,
+    }
+    row["captions"][0]["weight"] = 0.5
+    back = records.decode(records.encode(row))
+    stored, given = back.pop("embeddings")["clip"], row.pop("embeddings")["clip"]
+    assert back == row
+    assert stored.dtype == given.dtype and np.array_equal(stored, given)
+
+
+CAPTION = {"text": "t", "source": "s", "lang": "en"}
+BAD_FIELDS = {
+    "no key": ({"key": None}, "key None"),
+    "empty key": ({"key": ""}, "not empty"),
+    "no captions": ({"captions": []}, "one or more captions"),
+    "text of a number": ({"captions": [CAPTION | {"text": 3}]}, "caption text 3 of type int"),
+    "text of bytes": ({"captions": [CAPTION | {"text": b"t"}]}, "type bytes"),
+    "no lang": ({"captions": [{"text": "t", "source": "s"}]}, "{text, source, lang}"),
+    "typo": ({"captions": [CAPTION | {"wieght": 2}]}, r"caption fields \['wieght'\]"),
+    "weight": ({"captions": [CAPTION | {"weight": float("nan")}]}, "caption weight nan"),
+    "surrogate": ({"captions": [CAPTION | {"text": "\ud800"}]}, "cannot be stored"),
+    "box in pixels": ({"boxes": [{"box": [0, 0, 200, 100], "text": "x"}]}, r"in \[0, 1\]"),
+    "negatives": ({"negatives": "dog"}, "a list of strings"),
+    "embedding": ({"embeddings": {"clip": [1.0]}}, "float16 or float32"),
+    "label": ({"label": 1.5}, "an integer or a string"),
+    "extra": ({"mine": object()}, "cannot be stored"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_bad_fields_are_named_in_one_line(name):
+    change, message = BAD_FIELDS[name]
+    good = {"key": "a", "image": b"x", "captions": [dict(CAPTION)]}
+    records.encode(good)
+    with pytest.raises(check.UserError, match=message) as e:
+        records.encode(good | change)
+    assert "\n" not in str(e.value) and str(e.value).startswith("record ")
+
+
 def _shard(path):
     return path / "train-00001-of-00003.arrayrecord"
 
@@ -107,6 +151,18 @@ def _format(path):
     (path / records.MANIFEST).write_text('{"format": 99}')
 
 
+def _field(path):
+    manifest = json.loads((path / records.MANIFEST).read_text())
+    del manifest["splits"]["val"]["shards"][0]["sha256"]
+    (path / records.MANIFEST).write_text(json.dumps(manifest))
+
+
+def _escape(path):
+    manifest = json.loads((path / records.MANIFEST).read_text())
+    manifest["splits"]["train"]["shards"][0]["file"] = "../other"
+    (path / records.MANIFEST).write_text(json.dumps(manifest))
+
+
 DAMAGE = {
     "truncated": (_truncate, r"00001-of-00003.arrayrecord: got \d+ bytes"),
     "flipped": (_flip, "changed bytes"),
@@ -115,6 +171,9 @@ DAMAGE = {
     "manifest": (lambda p: (p / records.MANIFEST).unlink(), "run `vlp data emoji"),
     "json": (lambda p: (p / records.MANIFEST).write_text("{"), "broken JSON"),
     "format": (_format, "got format 99"),
+    "field": (_field, r"no str 'sha256' in splits.val.shards\[0\]"),
+    "splits": (lambda p: (p / records.MANIFEST).write_text('{"format": 1}'), "no dict 'splits'"),
+    "escape": (_escape, "'../other', a path"),
 }
 
 

@@ -1,8 +1,15 @@
 """Datasets on disk: ArrayRecord shards beside a manifest.json that says exactly what they hold.
 
-A record is a dict: key (str), image (bytes, an encoded file), captions (list of {text, source,
-lang}) and any extra msgpack-able fields. Directories are published whole or not at all. Not here:
-order, decoding, batching (loader.py).
+A record is a dict:
+  key         str, unique in its split
+  image       bytes, an encoded file
+  captions    [{text, source, lang, weight}, …], one or more; weight is optional and counts as 1
+  boxes       optional [{box: [x0, y0, x1, y1], text}, …]: shares of width and height in [0, 1]
+  negatives   optional [str, …]: texts that do not describe the image
+  embeddings  optional {teacher: f16/f32 vector or matrix}, as numpy arrays
+  label       optional int or str
+and any extra msgpack-able fields. Directories are published whole or not at all. Not here: other
+formats (sources/), order, decoding, batching (loader.py).
 """
 
 import functools
@@ -10,11 +17,12 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
@@ -47,26 +55,107 @@ class Source(Protocol):
 
 
 def encode(record: Mapping) -> bytes:
-    """Returns the msgpack bytes of a record, after checking its three required fields."""
-    key, image, captions = record.get("key"), record.get("image"), record.get("captions")
-    if not (isinstance(key, str) and isinstance(image, bytes) and isinstance(captions, list)):
-        kinds = {k: type(record.get(k)).__name__ for k in ("key", "image", "captions")}
-        raise check.error(f"record {key!r}", kinds, "str, bytes, list", "fix the converter")
-    if not captions or not all({"text", "source", "lang"} <= set(c) for c in captions):
-        raise check.error(
-            f"record {key!r}",
-            f"captions {captions!r:.80}",
-            "one or more {text, source, lang}",
-            "fix the converter",
-        )
-    packed = msgpack.packb(dict(record), use_bin_type=True)
+    """Returns the msgpack bytes of a record. Raises: `UserError` naming the field that is wrong."""
+    for field in REQUIRED:
+        if field not in record:
+            raise _bad(record, f"no field {field!r}", f"the fields {list(REQUIRED)}")
+    for field, (good, expected) in FIELDS.items():
+        if field in record and not good(record[field]):
+            got = f"{field} {record[field]!r:.80}"
+            raise _bad(record, f"{got} of type {type(record[field]).__name__}", expected)
+    for caption in record["captions"]:
+        _check_caption(record, caption)
+    try:
+        packed = msgpack.packb(dict(record), use_bin_type=True, default=_pack_array)
+    except (TypeError, ValueError, OverflowError) as e:  # ValueError: a lone surrogate, say
+        raise _bad(record, f"a value that cannot be stored ({e})", "msgpack-able values") from None
     assert packed is not None
     return packed
 
 
+def _check_caption(record: Mapping, caption: object) -> None:
+    if not isinstance(caption, Mapping) or not {"text", "source", "lang"} <= set(caption):
+        raise _bad(record, f"caption {caption!r:.80}", "{text, source, lang} with optional weight")
+    if unknown := sorted(set(caption) - {"text", "source", "lang", "weight"}):
+        raise _bad(record, f"caption fields {unknown}", "text, source, lang and optional weight")
+    for field in ("text", "source", "lang"):
+        if not isinstance(caption[field], str):
+            kind = type(caption[field]).__name__
+            raise _bad(record, f"caption {field} {caption[field]!r:.80} of type {kind}", "a string")
+    weight = caption.get("weight", 1.0)
+    if not _is_number(weight) or weight <= 0:
+        raise _bad(record, f"caption weight {weight!r:.80}", "a finite number above 0")
+
+
+def _bad(record: Mapping, got: str, expected: str) -> check.UserError:
+    return check.error(f"record {record.get('key')!r:.80}", got, expected, "fix the converter")
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_box(entry: object) -> bool:
+    if not isinstance(entry, Mapping) or set(entry) != {"box", "text"}:
+        return False
+    box, text = entry["box"], entry["text"]
+    if not isinstance(text, str) or not isinstance(box, (list, tuple)) or len(box) != 4:
+        return False
+    x0, y0, x1, y1 = box
+    return all(map(_is_number, box)) and 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1
+
+
+def _is_embedding(x: object) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype in (np.float16, np.float32) and 1 <= x.ndim <= 2
+
+
+REQUIRED = ("key", "image", "captions")
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "key": (lambda x: isinstance(x, str) and x != "", "a string that is not empty"),
+    "image": (lambda x: isinstance(x, bytes), "the bytes of an image file"),
+    "captions": (lambda x: isinstance(x, list) and len(x) > 0, "a list of one or more captions"),
+    "boxes": (
+        lambda x: isinstance(x, list) and all(map(_is_box, x)),
+        "a list of {box: [x0, y0, x1, y1] in [0, 1], text}",
+    ),
+    "negatives": (
+        lambda x: isinstance(x, list) and all(isinstance(t, str) for t in x),
+        "a list of strings",
+    ),
+    "embeddings": (
+        lambda x: (
+            isinstance(x, dict)
+            and all(isinstance(k, str) and _is_embedding(v) for k, v in x.items())
+        ),
+        "{teacher: float16 or float32 array of one or two axes}",
+    ),
+    "label": (
+        lambda x: isinstance(x, (int, str)) and not isinstance(x, bool),
+        "an integer or a string",
+    ),
+}
+_ARRAY = 1  # msgpack extension: (dtype, shape, bytes) of a numpy array, little endian
+
+
+def _pack_array(x: object) -> msgpack.ExtType:
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
+        raise TypeError(f"{type(x).__name__} {x!r:.40}")
+    little = np.ascontiguousarray(x, x.dtype.newbyteorder("<"))
+    data = msgpack.packb((little.dtype.str, x.shape, little.tobytes()), use_bin_type=True)
+    assert data is not None
+    return msgpack.ExtType(_ARRAY, data)
+
+
+def _unpack_array(code: int, data: bytes) -> np.ndarray | msgpack.ExtType:
+    if code != _ARRAY:
+        return msgpack.ExtType(code, data)
+    dtype, shape, raw = msgpack.unpackb(data, raw=False)
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
 def decode(data: bytes) -> dict:
     """Returns the record that `encode` packed."""
-    return msgpack.unpackb(data, raw=False)
+    return msgpack.unpackb(data, raw=False, ext_hook=_unpack_array)
 
 
 def write(
@@ -191,7 +280,44 @@ def read_manifest(path: str | os.PathLike) -> dict:
         raise check.error(
             file, f"format {version!r}", f"format {FORMAT}", "write the dataset again"
         )
+    if wrong := _missing(manifest):
+        raise check.error(file, wrong, "a whole manifest", "copy or build the dataset again")
     return manifest
+
+
+_SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
+_SPLIT = {"num_records": int, "keys_sha256": str, "shards": list}
+
+
+def _missing(manifest: Mapping) -> str:
+    """Returns what a manifest lacks, "" if nothing: every field that is read without asking."""
+
+    def first(entry: object, kinds: Mapping[str, type], where: str) -> str:
+        if not isinstance(entry, dict):
+            return f"{where or 'the top'} = {entry!r:.40}, no object"
+        for field, kind in kinds.items():
+            if not isinstance(entry.get(field), kind):
+                return f"no {kind.__name__} {field!r} in {where or 'it'}"
+        name = entry.get("file", "")
+        return f"{where}.file {name!r}, a path" if name != os.path.basename(name) else ""
+
+    if wrong := first(manifest, {"splits": dict}, ""):
+        return wrong
+    if not isinstance(manifest.get("files", {}), dict):
+        return "files that are no object"
+    for name, entry in manifest.get("files", {}).items():
+        wrong = f"files {name!r}, a path" if name != os.path.basename(name) else ""
+        if wrong := wrong or first(entry, {"bytes": int, "sha256": str}, f"files.{name}"):
+            return wrong
+    for split, entry in manifest["splits"].items():
+        if wrong := first(entry, _SPLIT, f"splits.{split}"):
+            return wrong
+        if not entry["shards"]:
+            return f"no shards in splits.{split}"
+        for i, shard in enumerate(entry["shards"]):
+            if wrong := first(shard, _SHARD, f"splits.{split}.shards[{i}]"):
+                return wrong
+    return ""
 
 
 def check_file(path: str, entry: Mapping, *, hashed: bool) -> None:
