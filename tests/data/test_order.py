@@ -103,3 +103,38 @@ def test_groups_visit_each_group_once_an_epoch_and_its_members_in_turn():
         i: epochs // names.count(names[i]) for i in range(11)
     }
     np.testing.assert_array_equal(groups.record_ids(17, 9, seed=3), ids[17:26])
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_hosts_and_workers_read_the_same_stream(data):
+    """Every record once an epoch, equal steps on all hosts, and a resume under another layout.
+
+    Grain gives batch number i to worker i mod workers and merges in order; so is it here, without processes.
+    """
+    n = data.draw(st.sampled_from([1, 2, 3, 5, 7, 13, 31, 97, 101]) | st.integers(1, 120), "records")
+    epochs, seed = data.draw(st.integers(1, 4), "epochs"), data.draw(st.integers(0, 9), "seed")
+
+    def read(start, stop):
+        """Global batches over a drawn layout: ids of positions start … stop - 1, or a few more."""
+        hosts = data.draw(st.integers(1, 8), "hosts")
+        workers = data.draw(st.integers(0, 8), "workers")
+        batch = hosts * data.draw(st.integers(1, 6), "rows")
+        steps = -(-(stop - start) // batch)
+        found = {}
+        for host in range(hosts):
+            rows = order.host_rows(batch, host, hosts)
+            for worker in range(max(workers, 1)):
+                for i in range(worker, steps, max(workers, 1)):
+                    first = start + i * batch + rows.start
+                    found[i, host] = order.record_ids(first, len(rows), n, seed)
+        assert len(found) == steps * hosts  # as many steps on every host
+        return np.concatenate([found[i, h] for i in range(steps) for h in range(hosts)])
+
+    ids = read(0, n * epochs)[: n * epochs]
+    np.testing.assert_array_equal(
+        np.sort(ids.reshape(epochs, n)), np.tile(np.arange(n), (epochs, 1))
+    )
+    resume = data.draw(st.integers(0, n * epochs), "resume")
+    rest = read(resume, n * epochs)[: n * epochs - resume]
+    np.testing.assert_array_equal(rest, ids[resume:])

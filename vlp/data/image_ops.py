@@ -4,10 +4,13 @@ Every random choice is drawn from the generator handed in, in one fixed order. V
 scaling to floats belongs to the model. Not here: which image (loader.py).
 """
 
+import functools
 import io
+import types
 
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlp.core import check
 
@@ -16,36 +19,95 @@ FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+    "area": None,  # OpenCV's: the fastest; the crop is rounded to whole pixels
 }  # Pillow's filters widen when shrinking: all are antialiased
-MAX_PIXELS = (
-    2**27
-)  # 134 megapixels (402 MB decoded): beyond it a file is taken for a decompression bomb
+Image.init()  # all of Pillow's plugins, so that the next line's names are known
+_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = tuple(f for f in _WANTED if f in Image.OPEN)  # none that runs another program (EPS)
+MAX_PIXELS = 89_478_485  # Pillow's own limit (268 MB decoded): larger files are taken for bombs
+REASONS = ("empty", "not_an_image", "too_large", "truncated", "corrupt")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_MARGIN = 1.5  # with it, scaled decoding stays within 1.5/255 of Pillow's bicubic; with 1, within 2
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 class BadImage(ValueError):
-    """Bytes that are no usable image."""
+    """Bytes that are no usable image; `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+def _bad(e: Exception, data: bytes) -> BadImage:
+    """The reason behind what a decoder raised (Pillow: OSError, SyntaxError, struct.error … by format)."""
+    detail = f"{type(e).__name__}: {e!s:.120}"
+    if isinstance(e, BadImage):
+        return e
+    if not data.strip(b"\0"):
+        return BadImage("empty", f"{len(data)} bytes" + (", all zero" if data else ""))
+    if isinstance(e, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return BadImage("too_large", detail)
+    if isinstance(e, UnidentifiedImageError):
+        return BadImage("not_an_image", f"it begins with {data[:12]!r}")
+    if "truncated" in str(e).lower() or isinstance(e, EOFError):
+        return BadImage("truncated", detail)
+    return BadImage("corrupt", detail)
+
+
+class Picture:
+    """An encoded image whose header was read: its size is known, its pixels are decoded when asked for.
+
+    Raises: `BadImage`, at once for what the header tells and in `pixels` for the rest.
+    """
+
+    def __init__(self, data: bytes):
+        self._data = data
+        try:
+            self._image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = self._image.size
+            if width * height > MAX_PIXELS:
+                raise BadImage("too_large", f"{width}×{height} pixels, more than {MAX_PIXELS}")
+            exif = "exif" in self._image.info or self._image.format != "JPEG"
+            self._turn = self._image.getexif().get(_ORIENTATION, 1) if exif else 1
+        except Exception as e:
+            raise _bad(e, data) from e
+        self.size = (width, height) if self._turn in (5, 6, 7, 8) else (height, width)
+
+    def pixels(self, shrink: int = 1) -> tuple[np.ndarray, int]:
+        """Returns u8[⌈H/s⌉, ⌈W/s⌉, 3] and s: alpha on white, EXIF rotation applied.
+
+        s is `shrink` (1, 2, 4 or 8) where the format can be decoded at that fraction of its size
+        for less work (JPEG's inverse DCT of fewer coefficients), and 1 for all else.
+        """
+        try:
+            plain = self._image.format == "JPEG" and self._image.mode in ("RGB", "L")
+            if plain and self._turn == 1:
+                try:
+                    return self._jpeg(shrink), shrink
+                except ValueError:
+                    pass  # what libjpeg warns of; Pillow reads on where it can, and says why not
+            image = self._image
+            if self._turn not in (0, 1):
+                image = ImageOps.exif_transpose(image)
+            return np.array(_to_rgb(image)), 1
+        except Exception as e:
+            raise _bad(e, self._data) from e
+
+    def _jpeg(self, shrink: int) -> np.ndarray:
+        height, width = (-(-side // shrink) for side in self.size)
+        out = simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width)
+        if out.shape[:2] != (height, width):
+            raise ValueError(f"decoded to {out.shape}, expected {height}×{width}")
+        return out
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Returns u8[H, W, 3] of any file Pillow reads, alpha on white, EXIF rotation applied.
+    """Returns u8[H, W, 3] of any file of `FORMATS`, alpha on white, EXIF rotation applied.
 
     Raises: `BadImage` for truncated, foreign or oversized files.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS}")
-        turned = image.getexif().get(0x0112, 1) != 1  # 0x0112: the EXIF tag Orientation
-        if turned:
-            image = ImageOps.exif_transpose(image)
-        return np.array(_to_rgb(image))
-    except BadImage:
-        raise
-    except (
-        Exception
-    ) as e:  # Pillow raises OSError, SyntaxError, struct.error, ValueError … by format
-        raise BadImage(f"{type(e).__name__}: {e}") from e
+    return Picture(data).pixels()[0]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -64,7 +126,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def train_image(
-    image: np.ndarray,
+    image: np.ndarray | Picture,
     size_px: int,
     rng: np.random.Generator,
     *,
@@ -75,20 +137,23 @@ def train_image(
     flip: bool = False,
     jitter: float = 0.0,
     resize: str = "bicubic",
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns u8[size_px, size_px, 3]: a random resized crop, colour change, mirror.
+    """Returns u8[size_px, size_px, 3], in `out` if given: a random resized crop, colour change, mirror.
 
     The crop covers a uniform share of the area with a log-uniform aspect ratio in [1/max_aspect,
     max_aspect] (Szegedy et al. 2015, arXiv:1409.4842, §6). `translate_frac` first adds a white
     border of that share of the shorter side, so that the crop may also look past the edge. `jitter`
-    is the largest relative change of brightness, contrast and saturation.
+    is the largest relative change of brightness, contrast and saturation. A `Picture` is decoded
+    at the smallest power-of-two fraction at which the crop has 1.5 times `size_px` pixels a side.
     """
     draws = rng.random(
         8
     )  # always eight, so that switching one option on leaves the others' draws alone
     if translate_frac:
+        image = _pixels(image)
         image = _bordered(image, round(translate_frac * min(image.shape[:2])))
-    height, width = image.shape[:2]
+    height, width = image.size if isinstance(image, Picture) else image.shape[:2]
     area = (min_area_frac + draws[0] * (max_area_frac - min_area_frac)) * height * width
     aspect = max_aspect ** (2 * draws[1] - 1)
     crop_w = min(width, (area * aspect) ** 0.5)
@@ -96,25 +161,80 @@ def train_image(
     if max_aspect == 1.0:
         crop_w = crop_h = min(crop_w, crop_h)
     left, top = draws[2] * (width - crop_w), draws[3] * (height - crop_h)
-    small = _resized(image, size_px, (left, top, left + crop_w, top + crop_h), resize)
+    box = (left, top, left + crop_w, top + crop_h)
+    if isinstance(image, Picture):
+        fits = [s for s in (8, 4, 2) if min(crop_w, crop_h) >= _MARGIN * s * size_px]
+        image, shrink = image.pixels(fits[0] if fits else 1)
+        box = tuple(edge / shrink for edge in box)
+    small_RRC = _resized(image, size_px, box, resize, out)
     if jitter:
-        small = _jittered(small, *(1 + jitter * (2 * draws[5:8] - 1)))
-    out_RRC = np.asarray(small)
-    return out_RRC[:, ::-1] if flip and draws[4] < 0.5 else out_RRC
+        changes = 1 + jitter * (2 * draws[5:8] - 1)
+        small_RRC = np.asarray(_jittered(Image.fromarray(small_RRC), *changes))
+    mirrored = flip and draws[4] < 0.5
+    small_RRC = small_RRC[:, ::-1] if mirrored else small_RRC
+    if out is None:
+        return small_RRC
+    if mirrored or jitter:
+        out[:] = small_RRC
+    return out
 
 
-def eval_image(image: np.ndarray, size_px: int, *, resize: str = "bicubic") -> np.ndarray:
-    """Returns u8[size_px, size_px, 3]: the centre square, resized in one step."""
+def eval_image(
+    image: np.ndarray | Picture,
+    size_px: int,
+    *,
+    resize: str = "bicubic",
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns u8[size_px, size_px, 3]: the centre square of the whole image, resized in one step."""
+    image = _pixels(image)
     height, width = image.shape[:2]
-    if height == width == size_px:
-        return image  # equal size: bit for bit
+    if height == width == size_px:  # equal size: bit for bit
+        return image if out is None else _put(image, out)
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
-    return np.asarray(_resized(image, size_px, (left, top, left + side, top + side), resize))
+    return _resized(image, size_px, (left, top, left + side, top + side), resize, out)
 
 
-def _resized(image: np.ndarray, size_px: int, box: tuple, resize: str) -> Image.Image:
-    return Image.fromarray(image).resize((size_px, size_px), FILTERS[resize], box=box)
+def _pixels(image: np.ndarray | Picture) -> np.ndarray:
+    return image.pixels()[0] if isinstance(image, Picture) else image
+
+
+def _put(image: np.ndarray, out: np.ndarray) -> np.ndarray:
+    out[:] = image
+    return out
+
+
+def _resized(
+    image: np.ndarray, size_px: int, box: tuple, resize: str, out: np.ndarray | None
+) -> np.ndarray:
+    if resize == "area":
+        return _area(image, size_px, box, out)
+    small = Image.fromarray(image).resize((size_px, size_px), FILTERS[resize], box=box)
+    return np.asarray(small) if out is None else _put(np.asarray(small), out)
+
+
+def _area(image: np.ndarray, size_px: int, box: tuple, out: np.ndarray | None) -> np.ndarray:
+    """Means over the area that a pixel covers; cubic where the crop is enlarged."""
+    left, top, right, bottom = (round(float(edge)) for edge in box)
+    left, top = min(left, image.shape[1] - 1), min(top, image.shape[0] - 1)
+    crop = image[top : max(bottom, top + 1), left : max(right, left + 1)]
+    cv = _opencv()
+    shrinks = min(crop.shape[:2]) >= size_px
+    kind = cv.INTER_AREA if shrinks else cv.INTER_CUBIC
+    return cv.resize(crop, (size_px, size_px), dst=out, interpolation=kind)
+
+
+@functools.cache
+def _opencv() -> types.ModuleType:
+    try:
+        import cv2  # here, because only this filter needs it
+    except ImportError:
+        got = "'area', which needs OpenCV"
+        do = "pip install 'vlp[fast]', or choose another filter"
+        raise check.error("config.data.resize", got, "OpenCV installed", do) from None
+    cv2.setNumThreads(1)  # the loader has threads of its own
+    return cv2
 
 
 def _bordered(image: np.ndarray, border_px: int) -> np.ndarray:
@@ -145,3 +265,5 @@ def check_filter(where: str, name: str) -> None:
     """Raises a `UserError` unless `name` is one of `FILTERS`."""
     if name not in FILTERS:
         raise check.unknown(where, name, FILTERS)
+    if name == "area":
+        _opencv()
