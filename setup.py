@@ -41,7 +41,9 @@ extras = {
     "docs": ["nbclient", "nbformat", "ipykernel"],
     "test": ["pytest>=8", "hypothesis>=6", "beartype>=0.21"],
 }
-extras["dev"] = extras["demo"] + extras["fast"] + extras["test"] + ["ruff>=0.14", "pyright>=1.1.400"]
+extras["dev"] = (
+    extras["demo"] + extras["fast"] + extras["test"] + ["ruff>=0.14", "pyright>=1.1.400"]
+)
 
 setup(
     name="vlp",

@@ -112,7 +112,9 @@ def test_any_hosts_and_workers_read_the_same_stream(data):
 
     Grain gives batch number i to worker i mod workers and merges in order; so is it here, without processes.
     """
-    n = data.draw(st.sampled_from([1, 2, 3, 5, 7, 13, 31, 97, 101]) | st.integers(1, 120), "records")
+    n = data.draw(
+        st.sampled_from([1, 2, 3, 5, 7, 13, 31, 97, 101]) | st.integers(1, 120), "records"
+    )
     epochs, seed = data.draw(st.integers(1, 4), "epochs"), data.draw(st.integers(0, 9), "seed")
 
     def read(start, stop):
@@ -135,6 +137,6 @@ def test_any_hosts_and_workers_read_the_same_stream(data):
     np.testing.assert_array_equal(
         np.sort(ids.reshape(epochs, n)), np.tile(np.arange(n), (epochs, 1))
     )
-    resume = data.draw(st.integers(0, n * epochs), "resume")
+    resume = data.draw(st.integers(0, n * epochs - 1), "resume")
     rest = read(resume, n * epochs)[: n * epochs - resume]
     np.testing.assert_array_equal(rest, ids[resume:])
