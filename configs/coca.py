@@ -3,7 +3,8 @@
     vlp plan  --config configs/coca.py:size=base
     vlp train --config configs/coca.py:size=large,path=gs://… --workdir …
 
-Where this differs from the paper: AdamW instead of Adafactor (same lr, β2 and decoupled decay), and the data is yours.
+Where this differs from the paper: AdamW instead of Adafactor (same lr, β2 and decoupled decay), gradients clipped to
+norm 1 (the default; the paper says so of fine-tuning alone), and the data is yours.
 The text length of pretraining is not in the paper; 64 tokens + CLS here.
 """
 

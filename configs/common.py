@@ -2,7 +2,20 @@
 
 from typing import Any
 
+import ml_collections
+
 SMOKE_TOWER = dict(width=32, depth=1, heads=2, mlp=64)
+
+
+def pretraining(name: str, model: dict[str, Any], path: str) -> ml_collections.ConfigDict:
+    """A dual encoder's config but for what its paper fixes: batch, objective, sizes, optimiser, schedule, length."""
+    c = ml_collections.ConfigDict()
+    c.name = name.replace("/", "").lower()
+    c.model = model
+    c.data = dict(path=path, captions="uniform", workers=8)
+    c.evals = dict(retrieval=dict(split="val", every_steps=10_000, batch=1024))
+    c.log_every_steps, c.save_every_steps = 100, 2_000
+    return c
 
 
 def smoke(c: Any) -> Any:
@@ -16,7 +29,7 @@ def smoke(c: Any) -> Any:
         c.model[tower].update(remat="none", dtype="float32")
     c.model.image_tower.patch = 8
     c.model.text_tower.vocab = 128
-    c.model.embed = 16
+    c.model.embed = SMOKE_TOWER["width"] if not c.model.get("project_image", True) else 16
     if "multimodal" in c.model:
         c.model.multimodal.depth = 1
         c.model.queries = min(c.model.get("queries", 256), 4)

@@ -27,7 +27,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
     [
         (
             image(pool="max"),
-            "model.image.pool: got 'max', expected one of ['cls', 'mean', 'none']; did you mean",
+            "model.image.pool: got 'max', expected one of ['cls', 'map', 'mean', 'none']; did you mean",
         ),
         (
             image(pos="learnt"),
@@ -39,7 +39,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         ),
         (
             image(activation="gelo"),
-            "activation: got 'gelo', expected one of ['gelu', 'gelu_exact', 'relu']; did you",
+            "activation: got 'gelo', expected one of ['gelu', 'gelu_exact', 'quick_gelu', 'relu']; did",
         ),
         (
             image(remat="dot"),
@@ -52,7 +52,15 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         (image(heads=3), "width: got 16, expected a multiple of heads = 3"),
         (
             text(pool="eot"),
-            "model.text.pool: got 'eot', expected one of ['cls', 'eos', 'last', 'mean', 'none']; did",
+            "got 'eot', expected one of ['cls', 'eos', 'first', 'last', 'map', 'mean', 'none']; did",
+        ),
+        (
+            text(pool="first"),
+            "got 'first' in a causal tower, where the first token sees nothing else, expected 'eos'",
+        ),
+        (
+            DUAL.clone(project_image=False),
+            "config.model.embed: got 8, expected the tower's width 16; make them equal or set",
         ),
         (
             text(pool="none"),

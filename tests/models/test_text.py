@@ -22,13 +22,16 @@ TOWERS = {
     "eos": TEXT.clone(pool="eos"),
     "mean": TEXT.clone(pool="mean", causal=False),
     "last": TEXT.clone(pool="last", causal=False),
+    "first": TEXT.clone(pool="first", causal=False),
+    "map": TEXT.clone(pool="map", causal=False),
 }
 
 
 @pytest.fixture(scope="module")
 def params(random_params):
-    model = Dual(ViT(patch=4, width=16, depth=1, heads=2, pool="mean"), TEXT, embed=8)
-    return random_params(model, 4, LENGTH)["text_tower"]
+    tower = ViT(patch=4, width=16, depth=1, heads=2, pool="mean")
+    every = random_params(Dual(tower, TEXT.clone(pool="map"), embed=8), 4, LENGTH)["text_tower"]
+    return every | random_params(Dual(tower, TEXT, embed=8), 4, LENGTH)["text_tower"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -54,7 +57,7 @@ def test_attention_mask_equals_its_definition(causal, cls):
         assert got[b, t, s] == want, (b, t, s)
 
 
-@pytest.mark.parametrize("pool", ["cls", "eos", "mean"])
+@pytest.mark.parametrize("pool", ["cls", "eos", "mean", "first", "map"])
 def test_padding_changes_nothing(params, pool):
     tower = TOWERS[pool]
     out = run(tower, params, TEXT_BL)
@@ -68,7 +71,7 @@ def test_padding_changes_nothing(params, pool):
     np.testing.assert_array_equal(out["mask"], TEXT_BL != 0)
 
 
-@pytest.mark.parametrize("pool", ["cls", "eos", "mean"])
+@pytest.mark.parametrize("pool", ["cls", "eos", "mean", "first", "map"])
 def test_every_token_reaches_the_pool(params, pool):
     tower = TOWERS[pool]
     before = run(tower, params, TEXT_BL)["pooled"]
@@ -84,14 +87,52 @@ def test_pools_read_what_they_say(params):
     norm = lambda x: (
         (x - x.mean()) / np.sqrt(x.var() + 1e-6) * params["norm"]["scale"] + params["norm"]["bias"]
     )
-    for pool in ("eos", "mean", "last"):
+    for pool in ("eos", "mean", "last", "first"):
         out = run(TOWERS[pool], params, TEXT_BL)
         for row, text in enumerate(TEXT_BL):
             x = np.asarray(out["tokens"][row])
-            want = {"eos": x[list(text).index(2)], "mean": x[text != 0].mean(0), "last": x[-1]}[
-                pool
-            ]
+            want = {
+                "eos": x[list(text).index(2)],
+                "mean": x[text != 0].mean(0),
+                "last": x[-1],
+                "first": x[0],
+            }[pool]
             np.testing.assert_allclose(out["pooled"][row], norm(want), atol=2e-5)
+
+
+def test_map_pooling_equals_its_definition(params):
+    """One query, softmax attention to the normalised real tokens, and an MLP on top of its normalised result."""
+    out = run(TOWERS["map"], params, TEXT_BL)
+    p, norm = (
+        params["pool_map"],
+        lambda x, q: (
+            (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * q["scale"]
+            + q["bias"]
+        ),
+    )
+    linear = lambda x, q: np.tensordot(x, q["kernel"], x.ndim - 1 and 1) + q["bias"]
+    for row, text in enumerate(TEXT_BL):
+        x = norm(np.asarray(out["tokens"][row])[text != 0], params["norm"])
+        q_HK = linear(p["query"], p["attention"]["q"])[0]
+        k_LHK, v_LHK = np.moveaxis(linear(x, p["attention"]["kv"]), 1, 0)
+        logits_HL = np.einsum("hk,lhk->hl", q_HK, k_LHK) / np.sqrt(8)
+        weights_HL = np.exp(logits_HL) / np.exp(logits_HL).sum(-1, keepdims=True)
+        mixed_HK = np.einsum("hl,lhk->hk", weights_HL, v_LHK)
+        out_kernel = p["attention"]["out"]["kernel"]
+        y = np.einsum("hk,hkd->d", mixed_HK, out_kernel) + p["attention"]["out"]["bias"]
+        hidden = np.asarray(jax.nn.gelu(linear(norm(y, p["norm"])[None], p["mlp"]["up"])))
+        want = y + linear(hidden, p["mlp"]["down"])[0]
+        np.testing.assert_allclose(out["pooled"][row], want, rtol=2e-4, atol=2e-4)
+
+
+def test_pads_are_words_where_the_paper_has_no_mask(params):
+    """see_pads: what the PAD row holds matters, and all positions reach the pool."""
+    tower = TOWERS["first"].clone(see_pads=True)
+    other = params | {"embedding": params["embedding"].copy()}
+    other["embedding"][0] *= -1.0
+    before, after = (run(tower, p, TEXT_BL) for p in (params, other))
+    assert (np.abs(before["pooled"] - after["pooled"]).max(axis=1) > 1e-4).all()
+    np.testing.assert_array_equal(before["mask"], TEXT_BL != 0)
 
 
 def test_the_first_of_several_ends_counts(params):

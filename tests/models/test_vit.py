@@ -10,6 +10,7 @@ import pytest
 from vlp.core import tree
 from vlp.core.types import Apply
 from vlp.models.dual import Dual
+from vlp.models.layers import ACTIVATIONS
 from vlp.models.text import Text
 from vlp.models.vit import ViT, patchify
 
@@ -125,3 +126,55 @@ def test_layers_are_the_outputs_of_the_blocks(params, image):
     norm = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-6)
     want = norm * params["norm"]["scale"] + params["norm"]["bias"]
     np.testing.assert_allclose(out["tokens"], want, atol=2e-5)
+
+
+def test_registers_are_seen_and_not_returned(params, random_params, image):
+    tower = VIT.clone(registers=3)
+    with_registers = tower_params(random_params, tower)
+    assert {"registers"} == set(with_registers) - set(params)
+    out = run(tower, with_registers, image, keep=0.5, keys=KEYS, layers=True)
+    assert out["tokens"].shape == (3, 8, 16) and out["layers"].shape == (2, 3, 8, 16)
+    others = with_registers | {"registers": -with_registers["registers"]}
+    other = run(tower, others, image, keep=0.5, keys=KEYS)
+    assert (np.abs(out["pooled"] - other["pooled"]).max(axis=1) > 1e-4).all()
+    deaf = tree.map_named(lambda name, x: np.zeros_like(x) if "self/out" in name else x, others)
+    plain = {k: v for k, v in deaf.items() if k != "registers"}
+    ours, theirs = run(tower, deaf, image), run(VIT, plain, image)  # without attention, no trace
+    np.testing.assert_allclose(ours["tokens"], theirs["tokens"], atol=1e-6)
+
+
+def test_the_mean_counts_the_cls_where_there_is_one(params, random_params, image):
+    """FLIP averages over all tokens that its blocks give, the CLS among them."""
+    tower = VIT.clone(cls=True)
+    out = run(tower, tower_params(random_params, tower), image, keep=0.5, keys=KEYS)
+    assert out["tokens"].shape == (3, 9, 16)
+    np.testing.assert_allclose(out["pooled"], out["tokens"].mean(axis=1), atol=1e-6)
+
+
+def test_a_norm_before_the_blocks_forgets_the_scale(random_params, image):
+    """CLIP: with no bias of its own and no positions, the size of the patch embedding cannot matter."""
+    tower = VIT.clone(pre_norm=True, patch_bias=False)
+    params = tower_params(random_params, tower)
+    assert "bias" not in params["patch"] and set(params["norm_pre"]) == {"scale", "bias"}
+    params = params | {"pos": np.zeros_like(params["pos"])}
+    double = params | {"patch": {"kernel": 2 * params["patch"]["kernel"]}}
+    before, after = (run(tower, p, image)["tokens"] for p in (params, double))
+    np.testing.assert_allclose(before, after, atol=1e-4)
+
+
+def test_map_pooling_reads_all_tokens_and_no_order(random_params, image):
+    tower = VIT.clone(pool="map")
+    params = tower_params(random_params, tower)
+    out = run(tower, params, image)
+    order = np.random.default_rng(0).permuted([range(NUM)] * 3, axis=1)
+    shuffled = run(tower, params, image, kept=jnp.asarray(order))
+    np.testing.assert_allclose(out["pooled"], shuffled["pooled"], atol=5e-5)
+    part = run(tower, params, image, kept=jnp.asarray(order[:, :-1]))
+    assert (np.abs(out["pooled"] - part["pooled"]).max(axis=1) > 1e-4).all()
+
+
+def test_quick_gelu_is_its_formula():
+    x = np.linspace(-4, 4, 17, dtype=np.float32)
+    np.testing.assert_allclose(
+        ACTIVATIONS["quick_gelu"](x), x / (1 + np.exp(-1.702 * x)), rtol=1e-5
+    )

@@ -16,13 +16,18 @@ from vlp.models.vit import ViT
 
 
 class Dual(nn.Module):
-    """Answers image, text, head and scale_bias. embed: size of the joint space."""
+    """Answers image, text, head and scale_bias. embed: size of the joint space.
+
+    SigLIP has no projection of the image, and a bias in that of the text: project_image False, text_bias True.
+    """
 
     image_tower: ViT
     text_tower: Text
     embed: int
     scale: float = 1 / 0.07
     bias: float | None = None
+    project_image: bool = True
+    text_bias: bool = False
     heads: Mapping[str, parts.HeadSpec] | None = None
 
     groups: ClassVar[
@@ -38,8 +43,8 @@ class Dual(nn.Module):
             if getattr(self, f"{what}_tower").pool == "none":
                 where = f"config.model.{what}_tower.pool"
                 raise check.error(where, "'none'", f"a pooled {what}", "use 'cls' or 'mean'")
-        self.joint_image = parts.Joint(self.embed)
-        self.joint_text = parts.Joint(self.embed)
+        self.joint_image = parts.Joint(self.embed, project=self.project_image)
+        self.joint_text = parts.Joint(self.embed, bias=self.text_bias)
         self.temperature = parts.ScaleBias(self.scale, self.bias)
         self.extra_heads = {name: parts.Head(spec) for name, spec in (self.heads or {}).items()}
 

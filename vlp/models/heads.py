@@ -8,23 +8,34 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vlp.core import check
 from vlp.core.mesh import logical
-from vlp.models.layers import Attention, Linear, Norm
+from vlp.models.layers import Attention, Linear, Mlp, Norm
 
 
 class Joint(nn.Module):
-    """Projects to the joint space and normalises to unit length, in float32 (epsilon 1e-8, FLIP)."""
+    """Projects to the joint space and normalises to unit length, in float32 (epsilon 1e-8, FLIP).
+
+    project False: normalises alone (SigLIP's image side), and then x must have the joint space's width.
+    """
 
     embed: int
+    bias: bool = False
+    project: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        width, names = x.shape[-1], ("embed", "joint")
         dtype = jnp.promote_types(x.dtype, jnp.float32).name
-        names = ("embed", "joint")
-        y = Linear((x.shape[-1],), (self.embed,), names, bias=False, dtype=dtype, name="proj")(x)
+        if self.project:
+            y = Linear((width,), (self.embed,), names, bias=self.bias, dtype=dtype, name="proj")(x)
+        elif width == self.embed:
+            y = x.astype(dtype)
+        else:
+            do = "make them equal or set config.model.project_image"
+            raise check.error("config.model.embed", self.embed, f"the tower's width {width}", do)
         return y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + 1e-16)
 
 
@@ -58,6 +69,31 @@ class AttentionPool(nn.Module):
         query = Norm(self.dtype, name="norm_query")(query)
         y = Attention(self.heads, self.width, self.dtype, name="attention")(query, x)
         return Norm(self.dtype, name="norm")(y)
+
+
+class MapPool(nn.Module):
+    """Multihead attention pooling: one learned query, attention to the tokens, and a residual MLP.
+
+    Source: Zhai et al. 2022 (arXiv:2106.04560, §3.1), as in SigLIP. `mask` bool[B N]: which tokens count.
+    """
+
+    heads: int
+    mlp: int
+    activation: str = "gelu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], mask: Bool[Array, "B N"] | None = None
+    ) -> Float[Array, "B D"]:
+        width = x.shape[-1]
+        init = logical(nn.initializers.xavier_uniform(), None, "embed")
+        query = self.param("query", init, (1, width)).astype(self.dtype)
+        query = jnp.broadcast_to(query, (x.shape[0], 1, width))
+        mask_B1N = None if mask is None else mask[:, None]
+        x = Attention(self.heads, width, self.dtype, name="attention")(query, x, mask_BTS=mask_B1N)
+        y = Norm(self.dtype, name="norm")(x)
+        return (x + Mlp(self.mlp, self.activation, self.dtype, name="mlp")(y))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)

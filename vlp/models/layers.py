@@ -26,6 +26,7 @@ REMAT = {
 ACTIVATIONS = {
     "gelu": nn.gelu,
     "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's (Hendrycks & Gimpel 2016, §2)
     "relu": nn.relu,
 }
 

@@ -10,17 +10,20 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from vlp.core import check
 from vlp.core.mesh import constrain, logical
+from vlp.models.heads import MapPool
 from vlp.models.layers import Linear, Norm, Stack, fold
 from vlp.ops import masking, posembed
 
-POOLS = ("none", "cls", "mean")
+POOLS = ("none", "cls", "mean", "map")
 
 
 class ViT(nn.Module):
     """Image tower. Sizes of images come from the input; `mlp` 0 means 4 · width.
 
-    pos: "learned" or "sincos". pool: "cls" (a learned token, appended in front after masking), "mean" over all
-    tokens, or "none". mean, std: pixels in [0, 1] are normalised by them.
+    pos: "learned" or "sincos". pool: "cls" (a learned token, put in front after masking), "mean" over all tokens,
+    "map" (attention pooling, SigLIP) or "none". cls: the token is there whatever the pool; "mean" counts it (FLIP).
+    registers: further learned tokens, which nothing reads afterwards (Darcet et al. 2024, arXiv:2309.16588).
+    pre_norm: LayerNorm before the blocks (CLIP). mean, std: pixels in [0, 1] are normalised by them.
     """
 
     patch: int
@@ -30,6 +33,10 @@ class ViT(nn.Module):
     mlp: int = 0
     pos: str = "learned"
     pool: str = "none"
+    cls: bool = False
+    registers: int = 0
+    pre_norm: bool = False
+    patch_bias: bool = True  # CLIP's patch embedding has none
     activation: str = "gelu"
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -49,7 +56,8 @@ class ViT(nn.Module):
         kept: Int[Array, "B M"] | None = None,
         layers: bool = False,
     ) -> dict[str, Any]:
-        """image: u8, or float in [0, 1]. Returns tokens [B N D], pooled [B D] or None, kept ids [B M] or None.
+        """image: u8, or float in [0, 1]. Returns tokens [B N D] (with the CLS, if any, first; without registers),
+        pooled [B D] or None, kept ids [B M] or None.
 
         keep: fraction of patches kept when `keys` are given (FLIP); without keys the image is whole. A patch
         keeps the position it had. kept: which patches to keep, instead of a random draw. layers: also the
@@ -75,26 +83,39 @@ class ViT(nn.Module):
             jnp.tile(jnp.asarray(v, jnp.float32), (1, 1, self.patch**2))
             for v in (self.mean, self.std)
         )
-        x = Linear(
-            (x.shape[-1],), (self.width,), ("pixels", "embed"), dtype=self.dtype, name="patch"
-        )((x - mean) / std)
-        x = x + pos_BND.astype(self.dtype)
-        if self.pool == "cls":
-            cls_D = self.param("cls", logical(nn.initializers.normal(0.02), "embed"), (self.width,))
-            cls = jnp.broadcast_to(cls_D.astype(x.dtype), (x.shape[0], 1, self.width))
-            x = jnp.concatenate([cls, x], axis=1)
-        x = constrain(x, "batch", None, None)
+        names = ("pixels", "embed")
+        embed = Linear(
+            x.shape[-1:], (self.width,), names, bias=self.patch_bias, dtype=self.dtype, name="patch"
+        )
+        x = embed((x - mean) / std) + pos_BND.astype(self.dtype)
+        x = constrain(self._add_learned(x), "batch", None, None)
+        if self.pre_norm:
+            x = Norm(self.dtype, name="norm_pre")(x)
+        mlp = self.mlp or 4 * self.width
         stack = Stack(
-            self.depth, self.width, self.heads, self.mlp or 4 * self.width, self.activation, self.dropout,
+            self.depth, self.width, self.heads, mlp, self.activation, self.dropout,
             self.drop_path, self.dtype, self.remat, self.scan, name="encoder",
         )  # fmt: skip
         x, collected = stack(x, keys=fold(keys, 1), collect=layers)
-        x = Norm(self.dtype, name="norm")(x)
-        pooled = {"cls": lambda: x[:, 0], "mean": lambda: x.mean(axis=1), "none": lambda: None}[
-            self.pool
-        ]()
+        x = Norm(self.dtype, name="norm")(x[:, self.registers :])
+        if self.pool == "map":
+            pooled = MapPool(self.heads, mlp, self.activation, self.dtype, name="pool_map")(x)
+        else:
+            pooled = {"cls": x[:, 0], "mean": x.mean(axis=1), "none": None}[self.pool]
         out = {"tokens": x, "pooled": pooled, "kept": kept}
-        return out | ({"layers": collected} if layers else {})
+        return out | ({"layers": collected[:, :, self.registers :]} if layers else {})
+
+    def _add_learned(self, x: Float[Array, "B N D"]) -> Float[Array, "B M D"]:
+        """Registers and CLS in front of the patches: neither is ever dropped."""
+        init = logical(nn.initializers.normal(0.02), None, "embed")
+        front = []
+        if self.registers:
+            front.append(self.param("registers", init, (self.registers, self.width)))
+        if self.cls or self.pool == "cls":
+            init = logical(nn.initializers.normal(0.02), "embed")
+            front.append(self.param("cls", init, (self.width,))[None])
+        tokens = [jnp.broadcast_to(f.astype(x.dtype), (x.shape[0], *f.shape)) for f in front]
+        return jnp.concatenate([*tokens, x], axis=1)
 
     def _positions(self, num: int) -> Float[Array, "N D"]:
         side = round(num**0.5)

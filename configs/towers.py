@@ -1,0 +1,138 @@
+"""The papers' towers by name, as sections of a config: `IMAGE["B/16"]` and `TEXT["flip"]["B/16"]`.
+
+Sizes alone (patch, width, depth, heads, MLP; vocabulary); how a paper pools, masks and normalises is in `clip`, `flip`,
+`clipa` and `siglip` below, which return the whole section `model`. tests/test_towers.py counts their parameters.
+"""
+
+from typing import Any
+
+from vlp.core import check
+
+
+def image(patch: int, width: int, depth: int, heads: int, mlp: int = 0) -> dict[str, int]:
+    return dict(patch=patch, width=width, depth=depth, heads=heads, mlp=mlp or 4 * width)
+
+
+def text(width: int, depth: int, heads: int, mlp: int = 0) -> dict[str, int]:
+    return dict(width=width, depth=depth, heads=heads, mlp=mlp or 4 * width)
+
+
+IMAGE = {
+    # ViT's B, L, H (Dosovitskiy et al. 2021, arXiv:2010.11929, table 1); S (Touvron et al. 2021, arXiv:2012.12877).
+    "S/32": image(32, 384, 12, 6),
+    "S/16": image(16, 384, 12, 6),
+    "B/32": image(32, 768, 12, 12),
+    "B/16": image(16, 768, 12, 12),
+    "L/16": image(16, 1024, 24, 16),
+    "L/14": image(14, 1024, 24, 16),
+    "H/14": image(14, 1280, 32, 16),
+    # Zhai et al. 2022 (arXiv:2106.04560), table 2.
+    "g/14": image(14, 1408, 40, 16, 6144),
+    "G/14": image(14, 1664, 48, 16, 8192),
+    # Shape-optimised (Alabdulmohsin et al. 2023, arXiv:2305.13035, table 1).
+    "So400m/14": image(14, 1152, 27, 16, 4304),
+}
+
+TEXT = {
+    # FLIP (Li et al. 2022, arXiv:2212.00794, §3 and table 10).
+    "flip": {
+        "B/16": text(512, 12, 8),
+        "L/16": text(768, 12, 12),
+        "L/14": text(768, 12, 12),
+        "H/14": text(1024, 24, 16),
+    },
+    # CLIP (Radford et al. 2021, arXiv:2103.00020, table 20) and, beyond L/14, OpenCLIP's model configs.
+    "clip": {
+        "S/32": text(384, 12, 6),
+        "S/16": text(384, 12, 6),
+        "B/32": text(512, 12, 8),
+        "B/16": text(512, 12, 8),
+        "L/16": text(768, 12, 12),
+        "L/14": text(768, 12, 12),
+        "H/14": text(1024, 24, 16),
+        "g/14": text(1024, 24, 16),
+        "G/14": text(1280, 32, 20),
+    },
+    # SigLIP (Zhai et al. 2023, arXiv:2303.15343): the text tower has the image tower's shape.
+    "siglip": {
+        "B/16": text(768, 12, 12),
+        "L/16": text(1024, 24, 16),
+        "So400m/14": text(1152, 27, 16, 4304),
+    },
+}
+# CLIPA (Li et al. 2023, arXiv:2305.07017) has OpenCLIP's text towers.
+TEXT["clipa"] = {size: TEXT["clip"][size] for size in ("B/16", "L/16", "L/14", "H/14", "G/14")}
+
+COMPUTE = dict(dtype="bfloat16", remat="dots_no_batch")
+
+
+def clip(size: str) -> dict[str, Any]:
+    """CLIP's and OpenCLIP's: CLS and a norm before the blocks; causal text, read at its end.
+
+    CLIP has QuickGELU; OpenCLIP's own models (those it adds to CLIP's sizes among them) have the exact GELU.
+    CLIP's position table has a row for the CLS, which here is part of the CLS.
+    """
+    lower = pick("clip", size)
+    activation = "quick_gelu" if size in ("B/32", "B/16", "L/14") else "gelu_exact"
+    shared = dict(activation=activation, **COMPUTE)
+    return dict(
+        name="dual",
+        image_tower=dict(pool="cls", pre_norm=True, patch_bias=False, **IMAGE[size], **shared),
+        text_tower=dict(vocab=49_408, pool="eos", **lower, **shared),
+        embed=lower["width"],
+    )
+
+
+def flip(size: str) -> dict[str, Any]:
+    """FLIP's: fixed positions, the mean of all image tokens with the CLS; text that sees both ways, at its first token.
+
+    FLIP's text tower has no mask: a pad is a word (see_pads). Joint space: the text tower's width.
+    """
+    lower = pick("flip", size)
+    return dict(
+        name="dual",
+        image_tower=dict(pool="mean", cls=True, pos="sincos", **IMAGE[size], **COMPUTE),
+        text_tower=dict(
+            vocab=30_523, pool="first", causal=False, see_pads=True, **lower, **COMPUTE
+        ),
+        embed=lower["width"],
+    )
+
+
+def clipa(size: str) -> dict[str, Any]:
+    """CLIPA's: fixed positions, the mean of the image tokens; text that sees both ways, at its last position.
+
+    Its vocabulary is 32,000 (BERT's 30,522 words, rounded up).
+    """
+    lower = pick("clipa", size)
+    return dict(
+        name="dual",
+        image_tower=dict(pool="mean", pos="sincos", **IMAGE[size], **COMPUTE),
+        text_tower=dict(vocab=32_000, pool="last", causal=False, see_pads=True, **lower, **COMPUTE),
+        embed=lower["width"],
+    )
+
+
+def siglip(size: str) -> dict[str, Any]:
+    """SigLIP's: attention pooling and no projection of the image; text that sees both ways, at its last position.
+
+    logit scale starts at 10, bias at -10 (§3.2), and both are learned. Vocabulary 32,000.
+    """
+    lower = pick("siglip", size)
+    return dict(
+        name="dual",
+        image_tower=dict(pool="map", **IMAGE[size], **COMPUTE),
+        text_tower=dict(vocab=32_000, pool="last", causal=False, see_pads=True, **lower, **COMPUTE),
+        embed=lower["width"],
+        scale=10.0,
+        bias=-10.0,
+        project_image=False,
+        text_bias=True,
+    )
+
+
+def pick(paper: str, size: str) -> dict[str, int]:
+    """The paper's text tower for a size; a KeyError would not say which sizes there are."""
+    if size not in TEXT[paper]:
+        raise check.unknown("config argument size", size, TEXT[paper])
+    return TEXT[paper][size]

@@ -1,0 +1,88 @@
+"""Parameter counts of the papers' towers, from shapes alone."""
+
+import sys
+
+import pytest
+import runs
+
+from vlp.core.config import build_named
+from vlp.models import MODELS
+from vlp.train import plan
+
+sys.path.insert(0, str(runs.ROOT / "configs"))
+import towers  # beside the configs
+
+sys.path.pop(0)
+
+
+def counts(section, image_px=224, text_len=77):
+    """Millions of parameters: image, text (each without its projection), projections, total."""
+    model = build_named(MODELS, section, "config.model")
+    found = {k: v / 1e6 for k, v in plan.parameters(model, image_px, text_len).items()}
+    return found | {"joint": found["projections and heads"]}
+
+
+@pytest.mark.parametrize(
+    ("size", "image", "text"), [("B/16", 86, 53), ("L/16", 303, 109), ("H/14", 631, 334)]
+)
+def test_flip(size, image, text):
+    """FLIP's table (model sizes), printed in whole millions: within 0.5 % or half of the last digit."""
+    found = counts(towers.flip(size), text_len=32)
+    assert found["image"] == pytest.approx(image, rel=0.005, abs=0.5)
+    assert found["text"] == pytest.approx(text, rel=0.005, abs=0.5)
+
+
+# image_mparams and text_mparams (projections included), mparams of open_clip's docs/model_profile.csv.
+OPEN_CLIP = {
+    "S/32": (22.64, 40.44, 63.09),
+    "S/16": (21.81, 40.44, 62.26),
+    "B/32": (87.85, 63.43, 151.28),
+    "B/16": (86.19, 63.43, 149.62),
+    "L/16": (304.09, 123.65, 427.74),
+    "L/14": (303.97, 123.65, 427.62),
+    "H/14": (632.08, 354.03, 986.11),
+    "g/14": (1012.65, 354.03, 1366.68),
+    "G/14": (1844.91, 694.66, 2539.57),
+}
+
+
+@pytest.mark.parametrize("size", OPEN_CLIP)
+def test_clip(size):
+    """To the last printed digit, but for the CLS's row of the position table (`width` parameters)."""
+    section = towers.clip(size)
+    found = counts(section)
+    image, text = section["image_tower"]["width"], section["text_tower"]["width"]
+    row, embed = image / 1e6, section["embed"] / 1e6
+    want = OPEN_CLIP[size]
+    assert found["image"] + row + image * embed == pytest.approx(want[0], abs=0.0051)
+    assert found["text"] + text * embed == pytest.approx(want[1], abs=0.0051)
+    assert found["total"] + row == pytest.approx(want[2], abs=0.0051)
+
+
+def test_clip_to_the_last_parameter():
+    """OpenAI's ViT-B/32 has 151,277,313, of which 768 are the position of the CLS."""
+    assert round(counts(towers.clip("B/32"))["total"] * 1e6) + 768 == 151_277_313
+
+
+# The same table's rows ViT-B-16-SigLIP, ViT-L-16-SigLIP-256, ViT-SO400M-14-SigLIP: pixels, text length, counts.
+SIGLIP = {
+    "B/16": (224, 64, 92.88, 110.27, 203.16),
+    "L/16": (256, 64, 315.96, 336.19, 652.15),
+    "So400m/14": (224, 16, 427.68, 449.68, 877.36),
+}
+
+
+@pytest.mark.parametrize("size", SIGLIP)
+def test_siglip(size):
+    px, length, image, text, total = SIGLIP[size]
+    found = counts(towers.siglip(size), px, length)
+    assert found["image"] == pytest.approx(image, abs=0.0051)
+    assert found["text"] + found["joint"] == pytest.approx(text, abs=0.0051)  # no image projection
+    assert found["total"] == pytest.approx(total, abs=0.0051)
+
+
+@pytest.mark.parametrize(("size", "total"), [("L/14", 414.21), ("H/14", 968.24), ("G/14", 2517.22)])
+def test_clipa(size, total):
+    """The same table; its count includes the fixed position table, which is no parameter here."""
+    found = counts(towers.clipa(size), text_len=32)
+    assert found["total"] == pytest.approx(total, rel=0.005)
