@@ -1,6 +1,6 @@
 """ALIGN (Jia et al. 2021, arXiv:2102.05918) with transformers on both sides.
 
-Arguments: path, keep, smoke. Of the paper (§4.2, §5.1): batch 16,384, 1.2 M steps, lr 1e-3 with 10,000 warm-up steps and
+Arguments: path, keep, smoke. Of the paper (§4.2, §5.1): batch 16,384, 1.2 M steps, lr 1e-3, 10,000 warm-up steps, then
 linear decay to 0, weight decay 1e-5, a learned temperature that starts at 1, images of 289 px cut from 346, at most 64
 tokens, BERT-Large's text tower (24 × 1024) read at its first token.
 

@@ -4,7 +4,7 @@ Arguments: size (L/14, H/14, G/14; B/16 and L/16 of v1), image_px and text_len o
 are cut to text_len: truncate, random, block), high (True: a third stage at 336 px), path, smoke.
 
 Of the paper and its released configs (v2): 12.8 B samples at 84 px and 8 tokens, batch 65,536, lr 8e-6 per 256
-examples, 3,200 warm-up steps ("smaller collapses"), crops of 40-100 % of the area, colour jitter 0.4; 4 × 131 M samples at
+examples, 3,200 warm-up steps ("smaller collapses"), crops of 40-100 % of the area, colour jitter 0.4; then 4 × 131 M at
 224 px and 32 tokens, batch 32,768, 30 % of the patches dropped, lr 4e-7 per 256, 26.2 M of warm-up; 131 M at 336 px,
 batch 16,384, 40 % dropped, lr 1e-7 per 256. AdamW β 0.9/0.95, decay 0.2, cosine to 0 in each stage.
 

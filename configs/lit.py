@@ -2,13 +2,13 @@
 
     vlp train --config configs/lit.py:init=runs/clip_B16 --workdir …
 
-Arguments: init (the workdir of another run, whose image tower is taken: any model with this image tower), size (the
-image tower and, as BERT has, the text tower of the same width: B/16, L/16), path, smoke. What `init` has under the same
-names is carried; its text tower too, if it has the same shapes.
+Arguments: init (the workdir of another run, whose image tower is taken), size (B/16 or L/16 with CLIP's image tower;
+the text tower has its width), path, smoke. `init_match` leaves the other run's text tower where it is.
 
-Of the paper (§4, appendix): batch 16,384, lr 1e-3, decay 1e-4, β2 0.999, 10,000 warm-up steps, cosine to 0, gradients
-clipped to norm 1, 16 text tokens, 224 px without augmentation but crops; 900 M pairs seen ("short"); the image is locked,
-not tuned at a low rate (§5.2), and has no projection of its own. Where this differs: AdamW, not Adafactor.
+Of the paper (§3, §4): the image tower is locked, not tuned at a low rate, and has no projection of its own; the text
+tower starts fresh and reads BERT-like, both ways, at its first token; 16 text tokens; 224 px. Its optimiser is
+Adafactor with lr 1e-3, decay 1e-4, gradients clipped to norm 1, 10,000 warm-up steps and a cosine to 0, at batch 16,384
+over 900 M pairs for its ablations: these numbers are from memory, and here they go to AdamW.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     model = towers.clip(arg.size)
     width, heads = model["image_tower"]["width"], model["image_tower"]["heads"]
     text = towers.text(width, 12, heads)
-    model["text_tower"].update(vocab=32_000, pool="first", causal=False, **text)
+    model["text_tower"].update(vocab=32_000, activation="gelu", pool="first", causal=False, **text)
     c = pretraining(f"lit_{arg.size}", model | dict(embed=width, project_image=False), arg.path)
-    c.init = arg.init
+    c.init, c.init_match = arg.init, "image_tower/.*"
     c.batch = 16_384
     c.objective = dict(name="clip")
     c.data.update(image_px=224, text_len=16)

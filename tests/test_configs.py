@@ -2,11 +2,14 @@
 
 import json
 
+import flax.linen as nn
 import pytest
 import runs
 
 from vlp.core import config as configs
-from vlp.train import plan, stages, workdir
+from vlp.core import tree
+from vlp.optim import make as optimisers
+from vlp.train import plan, stages, state, workdir
 
 FOLDER = runs.ROOT / "configs"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if "def get_config" in p.read_text())
@@ -17,7 +20,7 @@ def load(name, arg):
 
 
 def test_there_are_configs():
-    assert {"coca_emoji", "coca", "clip", "cap"} <= set(NAMES)
+    assert {"coca_emoji", "coca", "clip", "cap", "flip", "clipa", "align", "lit"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,6 +60,17 @@ def test_coca_parameters(size, image, decoder, both):
     assert (row["image_px"], row["text_len"]) == (288, 64)
     parts = [v for k, v in counts.items() if k not in ("total", "image + decoder")]
     assert sum(parts) == pytest.approx(counts["total"])
+
+
+def test_lit_locks_the_image_tower_alone():
+    (stage,) = stages.parse(load("lit", ""))[1]
+    params = nn.unbox(state.abstract_params(stage.model, 224, 16))
+    trainable = tree.named(optimisers.make(stage.optim, params).trainable)
+    assert {name.split("/")[0] for name, yes in trainable.items() if not yes} == {"image_tower"}
+    assert {name.split("/")[0] for name, yes in trainable.items() if yes} == {
+        "text_tower", "joint_text", "temperature",
+    }  # fmt: skip
+    assert stage.init_match == "image_tower/.*"
 
 
 def test_plan_prints_the_counts(capsys, tmp_path):

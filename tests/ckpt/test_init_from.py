@@ -74,6 +74,22 @@ def test_new_and_dropped_leaves_are_named(draw, caplog):
     assert "old_head" not in carried
 
 
+def test_a_pattern_picks_what_is_carried(draw):
+    """LiT: another run's image tower, and nothing else of it, whatever shapes the rest has."""
+    old, fresh = draw(model(), 16, 8, 0), draw(model(), 24, 8, 1)
+    old["text_tower"] = {"pos": jnp.ones((3, 5))}
+    picked = init_from.pick(old, "image_tower/.*", "init")
+    init_from.check_fits(picked, fresh, "init")
+    carried = named(init_from.carry(picked, fresh))
+    for name, leaf in named(fresh).items():
+        if name != "image_tower/pos":  # which is resized
+            want = named(old)[name] if name.startswith("image_tower/") else leaf
+            np.testing.assert_array_equal(carried[name], want)
+    assert (carried["image_tower/pos"] != fresh["image_tower"]["pos"]).any()
+    with pytest.raises(check.UserError, match="init: init_match: got 'image_towr/.*'"):
+        init_from.pick(old, "image_towr/.*", "init")
+
+
 def test_other_shapes_are_refused(draw):
     old, fresh = draw(model(), 16, 8, 0), draw(model(mlp=24), 16, 8, 1)
     message = (

@@ -24,7 +24,26 @@ def test_policies():
     assert all(70 < drawn.count(x) < 130 for x in "abc")
 
 
+def test_shortened_texts():
+    """How often each word survives: all words for "random", the middle ones most for "block", the first for neither."""
+    text, rng = "a b c d e f", np.random.default_rng(0)
+    draw = lambda how: [text_ops.shorten(text, 3, how, rng).split() for _ in range(400)]
+    for how in ("random", "block"):
+        rows = draw(how)
+        assert all(len(row) == 3 and row == sorted(row) for row in rows)
+        counts = np.array([sum(w in row for row in rows) for w in text.split()])
+        if how == "random":
+            assert (abs(counts - 200) < 50).all()
+        else:  # 4 runs, of which a word is in 1, 2, 3, 3, 2, 1
+            assert (abs(counts - 100 * np.array([1, 2, 3, 3, 2, 1])) < 50).all()
+            assert {"".join(row) for row in rows} == {"abc", "bcd", "cde", "def"}
+    assert draw("truncate") == [["a", "b", "c"]] * 400
+    assert text_ops.shorten("a  b", 2, "random", rng) == "a  b"
+
+
 def test_errors():
+    with pytest.raises(check.UserError, match="config.data.shorten.*did you mean 'block'"):
+        text_ops.shorten("a b", 1, "blok", np.random.default_rng(0))
     with pytest.raises(check.UserError, match=r"captions only in \['de', 'en'\]"):
         text_ops.choose(CAPTIONS, policy="first", langs=("fr",))
     with pytest.raises(check.UserError, match="did you mean 'uniform'"):

@@ -53,6 +53,15 @@ def carry(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
     return tree.map_named(one, fresh)
 
 
+def pick(params: PyTree, match: str, where: str) -> dict[str, Any]:
+    """The leaves whose names match in full, as a flat tree {name: leaf} for `carry`; UserError if there is none."""
+    leaves = tree.named(params)
+    found = {name: leaf for name, leaf in leaves.items() if re.fullmatch(match, name)}
+    if not found:
+        raise check.unknown(f"{where}: init_match", match, leaves)
+    return found
+
+
 def check_fits(old: PyTree, fresh: PyTree, where: str) -> None:
     """Raises the UserError that `carry` would, from shapes alone."""
     values = tree.named(old)

@@ -40,6 +40,7 @@ class Data:
     captions: str = "first"  # first | uniform | all (then num_captions of them, cycled)
     num_captions: int = 1
     langs: tuple[str, ...] = ("en",)  # () = every language
+    shorten: str = "truncate"  # how training texts are cut to text_len (text_ops.SHORTEN)
     min_area_frac: float = 0.6  # the crop's share of the area
     max_area_frac: float = 1.0
     max_aspect: float = 1.25
@@ -70,7 +71,12 @@ def open_dataset(data: Data, tokenizer: tokenizers.Tokenizer | None = None) -> "
 
 def _check(data: Data) -> None:
     image_ops.check_filter("config.data.resize", data.resize)
-    for field, known in (("captions", text_ops.POLICIES), ("bad_images", BAD_IMAGES)):
+    enums = (
+        ("captions", text_ops.POLICIES),
+        ("shorten", text_ops.SHORTEN),
+        ("bad_images", BAD_IMAGES),
+    )
+    for field, known in enums:
         if getattr(data, field) not in known:
             raise check.unknown(f"config.data.{field}", getattr(data, field), known)
     bounds = (
@@ -281,7 +287,12 @@ def _train_sample(seed: int, record: dict, data: Data, position: int) -> tuple[n
         resize=data.resize,
     )
     rng = order.sample_rng(seed, "text", position) if data.captions == "uniform" else None
-    return image_RRC, _texts(record, data, data.captions, rng)
+    texts = _texts(record, data, data.captions, rng)
+    if data.shorten != "truncate":  # which the tokenizer does
+        rng = order.sample_rng(seed, "shorten", position)
+        num_words = data.text_len - 2  # beside bos and eos
+        texts = [text_ops.shorten(t, num_words, data.shorten, rng) for t in texts]
+    return image_RRC, texts
 
 
 def _eval_sample(record: dict, data: Data, position: int) -> tuple[np.ndarray, list]:

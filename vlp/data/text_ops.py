@@ -1,4 +1,4 @@
-"""Which of a record's captions a sample uses."""
+"""Which of a record's captions a sample uses, and how a long one is shortened."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ import numpy as np
 from vlp.core import check
 
 POLICIES = ("first", "uniform", "all")
+SHORTEN = ("truncate", "random", "block")
 
 
 def choose(
@@ -40,3 +41,22 @@ def choose(
     if policy == "all":
         return [texts[i % len(texts)] for i in range(num)]
     raise check.unknown("config.data.captions", policy, POLICIES)
+
+
+def shorten(text: str, num_words: int, how: str, rng: np.random.Generator) -> str:
+    """Returns at most `num_words` words of a text; one that is short enough is returned as it is.
+
+    "random": words drawn without replacement, in their order; "block": a run of words that begins
+    anywhere; "truncate": the first. Words are what white space parts, so the tokenizer may still
+    have to cut. Source: CLIPA (Li et al. 2023, arXiv:2305.07017, §3.2), at the level of words.
+    """
+    words = text.split()
+    if how not in SHORTEN:
+        raise check.unknown("config.data.shorten", how, SHORTEN)
+    if len(words) <= num_words:
+        return text
+    if how == "random":
+        kept = np.sort(rng.choice(len(words), num_words, replace=False))
+        return " ".join(words[i] for i in kept)
+    start = int(rng.integers(len(words) - num_words + 1)) if how == "block" else 0
+    return " ".join(words[start : start + num_words])

@@ -18,6 +18,7 @@ from vlp.train import state as states
 from vlp.train import workdir as files
 from vlp.train.parts import Parts, init_extra, same_shapes
 from vlp.train.session import Session, description_of_data, restore
+from vlp.train.stages import Stage
 from vlp.train.state import State
 
 
@@ -44,8 +45,16 @@ def check_start(
                     where, "an optimiser state of other shapes", "the stage before's", do
                 )
         if stage.init:
-            params = load(stage.init).apply.params
-            init_from.check_fits(params, parts.abstract.params, f"{where}: init from {stage.init}")
+            init_from.check_fits(initial(stage), parts.abstract.params, source(stage))
+
+
+def source(stage: Stage) -> str:
+    return f"stage {stage.name!r}: init from {stage.init}"
+
+
+def initial(stage: Stage) -> dict[str, Any]:
+    """What `init` gives: the other run's parameters that match `init_match`."""
+    return init_from.pick(load(stage.init).apply.params, stage.init_match, source(stage))
 
 
 def enter(
@@ -65,9 +74,7 @@ def enter(
         if previous is not None:
             params = init_from.carry(previous.params, params, where)
     if stage.init:
-        params = init_from.carry(
-            load(stage.init).apply.params, params, f"{where}: init from {stage.init}"
-        )
+        params = init_from.carry(initial(stage), params, source(stage))
     teachers = {}
     for name, teacher in stage.teachers.items():
         if teacher.path:

@@ -78,6 +78,7 @@ class Stage:
     evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eval_params: str = "student"  # or the name of a teacher ("ema")
     init: str = ""  # workdir whose parameters the stage starts from
+    init_match: str = ".*"  # … those whose names match in full ("image_tower/.*")
     carry_optimizer: bool = False
     index: int = 0
     start_step: int = 0
