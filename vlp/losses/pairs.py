@@ -32,7 +32,7 @@ TILE = 1024  # rows of a device scored at a time
 
 
 def dot(
-    params: dict[str, jax.Array], x_RE: jax.Array, y_SE: jax.Array, precision: jax.lax.Precision
+    params: PyTree, x_RE: jax.Array, y_SE: jax.Array, precision: jax.lax.Precision
 ) -> jax.Array:
     """scale · x·y, and + bias if params has one."""
     scores_RS = params["scale"] * jnp.einsum("re,se->rs", x_RE, y_SE, precision=precision)
@@ -76,7 +76,8 @@ def reduce(
     among equals.
     """
     if min(chunk, tile) < 0:
-        raise check.error("losses.pairs", f"chunk {chunk}, tile {tile}", "0 (automatic) or more")
+        got = f"chunk {chunk}, tile {tile}"
+        raise check.error("losses.pairs", got, "0 (automatic) or more", "change them")
     num_rows, num_cols = jax.tree.leaves(x)[0].shape[0], jax.tree.leaves(y)[0].shape[0]
     axes, ways = _row_axes(num_rows, num_cols)
     rows, cols = num_rows // ways, num_cols // ways
@@ -239,8 +240,8 @@ def _wide(tree: PyTree) -> PyTree:
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> Stats:
     """Running sums of nothing."""
-    zero = {n: jnp.zeros(shape, dtype) for n in ("sum", "ties", "target", "mass", "own")}
-    return zero | {"max": jnp.full(shape, -jnp.inf, dtype)}
+    zero = {n: jnp.zeros(shape, dtype) for n in ("sum", "ties", "target", "mass")}
+    return zero | {n: jnp.full(shape, -jnp.inf, dtype) for n in ("max", "own")}
 
 
 def _finite(x: jax.Array) -> jax.Array:
@@ -269,7 +270,7 @@ def _sums(
         "ties": (kept_RS == jnp.expand_dims(top, axis)).sum(axis).astype(s_RS.dtype),
         "target": (t_RS * s_RS).sum(axis),
         "mass": t_RS.sum(axis),
-        "own": jnp.where(same_RS, s_RS, 0).sum(axis),
+        "own": jnp.where(same_RS, s_RS, -jnp.inf).max(axis),
     }
 
 
@@ -287,7 +288,8 @@ def _merge_all(pairs: Pairs, many: Stats) -> Stats:
         "max": top,
         "sum": (many["sum"] * fall).sum(0),
         "ties": jnp.where(many["max"] == top[None], many["ties"], 0).sum(0),
-        **{n: many[n].sum(0) for n in ("target", "mass", "own")},
+        "own": many["own"].max(0),
+        **{n: many[n].sum(0) for n in ("target", "mass")},
     }
 
 
@@ -300,7 +302,7 @@ def _finish(pairs: Pairs, sums: Stats) -> Stats:
         else _finite(sums["max"]) + jnp.log(total),
         "target": sums["target"],
         "mass": sums["mass"],
-        "hit": jnp.where(best, 1 / jnp.maximum(sums["ties"], 1), 0).astype(jnp.float32),
+        "hit": jnp.where(best, 1 / jnp.maximum(sums["ties"], 1), 0),
     }
 
 
