@@ -20,10 +20,12 @@ core = [
     # small ones that the eight bring along or that data and types need
     "absl-py",
     "array_record>=0.8",
+    "fsspec>=2024.6",
     "jaxtyping>=0.3",
     "msgpack>=1.0",
     "numpy>=2.0",
     "pillow>=10.0",
+    "pyarrow>=16",
     "sentencepiece>=0.2.1",
     "simplejpeg>=1.8",
     "tqdm>=4.66",
@@ -39,7 +41,7 @@ extras = {
     "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
     "beam": ["apache-beam>=2.60"],
     "docs": ["nbclient", "nbformat", "ipykernel"],
-    "test": ["pytest>=8", "hypothesis>=6", "beartype>=0.21"],
+    "test": ["pytest>=8", "hypothesis>=6", "beartype>=0.21", "webdataset>=0.2.100"],
 }
 extras["dev"] = (
     extras["demo"] + extras["fast"] + extras["test"] + ["ruff>=0.14", "pyright>=1.1.400"]

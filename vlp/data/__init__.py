@@ -3,7 +3,7 @@
 `loader.open_dataset(loader.Data(...))` is the way in; `SOURCES` lists what it can read.
 """
 
-from vlp.data import records, shapes
+from vlp.data import shapes, sources
 
 # name in config.data.source → function from the config section to a `records.Source`
-SOURCES = {"records": records.open_data, "shapes": shapes.open_data}
+SOURCES = {"records": sources.open_data, "shapes": shapes.open_data}

@@ -12,7 +12,6 @@ and any extra msgpack-able fields. Directories are published whole or not at all
 formats (sources/), order, decoding, batching (loader.py).
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -29,6 +28,7 @@ import numpy as np
 from array_record.python import array_record_module as array_record  # pyright: ignore  # compiled, without stubs
 
 from vlp.core import check
+from vlp.data import reads
 from vlp.data import tokenizer as tokenizers
 
 FORMAT = 1
@@ -266,13 +266,12 @@ def read_manifest(path: str | os.PathLike) -> dict:
     path = os.fspath(path)
     file = os.path.join(path, MANIFEST)
     do = "run `vlp data emoji --out DIR` and point config.data.path at DIR"
-    if not path or not os.path.isfile(file):
+    if not path or not reads.exists(file):
         raise check.error(
             "config.data.path", f"{path!r} without {MANIFEST}", "a dataset directory", do
         )
     try:
-        with open(file, encoding="utf-8") as f:
-            manifest = json.load(f)
+        manifest = json.loads(reads.whole(file))
         version = manifest.get("format")
     except (ValueError, AttributeError) as e:
         raise check.error(file, f"broken JSON ({e})", "a manifest", do) from None
@@ -323,11 +322,11 @@ def _missing(manifest: Mapping) -> str:
 def check_file(path: str, entry: Mapping, *, hashed: bool) -> None:
     """Raises a `UserError` if the file is missing or differs from its manifest entry."""
     do = "copy or build the dataset again"
-    if not os.path.isfile(path):
+    if not reads.exists(path):
         raise check.error(path, "no file", f"{entry['bytes']} bytes", do)
-    if (size := os.path.getsize(path)) != entry["bytes"]:
+    if (size := reads.size(path)) != entry["bytes"]:
         raise check.error(path, f"{size} bytes", f"{entry['bytes']} bytes", do)
-    if hashed and (digest := _sha256(path)) != entry["sha256"]:
+    if hashed and (digest := _sha256(reads.local_copy(path))) != entry["sha256"]:
         raise check.error(
             path, f"sha256 {digest[:12]}… (changed bytes)", f"{entry['sha256'][:12]}…", do
         )
@@ -339,18 +338,22 @@ def open_split(
     """Opens one split after checking it against the manifest.
 
     Sizes and record counts are always checked; `hashed` also reads every byte (None: if the split
-    is ≤ 1 GB).
+    is ≤ 1 GB). In an object store, a shard is fetched whole at its first record and checked then.
     """
-    path, manifest = os.path.abspath(os.fspath(path)) if path else "", read_manifest(path)
+    path, manifest = os.fspath(path), read_manifest(path)
+    remote = reads.is_remote(path)
+    path = path if remote else os.path.abspath(path)
     if split not in manifest["splits"]:
         raise check.unknown("config.data.split", split, manifest["splits"])
     entry = manifest["splits"][split]
     if hashed is None:
-        hashed = sum(s["bytes"] for s in entry["shards"]) <= HASHED_BYTES
+        hashed = not remote and sum(s["bytes"] for s in entry["shards"]) <= HASHED_BYTES
     for shard in entry["shards"]:
         file = os.path.join(path, shard["file"])
         check_file(file, shard, hashed=hashed)
-        if (count := _open_shard(file).num_records()) != shard["records"]:
+        if remote and not hashed:
+            continue
+        if (count := _open_shard(reads.local_copy(file)).num_records()) != shard["records"]:
             raise check.error(
                 file,
                 f"{count} records",
@@ -379,15 +382,20 @@ class RecordSource:
     def __init__(self, path: str, split: str, counts: tuple[int, ...], fingerprint: str):
         self.path, self.split, self.counts, self.fingerprint = path, split, counts, fingerprint
         self._ends = np.cumsum(counts)
+        self._readers: dict[int, array_record.ArrayRecordReader] = {}
 
     def __reduce__(self):
         return RecordSource, (self.path, self.split, self.counts, self.fingerprint)
 
-    @functools.cached_property
-    def _readers(self) -> list[array_record.ArrayRecordReader]:
-        n = len(self.counts)
-        names = (f"{self.split}-{i:05d}-of-{n:05d}.arrayrecord" for i in range(n))
-        return [_open_shard(os.path.join(self.path, name)) for name in names]
+    def _reader(self, shard: int) -> array_record.ArrayRecordReader:
+        if shard not in self._readers:
+            name = f"{self.split}-{shard:05d}-of-{len(self.counts):05d}.arrayrecord"
+            file = os.path.join(self.path, name)
+            if reads.is_remote(file):
+                entry = read_manifest(self.path)["splits"][self.split]["shards"][shard]
+                check_file(file, entry, hashed=True)
+            self._readers[shard] = _open_shard(reads.local_copy(file))
+        return self._readers[shard]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -397,7 +405,7 @@ class RecordSource:
             raise IndexError(f"record {i} of {len(self)}")
         shard = int(np.searchsorted(self._ends, i, side="right"))
         local = int(i - self._ends[shard] + self.counts[shard])
-        return decode(self._readers[shard].read([local])[0])
+        return decode(self._reader(shard).read([local])[0])
 
     @property
     def info(self) -> dict:
@@ -411,8 +419,3 @@ class RecordSource:
         if entry:
             check_file(file, entry, hashed=True)
         return tokenizers.load(file)
-
-
-def open_data(data) -> RecordSource:
-    """Opens what the config section `data` names (see `vlp.data.SOURCES`)."""
-    return open_split(data.path, data.split)

@@ -15,6 +15,7 @@ import numpy as np
 import sentencepiece
 
 from vlp.core import check
+from vlp.data import reads
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 NORMALIZATION = {True: "nmt_nfkc_cf", False: "nmt_nfkc"}  # cf: case folding
@@ -101,15 +102,14 @@ class Tokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
     """Reads a model file. Raises: `UserError` if it is missing or breaks the contract."""
     path = os.fspath(path)
-    if not os.path.isfile(path):
+    if not reads.exists(path):
         raise check.error(
             "config.data.tokenizer",
             f"{path!r}, which is no file",
             "a SentencePiece model",
             "run `vlp data emoji --out DIR` or point config.data.tokenizer at one",
         )
-    with open(path, "rb") as f:
-        return Tokenizer(f.read(), where=path)
+    return Tokenizer(reads.whole(path), where=path)
 
 
 def train(

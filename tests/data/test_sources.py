@@ -1,0 +1,252 @@
+"""Foreign formats as random-access sources, and reads from a store that fails."""
+
+import dataclasses
+import io
+import pickle
+import random
+import tarfile
+import threading
+import time
+
+import formats
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from vlp.core import check
+from vlp.data import loader, reads, records, sources
+from vlp.data.sources import tar
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    reads.reset()
+
+
+def same_as(source, pairs):
+    got = [source[i] for i in range(len(source))]
+    assert [(r["key"], r["image"]) for r in got] == [(r["key"], r["jpg"]) for r in pairs]
+    assert [[c["text"] for c in r["captions"]] for r in got] == [[r["caption"]] for r in pairs]
+    assert isinstance(source, records.Source)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[len(copy) - 1] == got[-1] and copy.fingerprint == source.fingerprint
+    for i in (-1, len(source)):
+        with pytest.raises(IndexError):
+            source[i]
+
+
+def test_shards_of_the_webdataset_package(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    pairs = formats.rows(7)
+    with webdataset.ShardWriter(
+        str(tmp_path / "train-%03d.tar"), maxcount=3, verbose=0, encoder=True
+    ) as w:
+        for r in pairs:
+            w.write({"__key__": r["key"], "jpg": r["jpg"], "txt": r["caption"], "cls": 4})
+    source = sources.open_path(tmp_path, strict=True)
+    same_as(source, pairs)
+    assert source[5]["label"] == 4 and source.counts == {}
+
+
+def test_img2dataset_layout(tmp_path):
+    pairs = formats.rows(9)
+    lost = [("x1", "failed_to_download", {"error_message": "HTTP Error 404: Not Found"})]
+    formats.img2dataset(tmp_path / "d", 0, pairs[:5], lost)
+    formats.img2dataset(tmp_path / "d", 1, pairs[5:], lost)
+    source = sources.open_path(tmp_path / "d")
+    same_as(source, pairs)
+    assert tar.img2dataset_counts(source.files) == {"success": 9, "HTTP Error 404: Not Found": 2}
+    (tmp_path / "d" / "00001_stats.json").unlink()
+    assert tar.img2dataset_counts(source.files)["unfinished_shards"] == 1
+
+
+@pytest.mark.parametrize("keep", ["inside a body", "inside a header", "no end mark"])
+def test_truncated_tails_are_counted_or_refused(tmp_path, keep):
+    pairs = formats.rows(5)
+    path = tmp_path / "a.tar"
+    formats.tar(path, pairs)
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-2:]
+    cut = {
+        "inside a body": last[0].offset_data + 100,
+        "inside a header": last[1].offset + 200,
+        "no end mark": last[1].offset_data + 512,
+    }
+    path.write_bytes(path.read_bytes()[: cut[keep]])
+    source = sources.open_path(path)
+    same_as(source, pairs[:4])
+    assert source.counts == {"truncated": 1}
+    with pytest.raises(check.UserError, match=r"a\.tar: got \{'truncated': 1\} beside 4 good"):
+        sources.open_path(path, strict=True)
+
+
+def test_hostile_members_do_no_harm(tmp_path):
+    pairs = formats.rows(2)
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        formats.add(archive, "../../climb.jpg", b"x")
+        formats.add(archive, "/etc/absolute.jpg", b"x")
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        formats.add(archive, "lonely.txt", b"no image")
+        formats.add(archive, "silent.jpg", b"no text")
+        for r in pairs:
+            formats.add(archive, f"{r['key']}.jpg", r["jpg"])
+            formats.add(archive, f"{r['key']}.txt", r["caption"].encode())
+    before = {p.name for p in tmp_path.parent.iterdir()}
+    source = sources.open_path(path)
+    same_as(source, pairs)
+    assert source.counts == {"unsafe_name": 2, "link": 1, "no_image": 1, "no_text": 1}
+    assert {p.name for p in tmp_path.parent.iterdir()} == before
+
+
+def test_what_is_no_tar_is_named(tmp_path):
+    for data in (b"", b"<html>not found</html>" * 100):
+        (tmp_path / "a.tar").write_bytes(data)
+        with pytest.raises(check.UserError, match=r"a\.tar: got (0 bytes|no tar)"):
+            sources.open_path(tmp_path / "a.tar")
+
+
+def test_the_index_is_built_once_and_again_after_a_change(tmp_path, monkeypatch):
+    formats.tar(tmp_path / "a.tar", formats.rows(3))
+    built = []
+    build = tar.build_index
+    monkeypatch.setattr(tar, "build_index", lambda p: built.append(p) or build(p))
+    first = sources.open_path(tmp_path / "a.tar")
+    assert sources.open_path(tmp_path / "a.tar").fingerprint == first.fingerprint
+    assert len(built) == 1
+    for file in (tmp_path / "cache" / "tar-index").iterdir():
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert len(sources.open_path(tmp_path / "a.tar")) == 3 and len(built) == 2
+    formats.tar(tmp_path / "a.tar", formats.rows(4))
+    assert len(sources.open_path(tmp_path / "a.tar")) == 4 and len(built) == 3
+
+
+def test_parquet(tmp_path):
+    pairs = formats.rows(12)
+    formats.parquet(tmp_path / "a.parquet", pairs[:7])
+    formats.parquet(tmp_path / "b.parquet", pairs[7:])
+    same_as(sources.open_path(tmp_path), pairs)
+    with pytest.raises(check.UserError, match="did you mean 'caption'"):
+        sources.open_path(tmp_path, given=sources.fields.Fields(captions=("captoin",)))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(check.UserError, match=r"b\.parquet: got no Parquet"):
+        sources.open_path(tmp_path)
+
+
+def test_tfds_without_tensorflow(tmp_path):
+    pairs = formats.rows(6)
+    source = sources.open_path(formats.tfds(tmp_path, pairs))
+    by_key = {r["key"]: r for r in pairs}
+    same_as(source, [by_key[source[i]["key"]] for i in range(6)])
+    with pytest.raises(check.UserError, match=r"config.data.split: got 'val'"):
+        sources.open_path(source.path, "val")
+
+
+def test_splits_by_directory_and_by_name(tmp_path):
+    pairs = formats.rows(6)
+    for name, part in (("train-0.tar", pairs[:4]), ("val-0.tar", pairs[4:])):
+        formats.tar(tmp_path / name, part)
+    assert [len(sources.open_path(tmp_path, s)) for s in ("train", "val")] == [4, 2]
+    with pytest.raises(check.UserError, match="config.data.split: got 'test'"):
+        sources.open_path(tmp_path, "test")
+    (tmp_path / "deep" / "val").mkdir(parents=True)
+    formats.tar(tmp_path / "deep" / "val" / "0.tar", pairs[:1])
+    assert len(sources.open_path(tmp_path / "deep", "val")) == 1
+
+
+def test_a_tar_trains(tmp_path, small_tokenizer):
+    formats.tar(tmp_path / "a.tar", formats.rows(5))
+    (tmp_path / records.TOKENIZER).write_bytes(small_tokenizer.to_bytes())
+    data = loader.Data(path=str(tmp_path), langs=(), image_px=16)
+    batch = loader.open_dataset(data).batch_at(3, 4, seed=0)
+    assert batch["image"].shape == (4, 16, 16, 3) and batch["mask"].all()
+
+
+class Faulty(MemoryFileSystem):
+    """A store in memory whose reads fail, stall and come back short, by a seeded draw."""
+
+    protocol, store, pseudo_dirs = "faulty", {}, [""]
+    draws, log, gate = random.Random(0), {"errors": 0, "stalls": 0, "short": 0}, threading.Lock()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("faulty://", "memory://"))
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        data = super().cat_file(path, start=start, end=end)
+        with self.gate:
+            draw = self.draws.random()
+            kind = ("errors" if draw < 0.05 else "short" if draw < 0.1
+                    else "stalls" if draw < 0.12 else "")  # fmt: skip
+            if kind:
+                self.log[kind] += 1
+        if kind == "errors":
+            raise OSError("connection reset")
+        if kind == "stalls":
+            time.sleep(0.6)
+        return data[: len(data) // 2] if kind == "short" else data
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    fsspec.register_implementation("faulty", Faulty, clobber=True)
+    Faulty.store.clear()
+    Faulty.draws = random.Random(0)
+    Faulty.log.update(errors=0, stalls=0, short=0)
+    policy = reads.Policy(pause_secs=0.001, stall_secs=0.3, block_bytes=2048, cache_blocks=8)
+    monkeypatch.setattr(reads, "POLICY", policy)
+    return fsspec.filesystem("faulty")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "records"])
+def test_a_failing_store_gives_the_same_data_and_true_counts(tmp_path, faulty, kind, make_records):
+    here = tmp_path / "here"
+    if kind == "records":
+        records.write(here, {"train": make_records(30)}, name="n", info={}, records_per_shard=9)
+    else:
+        here.mkdir()
+        {"tar": formats.tar, "parquet": formats.parquet}[kind](here / f"a.{kind}", formats.rows(30))
+    for file in here.iterdir():
+        faulty.pipe_file(f"/bucket/{file.name}", file.read_bytes())
+    local, remote = sources.open_path(here), sources.open_path("faulty://bucket")
+    order = random.Random(1).sample(range(30), 30)
+    assert [remote[i] for i in order] == [local[i] for i in order]
+    assert remote.fingerprint == local.fingerprint
+    counts = reads.counts()
+    assert {k: counts[k] for k in ("errors", "short")} | {"stalls": 0} == Faulty.log | {"stalls": 0}
+    assert counts["stalls"] >= Faulty.log["stalls"]  # a starved machine may add some
+    assert Faulty.log["errors"] > 0 or kind == "records"
+
+
+def test_a_dead_store_and_a_missing_file_are_named(faulty, monkeypatch):
+    faulty.pipe_file("/bucket/a.tar", b"x" * 3000)
+    monkeypatch.setattr(
+        reads, "POLICY", dataclasses.replace(reads.POLICY, tries=2, stall_secs=60.0)
+    )
+    monkeypatch.setattr(Faulty, "cat_file", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
+    with pytest.raises(check.UserError, match=r"a\.tar: got 2 failed reads \(last: OSError gone"):
+        reads.whole("faulty://bucket/a.tar")
+    with pytest.raises(check.UserError, match="FileNotFoundError"):
+        reads.whole("faulty://bucket/none")
+
+
+def test_shard_copies_stay_within_their_bound(tmp_path, faulty):
+    for name in "abc":
+        faulty.pipe_file(f"/bucket/{name}", name.encode() * 1000)
+    kept = tmp_path / "copies"
+    for name in "abca":
+        with open(
+            reads.local_copy(f"faulty://bucket/{name}", directory=str(kept), limit_bytes=2000), "rb"
+        ) as f:
+            assert f.read() == name.encode() * 1000
+        assert sum(p.stat().st_size for p in kept.iterdir()) <= 2000
+
+
+def test_a_file_behaves_as_files_do(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    file, true = reads.File(str(tmp_path / "f")), io.BytesIO(bytes(range(100)))
+    for step in (("seek", 90, 0), ("read", 20), ("seek", -5, 2), ("read",), ("read", 3), ("tell",)):
+        assert getattr(file, step[0])(*step[1:]) == getattr(true, step[0])(*step[1:])

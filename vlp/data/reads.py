@@ -1,0 +1,303 @@
+"""Bytes by path, from a disk or any store that fsspec knows: ranged, retried, cached, counted.
+
+A path with "://" is remote. A remote read that fails, stalls or comes back short is repeated with
+growing pauses and counted; a missing file fails at once. Not here: what the bytes mean.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import queue
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vlp.core import check
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How remote reads are repeated and cached, per process."""
+
+    tries: int = 8
+    pause_secs: float = 0.1  # doubles from try to try, up to 10 s, with random jitter
+    stall_secs: float = 60.0  # an answer that takes longer is given up and asked for again
+    block_bytes: int = 2**20
+    cache_blocks: int = 256
+
+
+POLICY = Policy()
+_counts: collections.Counter = collections.Counter()
+_blocks: collections.OrderedDict[tuple[str, int], bytes] = collections.OrderedDict()
+_lock = threading.Lock()
+
+
+def counts() -> dict[str, int]:
+    """What this process has read so far: reads, bytes, cached, errors, stalls, short."""
+    with _lock:
+        return {k: _counts[k] for k in ("reads", "bytes", "cached", "errors", "stalls", "short")}
+
+
+def reset() -> None:
+    """Forgets counts, blocks and sizes (tests; a store whose files were replaced)."""
+    with _lock:
+        _counts.clear()
+        _blocks.clear()
+    _remote_size.cache_clear()
+
+
+def is_remote(path: str) -> bool:
+    """True for what fsspec opens: "gs://…", "s3://…", "memory://…"."""
+    return "://" in path
+
+
+def listing(path: str) -> list[str]:
+    """Returns the sorted paths of the entries in a directory; [] if it is no directory."""
+    if not is_remote(path):
+        return (
+            sorted(os.path.join(path, f) for f in os.listdir(path)) if os.path.isdir(path) else []
+        )
+    fs, inner = _open(path)
+    if not _retried(path, lambda: fs.isdir(inner)):
+        return []
+    names = _retried(path, lambda: fs.ls(inner, detail=False))
+    return sorted(f"{path.rstrip('/')}/{n.rstrip('/').rsplit('/', 1)[-1]}" for n in names)
+
+
+def exists(path: str) -> bool:
+    """True for a file."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    fs, inner = _open(path)
+    return _retried(path, lambda: fs.isfile(inner))
+
+
+def size(path: str) -> int:
+    """Returns the bytes of a file; of a remote one, as they were when first asked for."""
+    return _remote_size(path) if is_remote(path) else os.path.getsize(path)
+
+
+@functools.lru_cache(maxsize=65536)
+def _remote_size(path: str) -> int:
+    fs, inner = _open(path)
+    return int(_retried(path, lambda: fs.size(inner)))
+
+
+def stamp(path: str) -> str:
+    """Changes when the file changes: its size with its modification time or the store's checksum."""
+    if not is_remote(path):
+        found = os.stat(path)
+        return f"{found.st_size}:{found.st_mtime_ns}"
+    fs, inner = _open(path)
+    info = _retried(path, lambda: fs.info(inner))
+    tags = [str(info.get(k, "")) for k in ("size", "etag", "ETag", "md5Hash", "mtime", "created")]
+    return ":".join(tags)
+
+
+def read(path: str, offset: int, num_bytes: int) -> bytes:
+    """Returns exactly that range. Raises: `UserError` if the file ends before it or stays away."""
+    if not is_remote(path):
+        with open(path, "rb") as f:
+            f.seek(offset)
+            data = f.read(num_bytes)
+        with _lock:
+            _counts["reads"] += 1
+            _counts["bytes"] += len(data)
+    else:
+        step, stop = POLICY.block_bytes, min(offset + num_bytes, size(path))
+        blocks = range(offset // step, -(-stop // step))
+        joined = b"".join(_block(path, i) for i in blocks)
+        begin = offset - offset // step * step
+        data = joined[begin : begin + max(stop - offset, 0)]
+    if len(data) != num_bytes:
+        raise check.error(
+            path,
+            f"{len(data)} bytes at {offset}",
+            f"{num_bytes}",
+            "the file was cut; copy it again",
+        )
+    return data
+
+
+def whole(path: str) -> bytes:
+    """Returns all bytes of a (small) file."""
+    return read(path, 0, size(path))
+
+
+def _block(path: str, number: int) -> bytes:
+    key = (path, number)
+    with _lock:
+        if key in _blocks:
+            _blocks.move_to_end(key)
+            _counts["cached"] += 1
+            return _blocks[key]
+    begin = number * POLICY.block_bytes
+    data = fetch(path, begin, min(begin + POLICY.block_bytes, size(path)))
+    with _lock:
+        _blocks[key] = data
+        while len(_blocks) > POLICY.cache_blocks:
+            _blocks.popitem(last=False)
+    return data
+
+
+def fetch(path: str, begin: int, stop: int) -> bytes:
+    """Returns bytes begin … stop - 1 of a remote file, past the cache."""
+    fs, inner = _open(path)
+
+    def once() -> bytes:
+        data = fs.cat_file(inner, start=begin, end=stop)
+        if len(data) != stop - begin:
+            raise _ShortRead(f"{len(data)} of {stop - begin} bytes")
+        return data
+
+    data = _retried(path, once)
+    with _lock:
+        _counts["reads"] += 1
+        _counts["bytes"] += len(data)
+    return data
+
+
+class _ShortRead(OSError):
+    pass
+
+
+def _open(path: str) -> tuple[Any, str]:
+    import fsspec  # here, because reading from a disk does not need it
+
+    try:
+        fs, inner = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as e:
+        raise check.error(
+            path, f"a store that cannot be opened ({e})", "a known protocol", "install its package"
+        ) from None
+    return fs, inner
+
+
+def _retried(path: str, ask: Callable[[], Any]) -> Any:
+    for attempt in range(POLICY.tries):
+        try:
+            return _within(ask, POLICY.stall_secs)
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+            raise check.error(
+                path, f"{type(e).__name__} ({e!s:.80})", "a readable file", "check the path"
+            ) from None
+        except Exception as e:  # every store has exceptions of its own
+            kind = {TimeoutError: "stalls", _ShortRead: "short"}.get(type(e), "errors")
+            with _lock:
+                _counts[kind] += 1
+            last = e
+        if attempt + 1 < POLICY.tries:
+            time.sleep(min(10.0, POLICY.pause_secs * 2**attempt) * random.uniform(0.5, 1.5))
+    raise check.error(
+        path,
+        f"{POLICY.tries} failed reads (last: {type(last).__name__} {last!s:.80})",
+        "an answer",
+        "check the store and the network, then start again",
+    )
+
+
+def _within(ask: Callable[[], Any], secs: float) -> Any:
+    """Returns ask(), or raises TimeoutError: a stalled thread is left behind, never waited for."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except BaseException as e:
+            answers.put((None, e))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, error = answers.get(timeout=secs)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {secs} s") from None
+    if error is not None:
+        raise error
+    return value
+
+
+class File(io.RawIOBase):
+    """A file of `read` with a position, for parsers that want one (tarfile, pyarrow)."""
+
+    def __init__(self, path: str):
+        self.path, self._at, self._size = path, 0, size(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def read(self, num_bytes: int | None = -1) -> bytes:
+        left = max(self._size - self._at, 0)
+        num_bytes = left if num_bytes is None or num_bytes < 0 else min(num_bytes, left)
+        data = read(self.path, self._at, num_bytes) if num_bytes else b""
+        self._at += num_bytes
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def local_copy(path: str, *, directory: str = "", limit_bytes: int = 50 * 10**9) -> str:
+    """Returns a local file with the bytes of `path`, fetched whole if it is remote.
+
+    Copies live in `directory` (default `cache_dir("shards")`), named by path and size; those used
+    longest ago make room beyond `limit_bytes`. Several processes may share the directory.
+    """
+    if not is_remote(path):
+        return path
+    directory = directory or cache_dir("shards")
+    os.makedirs(directory, exist_ok=True)
+    name = hashlib.sha256(f"{path}:{stamp(path)}".encode()).hexdigest()[:32]
+    target = os.path.join(directory, name)
+    if not os.path.isfile(target):
+        _make_room(directory, limit_bytes - size(path))
+        part = f"{target}.{os.getpid()}.{threading.get_ident()}.part"
+        step = 16 * POLICY.block_bytes
+        try:
+            with open(part, "wb") as f:
+                for begin in range(0, size(path), step):
+                    f.write(fetch(path, begin, min(begin + step, size(path))))
+            os.replace(part, target)
+        finally:
+            if os.path.exists(part):
+                os.remove(part)
+    os.utime(target)
+    return target
+
+
+def _make_room(directory: str, limit_bytes: int) -> None:
+    files = [e for e in os.scandir(directory) if e.is_file() and not e.name.endswith(".part")]
+    stats = sorted((e.stat().st_mtime, e.stat().st_size, e.path) for e in files)
+    total = sum(s for _, s, _ in stats)
+    for _, num_bytes, file in stats:
+        if total <= limit_bytes:
+            return
+        os.remove(file)  # a reader that holds it open keeps its bytes
+        total -= num_bytes
+
+
+def cache_dir(name: str) -> str:
+    """Returns the directory for such files: $VLP_CACHE, else ~/.cache/vlp, else a temporary one."""
+    root = os.environ.get("VLP_CACHE") or os.path.expanduser("~/.cache/vlp")
+    try:
+        os.makedirs(os.path.join(root, name), exist_ok=True)
+        return os.path.join(root, name)
+    except OSError:
+        return os.path.join(tempfile.gettempdir(), f"vlp-{os.getuid()}", name)

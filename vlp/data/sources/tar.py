@@ -1,0 +1,230 @@
+"""WebDataset and img2dataset tar shards as random access, through an index built once per file.
+
+A sample is a run of members that share the path up to the first dot of the file name. Nothing is
+ever extracted, and a name is never used as a path: links, devices and names that climb ("..", "/…")
+are counted and skipped. Not here: compressed tars (no random access) and downloading (img2dataset).
+"""
+
+import bisect
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Sequence
+
+import msgpack
+import numpy as np
+
+from vlp.core import check
+from vlp.data import reads
+from vlp.data import tokenizer as tokenizers
+from vlp.data.sources import fields as fields_lib
+
+VERSION = 1
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
+TEXTS = ("txt", "caption", "text")
+log = logging.getLogger(__name__)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Returns (key, extension): "a/b.seg.png" → ("a/b", "seg.png"), as webdataset groups."""
+    directory, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{directory}/{stem}" if directory else stem), extension.lower()
+
+
+def build_index(path: str) -> dict:
+    """Returns {samples: [[key, {extension: [offset, size]}], …], counts: {reason: number}}.
+
+    counts: link (links, devices), unsafe_name, no_image, no_text, truncated (members of an
+    unfinished tail: the last sample of a file without its end mark is never trusted).
+    """
+    counts: collections.Counter = collections.Counter()
+    groups: list[tuple[str, dict[str, list[int]]]] = []
+    end, cut, begun = 0, False, None
+    with reads.File(path) as file:
+        total = reads.size(path)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    stop = member.offset_data + (member.size if member.isreg() else 0)
+                    if stop > total:
+                        # a body cut short: the sample before it is whole if another begins here
+                        cut, begun = True, split_name(member.name)[0]
+                        break
+                    end = -(-stop // 512) * 512
+                    if not member.isreg():
+                        counts["link"] += not member.isdir()
+                    elif member.name.startswith("/") or ".." in member.name.split("/"):
+                        counts["unsafe_name"] += 1
+                    else:
+                        key, extension = split_name(member.name)
+                        if not groups or groups[-1][0] != key:
+                            groups.append((key, {}))
+                        groups[-1][1][extension] = [member.offset_data, member.size]
+        except tarfile.ReadError as e:
+            if not groups and not total:
+                raise check.error(path, "0 bytes", "a tar file", "remove it") from None
+            if not groups:
+                raise check.error(
+                    path, f"no tar ({e})", "an uncompressed tar", "unpack or remove it"
+                ) from None
+            cut = True
+    marked = total >= end + 512 and not any(reads.read(path, end, 512))
+    if cut or not marked:
+        counts["truncated"] += 1
+        if groups and begun in (None, groups[-1][0]):
+            groups.pop()
+    samples = []
+    for key, members in groups:
+        if not any(m in IMAGES for m in members):
+            counts["no_image"] += 1
+        elif not any(m in (*TEXTS, "json") for m in members):
+            counts["no_text"] += 1
+        else:
+            samples.append([key, members])
+    return {"samples": samples, "counts": dict(counts)}
+
+
+def index(path: str) -> dict:
+    """Returns `build_index(path)`, kept in the cache until the tar changes."""
+    path = path if reads.is_remote(path) else os.path.abspath(path)
+    stamp = f"{VERSION}:{path}:{reads.stamp(path)}"
+    name = hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    file = os.path.join(reads.cache_dir("tar-index"), name)
+    if os.path.isfile(file):
+        with open(file, "rb") as f:
+            data = f.read()
+        if data[:32] == hashlib.sha256(data[32:]).digest():
+            return msgpack.unpackb(data[32:], raw=False)
+        log.warning("%s: damaged index of %s; built again", file, path)
+    found = build_index(path)
+    data = msgpack.packb(found, use_bin_type=True)
+    assert data is not None
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    part = f"{file}.{os.getpid()}"
+    with open(part, "wb") as f:
+        f.write(hashlib.sha256(data).digest() + data)
+    os.replace(part, file)
+    return found
+
+
+def img2dataset_counts(files: Sequence[str]) -> dict[str, int]:
+    """Sums img2dataset's `_stats.json` beside the tars: rows by status, and tars without one.
+
+    {"success": …, "<cause of failure>": …, "unfinished_shards": …}; {} if it wrote none of them.
+    """
+    out: collections.Counter = collections.Counter()
+    beside = set().union(*(reads.listing(os.path.dirname(f)) for f in {*files}))
+    stats = {f: f"{f.removesuffix('.tar')}_stats.json" for f in files}
+    if not any(s in beside for s in stats.values()):
+        return {}
+    for file in stats.values():
+        if file not in beside:
+            out["unfinished_shards"] += 1
+            continue
+        try:
+            out.update(json.loads(reads.whole(file)).get("status_dict", {}))
+        except ValueError:
+            out["unfinished_shards"] += 1
+    return dict(out)
+
+
+class TarSource:
+    """The samples of tar files, in the order of `files`: a `records.Source`, picklable."""
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        *,
+        fields: fields_lib.Fields = fields_lib.Fields(),
+        strict: bool = False,
+        tokenizer: str = "",
+    ):
+        self.files, self.fields, self.strict = tuple(files), fields, strict
+        self._tokenizer = tokenizer
+        self._indices = [index(f) for f in self.files]
+        self.counts: dict[str, int] = dict(
+            sum((collections.Counter(x["counts"]) for x in self._indices), collections.Counter())
+        )
+        self._check()
+        self._ends = np.cumsum([len(x["samples"]) for x in self._indices]).tolist()
+        keys = hashlib.sha256(b"tar\0")
+        for found in self._indices:
+            for key, _ in found["samples"]:
+                keys.update(key.encode("utf-8", "surrogateescape") + b"\0")
+        self.fingerprint = keys.hexdigest()
+
+    def __reduce__(self):
+        make = functools.partial(
+            TarSource, fields=self.fields, strict=self.strict, tokenizer=self._tokenizer
+        )
+        return make, (self.files,)
+
+    def _check(self) -> None:
+        for file, found in zip(self.files, self._indices):
+            if self.strict and found["counts"]:
+                raise check.error(
+                    file,
+                    f"{found['counts']} beside {len(found['samples'])} good samples",
+                    "a whole tar",
+                    "fetch it again, or read it without strict mode",
+                )
+        if self.counts:
+            log.warning("tar members left out, by reason: %s", self.counts)
+        if not any(x["samples"] for x in self._indices):
+            raise check.error(
+                f"{list(self.files)!s:.120}",
+                f"no sample with an image and a text ({self.counts})",
+                "at least one",
+                "check the files",
+            )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, i)
+        samples = self._indices[shard]["samples"]
+        key, members = samples[i - self._ends[shard] + len(samples)]
+        # one ranged read for the whole sample: its members lie beside each other
+        begin = min(o for o, _ in members.values())
+        data = reads.read(self.files[shard], begin, max(o + n for o, n in members.values()) - begin)
+        parts = {m: data[o - begin : o - begin + n] for m, (o, n) in members.items()}
+        return self._record(key, parts)
+
+    def _record(self, key: str, parts: dict[str, bytes]) -> dict:
+        image = next(parts[m] for m in IMAGES if m in parts)
+        row: dict = {m: parts[m].decode("utf-8", "replace") for m in TEXTS if m in parts}
+        try:
+            meta = json.loads(parts.get("json", b"{}"))
+        except ValueError:
+            meta = {}
+        if isinstance(meta, dict):
+            row |= {k: v for k, v in meta.items() if k not in row}
+        if "cls" in parts:
+            text = parts["cls"].decode("utf-8", "replace").strip()
+            row["cls"] = int(text) if text.isdecimal() else text
+        names = self.fields.captions or (*TEXTS, *fields_lib.CAPTION)
+        wanted = dataclasses.replace(
+            self.fields,
+            captions=tuple(dict.fromkeys(n for n in names if n in row)),
+            lang=self.fields.lang or next((n for n in fields_lib.LANG if n in row), ""),
+            label=self.fields.label or next((n for n in fields_lib.LABEL if n in row), ""),
+        )
+        return {
+            "key": key,
+            "image": image,
+            "captions": fields_lib.captions(row, wanted),
+            **fields_lib.label(row, wanted),
+        }
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Returns the tokenizer that lies beside the shards."""
+        return tokenizers.load(self._tokenizer)
