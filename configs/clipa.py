@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.data.update(image_px=arg.image_px, text_len=arg.text_len, shorten=arg.shorten)
     c.data.update(min_area_frac=0.4, jitter=0.4)
     c.optim = dict(b1=0.9, b2=0.95, weight_decay=0.2, clip_norm=None)
-    c.schedule = dict(lr=8e-6 * c.batch / 256, warmup_steps=3_200)
+    c.schedule = dict(lr=8e-6 * c.batch / 256, warmup_samples=3_200 * c.batch)
     c.stages = [
         dict(name="short", samples=12_800_000_000),
         stage("full", 4 * UNIT, 32_768, 4e-7, keep=0.7, image_px=224),

@@ -43,6 +43,7 @@ def test_json(name):
     for arg in ("smoke", ""):
         config = load(name, arg)
         assert json.loads(json.dumps(config)) == config
+        assert all(stage.num_steps > 0 for stage in stages.parse(config)[1])  # it builds
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,9 @@ class ViT(nn.Module):
         else:
             pooled = {"cls": x[:, 0], "mean": x.mean(axis=1), "none": None}[self.pool]
         out = {"tokens": x, "pooled": pooled, "kept": kept}
-        return out | ({"layers": collected[:, :, self.registers :]} if layers else {})
+        if collected is not None:
+            out["layers"] = collected[:, :, self.registers :]
+        return out
 
     def _add_learned(self, x: Float[Array, "B N D"]) -> Float[Array, "B M D"]:
         """Registers and CLS in front of the patches: neither is ever dropped."""
