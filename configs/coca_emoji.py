@@ -29,7 +29,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         queries=16,
     )
     c.objective = dict(name="clip", keep=0.5)
-    if not arg.clip:  # the paper's weight, 2, costs 3 points of R@10 here; 0.5 costs none beside `clip`
+    if (
+        not arg.clip
+    ):  # the paper's weight, 2, costs 3 points of R@10 here; 0.5 costs none beside `clip`
         c.objective = dict(name="coca", caption_weight=0.5, keep=0.5)
     c.data = dict(
         path=arg.path,

@@ -69,29 +69,31 @@ def tfds(directory, pairs) -> str:
     """Prepares an ArrayRecord TFDS dataset; returns the directory of its version."""
     import tensorflow_datasets as tfds_lib
 
-    class Pairs(tfds_lib.core.GeneratorBasedBuilder):
-        VERSION = tfds_lib.core.Version("1.0.0")
-        pkg_dir_path = directory
+    with tfds_lib.core.registered.skip_registering():  # a second test may define it again
 
-        def _info(self):
-            features = tfds_lib.features.FeaturesDict(
-                {
-                    "key": tfds_lib.features.Text(),
-                    "image": tfds_lib.features.Image(encoding_format="jpeg"),
-                    "caption": tfds_lib.features.Text(),
-                }
-            )
-            return self.dataset_info_from_configs(features=features)
+        class Pairs(tfds_lib.core.GeneratorBasedBuilder):
+            VERSION = tfds_lib.core.Version("1.0.0")
+            pkg_dir_path = directory
 
-        def _split_generators(self, _):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self, *_):
-            for r in pairs:
-                yield (
-                    r["key"],
-                    {"key": r["key"], "image": io.BytesIO(r["jpg"]), "caption": r["caption"]},
+            def _info(self):
+                features = tfds_lib.features.FeaturesDict(
+                    {
+                        "key": tfds_lib.features.Text(),
+                        "image": tfds_lib.features.Image(encoding_format="jpeg"),
+                        "caption": tfds_lib.features.Text(),
+                    }
                 )
+                return self.dataset_info_from_configs(features=features)
+
+            def _split_generators(self, _):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self, *_):
+                for r in pairs:
+                    yield (
+                        r["key"],
+                        {"key": r["key"], "image": io.BytesIO(r["jpg"]), "caption": r["caption"]},
+                    )
 
     builder = Pairs(data_dir=str(directory), file_format="array_record")
     builder.download_and_prepare()

@@ -189,7 +189,7 @@ def test_damage_is_named_in_one_line(dataset_dir, name):
 def test_unreadable_shard_with_matching_manifest(dataset_dir):
     _shard(dataset_dir).write_bytes(b"x" * 70000)
     manifest = json.loads((dataset_dir / records.MANIFEST).read_text())
-    manifest["splits"]["train"]["shards"][1] |= records._stat(str(_shard(dataset_dir)))
+    manifest["splits"]["train"]["shards"][1] |= records.file_entry(str(_shard(dataset_dir)))
     (dataset_dir / records.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(check.UserError, match="arrayrecord: got"):
         records.open_split(dataset_dir, "train")

@@ -25,7 +25,7 @@ Image.init()  # all of Pillow's plugins, so that the next line's names are known
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 FORMATS = tuple(f for f in _WANTED if f in Image.OPEN)  # none that runs another program (EPS)
 MAX_PIXELS = 89_478_485  # Pillow's own limit (268 MB decoded): larger files are taken for bombs
-REASONS = ("empty", "not_an_image", "too_large", "truncated", "corrupt")
+REASONS = ("missing", "empty", "not_an_image", "too_large", "truncated", "corrupt")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _MARGIN = 1.5  # with it, scaled decoding stays within 1.5/255 of Pillow's bicubic; with 1, within 2
 _ORIENTATION = 0x0112  # the EXIF tag

@@ -180,19 +180,11 @@ def write(
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(out_dir)}.tmp-", dir=parent)
     try:
-        manifest = {
-            "format": FORMAT,
-            "name": name,
-            "info": dict(info),
-            "splits": {
-                split: _write_split(temporary, split, records, records_per_shard)
-                for split, records in splits.items()
-            },
-            "files": {k: _write_file(temporary, k, v) for k, v in sorted((files or {}).items())},
+        written = {
+            split: _write_split(temporary, split, records, records_per_shard)
+            for split, records in splits.items()
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        _write_file(temporary, MANIFEST, text.encode())
-        manifest = json.loads(text)
+        manifest = write_manifest(temporary, name, info, written, files or {})
         if os.path.isdir(out_dir) and os.listdir(out_dir):
             if read_manifest(out_dir) != manifest:
                 raise check.error(
@@ -208,6 +200,32 @@ def write(
         return manifest
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(
+    directory: str, name: str, info: Mapping, splits: Mapping, files: Mapping[str, bytes]
+) -> dict:
+    """Writes the small files and the manifest of a dataset; returns the manifest as read back."""
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "info": dict(info),
+        "splits": dict(splits),
+        "files": {k: _write_file(directory, k, v) for k, v in sorted(files.items())},
+    }
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    _write_file(directory, MANIFEST, text.encode())
+    return json.loads(text)
+
+
+def write_shard(path: str, records: Iterable[dict]) -> None:
+    """Writes one ArrayRecord file."""
+    writer = array_record.ArrayRecordWriter(path, _WRITER)
+    try:
+        for record in records:
+            writer.write(encode(record))
+    finally:
+        writer.close()
 
 
 def _refuse_foreign(out_dir: str) -> None:
@@ -229,11 +247,9 @@ def _write_split(directory: str, split: str, records: Iterable[dict], per_shard:
     records = iter(records)
     while chunk := list(itertools.islice(records, per_shard)):
         path = os.path.join(directory, f"{split}-{len(shards):05d}.part")
-        writer = array_record.ArrayRecordWriter(path, _WRITER)
+        write_shard(path, chunk)
         for record in chunk:
-            writer.write(encode(record))
             keys.update(record["key"].encode() + b"\0")
-        writer.close()
         shards.append((path, len(chunk)))
         total += len(chunk)
     if not total:
@@ -242,17 +258,20 @@ def _write_split(directory: str, split: str, records: Iterable[dict], per_shard:
     for i, (path, count) in enumerate(shards):
         file = f"{split}-{i:05d}-of-{len(shards):05d}.arrayrecord"
         os.replace(path, os.path.join(directory, file))
-        entries.append({"file": file, "records": count, **_stat(os.path.join(directory, file))})
+        entries.append(
+            {"file": file, "records": count, **file_entry(os.path.join(directory, file))}
+        )
     return {"num_records": total, "keys_sha256": keys.hexdigest(), "shards": entries}
 
 
 def _write_file(directory: str, file: str, data: bytes) -> dict:
     with open(os.path.join(directory, file), "wb") as f:
         f.write(data)
-    return _stat(os.path.join(directory, file))
+    return file_entry(os.path.join(directory, file))
 
 
-def _stat(path: str) -> dict:
+def file_entry(path: str) -> dict:
+    """Returns what the manifest says of a file: its size and digest."""
     return {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
 
 

@@ -1,10 +1,11 @@
-"""Opens whatever `config.data.path` holds: our records, tar shards, Parquet or a TFDS dataset."""
+"""Opens whatever `config.data.path` holds: our records, tar shards, Parquet, a TFDS dataset,
+a CSV, TSV or JSONL table, or a folder of images."""
 
 import os
 
 from vlp.core import check
 from vlp.data import reads, records
-from vlp.data.sources import fields, parquet, tar, tfds
+from vlp.data.sources import fields, files, parquet, tar, tfds
 
 TOKENIZER = records.TOKENIZER
 
@@ -30,25 +31,30 @@ def open_path(
     names (train-00000.tar); with neither, it is all "train".
     """
     path, given = os.fspath(path), given or fields.Fields()
-    kind, files = find(path, split)
+    kind, found = find(path, split)
     if kind == "records":
         return records.open_split(path, split)
     beside = f"{path.rstrip('/')}/{TOKENIZER}"
     if kind == "tar":
-        return tar.TarSource(files, fields=given, strict=strict, tokenizer=beside)
+        return tar.TarSource(found, fields=given, strict=strict, tokenizer=beside)
     if kind == "parquet":
-        return parquet.ParquetSource(files, fields=given, tokenizer=beside)
+        return parquet.ParquetSource(found, fields=given, tokenizer=beside)
+    if kind == "table":
+        return files.TableSource(found[0], fields=given, tokenizer=beside)
+    if kind == "folder":
+        return files.FolderSource(path, fields=given, tokenizer=beside)
     return tfds.TfdsSource(path, split, fields=given, tokenizer=beside)
 
 
 def find(path: str, split: str = "train") -> tuple[str, list[str]]:
-    """Returns ("records" | "tfds" | "tar" | "parquet", the files of the split)."""
+    """Returns ("records", "tfds", "tar", "parquet", "table" or "folder", the files of the split)."""
     if not path:
         records.read_manifest(path)  # says how to get data
-    if path.endswith((".tar", ".parquet")):
+    ending = path[path.rfind(".") :]
+    if ending in (".tar", ".parquet", *files.TABLES):
         if not reads.exists(path):
-            raise check.error(path, "no file", "a shard", "check the path")
-        return path.rsplit(".", 1)[1], [path]
+            raise check.error(path, "no file", "a shard or a table", "check the path")
+        return "table" if ending in files.TABLES else ending[1:], [path]
     entries = reads.listing(path)
     names = {e.rsplit("/", 1)[-1] for e in entries}
     if records.MANIFEST in names:
@@ -58,16 +64,20 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
     if split in names:
         entries = reads.listing(f"{path.rstrip('/')}/{split}")
     for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside its tars
-        files = [e for e in entries if e.endswith(f".{kind}")]
-        ours = [f for f in files if f.rsplit("/", 1)[-1].startswith(split)]
-        if files and not ours and split not in (*names, "train"):
+        found = [e for e in entries if e.endswith(f".{kind}")]
+        named = [f for f in found if f.rsplit("/", 1)[-1].startswith(split)]
+        if found and not named and split not in (*names, "train"):
             raise check.error(
                 "config.data.split",
                 repr(split),
                 f"a sub-directory or files of that name in {path}",
                 "use 'train' for all files",
             )
-        if files:
-            return kind, ours if split not in names and ours else files
+        if found:
+            return kind, named if split not in names and named else found
+    if any(n.startswith("metadata.") and n.endswith(files.TABLES) for n in names):  # imagefolder
+        return "table", [e for e in entries if e.endswith(files.TABLES)][:1]
+    if any(n.lower().endswith(files.EXTENSIONS) for n in names):
+        return "folder", []
     records.read_manifest(path)  # raises, and says how to get data
     raise AssertionError("a manifest that the listing did not show")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import reads
+from vlp.data import image_ops, reads
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 
@@ -90,12 +90,8 @@ class ParquetSource:
         image = row[fields.image]
         image = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(image, bytes):
-            raise check.error(
-                f"{self.files[self._groups[group][0]]} row {local} of its group",
-                f"{fields.image} {image!r:.40}",
-                "the bytes of an image",
-                "convert it with `vlp data convert`, which counts and leaves out such rows",
-            )
+            where = f"{self.files[self._groups[group][0]]} row {local} of row group {group}"
+            raise image_ops.BadImage("missing", f"{where}: {fields.image} {image!r:.40}")
         key = str(row[fields.key]) if fields.key else self._made_key(group, local)
         return {
             "key": key,

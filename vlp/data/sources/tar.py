@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ from vlp.core import check
 from vlp.data import reads
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
+from vlp.data.sources import parquet
 
 VERSION = 1
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
@@ -128,10 +130,35 @@ def img2dataset_counts(files: Sequence[str]) -> dict[str, int]:
             out["unfinished_shards"] += 1
             continue
         try:
-            out.update(json.loads(reads.whole(file)).get("status_dict", {}))
+            for cause, num in json.loads(reads.whole(file)).get("status_dict", {}).items():
+                out[_cause(cause)] += num
         except ValueError:
             out["unfinished_shards"] += 1
     return dict(out)
+
+
+def img2dataset_failures(files: Sequence[str]) -> list[dict]:
+    """Returns {key, reason} of every row that img2dataset could not fetch, from its Parquet."""
+    out = []
+    for file in files:
+        sidecar = f"{file.removesuffix('.tar')}.parquet"
+        if not reads.exists(sidecar):
+            continue
+        table = parquet.open_file(sidecar)
+        if {"key", "status", "error_message"} <= set(table.schema_arrow.names):
+            rows = table.read(["key", "status", "error_message"]).to_pylist()
+            out += [
+                {"key": str(r["key"]), "reason": _cause(r["error_message"] or r["status"])}
+                for r in rows
+                if r["status"] != "success"
+            ]
+    return out
+
+
+def _cause(message: str) -> str:
+    """One line, without the byte counts that would make every truncated body a cause of its own."""
+    line = " ".join(message.split())[:80]
+    return re.sub(r"\d+ bytes read, \d+ more", "n bytes read, m more", line)
 
 
 class TarSource:

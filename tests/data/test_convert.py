@@ -1,0 +1,266 @@
+"""`vlp data convert`: the same records from every format, after any kill, on every runner."""
+
+import csv
+import json
+import os
+import shutil
+
+import formats
+import pytest
+import test_cli_data
+
+from vlp.core import check
+from vlp.data import convert, records, sources
+from vlp.data.sources import fields
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def images(directory, pairs):
+    directory.mkdir(exist_ok=True)
+    for r in pairs:
+        (directory / f"{r['key']}.jpg").write_bytes(r["jpg"])
+
+
+def folder(d, pairs):
+    images(d, pairs)
+    for r in pairs:
+        (d / f"{r['key']}.txt").write_text(r["caption"] + "\n")
+    return d
+
+
+def table(d, pairs, separator, name):
+    images(d, pairs)
+    with open(d / name, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f, delimiter=separator)
+        writer.writerow(["id", "file_name", "caption"])
+        writer.writerows([r["key"], f"{r['key']}.jpg", r["caption"]] for r in pairs)
+    return d / name
+
+
+def jsonl(d, pairs):
+    images(d, pairs)
+    rows = [
+        {"id": r["key"], "image_path": f"{r['key']}.jpg", "caption": r["caption"]} for r in pairs
+    ]
+    (d / "a.jsonl").write_text("".join(json.dumps(r) + "\n\n" for r in rows))
+    return d / "a.jsonl"
+
+
+def made(write):
+    def inner(d, pairs):
+        d.mkdir()
+        return write(d, pairs) or d
+
+    return inner
+
+
+FORMATS = {
+    "folder": folder,
+    "csv": lambda d, p: table(d, p, ",", "a.csv"),
+    "semicolons": lambda d, p: table(d, p, ";", "a.csv"),
+    "tsv": lambda d, p: table(d, p, "\t", "a.tsv"),
+    "jsonl": jsonl,
+    "parquet": made(lambda d, p: formats.parquet(d / "a.parquet", p)),
+    "webdataset": made(lambda d, p: formats.tar(d / "a.tar", p)),
+    "img2dataset": made(lambda d, p: formats.img2dataset(d, 0, p)),
+    "tfds": made(lambda d, p: formats.tfds(d, p)),
+}
+
+
+def content(out):
+    """Records by key, without the captions' source tags (every format has its own)."""
+    source = records.open_split(out, "train")
+    rows = [source[i] for i in range(len(source))]
+    texts = {r["key"]: [(c["text"], c["lang"]) for c in r["captions"]] for r in rows}
+    return {r["key"]: (r["image"], texts[r["key"]]) for r in rows}
+
+
+PAIRS = [r | {"caption": f'a, "b" ü;\t{r["key"]}\nsecond line'} for r in formats.rows(11)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_records(tmp_path, name):
+    path = FORMATS[name](tmp_path / "in", PAIRS)
+    given = fields.Fields(default_lang="en")
+    convert.run(convert.Job(str(path), str(tmp_path / "out"), given=given, rows_per_shard=4))
+    assert content(tmp_path / "out") == {
+        r["key"]: (r["jpg"], [(r["caption"], "en")]) for r in PAIRS
+    }
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_every_id_of_img2dataset_is_accounted_for(tmp_path):
+    lost = [
+        ("x1", "failed_to_download", {"error_message": "HTTP Error 404: Not Found"}),
+        ("x2", "failed_to_download", {"error_message": "timed out"}),
+        ("x3", "failed_to_download", {"error_message": "IncompleteRead(7 bytes read, 9 more)"}),
+        ("x4", "failed_to_download", {"error_message": "IncompleteRead(8 bytes read, 2 more)"}),
+        ("x5", "failed_to_resize", {"error_message": "Image decoding\nerror"}),
+    ]
+    formats.img2dataset(tmp_path / "in", 0, PAIRS, lost)
+    manifest = convert.run(convert.Job(str(tmp_path / "in"), str(tmp_path / "out")))
+    truncated = "IncompleteRead(n bytes read, m more)"
+    assert manifest["info"]["img2dataset"]["train"] == {
+        "success": 11,
+        "HTTP Error 404: Not Found": 1,
+        "timed out": 1,
+        truncated: 2,
+        "Image decoding error": 1,
+    }
+    listed = (tmp_path / "out" / convert.LEFT_OUT).read_text().splitlines()
+    causes = {r["key"]: r["reason"] for r in map(json.loads, listed)}
+    assert content(tmp_path / "out").keys() | causes.keys() == {r["key"] for r in PAIRS} | {
+        f"x{i}" for i in range(1, 6)
+    }
+    assert causes["x2"] == "timed out" and causes["x3"] == causes["x4"] == truncated
+
+
+def tree(directory):
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A table in which three of eleven rows cannot be records."""
+    path = jsonl(tmp_path / "in", PAIRS)
+    lines = path.read_text().split("\n\n")
+    lines[2] = json.dumps({"id": "gone", "image_path": "gone.jpg", "caption": "x"})
+    lines[5] = json.dumps({"id": "mute", "image_path": "id005.jpg", "caption": " "})
+    lines[9] = json.dumps({"id": "html", "image_path": "html.jpg", "caption": "x"})
+    (path.parent / "html.jpg").write_text("<html>")
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_what_is_left_out_is_counted_and_listed(tmp_path, damaged):
+    job = convert.Job(str(damaged), str(tmp_path / "out"), rows_per_shard=3, check_images=True)
+    info = convert.run(job)["info"]
+    assert info["left_out"] == {"image missing": 1, "image not_an_image": 1, "no text": 1}
+    listed = (tmp_path / "out" / convert.LEFT_OUT).read_text().splitlines()
+    assert [json.loads(x)["row"] for x in listed] == [2, 5, 9]
+    kept = {r["key"] for r in PAIRS} - {"id002", "id005", "id009"}
+    assert content(tmp_path / "out").keys() == kept
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path, damaged, monkeypatch):
+    def job(out):
+        return convert.Job(str(damaged), str(tmp_path / out), rows_per_shard=3, check_images=True)
+
+    convert.run(job("true"))
+    true = tree(tmp_path / "true")
+    true["manifest.json"] = true["manifest.json"].replace(b'"true"', b'"out"')
+
+    class Kill(BaseException):
+        pass
+
+    for doomed in range(100):
+        calls = 0
+
+        def replace(a, b, *, before=doomed % 2, real=os.replace, doomed=doomed):
+            nonlocal calls
+            calls += 1
+            if calls == doomed // 2 + 1:
+                if not before:
+                    real(a, b)  # killed right after, else right before
+                raise Kill
+            real(a, b)
+
+        with monkeypatch.context() as m:
+            m.setattr(os, "replace", replace)
+            try:
+                convert.run(job("out"))
+            except Kill:
+                killed = True
+            else:
+                killed = False
+        convert.run(job("out"))
+        assert tree(tmp_path / "out") == true
+        assert not (tmp_path / ".out.convert").exists()
+        shutil.rmtree(tmp_path / "out")
+        if not killed:
+            break
+    assert doomed >= 16  # plan, four shards twice, the dataset
+
+
+def test_finished_shards_are_not_made_again(tmp_path, damaged, monkeypatch):
+    job = convert.Job(str(damaged), str(tmp_path / "out"), rows_per_shard=3)
+    make, made_shards = convert.make_shard, []
+
+    def failing(job, task):
+        made_shards.append(task)
+        if len(made_shards) == 3:
+            raise OSError("disk full")
+        make(job, task)
+
+    monkeypatch.setattr(convert, "make_shard", failing)
+    with pytest.raises(OSError, match="disk full"):
+        convert.run(job)
+    convert.run(job)
+    assert [n for _, n in made_shards] == [0, 1, 2, 2, 3]
+    convert.run(job)  # all there
+    assert len(made_shards) == 5
+
+
+def test_processes_and_beam_give_the_same_bytes(tmp_path):
+    path = FORMATS["webdataset"](tmp_path / "in", PAIRS)
+
+    def run(out, **how):
+        (tmp_path / out).mkdir()
+        convert.run(convert.Job(str(path), str(tmp_path / out / "set"), rows_per_shard=4), **how)
+        return tree(tmp_path / out / "set")
+
+    one = run("one")
+    assert run("two", workers=2) == one
+    pytest.importorskip("apache_beam")
+    assert run("beam", runner="DirectRunner") == one
+
+
+def test_foreign_directories_are_refused(tmp_path):
+    path = str(FORMATS["webdataset"](tmp_path / "in", PAIRS))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(check.UserError, match="no manifest"):
+        convert.run(convert.Job(path, str(out)))
+    (out / "thesis.tex").unlink()
+    convert.run(convert.Job(path, str(out)))
+    with pytest.raises(check.UserError, match="another dataset"):
+        convert.run(convert.Job(path, str(out), rows_per_shard=2))
+    convert._claim(convert.Job(path, str(tmp_path / "b")), {"version": 0})
+    with pytest.raises(check.UserError, match="shards of another conversion"):
+        convert.run(convert.Job(path, str(tmp_path / "b")))
+
+
+def test_command_shows_what_it_took_for_what(tmp_path, capsys):
+    path = FORMATS["semicolons"](tmp_path / "in", PAIRS)
+    assert test_cli_data.run("convert", path, "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "11 rows of table, key=id image=file_name" in out and "separator=';'" in out
+    assert "captions=caption" in out and "left out: nothing" in out
+    assert test_cli_data.run("verify", tmp_path / "out") == 0
+    (path.parent / "b.csv").write_text("id,file_name\n1,a.jpg\n")
+    with pytest.raises(check.UserError, match="name it with --captions"):
+        test_cli_data.run("convert", path.parent / "b.csv", "--out", tmp_path / "c")
+
+
+def test_several_captions_keep_their_sources(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(formats.jpeg(0))
+    row = {
+        "id": 7,
+        "path": "a.jpg",
+        "alt": "short",
+        "synthetic_caption": ["l1", "l2"],
+        "lang": "fr",
+    }
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    record = sources.open_path(tmp_path / "t.jsonl")[0]
+    assert record["key"] == "7"
+    assert [(c["text"], c["source"], c["lang"]) for c in record["captions"]] == [
+        ("short", "alt", "fr"),
+        ("l1", "synthetic_caption", "fr"),
+        ("l2", "synthetic_caption", "fr"),
+    ]

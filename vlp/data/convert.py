@@ -1,0 +1,262 @@
+"""`vlp data convert`: any source → ArrayRecord shards, on one machine or on Apache Beam.
+
+Output shard j is a pure function of input rows j·n … (j+1)·n - 1, so it does not matter who makes
+it or in what order: a killed conversion keeps its finished shards and goes on, and every runner
+gives the same bytes. Rows that cannot be a record are left out, counted by reason and listed in
+`left_out.jsonl`. Not here: reading the formats (sources/).
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Sequence
+
+from vlp.core import check
+from vlp.data import image_ops, records, sources
+from vlp.data.sources import fields, tar
+
+LEFT_OUT = "left_out.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One conversion. The work directory must be seen by all workers (a shared file system)."""
+
+    path: str
+    out: str
+    splits: tuple[str, ...] = ("train",)
+    given: fields.Fields = fields.Fields()
+    rows_per_shard: int = 16384
+    strict: bool = False
+    check_images: bool = False  # decode every image; what fails is left out
+
+    @property
+    def work(self) -> str:
+        """Where finished shards wait: a sibling of `out`, removed at the end."""
+        head, tail = os.path.split(os.path.abspath(self.out))
+        return os.path.join(head, f".{tail}.convert")
+
+    def source(self, split: str) -> records.Source:
+        """Returns the opened input (opened once per process)."""
+        return _opened(self.path, split, self.strict, self.given)
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(path: str, split: str, strict: bool, given: fields.Fields) -> records.Source:
+    return sources.open_path(path, split, strict=strict, given=given)
+
+
+def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[str] = ()) -> dict:
+    """Converts and returns the manifest; a second call after a kill goes on where it stopped.
+
+    runner: "" for this machine (`workers` processes), else a runner of Apache Beam.
+    Raises: `UserError` if `out` or the work directory belongs to something else.
+    """
+    _opened.cache_clear()
+    if job.rows_per_shard < 1:
+        raise check.error("rows_per_shard", job.rows_per_shard, "at least 1", "raise it")
+    plan = _plan(job)
+    if _done(job, plan):
+        shutil.rmtree(job.work, ignore_errors=True)
+        return records.read_manifest(job.out)
+    _claim(job, plan)
+    tasks = [(s, j) for s in job.splits for j in range(_num_shards(job, s))]
+    todo = [t for t in tasks if not os.path.isfile(f"{_shard(job, *t)}.json")]
+    make = functools.partial(make_shard, job)
+    if runner:
+        _on_beam(make, todo, runner, runner_args)
+    elif workers > 1 and len(todo) > 1:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            list(pool.map(make, todo))
+    else:
+        for task in todo:
+            make(task)
+    return _publish(job, plan, tasks)
+
+
+def make_shard(job: Job, task: tuple[str, int]) -> None:
+    """Writes one shard and then, as the sign that it is whole, its .json."""
+    split, number = task
+    source, path = job.source(split), _shard(job, split, number)
+    first = number * job.rows_per_shard
+    rows, left_out = [], []
+    for i in range(first, min(first + job.rows_per_shard, len(source))):
+        record, reason = _row(job, source, i)
+        if reason:
+            left_out.append({"split": split, "row": i, "key": record.get("key"), "reason": reason})
+        else:
+            rows.append(record)
+    part = f"{path}.{os.getpid()}.part"
+    records.write_shard(part, rows)
+    entry = {"records": len(rows), **records.file_entry(part)}
+    os.replace(part, path)
+    text = json.dumps({"entry": entry, "keys": [r["key"] for r in rows], "left_out": left_out})
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(part, f"{path}.json")
+
+
+def _row(job: Job, source: records.Source, i: int) -> tuple[dict, str]:
+    """Returns (record, "") or (what is known of it, the reason why it is left out)."""
+    try:
+        record = source[i]
+    except image_ops.BadImage as e:
+        return {}, f"image {e.reason}"
+    except check.UserError:
+        raise  # a file that cannot be read is no property of the row
+    except ValueError:
+        return {}, "bad row"
+    if not record["captions"]:
+        return record, "no text"
+    if not record["image"]:
+        return record, "image empty"
+    if job.check_images:
+        try:
+            image_ops.decode(record["image"])
+        except image_ops.BadImage as e:
+            return record, f"image {e.reason}"
+    try:
+        records.encode(record)
+    except check.UserError:
+        return record, "bad record"
+    return record, ""
+
+
+def shown(source: records.Source, given: fields.Fields) -> str:
+    """One line that says which columns or members became what, from the source or its first row."""
+    found = getattr(source, "fields", given)
+    if not found.captions:
+        try:
+            tags = tuple(dict.fromkeys(c["source"] for c in source[0]["captions"]))
+            found = dataclasses.replace(found, captions=tags)
+        except ValueError:
+            pass  # the first row is a bad one
+    return found.show()
+
+
+def _num_shards(job: Job, split: str) -> int:
+    return -(-len(job.source(split)) // job.rows_per_shard)
+
+
+def _shard(job: Job, split: str, number: int) -> str:
+    return os.path.join(job.work, f"{split}-{number:05d}")
+
+
+def _plan(job: Job) -> dict:
+    """What decides every byte of the output."""
+    return {
+        "version": 1,
+        "inputs": {s: [job.source(s).fingerprint, len(job.source(s))] for s in job.splits},
+        "fields": dataclasses.asdict(job.given),
+        "rows_per_shard": job.rows_per_shard,
+        "check_images": job.check_images,
+    }
+
+
+def _digest(plan: dict) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def _done(job: Job, plan: dict) -> bool:
+    if not os.path.isdir(job.out) or not os.listdir(job.out):
+        return False
+    if not os.path.isfile(os.path.join(job.out, records.MANIFEST)):
+        got, do = "a directory with files and no manifest", "choose another --out"
+        raise check.error(job.out, got, "an empty or new directory", do)
+    if records.read_manifest(job.out).get("info", {}).get("plan") == _digest(plan):
+        return True
+    got, do = "another dataset there already", "choose another or remove it yourself"
+    raise check.error(job.out, got, "an empty or new directory", do)
+
+
+def _claim(job: Job, plan: dict) -> None:
+    """Makes the work directory, or goes on in the one that the same plan left behind."""
+    file = os.path.join(job.work, "plan.json")
+    os.makedirs(job.work, exist_ok=True)
+    if os.path.isfile(file):
+        with open(file, encoding="utf-8") as f:
+            if json.load(f) != json.loads(json.dumps(plan)):
+                got, do = "shards of another conversion", "finish that one or remove the directory"
+                raise check.error(job.work, got, "shards of this one", do)
+        return
+    with open(f"{file}.part", "w", encoding="utf-8") as f:
+        json.dump(plan, f)
+    os.replace(f"{file}.part", file)
+
+
+def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
+    """Gathers the shards under their final names beside a manifest; one rename makes it appear."""
+    final = os.path.join(job.work, "dataset")
+    shutil.rmtree(final, ignore_errors=True)
+    os.makedirs(final)
+    splits, left_out, duplicates = {}, [], {}
+    for split in job.splits:
+        found = [_finished(job, t) for t in tasks if t[0] == split]
+        left_out += [row for x in found for row in x["left_out"]]
+        whole = [(n, x) for n, x in enumerate(found) if x["entry"]["records"]]
+        keys = [k for x in found for k in x["keys"]]
+        if not keys:
+            counts = collections.Counter(r["reason"] for r in left_out)
+            raise check.error(
+                f"split {split!r}", f"0 records ({dict(counts)})", "at least one", "check the input"
+            )
+        shards = []
+        for i, (number, x) in enumerate(whole):
+            name = f"{split}-{i:05d}-of-{len(whole):05d}.arrayrecord"
+            _link(_shard(job, split, number), os.path.join(final, name))
+            shards.append({"file": name, **x["entry"]})
+        joined = hashlib.sha256(b"".join(k.encode() + b"\0" for k in keys)).hexdigest()
+        splits[split] = {"num_records": len(keys), "keys_sha256": joined, "shards": shards}
+        duplicates[split] = len(keys) - len(set(keys))
+    info = {
+        "plan": _digest(plan),
+        "fields": {s: shown(job.source(s), job.given) for s in job.splits},
+        "left_out": dict(sorted(collections.Counter(r["reason"] for r in left_out).items())),
+        "repeated_keys": duplicates,
+    }
+    for split in job.splits:
+        if isinstance(source := job.source(split), tar.TarSource):
+            info.setdefault("tar", {})[split] = source.counts
+            info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(source.files)
+            left_out += [{"split": split, **r} for r in tar.img2dataset_failures(source.files)]
+    lines = "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in left_out)
+    manifest = records.write_manifest(
+        final, os.path.basename(job.out), info, splits, {LEFT_OUT: lines.encode()}
+    )
+    if os.path.isdir(job.out):
+        os.rmdir(job.out)  # empty, or `_done` would have said so
+    os.replace(final, job.out)
+    shutil.rmtree(job.work)
+    return manifest
+
+
+def _finished(job: Job, task: tuple[str, int]) -> dict:
+    with open(f"{_shard(job, *task)}.json", encoding="utf-8") as f:
+        return json.load(f)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _on_beam(make: Callable, todo: Sequence, runner: str, runner_args: Sequence[str]) -> None:
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise check.error(
+            "--runner", repr(runner), "Apache Beam", 'run `pip install "vlp[beam]"`'
+        ) from None
+    options = PipelineOptions([f"--runner={runner}", *runner_args])
+    with beam.Pipeline(options=options) as pipeline:
+        _ = pipeline | beam.Create(list(todo)) | beam.Reshuffle() | beam.Map(make)

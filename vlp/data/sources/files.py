@@ -1,0 +1,210 @@
+"""Images as files: a folder with texts beside them, or a CSV, TSV or JSONL table with their paths.
+
+A table's rows are found by byte offset, so it is never held in memory as a whole. An image that is
+not there is a `BadImage`, like one that cannot be decoded. Not here: remote folders.
+"""
+
+import base64
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from vlp.core import check
+from vlp.data import image_ops, reads
+from vlp.data import tokenizer as tokenizers
+from vlp.data.sources import fields as fields_lib
+
+TABLES = (".csv", ".tsv", ".jsonl")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SEPARATORS = (",", "\t", ";", "|")
+csv.field_size_limit(2**27)
+
+
+class TableSource:
+    """The rows of one table, first row the header: a `records.Source`, picklable.
+
+    Image paths are relative to the table's directory. `separator` is the most frequent candidate in
+    the header.
+    """
+
+    def __init__(
+        self, path: str, *, fields: fields_lib.Fields = fields_lib.Fields(), tokenizer: str = ""
+    ):
+        self.path, self._given, self._tokenizer = path, fields, tokenizer
+        self.separator = "" if path.endswith(".jsonl") else _separator(path)
+        self._offsets, self.columns, digest = _row_offsets(path, self.separator)
+        self.fields = fields_lib.sniff(self.columns, fields, where=path)
+        if not self.fields.image:
+            known = f"a column of image paths such as {list(fields_lib.PATH[:3])}"
+            do = "name it with --image; download a list of URLs with img2dataset first"
+            raise check.error(path, f"columns {self.columns}", known, do)
+        self.fingerprint = hashlib.sha256(f"table:{digest}:{self.fields}".encode()).hexdigest()
+
+    def __reduce__(self):
+        make = functools.partial(TableSource, fields=self._given, tokenizer=self._tokenizer)
+        return make, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def row(self, i: int) -> dict:
+        """Returns the columns of row i. Raises: ValueError if it does not parse."""
+        begin, stop = self._offsets[i], self._offsets[i + 1]
+        text = reads.read(self.path, int(begin), int(stop - begin)).decode("utf-8", "replace")
+        if not self.separator:
+            row = json.loads(text)
+            if not isinstance(row, dict):
+                raise ValueError(f"no JSON object: {text:.40}")
+            return row
+        cells = next(csv.reader(text.splitlines(keepends=True), delimiter=self.separator))
+        if len(cells) != len(self.columns):
+            raise ValueError(f"{len(cells)} cells under {len(self.columns)} columns")
+        return dict(zip(self.columns, cells))
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        row, fields = self.row(i), self.fields
+        value = row.get(fields.image)
+        if isinstance(value, dict) and isinstance(value.get("base64"), str):
+            image = base64.b64decode(value["base64"])
+        elif not isinstance(value, str) or not value:
+            raise image_ops.BadImage("missing", f"row {i} names no image")
+        else:
+            image = _image_file(os.path.join(os.path.dirname(self.path), value))
+        key = row.get(fields.key) if fields.key else None
+        return {
+            "key": str(key) if key is not None else f"{i:09d}",
+            "image": image,
+            "captions": fields_lib.captions(row, fields),
+            **fields_lib.label(row, fields),
+        }
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Returns the tokenizer that lies beside the table."""
+        return tokenizers.load(self._tokenizer)
+
+
+class FolderSource:
+    """The images under a folder in path order, each with a .txt or .json beside it.
+
+    The key is the path without its ending; a .json counts with its caption fields.
+    """
+
+    def __init__(
+        self, path: str, *, fields: fields_lib.Fields = fields_lib.Fields(), tokenizer: str = ""
+    ):
+        self.path, self.fields, self._tokenizer = path, fields, tokenizer
+        self.files = sorted(_images_under(path))
+        if not self.files:
+            raise check.error(
+                path, "no image", f"files ending in {list(EXTENSIONS)}", "check the path"
+            )
+        names = "\0".join(self.files)
+        self.fingerprint = hashlib.sha256(f"folder:{names}".encode()).hexdigest()
+
+    def __reduce__(self):
+        make = functools.partial(FolderSource, fields=self.fields, tokenizer=self._tokenizer)
+        return make, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        stem = os.path.join(self.path, os.path.splitext(self.files[i])[0])
+        row: dict = {}
+        if os.path.isfile(f"{stem}.json"):
+            with open(f"{stem}.json", encoding="utf-8", errors="replace") as f:
+                found = json.load(f)
+            row |= found if isinstance(found, dict) else {}
+        if os.path.isfile(f"{stem}.txt"):
+            with open(f"{stem}.txt", encoding="utf-8", errors="replace") as f:
+                row = {"txt": f.read()} | row
+        names = self.fields.captions or ("txt", *fields_lib.CAPTION)
+        fields = dataclasses.replace(self.fields, captions=tuple(n for n in names if n in row))
+        return {
+            "key": os.path.splitext(self.files[i])[0].replace(os.sep, "/"),
+            "image": _image_file(os.path.join(self.path, self.files[i])),
+            "captions": fields_lib.captions(row, fields),
+            **fields_lib.label(row, fields),
+        }
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Returns the tokenizer that lies in the folder."""
+        return tokenizers.load(self._tokenizer)
+
+
+def _image_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as e:
+        raise image_ops.BadImage("missing", f"{path} ({type(e).__name__})") from None
+
+
+def _images_under(path: str) -> Iterator[str]:
+    for directory, folders, files in os.walk(path):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for file in files:
+            if file.lower().endswith(EXTENSIONS):
+                yield os.path.relpath(os.path.join(directory, file), path)
+
+
+def _separator(path: str) -> str:
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        header = f.readline()
+    return max(SEPARATORS, key=header.count)
+
+
+def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]:
+    """Returns i64[rows + 1] byte offsets of the rows, the columns, and a digest of the bytes."""
+    digest = hashlib.sha256()
+    at = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal at
+        with open(path, "rb") as f:
+            for line in f:
+                at += len(line)
+                digest.update(line)
+                yield line.decode("utf-8", "replace")
+
+    offsets, columns = [], []
+    if separator:
+        begin = 0
+        for cells in csv.reader(lines(), delimiter=separator):
+            if not columns:
+                columns = [c.removeprefix("\ufeff") for c in cells]
+            elif cells:
+                offsets.append(begin)
+            begin = at
+    else:
+        begin = 0
+        for line in lines():
+            if line.strip():
+                offsets.append(begin)
+                if not columns:
+                    first = _json_object(path, line)
+                    columns = list(first)
+            begin = at
+    if not offsets:
+        raise check.error(path, "no rows", "a header and rows", "check the file")
+    return np.array([*offsets, at], np.int64), columns, digest.hexdigest()
+
+
+def _json_object(path: str, line: str) -> dict:
+    try:
+        found = json.loads(line)
+        if isinstance(found, dict):
+            return found
+    except ValueError:
+        pass
+    raise check.error(path, f"first line {line:.60}", "a JSON object", "check the file")
