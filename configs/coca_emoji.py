@@ -52,6 +52,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         retrieval=dict(split="test", batch=200),
         validation=dict(name="retrieval", split="val", batch=200, every_steps=140, gallery=0),
     )
+    c.evals.skin_tone = dict(
+        name="zeroshot",
+        label="tone",
+        classes=("none", "light", "medium-light", "medium", "medium-dark", "dark"),
+        phrases=(
+            "",
+            *(f"{t} skin tone" for t in ("light", "medium-light", "medium", "medium-dark", "dark")),
+        ),
+        templates=("person {}", "woman {}", "man {}", "hand {}", "child {}", "woman {} walking"),
+        split="test_variants",
+        extra_splits=("test",),
+        batch=200,
+    )
     if arg.clip:
         c.name = "clip_emoji"
     else:

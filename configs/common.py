@@ -45,6 +45,10 @@ def smoke(c: Any) -> Any:
     c.mesh = dict(data=1, fsdp=-1)
     for evaluator in c.get("evals", {}).values():
         evaluator.update(split="test", batch=8)
+        if evaluator.get("name") == "zeroshot":
+            evaluator.update(
+                label="shape", classes=("circle", "square"), phrases=(), extra_splits=()
+            )
     c.log_every_steps = 1
     c.platform = ""
     return c

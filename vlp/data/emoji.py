@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from PIL import Image
 
@@ -22,6 +22,7 @@ from vlp.data import records, tokenizer
 NUM_HELD_OUT = 200  # bases in each of val and test
 VS16, ZWJ, RIGHT_ARROW = 0xFE0F, 0x200D, 0x27A1
 SKIN = frozenset(range(0x1F3FB, 0x1F400))
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")  # 1F3FB … 1F3FF
 GENDER_SIGNS = frozenset({0x2640, 0x2642})
 HAIR = frozenset(range(0x1F9B0, 0x1F9B4))
 NEUTRAL = {
@@ -86,6 +87,22 @@ def base_of(key: str) -> str:
     return SAME_IDEA.get(base, base)
 
 
+def tone_of(key: str, keys: Container[str]) -> str:
+    """Returns the skin tone of an emoji: one of TONES; "none" without one, if `keys` has its toned forms.
+
+    "" for all others: what has no skin, persons of several tones, the colour swatches.
+    """
+    points = key.split("-")
+    tones = {int(p, 16) for p in points} & SKIN
+    if len(tones) > 1 or tones >= {int(p, 16) for p in points}:
+        return ""
+    if tones:
+        return TONES[min(tones) - min(SKIN)]
+    light = f"{min(SKIN):04X}"
+    forms = ("-".join([*points[:i], light, *points[i:]]) for i in range(1, len(points) + 1))
+    return "none" if any(form in keys for form in forms) else ""
+
+
 def is_flag(key: str) -> bool:
     """True for regional indicators and for what starts with the white or the black flag."""
     first = int(key.split("-")[0], 16)
@@ -129,6 +146,7 @@ def build(
         split = split_of[e.base]
         splits[split if split == "train" or e is primary[e.base] else f"{split}_variants"].append(e)
     splits = {k: v for k, v in splits.items() if v}
+    keys = {e.key for e in all_emoji}
     texts = [text for e in splits["train"] for text, _, lang in e.captions if lang == "en"]
     tok = tokenizer.train(texts, vocab_size)
 
@@ -150,6 +168,7 @@ def build(
             "captions": captions,
             "base": e.base,
             "primary": is_primary,
+            "tone": tone_of(e.key, keys),
         }
 
     info = {

@@ -78,7 +78,8 @@ class Shapes:
         )
         captions = [{"text": t, "source": "shapes", "lang": "en"} for t in texts]
         key = f"{size}-{color}-{shape}-{ground}-{place.replace(' ', '_') or 'centre'}"
-        return {"key": key, "image": _draw(size, color, shape, ground, place), "captions": captions}
+        return {"key": key, "image": _draw(size, color, shape, ground, place), "captions": captions,
+                "color": color, "shape": shape}  # fmt: skip
 
     @property
     def fingerprint(self) -> str:

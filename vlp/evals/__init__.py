@@ -2,5 +2,6 @@
 
 from vlp.evals.captions import Captions
 from vlp.evals.retrieval import Retrieval
+from vlp.evals.zeroshot import Zeroshot
 
-EVALS = {"captions": Captions, "retrieval": Retrieval}
+EVALS = {"captions": Captions, "retrieval": Retrieval, "zeroshot": Zeroshot}

@@ -45,6 +45,8 @@ def check_ready(evaluator: Evaluator, model: Any, mesh: Mesh, io: IO, where: str
     do = "drop this evaluation or change config.model"
     check_needs(model, evaluator.needs, io.data.image_px, io.data.text_len, where, do)
     io.open(evaluator.split)
+    if (more := getattr(evaluator, "check", None)) is not None:
+        more(io, where)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,142 @@
+"""Zero-shot classification: class vectors, ranks and confusion against NumPy loops; labels from the records."""
+
+import collections
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlp.core import check
+from vlp.core import mesh as meshes
+from vlp.core.types import Apply
+from vlp.data import emoji
+from vlp.data.loader import Data, open_dataset
+from vlp.evals import io as ios
+from vlp.evals import zeroshot as zs
+
+CLASSES = ("circle", "square", "triangle", "diamond", "ring", "cross", "bar")
+TEMPLATES = ("a {}", "a big {}", "{} on blue")
+DATA = Data(source="shapes", num_records=40, image_px=8, text_len=16, read_threads=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """A "model" of random projections: of the pixels, and of a bag of tokens; embeddings are no unit vectors."""
+
+    def apply(self, variables, x, method) -> Any:
+        params = variables["params"]
+        if method == "text":
+            return {"embed": params["text"][x].sum(axis=1)}
+        return {"embed": x.reshape(x.shape[0], -1).astype(jnp.float32) @ params["image"] / 100}
+
+    image = text = None
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.normal(size=(8 * 8 * 3, 6)).astype(np.float32),
+        "text": rng.normal(size=(128, 6)).astype(np.float32),
+    }
+
+
+def evaluate(batch=8, num_devices=8, **settings):
+    kept = {}
+    io = ios.IO(DATA, open_dataset(DATA).tokenizer, kept.__setitem__)
+    evaluator = zs.Zeroshot("shape", CLASSES, templates=TEMPLATES, batch=batch, **settings)
+    mesh = meshes.make(meshes.MeshShape(), jax.devices()[:num_devices])
+    with jax.set_mesh(mesh):
+        evaluator.check(io, "config.evals.shapes")
+        results = list(evaluator(Apply(Random(), params()), mesh, io))
+    (artefact,) = kept.values()
+    return {r.metric: r.value for r in results}, artefact, results[0].provenance
+
+
+def oracle(splits):
+    """The same, one image and one prompt at a time."""
+    tables, tok = params(), open_dataset(DATA).tokenizer
+    length = lambda v: sum(float(x) ** 2 for x in v) ** 0.5
+    vectors = []
+    for name in CLASSES:
+        total = np.zeros(6)
+        for template in TEMPLATES:
+            z = sum(tables["text"][i].astype(float) for i in tok.encode(template.format(name), 16))
+            total += z / length(z)
+        vectors.append(total / length(total))
+    counts, ranks = np.zeros((7, 7), int), []
+    for split in splits:
+        dataset = open_dataset(dataclasses.replace(DATA, split=split))
+        for i in range(len(dataset.source)):
+            image = dataset.eval_batch(i, 1)["image"].reshape(-1).astype(float)
+            scores = [float(image @ tables["image"] @ v) for v in vectors]
+            truth = CLASSES.index(dataset.source[i]["shape"])
+            counts[truth, int(np.argmax(scores))] += 1
+            ranks.append(1 + sum(s >= scores[truth] for j, s in enumerate(scores) if j != truth))
+    return counts, np.array(ranks)
+
+
+@pytest.mark.parametrize(("batch", "num_devices", "extra"), [(8, 8, ()), (3, 1, ("val",))])
+def test_against_loops(batch, num_devices, extra):
+    values, artefact, where = evaluate(batch, num_devices, extra_splits=extra)
+    counts, ranks = oracle(("test", *extra))
+    np.testing.assert_array_equal(artefact["confusion"], counts)
+    assert values["accuracy"] == pytest.approx((ranks == 1).mean())
+    assert values["top5"] == pytest.approx((ranks <= 5).mean())
+    per_class = np.diag(counts) / counts.sum(axis=1)
+    assert values["mean_per_class"] == pytest.approx(per_class.mean())
+    assert where["num"] == len(ranks) == counts.sum() == 40 * (1 + len(extra))
+    assert 0 < values["accuracy"] < values["top5"] < 1
+    assert len(artefact["items"]) == 12
+
+
+def test_broken_model_is_never_right():
+    np.testing.assert_array_equal(zs.rank_of_class(np.full((2, 3), np.nan), np.array([0, 2])), 3)
+    np.testing.assert_array_equal(zs.rank_of_class(np.zeros((2, 3)), np.array([0, 2])), 3)
+
+
+def test_prompts():
+    assert zs.prompts("", ("person {} walking", "{}, a hand")) == ["person walking", ", a hand"]
+    assert zs.prompts("dark {}", ("a {}",)) == ["a dark {}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label": "shap"}, "did you mean 'shape'"),
+        ({"classes": ("circle", "cube")}, r"no record of \['cube'\] in \['test'\]"),
+        ({"classes": ("circle", "circle")}, "two or more, all different"),
+        ({"classes": ("circle", "bar"), "phrases": ("x",)}, "one for each of 2 classes"),
+        ({"templates": ("a photo",)}, "texts with {}"),
+    ],
+)
+def test_bad_settings(settings, message):
+    io = ios.IO(DATA, open_dataset(DATA).tokenizer)
+    with pytest.raises(check.UserError, match=message):
+        evaluator = zs.Zeroshot(**({"label": "shape", "classes": CLASSES} | settings))
+        evaluator.check(io, "config.evals.shapes")
+
+
+@pytest.mark.parametrize(
+    ("key", "tone"),
+    [
+        ("1F44B", "none"), ("1F44B-1F3FB", "light"), ("1F44B-1F3FF", "dark"), ("1F600", ""),
+        ("1F469-200D-1F680", "none"), ("1F469-1F3FD-200D-1F680", "medium"), ("1F3FC", ""),
+        ("1F9D1-1F3FB-200D-1F91D-200D-1F9D1-1F3FC", ""),
+        ("1F9D1-1F3FC-200D-1F91D-200D-1F9D1-1F3FC", "medium-light"),
+    ],
+)  # fmt: skip
+def test_tone(key, tone):
+    keys = {"1F44B-1F3FB", "1F469-1F3FB-200D-1F680", "1F3FB"}
+    assert emoji.tone_of(key, keys) == tone
+
+
+def test_tones_are_balanced():
+    """In each kind of split as many emoji of no tone as of each tone (flat: Unicode gives all five, or none)."""
+    dist, names, _ = emoji._demo_packages()
+    keys = {e.key for e in emoji.find(dist, names)}
+    counts = collections.Counter(emoji.tone_of(key, keys) for key in keys)
+    assert len({counts[tone] for tone in emoji.TONES}) == 1
+    assert counts["none"] <= counts["light"] < 1.1 * counts["none"]

@@ -1,0 +1,185 @@
+"""Zero-shot classification: an image is given the class whose prompts are closest to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from vlp.core import check
+from vlp.core import mesh as meshes
+from vlp.core.types import Apply, Result
+from vlp.evals import io as ios
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeroshot:
+    """accuracy, top5 (where there are more than five classes), mean_per_class: each class counts alike.
+
+    label: the records' field that holds the class; records whose value is none of `classes` are left out.
+    phrases: how a prompt says each class (default: the class itself; "" says nothing). templates: "{}" is the
+    phrase; a class is the mean of its prompts' unit embeddings, made a unit vector (CLIP, Radford et al. 2021,
+    arXiv:2103.00020, §3.1.4). extra_splits: more records beside those of `split`. items: images in the report.
+    """
+
+    needs: ClassVar = frozenset({"image.embed", "text.embed"})
+    label: str
+    classes: tuple[str, ...]
+    phrases: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    split: str = "test"
+    extra_splits: tuple[str, ...] = ()
+    batch: int = 64
+    every_steps: int = 0
+    items: int = 12
+
+    def __post_init__(self) -> None:
+        where, do = "config.evals: zeroshot", "change the config"
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise check.error(f"{where}.classes", self.classes, "two or more, all different", do)
+        if self.phrases and len(self.phrases) != len(self.classes):
+            expected = f"one for each of {len(self.classes)} classes"
+            raise check.error(f"{where}.phrases", f"{len(self.phrases)}", expected, do)
+        if not self.templates or not all("{}" in t for t in self.templates):
+            raise check.error(f"{where}.templates", self.templates, "texts with {}", do)
+
+    def check(self, io: ios.IO, where: str) -> None:
+        """Raises UserError unless the records have the label and every class has an image."""
+        found = {value for split in self.splits for value in labels(io.open(split), self, where)}
+        missing = [name for name in self.classes if name not in found]
+        if missing:
+            got = f"no record of {missing} in {list(self.splits)}"
+            raise check.error(f"{where}.classes", got, f"values of {self.label!r}", "correct them")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return (self.split, *self.extra_splits)
+
+    def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
+        class_CE = embed_classes(apply, mesh, io, self)
+        scores, truth, shown = [], [], []
+        for split in self.splits:
+            dataset = io.open(split)
+            names = labels(dataset, self, "zeroshot")
+            chosen = np.array([i for i, n in enumerate(names) if n in self.classes], dtype=int)
+            zi_NE = embed_images(apply, dataset, self.batch, mesh)[chosen]
+            scores.append(unit(zi_NE) @ class_CE.T)
+            truth += [self.classes.index(names[i]) for i in chosen]
+            shown += [(dataset, int(i)) for i in chosen]
+        scores_NC, truth_N = np.concatenate(scores), np.array(truth, dtype=int)
+        confusion_CC = confusion(scores_NC, truth_N)
+        rank_N = rank_of_class(scores_NC, truth_N)
+        per_class_C = np.array([(rank_N[truth_N == c] == 1).mean() for c in np.unique(truth_N)])
+        where = io.provenance(io.open(self.split)) | {"num": len(truth_N)}
+        where |= {"split": "+".join(self.splits), "num_classes": len(self.classes)}
+        yield Result("accuracy", float((rank_N == 1).mean()), where)
+        if len(self.classes) > 5:
+            yield Result("top5", float((rank_N <= 5).mean()), where)
+        yield Result("mean_per_class", float(per_class_C.mean()), where)
+        artefact = {
+            "kind": "zeroshot",
+            "split": where["split"],
+            "num": len(truth_N),
+            "label": self.label,
+            "classes": list(self.classes),
+            "confusion": confusion_CC.tolist(),
+            "items": _items(self, shown, scores_NC, truth_N) if self.items else [],
+        }
+        io.write(f"zeroshot_{self.label}_{self.split}", artefact)
+
+
+def labels(dataset: Any, zeroshot: Zeroshot, where: str) -> list[str]:
+    """The label of every record, as text. Raises UserError if the records have no such field."""
+    first = dataset.source[0]
+    if zeroshot.label not in first:
+        known = sorted(k for k, v in first.items() if isinstance(v, str | int) and k != "key")
+        raise check.unknown(f"{where}.label", zeroshot.label, known)
+    return [str(dataset.source[i][zeroshot.label]) for i in range(dataset.num_records)]
+
+
+def prompts(phrase: str, templates: Sequence[str]) -> list[str]:
+    """The prompts of a class; an empty phrase leaves no double space."""
+    return [" ".join(template.replace("{}", phrase).split()) for template in templates]
+
+
+def embed_classes(
+    apply: Apply, mesh: Mesh, io: ios.IO, zeroshot: Zeroshot
+) -> Float[np.ndarray, "C E"]:
+    """One unit vector for each class: the mean of its prompts' unit embeddings, normalised."""
+    phrases = zeroshot.phrases or zeroshot.classes
+    texts = [p for phrase in phrases for p in prompts(phrase, zeroshot.templates)]
+    ids_NL = np.stack([io.tokenizer.encode(text, io.data.text_len) for text in texts])
+    run, found = apply.jit(_text), []
+    hosts, host = jax.process_count(), jax.process_index()
+    for start in range(0, len(ids_NL), zeroshot.batch):
+        rows = np.minimum(np.arange(start, start + zeroshot.batch), len(ids_NL) - 1)
+        mine = ids_NL[np.split(rows, hosts)[host]].astype(np.int32)
+        zt_BE = meshes.to_host(run(meshes.to_global({"text": mine}, mesh)["text"]))
+        found.append(zt_BE[: len(ids_NL) - start])
+    zt_NE = unit(np.concatenate(found))
+    return unit(zt_NE.reshape(len(phrases), len(zeroshot.templates), -1).mean(axis=1))
+
+
+def embed_images(apply: Apply, dataset: Any, batch: int, mesh: Mesh) -> Float[np.ndarray, "N E"]:
+    """Image embeddings of all records, in record order."""
+    run = apply.jit(_image)
+    found = [
+        meshes.to_host(run(rows["image"]))[mask_B]
+        for rows, mask_B in ios.batches(dataset, batch, mesh)
+    ]
+    return np.concatenate(found)
+
+
+def _image(apply: Apply, image: jax.Array) -> jax.Array:
+    return apply("image", image)["embed"]
+
+
+def _text(apply: Apply, text: jax.Array) -> jax.Array:
+    return apply("text", text)["embed"]
+
+
+def unit(z: np.ndarray) -> np.ndarray:
+    """Rows of length 1, in float64; a row of zeros stays."""
+    z = z.astype(np.float64)
+    return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+
+
+def rank_of_class(
+    scores_NC: Float[np.ndarray, "N C"], truth_N: Int[np.ndarray, "N"]
+) -> Int[np.ndarray, "N"]:
+    """Rank (1 is best) of the true class; a tie counts against it, and so does NaN."""
+    right_N1 = np.take_along_axis(scores_NC, truth_N[:, None], axis=1)
+    return (~(scores_NC < right_N1)).sum(axis=1)
+
+
+def confusion(
+    scores_NC: Float[np.ndarray, "N C"], truth_N: Int[np.ndarray, "N"]
+) -> Int[np.ndarray, "C C"]:
+    """How many images of class (row) were taken for class (column); the first of equal scores is taken."""
+    num = scores_NC.shape[1]
+    pairs_N = truth_N * num + scores_NC.argmax(axis=1)
+    return np.bincount(pairs_N, minlength=num * num).reshape(num, num)
+
+
+def _items(
+    zeroshot: Zeroshot, shown: list, scores_NC: np.ndarray, truth_N: np.ndarray
+) -> list[dict[str, Any]]:
+    chosen = np.linspace(0, len(truth_N) - 1, min(zeroshot.items, len(truth_N))).astype(int)
+    items = []
+    for n in chosen.tolist():
+        dataset, record = shown[n]
+        best = int(scores_NC[n].argmax())
+        items.append({
+            "image": ios.data_uri(dataset.eval_batch(record, 1)["image"][0]),
+            "caption": dataset.reference(record),
+            "key": dataset.keys([record])[0],
+            "truth": zeroshot.classes[int(truth_N[n])],
+            "answer": zeroshot.classes[best],
+            "scores": scores_NC[n].tolist(),
+        })  # fmt: skip
+    return items
