@@ -69,7 +69,7 @@ def tfds(directory, pairs) -> str:
     """Prepares an ArrayRecord TFDS dataset; returns the directory of its version."""
     import tensorflow_datasets as tfds_lib
 
-    with tfds_lib.core.registered.skip_registering():  # a second test may define it again
+    with tfds_lib.core.registered.skip_registration():  # a second test may define it again
 
         class Pairs(tfds_lib.core.GeneratorBasedBuilder):
             VERSION = tfds_lib.core.Version("1.0.0")
