@@ -86,7 +86,9 @@ def test_a_pattern_picks_what_is_carried(draw):
             want = named(old)[name] if name.startswith("image_tower/") else leaf
             np.testing.assert_array_equal(carried[name], want)
     assert (carried["image_tower/pos"] != fresh["image_tower"]["pos"]).any()
-    with pytest.raises(check.UserError, match="init: init_match: got 'image_towr/.*'"):
+    with pytest.raises(
+        check.UserError, match="init_match: got 'image_towr/.*', expected a pattern for"
+    ):
         init_from.pick(old, "image_towr/.*", "init")
 
 

@@ -58,7 +58,9 @@ def pick(params: PyTree, match: str, where: str) -> dict[str, Any]:
     leaves = tree.named(params)
     found = {name: leaf for name, leaf in leaves.items() if re.fullmatch(match, name)}
     if not found:
-        raise check.unknown(f"{where}: init_match", match, leaves)
+        parts = sorted({name.split("/")[0] for name in leaves})
+        do = f"match full names, such as '{parts[0]}/.*'"
+        raise check.error(f"{where}: init_match", repr(match), f"a pattern for some of {parts}", do)
     return found
 
 
