@@ -162,11 +162,11 @@ class Sweep:
             return part
         return jax.tree.map(lambda p: jax.lax.all_gather(p, self.axes, tiled=True), part)
 
-    def scatter(self, slices: jax.Array) -> jax.Array:
-        """Sums a slice over devices; each gets its own part."""
-        if not self.axes:
-            return slices
-        return jax.lax.psum_scatter(slices, self.axes, tiled=True)
+    def scatter(self, slices: jax.Array, like: jax.Array) -> jax.Array:
+        """Sums a slice over devices; each gets its own part, in the type of `like`."""
+        if self.axes:
+            slices = jax.lax.psum_scatter(slices, self.axes, tiled=True)
+        return slices.astype(like.dtype)
 
     def columns(self, k: jax.Array | int) -> tuple[jax.Array, jax.Array | None]:
         """Global indices of slice k's columns, and which of them exist (None: all)."""
@@ -374,7 +374,7 @@ def _backward(
         y_S, b_S, of_S = here
         y_S, col = _wide(y_S), (*sweep.columns(k), b_S)
         # what the slice before leaves to be summed over devices travels while this one is worked on
-        ready = () if waiting is None else jax.tree.map(sweep.scatter, waiting)
+        ready = () if waiting is None else jax.tree.map(sweep.scatter, waiting, y)
 
         def tile(sums: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
             x_R, row, of_R, d_x_R = xs
@@ -398,7 +398,7 @@ def _backward(
     carry = (*jax.tree.map(jnp.zeros_like, (params, x_tiles)), waiting)
     parts = sweep.split((y, b, of_cols), sweep.part)
     (d_params, d_x, last), d_y = sweep.over_slices(parts, carry, slice_)
-    last = jax.tree.map(lambda v: sweep.scatter(v)[None], last)
+    last = jax.tree.map(lambda v, w: sweep.scatter(v, w)[None], last, y)
     if sweep.slices > 1:  # the first that came out was of no slice
         last = jax.tree.map(lambda many, one: jnp.concatenate([many[1:], one]), d_y, last)
     if sweep.axes:
