@@ -26,6 +26,7 @@ _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 FORMATS = tuple(f for f in _WANTED if f in Image.OPEN)  # none that runs another program (EPS)
 MAX_PIXELS = 89_478_485  # Pillow's own limit (268 MB decoded): larger files are taken for bombs
 REASONS = ("missing", "empty", "not_an_image", "too_large", "truncated", "corrupt")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"BM")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _MARGIN = 1.5  # with it, scaled decoding stays within 1.5/255 of Pillow's bicubic; with 1, within 2
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -48,6 +49,8 @@ def _bad(e: Exception, data: bytes) -> BadImage:
         return BadImage("empty", f"{len(data)} bytes" + (", all zero" if data else ""))
     if isinstance(e, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return BadImage("too_large", detail)
+    if isinstance(e, UnidentifiedImageError) and data.startswith(_MAGIC):
+        return BadImage("truncated", f"{len(data)} bytes, a header cut short")
     if isinstance(e, UnidentifiedImageError):
         return BadImage("not_an_image", f"it begins with {data[:12]!r}")
     if "truncated" in str(e).lower() or isinstance(e, EOFError):

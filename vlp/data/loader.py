@@ -7,11 +7,17 @@ resumes anywhere by passing `start`. With workers > 0 a script needs the usual `
 (records.py), device arrays (core/mesh.py).
 """
 
+import collections
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +26,33 @@ from vlp.data import SOURCES, image_ops, order, text_ops
 from vlp.data import tokenizer as tokenizers
 
 log = logging.getLogger(__name__)
-BAD_IMAGES = ("error", "replace")
+BAD_RECORDS = ("error", "replace")
+REASONS = (*image_ops.REASONS, *text_ops.REASONS, "unreadable")  # why a record was replaced
+STAGES = ("read", "image", "text")  # of making a sample
 MAX_BAD_IN_A_ROW = 100
+MIN_SEEN = 1000  # samples that `max_bad_frac` counts as seen at least
+_BAD, _SECS = "_bad", "_secs"  # what elements carry from the workers to `Tally`, beside the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One source of a mixture; what it leaves empty is as in `Data`."""
+
+    name: str
+    weight: float = 1.0
+    source: str = ""
+    path: str = ""
+    split: str = ""
+    skip: str = ""
+    num_records: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reweight:
+    """From stream position `samples` on, the parts of a mixture have these weights."""
+
+    samples: int
+    weights: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +68,7 @@ class Data:
     group_by: str = ""  # a field of the records: an epoch visits each of its values once
     image_px: int = 64
     text_len: int = 16  # tokens, with bos and eos
-    captions: str = "first"  # first | uniform | all (then num_captions of them, cycled)
+    captions: str = "first"  # first | uniform | weighted | all (num_captions of them, cycled)
     num_captions: int = 1
     langs: tuple[str, ...] = ("en",)  # () = every language
     shorten: str = "truncate"  # how training texts are cut to text_len (text_ops.SHORTEN)
@@ -48,9 +79,11 @@ class Data:
     flip: bool = False
     jitter: float = 0.0  # largest relative change of brightness, contrast, saturation
     resize: str = "bicubic"  # one of image_ops.FILTERS
-    bad_images: str = (
-        "error"  # or "replace": by the next record, as `record` in the batch then shows
-    )
+    bad_records: str = "error"  # or "replace": by one that the stream position decides
+    max_bad_frac: float = 0.05  # a run with more to replace stops
+    skip: str = ""  # a quarantine file (of an earlier run): its records are left out
+    mixture: tuple[Part, ...] = ()  # several sources instead of one
+    reweight: tuple[Reweight, ...] = ()  # changes of the mixture's weights, in order
     cache_decoded: bool = False  # keep decoded images in memory (once per worker process)
     cache_mb: int = 1024  # … up to this size, counted as image bytes
     workers: int = 0  # processes; 0 = threads of this process only
@@ -63,10 +96,102 @@ def open_dataset(data: Data, tokenizer: tokenizers.Tokenizer | None = None) -> "
     if data.source not in SOURCES:
         raise check.unknown("config.data.source", data.source, SOURCES)
     _check(data)
-    source = SOURCES[data.source](data)
+    source = _open_mixture(data) if data.mixture else _open_one(data)
     if tokenizer is None:
         tokenizer = tokenizers.load(data.tokenizer) if data.tokenizer else source.tokenizer()
     return Dataset(data, source, tokenizer)
+
+
+def _open_one(data: Data) -> Any:
+    source = SOURCES[data.source](data)
+    return without(source, data.skip) if data.skip else source
+
+
+def _open_mixture(data: Data) -> "Concatenated":
+    parts = []
+    for part in data.mixture:
+        given = {k: v for k, v in dataclasses.asdict(part).items() if v and hasattr(data, k)}
+        if given.get("source", data.source) not in SOURCES:
+            raise check.unknown(f"config.data.mixture {part.name!r}", part.source, SOURCES)
+        parts.append(_open_one(dataclasses.replace(data, mixture=(), **given)))
+    return Concatenated(tuple(parts))
+
+
+class Concatenated:
+    """The records of several sources, one after the other."""
+
+    def __init__(self, parts: tuple):
+        self.parts = parts
+        self.sizes = tuple(len(p) for p in parts)
+        self._ends = np.cumsum(self.sizes)
+        text = ":".join(p.fingerprint for p in parts)
+        self.fingerprint = hashlib.sha256(f"mixture:{text}".encode()).hexdigest()
+
+    def __reduce__(self):
+        return Concatenated, (self.parts,)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> dict:
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        return self.parts[k][int(i - self._ends[k] + self.sizes[k])]
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Encoded bytes, where every source knows them."""
+        known = [n for p in self.parts if (n := getattr(p, "num_bytes", None)) is not None]
+        return sum(known) if len(known) == len(self.parts) else None
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Returns the tokenizer that all sources bring."""
+        first, *others = (p.tokenizer() for p in self.parts)
+        if any(o != first for o in others):
+            got, do = "mixtures of sources with other tokenizers", "set config.data.tokenizer"
+            raise check.error("config.data.mixture", got, "one tokenizer", do)
+        return first
+
+
+class Without:
+    """A source less the records `skipped` (sorted ids)."""
+
+    def __init__(self, source: Any, skipped: np.ndarray):
+        self.source, self.skipped = source, skipped
+        text = f"{source.fingerprint}:{skipped.tolist()}"
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+
+    def __reduce__(self):
+        return Without, (self.source, self.skipped)
+
+    def __len__(self) -> int:
+        return len(self.source) - len(self.skipped)
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        return self.source[int(order.skipping(np.array([i]), self.skipped)[0])]
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Returns the source's tokenizer."""
+        return self.source.tokenizer()
+
+
+def without(source: Any, path: str) -> Without:
+    """Returns the source less the records that a quarantine file lists for it.
+
+    Raises: `UserError` if there is no such file, or it lists none of this source's.
+    """
+    if not os.path.isfile(path):
+        raise check.error(
+            "config.data.skip", f"{path!r}, which is no file", "a quarantine file", "correct it"
+        )
+    with open(path) as f:
+        rows = [json.loads(line) for line in f if line.strip()]
+    mine = sorted({r["record"] for r in rows if r["fingerprint"] == source.fingerprint})
+    if not mine or mine[-1] >= len(source):
+        got, do = f"no line of {len(rows)} about this data", "use the file of a run on this data"
+        raise check.error(f"config.data.skip {path}", got, f"data {source.fingerprint[:12]}", do)
+    return Without(source, np.array(mine, np.int64))
 
 
 def _check(data: Data) -> None:
@@ -74,7 +199,7 @@ def _check(data: Data) -> None:
     enums = (
         ("captions", text_ops.POLICIES),
         ("shorten", text_ops.SHORTEN),
-        ("bad_images", BAD_IMAGES),
+        ("bad_records", BAD_RECORDS),
     )
     for field, known in enums:
         if getattr(data, field) not in known:
@@ -88,6 +213,9 @@ def _check(data: Data) -> None:
         ("image_px", data.image_px >= 1, "at least 1"),
         ("text_len", data.text_len >= 3, "at least 3 (bos, a piece, eos)"),
         ("num_captions", data.num_captions >= 1, "at least 1"),
+        ("max_bad_frac", 0 <= data.max_bad_frac <= 1, "in [0, 1]"),
+        ("mixture", not (data.mixture and data.group_by), "no group_by beside it"),
+        ("reweight", data.mixture or not data.reweight, "a mixture beside it"),
         ("cache_mb", data.cache_mb >= 0, "at least 0"),
         ("workers", data.workers >= 0, "at least 0"),
         ("read_threads", data.read_threads >= 0, "at least 0"),
@@ -98,6 +226,28 @@ def _check(data: Data) -> None:
             raise check.error(
                 f"config.data.{field}", getattr(data, field), expected, "change the config"
             )
+
+
+@dataclasses.dataclass
+class Tally:
+    """What this process has read so far: what was bad of it, and where the time went."""
+
+    seen: int = 0
+    bad: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    worst: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # reason → a few keys
+    secs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(len(STAGES)))
+
+    def limiting(self) -> str:
+        """The stage in which the loader spends most of its time, with its share."""
+        share = self.secs / max(self.secs.sum(), 1e-9)
+        return f"{STAGES[int(share.argmax())]} {share.max():.0%}"
+
+    def text(self) -> str:
+        """Counts by reason, most first, with examples."""
+        return ", ".join(
+            f"{reason} {n} ({', '.join(self.worst[reason])})"
+            for reason, n in self.bad.most_common()
+        )
 
 
 class Dataset:
@@ -115,6 +265,8 @@ class Dataset:
         self.data, self.source, self.tokenizer = data, source, tokenizer
         self.num_records: int = len(source)
         self.fingerprint: str = source.fingerprint
+        self.tally = Tally()
+        self._mixture = _mixture(data, source) if data.mixture else None
         self._groups = self._group(data.group_by) if data.group_by else None
         self._cache: dict[int, dict] = {}
         self._cache_left = data.cache_mb * 10**6 if data.cache_decoded else 0
@@ -137,34 +289,75 @@ class Dataset:
 
     def record_ids(self, start: int, count: int, seed: int) -> np.ndarray:
         """Returns i64[count], the records at stream positions start … start + count - 1."""
+        return self._records(start, count, seed)[0]
+
+    def _records(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns i64[count] twice: the records at stream positions from `start` on, their epochs."""
+        shuffle = self.data.shuffle
+        if self._mixture:
+            return self._mixture.record_ids(start, count, seed, shuffle)
+        epoch_b = np.arange(start, start + count, dtype=np.int64) // self.epoch_len
         if self._groups:
-            return self._groups.record_ids(start, count, seed, self.data.shuffle)
-        return order.record_ids(start, count, self.num_records, seed, self.data.shuffle)
+            return self._groups.record_ids(start, count, seed, shuffle), epoch_b
+        return order.record_ids(start, count, self.num_records, seed, shuffle), epoch_b
+
+    def source_counts(self, samples: int) -> dict[str, int]:
+        """How many of the first `samples` of the stream each part of the mixture gave, by name."""
+        if not self._mixture:
+            return {}
+        names = (p.name for p in self.data.mixture)
+        return dict(zip(names, self._mixture.counts(samples).tolist()))
 
     def record(self, record_id: int) -> dict:
         """Returns a record with its image decoded: u8[H, W, 3]. Do not write into it."""
         try:
-            return self._read(int(record_id))
-        except image_ops.BadImage as e:
-            raise check.error(
-                f"record {record_id} of {self.data.split!r}",
-                f"a bad image ({e})",
-                "an image",
-                "remove it or set config.data.bad_images='replace'",
-            ) from e
+            found = self._read(int(record_id))
+            if isinstance(found["image"], image_ops.Picture):
+                found = found | {"image": found["image"].pixels()[0]}
+            return found
+        except (_Bad, image_ops.BadImage) as e:
+            raise self._refusal(int(record_id), e) from e
 
     def _read(self, record_id: int) -> dict:
+        """Returns a record whose image is an array or a `Picture`. Raises: `BadImage`, `_Bad`."""
         if (found := self._cache.get(record_id)) is not None:
             return found
-        found = self.source[record_id]
-        if isinstance(found["image"], bytes):
-            found["image"] = image_ops.decode(found["image"])
-        if self._cache_left >= (size := found["image"].nbytes):
-            with self._lock:
-                if record_id not in self._cache:
-                    self._cache[record_id] = found
-                    self._cache_left -= size
+        try:
+            found = self.source[record_id]
+            image = found["image"]
+            if not isinstance(image, bytes | np.ndarray):
+                raise TypeError(f"image is a {type(image).__name__}")
+        except Exception as e:  # by source: OSError, zlib.error, msgpack's, KeyError …
+            raise _Bad("unreadable", f"{type(e).__name__}: {e!s:.120}") from e
+        if isinstance(image, bytes):
+            found["image"] = image = image_ops.Picture(image)
+        if not self.data.cache_decoded:
+            return found
+        if isinstance(image, image_ops.Picture):  # whole, whether or not there is room for it
+            found["image"] = image = image.pixels()[0]
+        with self._lock:
+            if self._cache_left >= image.nbytes and record_id not in self._cache:
+                self._cache[record_id] = found
+                self._cache_left -= image.nbytes
         return found
+
+    def _refusal(self, record_id: int, e: Any) -> check.UserError:
+        if isinstance(e, check.UserError):  # of the captions: it says what to do
+            return e
+        what = "a bad image" if isinstance(e, image_ops.BadImage) else "a bad record"
+        where = f"record {record_id} of {self.data.split!r}{self._named(record_id)}"
+        do = "remove it or set config.data.bad_records='replace'"
+        return check.error(where, f"{what} ({e})", "an image and a caption", do)
+
+    def _named(self, record_id: int) -> str:
+        key = self._key(record_id)
+        return f" (key {key!r}, {self.data.path or self.data.source})"
+
+    def _key(self, record_id: int) -> str:
+        try:
+            return str(self.source[record_id]["key"])
+        except Exception:
+            return f"record {record_id}"
 
     def reference(self, record_id: int) -> str:
         """The caption that evaluations compare with: the first in the wanted languages."""
@@ -186,9 +379,12 @@ class Dataset:
         rows = range(batch)[rows] if isinstance(rows, slice) else rows
         if rows.step != 1 or not 0 <= rows.start <= rows.stop <= batch:
             raise check.error("rows", rows, f"a block of 0 … {batch}", "use order.host_rows")
-        first = start + rows.start
-        ids_b = self.record_ids(first, len(rows), seed)
-        return self._collate(first, ids_b, functools.partial(_train_sample, seed))
+        return self._train_batch(start + rows.start, len(rows), seed, carry=False)
+
+    def _train_batch(self, first: int, count: int, seed: int, carry: bool = True) -> dict:
+        ids_b, epochs_b = self._records(first, count, seed)
+        prepare = functools.partial(_train_sample, seed)
+        return self._collate(first, ids_b, epochs_b, prepare, seed, carry)
 
     def train_iter(
         self,
@@ -199,13 +395,63 @@ class Dataset:
         seed: int,
         host: int = 0,
         num_hosts: int = 1,
+        quarantine: str | os.PathLike | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this host's rows of `num_batches` global batches from stream position `start` on.
 
-        `start` is the number of samples seen so far and need not be a multiple of anything.
+        `start` is the number of samples seen so far and need not be a multiple of anything. What
+        was replaced is counted in `tally`, and listed in the file `quarantine` if given: one JSON
+        line a record, which `Data.skip` reads. Raises: `UserError` past `max_bad_frac`.
         """
         rows = order.host_rows(batch, host, num_hosts)
-        return _iterate(_TrainBatch(self, start, batch, seed, rows), num_batches, self.data)
+        batches = _iterate(_TrainBatch(self, start, batch, seed, rows), num_batches, self.data)
+        return self._watched(batches, seed, quarantine)
+
+    def _watched(
+        self, batches: Iterator[dict], seed: int, quarantine: str | os.PathLike | None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Passes batches on, less what the workers tell of them, which goes into the tally."""
+        tally, listed = self.tally, set()
+        for batch in batches:
+            bad_b, secs = batch.pop(_BAD), batch.pop(_SECS)
+            tally.seen += len(bad_b)
+            tally.secs += secs
+            for row in np.flatnonzero(bad_b):
+                position = int(order.join_words(batch["index"][row : row + 1])[0])
+                record, reason = int(self.record_ids(position, 1, seed)[0]), REASONS[bad_b[row] - 1]
+                tally.bad[reason] += 1
+                if record not in listed:
+                    listed.add(record)
+                    key = self._key(record)
+                    if len(worst := tally.worst.setdefault(reason, [])) < 3:
+                        worst.append(key)
+                    log.warning("record %d (%s) replaced: %s", record, key, reason)
+                    if quarantine is not None:
+                        self._quarantine(quarantine, record, key, reason)
+            num = tally.bad.total()
+            if num > self.data.max_bad_frac * max(tally.seen, MIN_SEEN):
+                raise check.error(
+                    "data",
+                    f"{num} bad records of {tally.seen}: {tally.text()}",
+                    f"at most config.data.max_bad_frac = {self.data.max_bad_frac}",
+                    f"repair the data{f' (see {quarantine})' if quarantine else ''} or raise it",
+                )
+            yield batch
+
+    def _quarantine(self, path: str | os.PathLike, record: int, key: str, reason: str) -> None:
+        """Appends a line: the record as the innermost source counts it, with that one's fingerprint."""
+        source: Any = self.source
+        if isinstance(source, Concatenated):
+            k = int(np.searchsorted(np.cumsum(source.sizes), record, side="right"))
+            source, record = source.parts[k], record - sum(source.sizes[:k])
+        if isinstance(source, Without):
+            record = int(order.skipping(np.array([record]), source.skipped)[0])
+            source = source.source
+        row = {
+            "record": record, "key": key, "reason": reason, "fingerprint": source.fingerprint
+        }  # fmt: skip
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
 
     def num_eval_batches(self, batch: int) -> int:
         """Returns how many batches `eval_iter` yields, on every host."""
@@ -233,48 +479,119 @@ class Dataset:
         first = number * batch + rows.start
         positions_b = np.arange(first, first + len(rows))
         ids_b = np.minimum(positions_b, self.num_records - 1)
-        out = self._collate(first, ids_b, _eval_sample)
+        zeros = np.zeros_like(ids_b)
+        out = self._collate(first, ids_b, zeros, _eval_sample, 0, carry=False)
         out["mask"][:] = positions_b < self.num_records
         return out
 
-    def _collate(self, first: int, ids_b: np.ndarray, prepare: Callable) -> dict[str, np.ndarray]:
+    def _collate(
+        self,
+        first: int,
+        ids_b: np.ndarray,
+        epochs_b: np.ndarray,
+        prepare: Callable,
+        seed: int,
+        carry: bool,
+    ) -> dict[str, np.ndarray]:
         """Prepares every sample straight into one preallocated batch."""
         b, data = len(ids_b), self.data
         caption_axes = (data.num_captions,) if data.captions == "all" else ()
         image_bRRC = np.empty((b, data.image_px, data.image_px, 3), np.uint8)
         text_bKL = np.empty((b, *caption_axes, data.text_len), np.int32)
+        bad_b, secs = np.zeros(b, np.uint8), np.zeros(len(STAGES))
         ids_b = ids_b.copy()
-        for row, record_id in enumerate(ids_b.tolist()):
-            record, ids_b[row] = self._good_record(record_id)
-            image_bRRC[row], texts = prepare(record, data, first + row)
+        for row, (record_id, epoch) in enumerate(zip(ids_b.tolist(), epochs_b.tolist())):
+            place = (first + row, epoch)
+            fill = lambda r, row=row, place=place: prepare(r, data, place, image_bRRC[row])
+            texts, ids_b[row], bad_b[row] = self._good(record_id, first + row, seed, fill, secs)
+            began = time.perf_counter()
             ids_KL = [self.tokenizer.encode(t, data.text_len) for t in texts]
             text_bKL[row] = ids_KL if caption_axes else ids_KL[0]
-        return {
+            secs[2] += time.perf_counter() - began
+        out = {
             "image": image_bRRC,
             "text": text_bKL,
             "mask": np.ones(b, bool),
             "index": order.split_words(np.arange(first, first + b)),
             "record": order.split_words(ids_b),
         }
+        return out | {_BAD: bad_b, _SECS: secs} if carry else out
 
-    def _good_record(self, record_id: int) -> tuple[dict, int]:
-        """Returns the record and its id; with bad_images="replace", of the next good one."""
-        if self.data.bad_images == "error":
-            return self.record(record_id), record_id
-        for step in range(min(self.num_records, MAX_BAD_IN_A_ROW)):
-            other = (int(record_id) + step) % self.num_records
+    def _good(
+        self, record_id: int, position: int, seed: int, fill: Callable, secs: np.ndarray
+    ) -> tuple[list[str], int, int]:
+        """Fills a row from the record, or from the first good one of its substitutes.
+
+        Returns its caption texts, the id of the record used, and 0 or 1 + the reason (in `REASONS`)
+        for which the record that was due is not used.
+        """
+        used, why = record_id, 0
+        low, count = self._siblings(record_id)
+        for attempt in range(MAX_BAD_IN_A_ROW):
+            began = time.perf_counter()
             try:
-                return self._read(other), other
-            except image_ops.BadImage as e:
-                log.warning("record %d replaced by the next: %s", other, e)
+                record = self._read(used)
+                read = time.perf_counter()
+                secs[0] += read - began
+                texts = fill(record)
+                secs[1] += time.perf_counter() - read
+                return texts, used, why
+            except (_Bad, image_ops.BadImage, text_ops.BadCaption) as e:
+                if self.data.bad_records == "error":
+                    raise self._refusal(used, e) from e
+                why = why or 1 + REASONS.index(e.reason)
+                used = order.substitute(position, attempt, low, count, seed)
         raise check.error(
-            f"records from {record_id}", "only bad images", "images", "run `vlp data verify DIR`"
+            f"record {record_id} and {MAX_BAD_IN_A_ROW} substitutes",
+            "only bad ones",
+            "images with captions",
+            "run `vlp data verify DIR`",
         )
 
+    def _siblings(self, record_id: int) -> tuple[int, int]:
+        """The records that may stand in for one: first id and number (those of its source)."""
+        if not isinstance(self.source, Concatenated):
+            return 0, self.num_records
+        ends = np.cumsum(self.source.sizes)
+        k = int(np.searchsorted(ends, record_id, side="right"))
+        return int(ends[k]) - self.source.sizes[k], self.source.sizes[k]
 
-def _train_sample(seed: int, record: dict, data: Data, position: int) -> tuple[np.ndarray, list]:
-    """Returns the image and the caption texts of the training sample at a stream position."""
-    image_RRC = image_ops.train_image(
+
+class _Bad(Exception):
+    """A record that cannot be read; `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+def _mixture(data: Data, source: Concatenated) -> order.Mixture:
+    starts, weights = [0], [[p.weight for p in data.mixture]]
+    for k, change in enumerate(data.reweight):
+        where = f"config.data.reweight.{k}"
+        if change.samples <= starts[-1]:
+            raise check.error(f"{where}.samples", change.samples, f"over {starts[-1]}", "raise it")
+        if len(change.weights) != len(data.mixture):
+            do = "give one for each part"
+            raise check.error(f"{where}.weights", change.weights, f"{len(data.mixture)}", do)
+        starts.append(change.samples)
+        weights.append(list(change.weights))
+    shares = tuple(order.whole_shares(w, "config.data.mixture") for w in weights)
+    return order.Mixture(source.sizes, shares, tuple(starts))
+
+
+def _train_sample(
+    seed: int, record: dict, data: Data, place: tuple[int, int], out: np.ndarray
+) -> list[str]:
+    """Fills `out` with the training image at a place (stream position, epoch); returns the captions.
+
+    The image's draws depend on the position, the caption's on the epoch and the key: forms of a
+    caption follow each other whatever the order.
+    """
+    position, epoch = place
+    rng = order.sample_rng(seed, f"caption:{record.get('key')}", epoch)
+    texts = _texts(record, data, data.captions, rng)
+    image_ops.train_image(
         record["image"],
         data.image_px,
         order.sample_rng(seed, "image", position),
@@ -285,32 +602,46 @@ def _train_sample(seed: int, record: dict, data: Data, position: int) -> tuple[n
         flip=data.flip,
         jitter=data.jitter,
         resize=data.resize,
+        out=out,
     )
-    rng = order.sample_rng(seed, "text", position) if data.captions == "uniform" else None
-    texts = _texts(record, data, data.captions, rng)
     if data.shorten != "truncate":  # which the tokenizer does
         rng = order.sample_rng(seed, "shorten", position)
         num_words = data.text_len - 2  # beside bos and eos
         texts = [text_ops.shorten(t, num_words, data.shorten, rng) for t in texts]
-    return image_RRC, texts
+    return texts
 
 
-def _eval_sample(record: dict, data: Data, position: int) -> tuple[np.ndarray, list]:
-    """Returns the image and the caption texts of a record as evaluations see it."""
-    del position  # nothing is drawn
-    image_RRC = image_ops.eval_image(record["image"], data.image_px, resize=data.resize)
-    return image_RRC, _texts(record, data, "all" if data.captions == "all" else "first", None)
+def _eval_sample(record: dict, data: Data, place: tuple[int, int], out: np.ndarray) -> list[str]:
+    """Fills `out` with a record's image as evaluations see it; returns the captions."""
+    del place  # nothing is drawn
+    texts = _texts(record, data, "all" if data.captions == "all" else "first", None)
+    image_ops.eval_image(record["image"], data.image_px, resize=data.resize, out=out)
+    return texts
 
 
 def _texts(record: dict, data: Data, policy: str, rng: np.random.Generator | None) -> list[str]:
     return text_ops.choose(
-        record["captions"],
+        record.get("captions"),
         policy=policy,
         langs=data.langs,
         num=data.num_captions,
         rng=rng,
-        where=f"record {record['key']!r}",
+        where=f"record {record.get('key')!r}",
     )
+
+
+def start_plan(dataset: Dataset, *, batch: int, samples: int, num_hosts: int = 1) -> str:
+    """The line that a run prints before it starts: what will be read, and the memory it takes."""
+    data, rows = dataset.data, batch // num_hosts
+    captions = data.num_captions if data.captions == "all" else 1
+    row_bytes = 3 * data.image_px**2 + 4 * data.text_len * captions + 17
+    held = max(data.workers, 1) * (data.prefetch + max(data.read_threads, 1)) + 2
+    size = getattr(dataset.source, "num_bytes", None)
+    text = f"{dataset.num_records:,} records" + (f", {size / 1e9:.2f} GB" if size else "")
+    epochs = samples / dataset.epoch_len
+    text += f"; {samples:,} samples = {epochs:.2f} epochs; {rows} of {batch} rows on each of "
+    text += f"{num_hosts} hosts; at most {held * rows * row_bytes / 1e6:.0f} MB of batches ahead"
+    return text + (f" and {data.cache_mb} MB of decoded images" if data.cache_decoded else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,8 +655,8 @@ class _TrainBatch:
     rows: range
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        first = self.start + int(number) * self.batch
-        return self.dataset.batch_at(first, self.batch, self.seed, self.rows)
+        first = self.start + int(number) * self.batch + self.rows.start
+        return self.dataset._train_batch(first, len(self.rows), self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

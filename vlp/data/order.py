@@ -7,8 +7,10 @@ here: reading records (loader.py).
 """
 
 import dataclasses
+import fractions
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -103,6 +105,118 @@ class Groups:
         size = np.diff(self.first)[group]
         turn = (_hash(seed, group) % size.astype(np.uint64)).astype(np.int64) + epoch
         return self.members[self.first[group] + turn % size]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture:
+    """Several sources read in turn, by whole-number shares: an exact, endless interleave.
+
+    At every prefix of the stream each source's count is within 1 of its share (Tijdeman 1980, "The
+    chairman assignment problem"), and within a source the epochs are as in `record_ids`. From the
+    k-th of `starts` on (positions in the stream; the first is 0) the k-th of `shares` holds; what
+    came before counts towards nobody's debt.
+    """
+
+    sizes: tuple[int, ...]  # records of each source; ids of the mixture run through them in order
+    shares: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...] = (0,)
+
+    @functools.cached_property
+    def _periods(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per phase: which source stands at each slot of a period, and its count of slots before."""
+        out = []
+        for shares in self.shares:
+            slots = interleave(shares)
+            counts = np.stack([np.cumsum(slots == k) for k in range(len(shares))])
+            out.append((slots, counts[slots, np.arange(len(slots))] - 1))
+        return out
+
+    def counts(self, position: int) -> np.ndarray:
+        """Returns i64[K]: how many of the samples before `position` each source gave."""
+        total = np.zeros(len(self.sizes), np.int64)
+        for phase, start in enumerate(self.starts):
+            end = self.starts[phase + 1] if phase + 1 < len(self.starts) else position
+            slots = self._periods[phase][0]
+            whole, rest = divmod(max(min(end, position) - start, 0), len(slots))
+            total += whole * np.bincount(slots, minlength=len(total))
+            total += np.bincount(slots[:rest], minlength=len(total))
+        return total
+
+    def places(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns i64[count] twice: the source at each stream position, and its sample number there."""
+        position = np.arange(start, start + count, dtype=np.int64)
+        phase_b = np.searchsorted(self.starts, position, side="right") - 1
+        source, number = np.empty_like(position), np.empty_like(position)
+        for phase in np.unique(phase_b):
+            here = phase_b == phase
+            slots, rank = self._periods[phase]
+            period, slot = np.divmod(position[here] - self.starts[phase], len(slots))
+            source[here] = slots[slot]
+            per_period = np.bincount(slots, minlength=len(self.sizes))
+            before = self.counts(self.starts[phase]) + period[:, None] * per_period
+            number[here] = before[np.arange(len(slot)), slots[slot]] + rank[slot]
+        return source, number
+
+    def record_ids(
+        self, start: int, count: int, seed: int, shuffle: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns i64[count] twice: the records at stream positions from `start` on, and their epochs."""
+        source_b, number_b = self.places(start, count)
+        ids, first = np.empty_like(number_b), 0
+        for k, size in enumerate(self.sizes):
+            here = np.flatnonzero(source_b == k)
+            if here.size:  # a source's numbers are consecutive: one window of its own stream
+                low = int(number_b[here[0]])
+                ids[here] = first + record_ids(low, here.size, size, seed + k, shuffle)
+            first += size
+        return ids, number_b // np.asarray(self.sizes, np.int64)[source_b]
+
+
+def interleave(shares: Sequence[int]) -> np.ndarray:
+    """Returns i64[sum of shares]: one period in which source k stands shares[k] times, evenly.
+
+    Tijdeman's rule: of the sources that a further place would not put too far ahead, the one whose
+    share runs out first. At every prefix n: |count_k - n · shares[k] / sum| < 1.
+    """
+    w, total, count = np.asarray(shares, np.int64), int(sum(shares)), np.zeros(len(shares))
+    if len(shares) == 1:
+        return np.zeros(total, np.int64)
+    slack = 1 / (2 * len(shares) - 2)
+    rate, out = w / total, np.empty(total, np.int64)
+    for n in range(total):
+        lag = (n + 1) * rate - count
+        ready = lag >= slack - 1e-9
+        due = np.where(ready, (1 - slack - lag) / np.maximum(rate, 1e-300), np.inf)
+        out[n] = int(np.argmin(due))
+        count[out[n]] += 1
+    return out
+
+
+def whole_shares(weights: Sequence[float], where: str) -> tuple[int, ...]:
+    """Returns weights as whole numbers in the same proportions: (0.7, 0.3) → (7, 3).
+
+    Raises: `UserError` for weights that are no shares, or whose period passes 100,000.
+    """
+    parts = [fractions.Fraction(str(w)) for w in weights]
+    if not parts or min(parts) < 0 or not sum(parts):
+        raise check.error(where, list(weights), "weights >= 0, not all 0", "change them")
+    scale = math.lcm(*(f.denominator for f in parts))
+    whole = [int(f * scale) for f in parts]
+    whole = [w // math.gcd(*whole) for w in whole]
+    if sum(whole) > 10**5:
+        raise check.error(where, list(weights), "weights of few digits", "round them")
+    return tuple(whole)
+
+
+def substitute(position: int, attempt: int, first: int, count: int, seed: int) -> int:
+    """Returns which of records first … first + count - 1 stands in for a bad one at a position."""
+    mixed = _hash(seed, np.array([position], np.uint64))
+    return first + int(_hash(attempt, mixed)[0] % np.uint64(count))
+
+
+def skipping(ids: np.ndarray, skipped: np.ndarray) -> np.ndarray:
+    """Maps ids of the records that are left to ids of all, `skipped` (sorted, distinct) left out."""
+    return ids + np.searchsorted(skipped - np.arange(len(skipped)), ids, side="right")
 
 
 def host_rows(batch: int, host: int, num_hosts: int) -> range:

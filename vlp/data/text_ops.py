@@ -1,17 +1,27 @@
 """Which of a record's captions a sample uses, and how a long one is shortened."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from vlp.core import check
 
-POLICIES = ("first", "uniform", "all")
 SHORTEN = ("truncate", "random", "block")
+POLICIES = ("first", "uniform", "weighted", "all")
+REASONS = ("bad_caption", "no_caption")
+
+
+class BadCaption(check.UserError):
+    """Captions that are none, or none in the wanted languages; `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str, error: check.UserError):
+        super().__init__(str(error))
+        self.reason = reason
 
 
 def choose(
-    captions: Sequence[dict],
+    captions: Any,
     *,
     policy: str,
     langs: Sequence[str] = (),
@@ -21,26 +31,42 @@ def choose(
 ) -> list[str]:
     """Returns the caption texts of one sample, out of those in `langs` (empty: any language).
 
-    "first": the first; "uniform": one drawn from `rng`; "all": the first `num`, repeated in a cycle
-    if there are fewer.
-    Raises: `UserError` if no caption is left.
+    "first": the first; "uniform": one drawn from `rng`; "weighted": one drawn with a probability
+    proportional to its `weight` (1 if it has none); "all": the first `num`, repeated in a cycle if
+    there are fewer. Blank texts do not count.
+    Raises: `BadCaption`, a `UserError`, if no caption is left or one is no caption.
     """
-    texts = [c["text"] for c in captions if not langs or c["lang"] in langs]
-    if not texts:
-        raise check.error(
-            where,
-            f"captions only in {sorted({c['lang'] for c in captions})}",
-            f"one in {list(langs)}",
-            "change config.data.langs",
-        )
+    if policy not in POLICIES:
+        raise check.unknown("config.data.captions", policy, POLICIES)
+    if not isinstance(captions, list | tuple) or not all(map(_is_caption, captions)):
+        error = check.error(where, f"captions {captions!r:.80}", "{text, lang, …}", "repair it")
+        raise BadCaption("bad_caption", error)
+    left = [c for c in captions if c["text"].strip() and (not langs or c["lang"] in langs)]
+    if not left or (policy == "weighted" and not sum(c.get("weight", 1.0) for c in left) > 0):
+        got = f"captions only in {sorted({c['lang'] for c in captions})}"
+        wanted = f"one in {list(langs)}" if langs else "one with text"
+        error = check.error(where, got, wanted, "change config.data.langs")
+        raise BadCaption("no_caption", error)
+    texts = [c["text"] for c in left]
     if policy == "first":
         return texts[:1]
-    if policy == "uniform":
-        assert rng is not None, "uniform needs a generator"
-        return [texts[int(rng.integers(len(texts)))]]
     if policy == "all":
         return [texts[i % len(texts)] for i in range(num)]
-    raise check.unknown("config.data.captions", policy, POLICIES)
+    assert rng is not None, f"{policy} needs a generator"
+    if policy == "uniform":
+        return [texts[int(rng.integers(len(texts)))]]
+    ends = np.cumsum([c.get("weight", 1.0) for c in left])
+    return [texts[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]]
+
+
+def _is_caption(caption: Any) -> bool:
+    return (
+        isinstance(caption, dict)
+        and isinstance(caption.get("text"), str)
+        and isinstance(caption.get("lang"), str)
+        and isinstance(weight := caption.get("weight", 1.0), int | float)
+        and 0 <= weight < float("inf")
+    )
 
 
 def shorten(text: str, num_words: int, how: str, rng: np.random.Generator) -> str:

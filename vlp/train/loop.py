@@ -17,6 +17,7 @@ from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
+from vlp.data.loader import start_plan
 from vlp.evals.io import IO
 from vlp.train import workdir as files
 from vlp.train.clock import Clock
@@ -68,7 +69,7 @@ def train_stage(session: Session, parts: Parts, state: State) -> State:
     """Trains to the stage's end, or until asked to stop; the state returned is saved."""
     stage, settings = parts.stage, session.settings
     first = int(state.stage_step)
-    batches = feed(parts, settings.seed, first, session.mesh)
+    batches = feed(parts, settings.seed, first, session.mesh, session.workdir)
     bar = tqdm(
         total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None, leave=True
     )
@@ -109,7 +110,9 @@ def train_stage(session: Session, parts: Parts, state: State) -> State:
     return state
 
 
-def feed(parts: Parts, seed: int, stage_step: int, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+def feed(
+    parts: Parts, seed: int, stage_step: int, mesh: Mesh, workdir: pathlib.Path
+) -> Iterator[dict[str, jax.Array]]:
     """Global device batches from a stage's step on: the samples are a function of how many were seen."""
     stage = parts.stage
     hosts = {"host": jax.process_index(), "num_hosts": jax.process_count()}
@@ -117,8 +120,12 @@ def feed(parts: Parts, seed: int, stage_step: int, mesh: Mesh) -> Iterator[dict[
     for name, data in parts.datasets.items():
         batch = stage.streams[name].batch if name else stage.batch
         start = (stage.streams[name] if name else stage).start_samples + stage_step * batch
+        num = stage.num_steps - stage_step
+        plan = start_plan(data, batch=batch, samples=num * batch, num_hosts=hosts["num_hosts"])
+        log.info("%s: %s", f"data of stream {name!r}" if name else "data", plan)
+        bad = workdir / f"quarantine_{hosts['host']}.jsonl"
         streams[name] = data.train_iter(
-            start=start, batch=batch, num_batches=stage.num_steps - stage_step, seed=seed, **hosts
+            start=start, batch=batch, num_batches=num, seed=seed, quarantine=bad, **hosts
         )
     for rows in zip(*streams.values()):
         named = {
@@ -152,9 +159,15 @@ def write_step(
             f"(keys {', '.join(keys[:4])}, …), lower the learning rate or look at the data"
         )
     if number % settings.log_every_steps == 0 or number == stage.num_steps:
-        times = clock.read()
+        times = clock.read() | input_metrics(parts, seen)
         session.metrics.write(row | times)
         rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
+        if wait > 0.05:
+            log.info(
+                "waiting for data %.0f%%: mostly its stage %s",
+                100 * wait,
+                parts.main.tally.limiting(),
+            )
         bar.set_postfix_str(
             f"loss {values['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}"
         )
@@ -164,6 +177,18 @@ def write_step(
                 "[%d] %s %d/%d  loss %.4f  %.0f examples/s  %.0f s left  data wait %.0f%%",
                 step, stage.name, number, stage.num_steps, values["loss"], rate, left, 100 * wait,
             )  # fmt: skip
+
+
+def input_metrics(parts: Parts, seen: int) -> dict[str, float]:
+    """What was replaced of the data so far, by reason, and how many samples each source gave."""
+    out = {}
+    for name, data in parts.datasets.items():
+        where = f"data/{name}." if name else "data/"
+        out |= {f"{where}bad_{reason}": float(n) for reason, n in data.tally.bad.items()}
+        first = parts.stage.start_samples
+        here = seen if not name else seen - first
+        out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(here).items()}
+    return out
 
 
 def evaluate(session: Session, parts: Parts, state: State, label: str, step: int) -> None:

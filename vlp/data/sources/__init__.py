@@ -13,9 +13,9 @@ TOKENIZER = records.TOKENIZER
 def open_data(data) -> records.Source:
     """Opens what the config section `data` names (see `vlp.data.SOURCES`).
 
-    bad_images="error" also refuses tars with anything left out of them.
+    bad_records="error" also refuses tars with anything left out of them.
     """
-    return open_path(data.path, data.split, strict=data.bad_images == "error")
+    return open_path(data.path, data.split, strict=data.bad_records == "error")
 
 
 def open_path(
