@@ -1,6 +1,8 @@
-"""`vlp data`: builds the demo dataset, converts, verifies."""
+"""`vlp data`: builds the demo dataset, converts, inspects, filters, verifies, measures."""
 
 import argparse
+import dataclasses
+import json
 import os
 import time
 
@@ -29,6 +31,43 @@ def add_parser(subparsers) -> None:
     convert.add_argument("--runner-args", nargs="*", default=[], help="options of the runner")
     verify = actions.add_parser("verify", help="check digests and decode every image")
     verify.add_argument("dir", metavar="DIR")
+    verify.add_argument("--quarantine", metavar="FILE", help="write the bad records here, as JSONL")
+    inspect = actions.add_parser(
+        "inspect", help="counts, sizes, lengths, repeats; a page of images"
+    )
+    _add_input(inspect)
+    inspect.add_argument("--html", metavar="FILE", help="write a page with images and captions")
+    keep = actions.add_parser("filter", help="ALIGN's image and text rules, with counts by rule")
+    _add_input(keep)
+    keep.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
+    for flag, default in _RULES.items():
+        keep.add_argument(f"--{flag}", type=type(default), default=default, help=f"[{default}]")
+    words = actions.add_parser("tokenizer", help="train a SentencePiece model on the captions")
+    _add_input(words)
+    words.add_argument("--out", required=True, metavar="FILE", help="a new file")
+    words.add_argument("--vocab-size", type=int, default=32000, help="ceiling (default 32000)")
+    words.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
+    words.add_argument("--keep-case", action="store_true", help="no lower-casing")
+    words.add_argument("--langs", nargs="+", default=[], help="captions in these only")
+    bench = actions.add_parser("bench", help="images/s by stage on one core, and what limits")
+    _add_input(bench)
+    bench.add_argument("--num-images", type=int, default=500)
+    bench.add_argument("--image-px", type=int, default=224)
+    bench.add_argument("--batch", type=int, default=64)
+    bench.add_argument("--read-threads", type=int, default=2)
+    bench.add_argument("--workers", type=int, default=0)
+
+
+# flags of `vlp data filter`: the fields of vlp.data.filter.Rules with the paper's numbers
+_RULES = {
+    "min-side-px": 200,
+    "max-aspect": 3.0,
+    "max-texts-per-image": 1000,
+    "max-images-per-text": 10,
+    "min-words": 3,
+    "max-words": 20,
+    "num-frequent": 100_000_000,
+}
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +89,16 @@ def _fields(args: argparse.Namespace):
 
 def run(args: argparse.Namespace) -> int:
     """Runs `vlp data`; returns the exit code."""
-    return {"emoji": _emoji, "convert": _convert, "verify": _verify}[args.action](args)
+    actions = {
+        "emoji": _emoji,
+        "convert": _convert,
+        "verify": _verify,
+        "inspect": _inspect,
+        "filter": _filter,
+        "tokenizer": _tokenizer,
+        "bench": _bench,
+    }
+    return actions[args.action](args)
 
 
 def _emoji(args: argparse.Namespace) -> int:
@@ -105,35 +153,121 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     """Checks every digest, record and image; returns 2 if anything is wrong."""
-    from vlp.data import image_ops, records
+    from vlp.data import inspect
 
-    begin, problems, total = time.monotonic(), [], 0
-    manifest = records.read_manifest(args.dir)
-    for file, entry in manifest.get("files", {}).items():
-        try:
-            records.check_file(os.path.join(args.dir, file), entry, hashed=True)
-        except check.UserError as e:
-            problems.append(str(e))
-    for split in manifest["splits"]:
-        try:
-            source = records.open_split(args.dir, split, hashed=True)
-        except check.UserError as e:
-            problems.append(str(e))
-            continue
-        keys = set()
-        for i in range(len(source)):
-            record = source[i]
-            keys.add(record["key"])
-            try:
-                records.encode(record)
-                image_ops.decode(record["image"])
-            except (check.UserError, image_ops.BadImage) as e:
-                problems.append(f"{split} record {i} (key {record['key']!r}): {e}")
-        if len(keys) < len(source):
-            problems.append(f"{split}: {len(source) - len(keys)} keys occur more than once")
-        total += len(source)
+    begin = time.monotonic()
+    problems, bad, total = inspect.verify(args.dir)
     for problem in problems:
         print(problem)
+    if args.quarantine:
+        _write_new(args.quarantine, "".join(json.dumps(x) + "\n" for x in bad).encode())
     verdict = f"{len(problems)} problems" if problems else "good"
     print(f"{args.dir}: {verdict}, {total} records read, {time.monotonic() - begin:.1f} s")
     return 2 if problems else 0
+
+
+def _open(args: argparse.Namespace, split: str):
+    from vlp.data import sources
+
+    return sources.open_path(args.input, split, given=_fields(args))
+
+
+def _write_new(path: str, data: bytes) -> None:
+    try:
+        with open(path, "xb") as f:
+            f.write(data)
+    except OSError as e:
+        raise check.error(path, type(e).__name__, "a new file", "choose another name") from None
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from vlp.data import inspect
+
+    for split in args.splits:
+        source = _open(args, split)
+        found = inspect.numbers(source)
+        print(json.dumps({"split": split, **found}, indent=1, ensure_ascii=False))
+        if args.html:
+            stem, ending = os.path.splitext(args.html)
+            file = args.html if len(args.splits) == 1 else f"{stem}-{split}{ending}"
+            page = inspect.page(source, found, title=f"{args.input} · {split}")
+            _write_new(file, page.encode())
+            print(f"{file}: written")
+    return 0
+
+
+def _filter(args: argparse.Namespace) -> int:
+    import collections
+
+    from vlp.data import filter as filter_lib
+    from vlp.data import records
+
+    rules = filter_lib.Rules(**{k: getattr(args, k) for k in (f.replace("-", "_") for f in _RULES)})
+    counts = {split: collections.Counter() for split in args.splits}
+    kept = {}
+    for split in args.splits:
+        source = _open(args, split)
+        kept[split] = filter_lib.apply(
+            source, filter_lib.survey(source, rules), rules, counts[split]
+        )
+    info = {"filter": dataclasses.asdict(rules), "input": os.path.basename(args.input)}
+    records.write(args.out, kept, name=os.path.basename(args.out), info=info)
+    for split, by_rule in counts.items():
+        print(json.dumps({"split": split, **dict(sorted(by_rule.items()))}))
+    print(f"{args.out}: written")
+    return 0
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from vlp.data import tokenizer
+
+    texts = _texts(args, args.langs)
+    tok = tokenizer.train(
+        texts, args.vocab_size, lower=not args.keep_case, model_type=args.model_type
+    )
+    _write_new(args.out, tok.to_bytes())
+    print(f"{args.out}: {tok.vocab_size} pieces from {len(texts)} texts, sha256 {tok.sha256}")
+    return 0
+
+
+def _texts(args: argparse.Namespace, langs: list[str], limit: int | None = None) -> list[str]:
+    texts = []
+    for split in args.splits:
+        source = _open(args, split)
+        for i in range(len(source) if limit is None else min(limit, len(source))):
+            try:
+                record = source[i]
+            except check.UserError:
+                raise
+            except ValueError:
+                continue  # a bad image or row
+            texts += [c["text"] for c in record["captions"] if not langs or c["lang"] in langs]
+    return texts
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from vlp.data import bench, loader, tokenizer
+
+    data = loader.Data(
+        path=args.input,
+        split=args.splits[0],
+        image_px=args.image_px,
+        langs=(),
+        read_threads=args.read_threads,
+        workers=args.workers,
+        bad_images="replace",
+    )
+    source = _open(args, data.split)
+    try:
+        words = source.tokenizer()
+    except check.UserError:  # none beside the data: any of about the usual size will do
+        words = tokenizer.train(_texts(args, [], limit=1000), 8000, model_type="bpe")
+    dataset = loader.Dataset(data, source, words)
+    rates = bench.stages(dataset, args.num_images)
+    for stage, rate in rates.items():
+        print(f"{stage:6} {rate:10.1f} images/s on one core")
+    slowest = min((s for s in rates if s != "all"), key=rates.__getitem__)
+    print(f"limits: {slowest}, {rates['all'] / rates[slowest]:.0%} of the time")
+    rate = bench.end_to_end(dataset, args.num_images, args.batch)
+    print(f"loader {rate:10.1f} images/s ({args.read_threads} threads, {args.workers} processes)")
+    return 0

@@ -1,0 +1,134 @@
+"""`vlp data` inspect, verify, filter, tokenizer and bench: counts that were put there are found."""
+
+import dataclasses
+import json
+
+import formats
+import numpy as np
+import pytest
+import test_cli_data
+
+from vlp.core import check
+from vlp.data import filter as filter_lib
+from vlp.data import inspect, records, tokenizer
+
+
+def record(key, texts, image=None, lang="en"):
+    captions = [{"text": t, "source": "alt", "lang": lang} for t in texts]
+    return {"key": key, "image": image or formats.jpeg(int(key), (300, 250)), "captions": captions}
+
+
+def test_inspect_counts_what_was_put_there(tmp_path, capsys):
+    same = formats.jpeg(99, (40, 30))
+    rows = [
+        record("1", ["a b c", "un"], same),
+        record("2", ["a b c"], same, lang="de"),
+        record("3", ["<script>"], formats.jpeg(3, (20, 10))),
+        record("4", ["x"], b"<html>"),
+    ]
+    records.write(tmp_path / "set", {"train": rows}, name="n", info={})
+    page = tmp_path / "page.html"
+    assert test_cli_data.run("inspect", tmp_path / "set", "--html", page) == 0
+    found = json.loads(capsys.readouterr().out.rsplit("}", 1)[0] + "}")
+    assert found["records"] == 4 and found["captions"] == 5
+    assert found["repeated_images"] == 0.25 and found["repeated_texts"] == 0.2
+    assert found["langs"] == {"en": 4, "de": 1} and found["formats"] == {"JPEG": 3}
+    assert found["shorter_side_px"] == [10, 20, 30, 30, 30]
+    assert found["caption_words"] == [1, 1, 1, 3, 3] and found["bad"] == {"image header": 1}
+    text = page.read_text()
+    assert text.count("<img") == 3 and "&lt;script&gt;" in text and "<script>" not in text
+    with pytest.raises(check.UserError, match="a new file"):
+        test_cli_data.run("inspect", tmp_path / "set", "--html", page)
+
+
+def test_uniform_borders():
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    assert not inspect.has_uniform_border(image)
+    image[:8] = image[-8:] = 255
+    assert inspect.has_uniform_border(image)
+    assert not inspect.has_uniform_border(np.full((40, 40, 3), 255, np.uint8))
+
+
+def test_verify_lists_bad_records(tmp_path):
+    rows = [record("1", ["x"]), record("2", ["y"], formats.jpeg(2)[:300]), record("3", ["z"])]
+    records.write(tmp_path / "set", {"train": rows}, name="n", info={})
+    bad = tmp_path / "bad.jsonl"
+    assert test_cli_data.run("verify", tmp_path / "set", "--quarantine", bad) == 2
+    (line,) = map(json.loads, bad.read_text().splitlines())
+    assert (line["split"], line["row"], line["key"]) == ("train", 1, "2") and line["reason"]
+
+
+def test_filter_counts_by_rule(tmp_path, capsys):
+    good = "two dogs on grass"
+    rows = [record(str(i), [good]) for i in range(4)]
+    rows += [
+        record("10", [good], formats.jpeg(10, (300, 200))),  # 200 px is not more than 200
+        record("11", [good], formats.jpeg(11, (900, 300))),  # an aspect of 3 is not less than 3
+        record("12", [good], b"<html>"),
+        record("13", ["two dogs", good]),
+        record("14", ["dogs " * 21]),
+        record("15", ["two dogs on zyzzyva"]),
+        record("20", ["on grass two"]),
+        record("21", ["On  grass two"]),
+        record("22", ["on grass two"]),
+    ]
+    records.write(tmp_path / "in", {"train": rows}, name="n", info={})
+    seen = filter_lib.survey(records.open_split(tmp_path / "in", "train"), filter_lib.Rules())
+    assert sorted(seen.images_of_text.values()) == [1, 1, 1, 3, 8]  # however written
+    # of unigrams and bigrams 11 are kept: all but zyzzyva's two, which come last
+    num_kept = len(seen.frequent) - 2
+    flags = ("--max-images-per-text", 8, "--num-frequent", num_kept)
+    assert test_cli_data.run("filter", tmp_path / "in", "--out", tmp_path / "out", *flags) == 0
+    counts = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert {k: counts.get(k, 0) for k in filter_lib.RULES} == {
+        "image_unreadable": 0,
+        "image_small": 1,
+        "image_aspect": 1,
+        "image_many_texts": 0,
+        "text_short": 1,
+        "text_long": 1,
+        "text_shared": 0,
+        "text_rare": 1,
+    } | {"image_unreadable": 1}
+    assert counts["records"] == 13 and counts["records_kept"] == 8 and counts["no_text"] == 2
+    kept = records.open_split(tmp_path / "out", "train")
+    assert [kept[i]["key"] for i in range(8)] == ["0", "1", "2", "3", "13", "20", "21", "22"]
+    assert [c["text"] for c in kept[4]["captions"]] == [good]
+
+
+def test_filter_by_repetition(tmp_path):
+    same = formats.jpeg(7, (300, 250))
+    rows = [record(str(i), ["on grass two"], same) for i in range(3)] + [record("8", ["a b c"])]
+    records.write(tmp_path / "in", {"train": rows}, name="n", info={})
+    source = records.open_split(tmp_path / "in", "train")
+    for rule, limits in (
+        ("image_many_texts", {"max_texts_per_image": 2}),
+        ("text_shared", {"max_images_per_text": 2}),
+    ):
+        rules, counts = (
+            dataclasses.replace(filter_lib.Rules(), **limits),
+            filter_lib.collections.Counter(),
+        )
+        kept = list(filter_lib.apply(source, filter_lib.survey(source, rules), rules, counts))
+        assert [r["key"] for r in kept] == ["8"] and counts[rule] == 3
+
+
+def test_flags_and_rules_agree():
+    from vlp.cli import data as cli
+
+    rules = {k.replace("_", "-"): v for k, v in dataclasses.asdict(filter_lib.Rules()).items()}
+    assert cli._RULES == rules
+
+
+def test_tokenizer_and_bench(dataset_dir, tmp_path, capsys):
+    out = tmp_path / "tok.model"
+    flags = ("--vocab-size", 60, "--model-type", "bpe", "--langs", "en")
+    assert test_cli_data.run("tokenizer", dataset_dir, "--out", out, *flags) == 0
+    assert tokenizer.load(out).vocab_size <= 60
+    capsys.readouterr()
+    flags = ("--num-images", 20, "--batch", 4, "--image-px", 16)
+    assert test_cli_data.run("bench", dataset_dir, *flags) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "read", "image", "text", "all", "limits:", "loader",
+    ]  # fmt: skip

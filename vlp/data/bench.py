@@ -1,0 +1,53 @@
+"""`vlp data bench`: images per second of each stage on one core, and which one limits."""
+
+import time
+
+from vlp.data import image_ops, loader, order
+
+
+def stages(dataset: loader.Dataset, num_images: int) -> dict[str, float]:
+    """Returns images/s of one thread for read, image and text, and through all three ("all").
+
+    The stages run one after the other on the records that training would read first. Decoding and
+    cropping are one stage, because a JPEG is decoded at the scale that its crop needs.
+    """
+    data = dataset.data
+    positions = range(num_images)
+    ids = dataset.record_ids(0, num_images, 0).tolist()
+    begin = time.perf_counter()
+    rows = [dataset.source[i] for i in ids]
+    read_end = time.perf_counter()
+    for position, row in zip(positions, rows):
+        image = row["image"]
+        image_ops.train_image(
+            image_ops.Picture(image) if isinstance(image, bytes) else image,
+            data.image_px,
+            order.sample_rng(0, "image", position),
+            min_area_frac=data.min_area_frac,
+            max_area_frac=data.max_area_frac,
+            max_aspect=data.max_aspect,
+            flip=data.flip,
+            resize=data.resize,
+        )
+    image_end = time.perf_counter()
+    for row in rows:
+        dataset.tokenizer.encode(row["captions"][0]["text"], data.text_len)
+    end = time.perf_counter()
+    secs = {
+        "read": read_end - begin,
+        "image": image_end - read_end,
+        "text": end - image_end,
+        "all": end - begin,
+    }
+    return {stage: num_images / max(s, 1e-9) for stage, s in secs.items()}
+
+
+def end_to_end(dataset: loader.Dataset, num_images: int, batch: int) -> float:
+    """Returns images/s of the loader as configured (its threads and processes), after one batch."""
+    num_batches = max(1, num_images // batch)
+    batches = dataset.train_iter(start=0, batch=batch, num_batches=num_batches + 1, seed=0)
+    next(batches)
+    begin = time.perf_counter()
+    for _ in batches:
+        pass
+    return num_batches * batch / max(time.perf_counter() - begin, 1e-9)

@@ -1,0 +1,142 @@
+"""ALIGN's published rules for noisy image–text pairs, with counts by rule.
+
+Source: Jia et al. 2021, arXiv:2102.05918, §3.1. Not here: its filter of pornographic images and of
+near-duplicates of test images, which need models. Word counts are held in memory, as are the hashes
+of texts and images.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import io
+from collections.abc import Iterator
+
+from PIL import Image
+
+from vlp.data import records
+
+RULES = (
+    "image_unreadable",
+    "image_small",
+    "image_aspect",
+    "image_many_texts",
+    "text_short",
+    "text_long",
+    "text_shared",
+    "text_rare",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The paper's numbers. A record stays if its image passes and one text is left."""
+
+    min_side_px: int = 200  # the shorter side must be larger
+    max_aspect: float = 3.0  # longer / shorter side must be smaller
+    max_texts_per_image: int = 1000
+    max_images_per_text: int = 10
+    min_words: int = 3
+    max_words: int = 20
+    num_frequent: int = 100_000_000  # unigrams and bigrams that count as not rare
+
+
+def words(text: str) -> list[str]:
+    """The unigrams of a text: lower-case, split at white space."""
+    return text.lower().split()
+
+
+@dataclasses.dataclass
+class Seen:
+    """What the first pass counts over the raw data."""
+
+    images_of_text: collections.Counter
+    texts_of_image: collections.Counter
+    frequent: frozenset[str]
+
+
+def survey(source: records.Source, rules: Rules) -> Seen:
+    """Reads every record once."""
+    texts: collections.Counter = collections.Counter()
+    images: collections.Counter = collections.Counter()
+    grams: collections.Counter = collections.Counter()
+    for i in range(len(source)):
+        record = _read(source, i)
+        if record is None:
+            continue
+        images[_digest(record["image"])] += len(record["captions"])
+        texts.update({_text_digest(c["text"]) for c in record["captions"]})
+        for caption in record["captions"]:
+            grams.update(_grams(caption["text"]))
+    kept = sorted(grams.items(), key=lambda x: (-x[1], x[0]))[: rules.num_frequent]
+    return Seen(texts, images, frozenset(g for g, _ in kept))
+
+
+def apply(
+    source: records.Source, seen: Seen, rules: Rules, counts: collections.Counter
+) -> Iterator[dict]:
+    """Yields the records that stay, and counts images and texts dropped by each rule.
+
+    counts also gets "records", "texts" (what came in), "records_kept", "texts_kept" and "no_text"
+    (records whose every text was dropped).
+    """
+    for i in range(len(source)):
+        record = _read(source, i)
+        counts["records"] += 1
+        rule = "image_unreadable" if record is None else _image_rule(record, seen, rules)
+        if record is None or rule:
+            counts[rule] += 1
+            continue
+        captions = []
+        for caption in record["captions"]:
+            rule = _text_rule(caption["text"], seen, rules)
+            counts["texts"] += 1
+            counts[rule or "texts_kept"] += 1
+            captions += [] if rule else [caption]
+        counts["records_kept" if captions else "no_text"] += 1
+        if captions:
+            yield record | {"captions": captions}
+
+
+def _image_rule(record: dict, seen: Seen, rules: Rules) -> str:
+    try:
+        with Image.open(io.BytesIO(record["image"])) as image:
+            short, long = sorted(image.size)
+    except Exception:  # Pillow raises OSError, SyntaxError, struct.error … by format
+        return "image_unreadable"
+    if short <= rules.min_side_px:
+        return "image_small"
+    if long >= rules.max_aspect * short:
+        return "image_aspect"
+    many = seen.texts_of_image[_digest(record["image"])] > rules.max_texts_per_image
+    return "image_many_texts" if many else ""
+
+
+def _text_rule(text: str, seen: Seen, rules: Rules) -> str:
+    num = len(words(text))
+    if num < rules.min_words:
+        return "text_short"
+    if num > rules.max_words:
+        return "text_long"
+    if seen.images_of_text[_text_digest(text)] > rules.max_images_per_text:
+        return "text_shared"
+    return "" if seen.frequent.issuperset(_grams(text)) else "text_rare"
+
+
+def _grams(text: str) -> list[str]:
+    tokens = words(text)
+    return tokens + [f"{a} {b}" for a, b in zip(tokens, tokens[1:])]
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _text_digest(text: str) -> bytes:
+    return _digest(" ".join(words(text)).encode("utf-8", "surrogatepass"))
+
+
+def _read(source: records.Source, i: int) -> dict | None:
+    try:
+        return source[i]
+    except ValueError:  # a BadImage, or a row that does not parse
+        return None
