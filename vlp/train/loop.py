@@ -23,7 +23,9 @@ from vlp.train import workdir as files
 from vlp.train.clock import Clock
 from vlp.train.enter import check_start, enter
 from vlp.train.parts import Parts, prepare
+from vlp.train.profile import check_range
 from vlp.train.session import Session, last_meta, open_session, save
+from vlp.train.sinks import check_sinks
 from vlp.train.stages import parse
 from vlp.train.state import State
 from vlp.train.step import is_finite
@@ -32,21 +34,33 @@ from vlp.train.watchdog import PREEMPTED, Stop
 log = logging.getLogger(__name__)
 
 
-def run(config: Mapping[str, Any], directory: str | pathlib.Path) -> int:
-    """Trains, or continues, the run of `config` in `directory`. Returns the exit code: 0, or 75 if pre-empted."""
+def run(
+    config: Mapping[str, Any],
+    directory: str | pathlib.Path,
+    profile: tuple[int, int] | None = None,
+) -> int:
+    """Trains, or continues, the run of `config` in `directory`. Returns the exit code: 0, or 75 if pre-empted.
+
+    profile: first and last step of the run (from 1) to trace.
+    """
     resolved: dict[str, Any] = plain(config)
     settings, stages = parse(resolved)
     workdir = pathlib.Path(directory).absolute()
     files.check_config(workdir, resolved)
+    check_sinks(settings.sinks)
     check_platform(settings.platform)
     mesh = meshes.make(settings.mesh)
     with jax.set_mesh(mesh), Stop() as stop:
-        all_parts = [prepare(stage, settings, mesh) for stage in stages]
         meta = last_meta(workdir)
         position = meta["position"] if meta else {"step": 0, "stage": 0, "stage_step": 0}
+        total = stages[-1].start_step + stages[-1].num_steps
+        check_range(profile, position["step"], total)
+        all_parts = [prepare(stage, settings, mesh) for stage in stages]
         check_start(all_parts, position, meta)
-        session = open_session(resolved, settings, workdir, mesh, stop, all_parts[0], position)
-        state, total = None, stages[-1].start_step + stages[-1].num_steps
+        session = open_session(
+            resolved, settings, workdir, mesh, stop, all_parts[0], position, profile
+        )
+        state = None
         try:
             for parts in all_parts[position["stage"] :]:
                 state = enter(session, parts, state, position if state is None else None)
@@ -59,6 +73,7 @@ def run(config: Mapping[str, Any], directory: str | pathlib.Path) -> int:
             log.info("done: %s", workdir)
             return 0
         finally:
+            session.profile.close()
             session.metrics.close()
             session.watchdog.close()
             session.checkpoints.close()
@@ -84,7 +99,10 @@ def train_stage(session: Session, parts: Parts, state: State) -> State:
         session.watchdog.beat("data")
         batch = clock.wait(lambda: next(batches))
         session.watchdog.beat("step")
-        state, metrics = parts.step(state, batch)
+        session.profile.before(stage.start_step + number + 1)
+        with jax.profiler.StepTraceAnnotation("train", step_num=stage.start_step + number + 1):
+            state, metrics = parts.step(state, batch)
+        session.profile.after(stage.start_step + number + 1, metrics)
         record()
         pending = (number + 1, metrics)
         bar.update()

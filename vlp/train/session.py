@@ -15,8 +15,10 @@ from vlp.ckpt.manager import Checkpoints
 from vlp.core import tree
 from vlp.core.config import plain
 from vlp.optim import make as optimisers
+from vlp.train import sinks
 from vlp.train import workdir as files
 from vlp.train.parts import Parts
+from vlp.train.profile import Profile
 from vlp.train.stages import Run
 from vlp.train.state import State
 from vlp.train.watchdog import Stop, Watchdog
@@ -39,6 +41,7 @@ class Session:
     watchdog: Watchdog
     versions: dict[str, Any]
     lock: IO[str]
+    profile: Profile
 
 
 def open_session(
@@ -49,6 +52,7 @@ def open_session(
     stop: Stop,
     first: Parts,
     position: Mapping[str, int],
+    profile: tuple[int, int] | None = None,
 ) -> Session:
     """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
     lock = files.lock(workdir)
@@ -59,7 +63,8 @@ def open_session(
     files.write_json(workdir / "versions.json", versions)
     if jax.process_index() == 0:
         (workdir / "tokenizer.model").write_bytes(first.main.tokenizer.to_bytes())
-    metrics = files.Metrics(workdir / "metrics.jsonl", position["step"])
+    followers = sinks.make(settings.sinks, workdir, config["name"])
+    metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
     session = Session(
         config,
         settings,
@@ -71,6 +76,7 @@ def open_session(
         Watchdog(settings.hang_secs),
         versions,
         lock,
+        Profile(workdir / "profile", profile),
     )
     num = tree.size(first.abstract.params)
     log.info(

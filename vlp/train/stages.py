@@ -24,7 +24,7 @@ from vlp.optim.schedules import Schedule
 # What may change between two starts of one run: the numbers do not depend on it (data is known by its fingerprint).
 FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "platform", "data.workers",
         "data.read_threads", "data.prefetch", "data.cache_decoded", "data.cache_mb", "data.path",
-        "hang_secs")  # fmt: skip
+        "hang_secs", "sinks")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Run:
     log_every_steps: int = 10
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
+    sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard"
     hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
 
 

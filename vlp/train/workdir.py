@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Sequence
 from typing import IO, Any
 
 import jax
@@ -20,14 +21,18 @@ from vlp import __version__
 from vlp.core import check
 from vlp.core.config import difference
 from vlp.train import stages
+from vlp.train.sinks import Sink
 
 log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line. Process 0 writes. Nothing is written behind a restored step."""
+    """metrics.jsonl: one JSON object a line. Process 0 writes. Nothing is written behind a restored step.
 
-    def __init__(self, path: pathlib.Path, restored_step: int | None):
+    sinks: what follows the record; they are given each row as it is written.
+    """
+
+    def __init__(self, path: pathlib.Path, restored_step: int | None, sinks: Sequence[Sink] = ()):
         self._path = path
         self._active = jax.process_index() == 0
         if not self._active:
@@ -41,21 +46,30 @@ class Metrics:
         partial.write_text("".join(dump(row) + "\n" for row in kept))
         os.replace(partial, path)
         self._file = path.open("a")
+        self._sinks = sinks
+        for sink in sinks:
+            sink.begin(kept)
 
     def write(self, row: dict[str, Any]) -> None:
         if self._active:
             self._file.write(dump(row) + "\n")
+            for sink in self._sinks:
+                sink.write(row)
 
     def flush(self) -> None:
         """Puts every row on disk (before a checkpoint that claims them)."""
         if self._active:
             self._file.flush()
             os.fsync(self._file.fileno())
+            for sink in self._sinks:
+                sink.flush()
 
     def close(self) -> None:
         if self._active:
             self.flush()
             self._file.close()
+            for sink in self._sinks:
+                sink.close()
 
 
 def dump(value: Any, indent: int | None = None) -> str:

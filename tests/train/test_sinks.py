@@ -1,0 +1,118 @@
+"""Sinks hold the record and nothing else, whatever dies and wherever; profiles open."""
+
+import struct
+from unittest import mock
+
+import numpy as np
+import pytest
+import runs
+
+from vlp.train import loop, sinks, workdir
+
+CONFIG = runs.changed(runs.TOY, sinks=["tensorboard"], steps=6, save_every_steps=4)
+EVALS = {"retrieval": {"batch": 8, "every_steps": 2, "gallery": 0}}
+
+
+def events(directory):
+    """(tag, step, value) of every scalar in the event files, by the format's framing (length, crc, data, crc)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((directory / "tensorboard").glob("events*")):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+def record(directory):
+    rows = workdir.read(directory / "metrics.jsonl")
+    return [(tag, row["step"], v) for row in rows for tag, v in sinks.scalars(row).items()]
+
+
+def assert_follows(directory):
+    found, wanted = events(directory), record(directory)
+    assert [f[:2] for f in found] == [w[:2] for w in wanted]
+    assert len({f[:2] for f in found}) == len(found) > 0
+    np.testing.assert_allclose([f[2] for f in found], [w[2] for w in wanted], rtol=1e-6)
+
+
+def test_killed_between_saves(toy, tmp_path):
+    """The run dies with steps 5 and 6 on record but not saved, and does them again."""
+    config, run = runs.changed(CONFIG, evals=EVALS), tmp_path / "run"
+    calls, save = iter(range(1, 100)), loop.save
+
+    def die(*args):
+        if next(calls) == 2:
+            raise runs.Killed
+        return save(*args)
+
+    with mock.patch.object(loop, "save", die), pytest.raises(runs.Killed):
+        runs.train(config, run)
+    assert record(run)[-1][1] == 6
+    assert_follows(run)
+    assert runs.train(config, run) == 0
+    assert_follows(run)
+    assert {step for tag, step, _ in events(run) if tag == "train/loss"} == {1, 2, 3, 4, 5, 6}
+    assert {step for tag, step, _ in events(run) if tag == "retrieval/i2t/R_1"} == {2, 4, 6}
+
+
+def test_asked_for_later(toy, tmp_path):
+    """A sink is free to change at a restart, and then has the whole run."""
+    run = tmp_path / "run"
+    assert runs.train(runs.changed(CONFIG, sinks=[]), run) == 0
+    assert not (run / "tensorboard").exists()
+    assert runs.train(CONFIG, run) == 0
+    assert_follows(run)
+
+
+def test_not_a_number_is_followed(toy, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(FloatingPointError):
+        runs.train(runs.changed(CONFIG, **{"objective.nan_step": 2}), run)
+    assert np.isnan(next(v for tag, step, v in events(run) if (tag, step) == ("train/loss", 3)))
+
+
+def test_unknown_sink(toy, tmp_path, capsys):
+    assert runs.train(runs.changed(CONFIG, sinks=["tensorbord"]), tmp_path / "run") == 2
+    assert "did you mean 'tensorboard'?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_package_is_missing(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(
+        sinks.SINKS, "tensorboard", (sinks.TensorBoard, "no_such_package", "vlp[tensorboard]")
+    )
+    assert runs.train(CONFIG, tmp_path / "run") == 2
+    assert "pip install 'vlp[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_profile(toy, tmp_path):
+    """The trace holds the steps asked for, and the run's numbers are what they are without it."""
+    from jax.profiler import ProfileData
+
+    run = tmp_path / "run"
+    assert runs.vlp(*runs.arguments(runs.TOY, run), "--profile", "2:3") == 0
+    (trace,) = (run / "profile").rglob("*.xplane.pb")
+    events = [
+        (event.name, dict(event.stats))
+        for plane in ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    assert {stats["step_num"] for name, stats in events if name == "train"} == {2, 3}
+    assert runs.train(runs.TOY, tmp_path / "plain") == 0
+    runs.assert_same_run(run, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("text", ["3", "0:2", "3:2", "a:b", "-1:2", "2:5", "7:9"])
+def test_bad_profile(toy, tmp_path, capsys, text):
+    argv = runs.arguments(runs.TOY, tmp_path / "run")
+    assert runs.vlp(*argv, f"--profile={text}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vlp: --profile: got ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
