@@ -1,0 +1,199 @@
+"""The methods side by side on the emoji data: same towers, same number of samples, one table.
+
+    python benchmarks/methods.py --data data/emoji --workdir runs/methods --json methods.json
+
+Every row is configs/coca_emoji.py with a patch over it, trained with `vlp train`'s own loop in a workdir of its own.
+What is finished is not trained again, what was interrupted goes on. Recall is of the test split (200 emoji whose idea
+training never showed, chance 0.5 % at rank 1), skin tone of six balanced classes (chance 16.7 %). FLOPs are XLA's
+count of the lowered training step (forward, backward, update), before the compiler's optimisations; minutes are of
+training alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import logging
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vlp.cli.main import compilation_cache  # noqa: E402  # the tree beside this file
+from vlp.core import check, config, mesh  # noqa: E402
+from vlp.train import loop, parts, stages, workdir  # noqa: E402
+
+METRICS = ("i2t/R@1", "i2t/R@10", "t2i/R@1", "t2i/R@10", "skin_tone/accuracy")
+TUNED = 1 / 15  # share of the steps that tune on whole images, as in the demo
+TUNE_LR = 2e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """objective: of all stages. first: patch of the first stage, followed by a tuned one (None: a single stage)."""
+
+    objective: Mapping[str, Any]
+    first: Mapping[str, Any] | None = None
+    patch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CLIP, COCA = {"name": "clip", "keep": 1.0}, {"name": "coca", "keep": 1.0}
+METHODS = {
+    "CLIP": Method(CLIP),
+    # Zhai et al. 2023, §3.2: scale 10 and bias -10 at the start.
+    "SigLIP": Method({"name": "siglip"}, patch={"model": {"scale": 10.0, "bias": -10.0}}),
+    "CoCa": Method(COCA),
+    "MaMMUT": Method({"name": "mammut"}),
+    "FLIP 50 %": Method(CLIP | {"keep": 0.5}),
+    "FLIP 50 % + tuning": Method(CLIP, {"objective": {"keep": 0.5}}),
+    "FLIP 75 %": Method(CLIP | {"keep": 0.25}),
+    "FLIP 75 % + tuning": Method(CLIP, {"objective": {"keep": 0.25}}),
+    "CLIPA": Method(CLIP, {"data": {"image_px": 32, "text_len": 8}}),
+    "CoCa, 50 % + tuning (demo)": Method(COCA, {"objective": {"keep": 0.5}}),
+}
+DEMO = list(METHODS)[-1]
+
+
+def build(method: Method, data: str, seed: int, steps: int) -> dict[str, Any]:
+    """The config of one run: the demo's, with the method laid over it."""
+    base = config.load(f"{ROOT}/configs/coca_emoji.py:path={data},seed={seed}")
+    base["evals"] = {name: base["evals"][name] for name in ("retrieval", "skin_tone")}
+    base |= {"objective": dict(method.objective), "name": "method"}
+    base = config.overlay(base, method.patch)
+    tuned = round(TUNED * steps)
+    if method.first is None:
+        return base | {"stages": [{"name": "whole", "steps": steps}]}
+    return base | {
+        "stages": [
+            {"name": "first", "steps": steps - tuned, **copy.deepcopy(dict(method.first))},
+            {"name": "tuned", "steps": tuned, "schedule": {"lr": TUNE_LR}},
+        ]
+    }
+
+
+def flops(resolved: Mapping[str, Any]) -> tuple[float, int]:
+    """FLOPs of the whole run, and its samples."""
+    settings, built = stages.parse(resolved)
+    device_mesh = mesh.make(settings.mesh, jax.devices()[:1])
+    total = 0.0
+    with jax.set_mesh(device_mesh):
+        for stage in built:
+            ready = parts.prepare(stage, settings, device_mesh)
+            lowered = ready.step.lower(ready.abstract, parts.abstract_batch(ready))
+            total += lowered.cost_analysis()["flops"] * stage.num_steps
+    return total, built[-1].end_samples
+
+
+def minutes(rows: list[dict[str, Any]]) -> float:
+    """Time of the training steps, from the logged rates."""
+    total, before = 0.0, 0
+    for row in rows:
+        if row["kind"] == "train":
+            total += (row["samples"] - before) / row["time/examples_per_s"]
+            before = row["samples"]
+    return total / 60
+
+
+def measure(directory: pathlib.Path) -> dict[str, float]:
+    """A finished run's last evaluations, and its minutes."""
+    rows = workdir.read(directory / "metrics.jsonl")
+    out = {"minutes": minutes(rows)}
+    for row in rows:
+        if row["kind"] == "eval":
+            prefix = "" if row["eval"] == "retrieval" else f"{row['eval']}/"
+            out |= {f"{prefix}{k}": v for k, v in row.items() if f"{prefix}{k}" in METRICS}
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="compare the methods on the emoji data")
+    parser.add_argument("--data", default="data/emoji", help="of `vlp data emoji`")
+    parser.add_argument("--workdir", default="runs/methods", help="each run has a folder in it")
+    parser.add_argument("--steps", type=int, default=600, help="of each run, of 128 samples")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
+    parser.add_argument("--demo-seeds", type=int, default=3, help="runs of the demo's recipe")
+    parser.add_argument("--only", default="", help="methods, by comma (default: all)")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the table as JSON")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    chosen = [m.strip() for m in args.only.split(",") if m.strip()] if args.only else list(METHODS)
+    compilation_cache()
+    try:
+        for name in chosen:
+            if name not in METHODS:
+                raise check.unknown("--only", name, METHODS)
+        if args.steps < 15:
+            raise check.error("--steps", args.steps, "15 or more", "raise it")
+        table = []
+        for name in chosen:
+            row = compare(name, args)
+            table.append(row)
+            print(
+                line(row) if "flops" in row else f"{name:28s} left out: {row['left_out']}",
+                flush=True,
+            )
+            if args.json:
+                workdir.write_json(pathlib.Path(args.json), table)
+    except check.UserError as error:
+        print(f"methods: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 75
+    print("\n" + HEAD + "\n" + "\n".join(line(row) for row in table if "flops" in row))
+    return 0
+
+
+def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table: FLOPs, and the mean and spread (standard deviation) of each metric over the seeds."""
+    method, found = METHODS[name], []
+    seeds = max(args.seeds, args.demo_seeds) if name == DEMO else args.seeds
+    try:
+        total, samples = flops(build(method, args.data, 0, args.steps))
+    except check.UserError as error:
+        if "config.objective.name" not in str(error):
+            raise
+        return {"method": name, "left_out": str(error)}  # a method that this version does not have
+    for seed in range(seeds):
+        slug = "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_")
+        directory = pathlib.Path(args.workdir) / f"{slug}_steps{args.steps}_seed{seed}"
+        if loop.run(build(method, args.data, seed, args.steps), directory):
+            raise KeyboardInterrupt
+        found.append(measure(directory))
+    row: dict[str, Any] = {"method": name, "seeds": seeds, "samples": samples}
+    row |= {"flops": total, "flops_per_sample": total / samples}
+    for key in (*METRICS, "minutes"):
+        values = [run[key] for run in found]
+        row[key] = statistics.mean(values)
+        row[f"{key} spread"] = statistics.stdev(values) if seeds > 1 else None
+    return row
+
+
+HEAD = (
+    f"{'method':28s} {'i2t R@1':>12s} {'i2t R@10':>12s} {'t2i R@1':>12s} {'t2i R@10':>12s} "
+    f"{'skin tone':>12s} {'MFLOP/sample':>12s} {'TFLOP':>8s} {'min':>6s} {'seeds':>5s}"
+)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """The row as text: percentages, with ± where there are several seeds."""
+    cells = []
+    for key in METRICS:
+        spread = row[f"{key} spread"]
+        cells.append(
+            f"{100 * row[key]:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+        )
+    return (
+        f"{row['method']:28s} {' '.join(f'{c:>12s}' for c in cells)} {row['flops_per_sample'] / 1e6:12.0f} "
+        f"{row['flops'] / 1e12:8.2f} {row['minutes']:6.1f} {row['seeds']:5d}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
