@@ -41,6 +41,7 @@ extras = {
     "export": ["safetensors>=0.5"],
     "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
     "beam": ["apache-beam>=2.60"],
+    "hf": ["tokenizers>=0.20"],
     "docs": ["nbclient", "nbformat", "ipykernel"],
     "test": [
         "pytest>=8",

@@ -42,8 +42,11 @@ def add_parser(subparsers) -> None:
     keep.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     for flag, default in _RULES.items():
         keep.add_argument(f"--{flag}", type=type(default), default=default, help=f"[{default}]")
-    words = actions.add_parser("tokenizer", help="train a SentencePiece model on the captions")
-    _add_input(words)
+    words = actions.add_parser(
+        "tokenizer", help="train SentencePiece on the captions, or import another's"
+    )
+    _add_input(words, optional=True)
+    words.add_argument("--from", dest="other", metavar="FILE", help="tokenizer.json or CLIP's BPE")
     words.add_argument("--out", required=True, metavar="FILE", help="a new file")
     words.add_argument("--vocab-size", type=int, default=32000, help="ceiling (default 32000)")
     words.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
@@ -70,8 +73,9 @@ _RULES = {
 }
 
 
-def _add_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="PATH", help="a directory, shard or table")
+def _add_input(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    nargs = "?" if optional else None
+    parser.add_argument("input", metavar="PATH", nargs=nargs, help="a directory, shard or table")
     parser.add_argument("--splits", nargs="+", default=["train"], help="default: train")
     for name in ("key", "image", "lang", "label"):
         parser.add_argument(f"--{name}", default="", metavar="COLUMN")
@@ -219,8 +223,18 @@ def _filter(args: argparse.Namespace) -> int:
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
-    from vlp.data import tokenizer
+    from vlp.data import imported, reads, tokenizer
 
+    if bool(args.other) == bool(args.input):
+        raise check.error(
+            "vlp data tokenizer", "both or neither of PATH and --from", "one", "drop one"
+        )
+    if args.other:
+        data = reads.whole(args.other)
+        tok = tokenizer.Tokenizer(data if data[:1] == b"{" else imported.clip_bpe(data))
+        _write_new(args.out, tok.to_bytes())
+        print(f"{args.out}: {tok.vocab_size} pieces, sha256 {tok.sha256}")
+        return 0
     texts = _texts(args, args.langs)
     tok = tokenizer.train(
         texts, args.vocab_size, lower=not args.keep_case, model_type=args.model_type

@@ -1,4 +1,4 @@
-"""Text to fixed-length ids and back: a SentencePiece model behind a contract.
+"""Text to fixed-length ids and back: a SentencePiece model or a tokenizer.json behind a contract.
 
 The contract: pad 0, bos 1, eos 2, unk 3, all distinct; a row is [bos] pieces [eos] pads, and
 truncation keeps eos. Lower-casing and Unicode normalisation live inside the model, so that its
@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 
 from vlp.core import check
-from vlp.data import reads
+from vlp.data import imported, reads
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 NORMALIZATION = {True: "nmt_nfkc_cf", False: "nmt_nfkc"}  # cf: case folding
@@ -26,25 +26,12 @@ class Tokenizer:
 
     def __init__(self, model: bytes, where: str = "tokenizer"):
         self._model = bytes(model)
-        try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-            ids = [self._sp.pad_id(), self._sp.bos_id(), self._sp.eos_id(), self._sp.unk_id()]
-        except RuntimeError:
-            raise check.error(
-                where,
-                f"{len(model)} bytes that SentencePiece cannot read",
-                "a SentencePiece model",
-                "train one with `vlp data emoji` or vlp.data.tokenizer.train",
-            ) from None
-        if ids != [PAD, BOS, EOS, UNK]:
-            raise check.error(
-                where,
-                f"pad, bos, eos, unk = {ids}",
-                [PAD, BOS, EOS, UNK],
-                "train it with pad_id=0, bos_id=1, eos_id=2, unk_id=3",
-            )
+        if self._model[:1] == b"{":  # a tokenizer.json
+            self._sp: Any = imported.Pieces(self._model, where)
+        else:
+            self._sp = _sentencepiece(self._model, where)
         self.vocab_size: int = self._sp.vocab_size()
-        self.pad_id, self.bos_id, self.eos_id, self.unk_id = ids
+        self.pad_id, self.bos_id, self.eos_id, self.unk_id = PAD, BOS, EOS, UNK
         self.sha256: str = hashlib.sha256(self._model).hexdigest()
         self.lower: bool = self._sp.encode("A") == self._sp.encode("a") != [UNK]
 
@@ -97,6 +84,27 @@ class Tokenizer:
     def from_bytes(model: bytes) -> "Tokenizer":
         """Returns the tokenizer that `model` defines."""
         return Tokenizer(model)
+
+
+def _sentencepiece(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
+    try:
+        found = sentencepiece.SentencePieceProcessor(model_proto=model)
+        ids = [found.pad_id(), found.bos_id(), found.eos_id(), found.unk_id()]
+    except RuntimeError:
+        raise check.error(
+            where,
+            f"{len(model)} bytes that SentencePiece cannot read",
+            "a SentencePiece model",
+            "train one with `vlp data emoji` or vlp.data.tokenizer.train",
+        ) from None
+    if ids != [PAD, BOS, EOS, UNK]:
+        raise check.error(
+            where,
+            f"pad, bos, eos, unk = {ids}",
+            [PAD, BOS, EOS, UNK],
+            "train it with pad_id=0, bos_id=1, eos_id=2, unk_id=3",
+        )
+    return found
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
