@@ -10,7 +10,7 @@ import test_cli_data
 
 from vlp.core import check
 from vlp.data import filter as filter_lib
-from vlp.data import inspect, records, tokenizer
+from vlp.data import inspect, loader, records, tokenizer
 
 
 def record(key, texts, image=None, lang="en"):
@@ -55,7 +55,9 @@ def test_verify_lists_bad_records(tmp_path):
     bad = tmp_path / "bad.jsonl"
     assert test_cli_data.run("verify", tmp_path / "set", "--quarantine", bad) == 2
     (line,) = map(json.loads, bad.read_text().splitlines())
-    assert (line["split"], line["row"], line["key"]) == ("train", 1, "2") and line["reason"]
+    assert (line["split"], line["record"], line["key"]) == ("train", 1, "2") and line["reason"]
+    left = loader.without(records.open_split(tmp_path / "set", "train"), str(bad))
+    assert [left[i]["key"] for i in range(len(left))] == ["1", "3"]
 
 
 def test_filter_counts_by_rule(tmp_path, capsys):

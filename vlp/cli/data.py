@@ -269,7 +269,7 @@ def _bench(args: argparse.Namespace) -> int:
         langs=(),
         read_threads=args.read_threads,
         workers=args.workers,
-        bad_images="replace",
+        bad_records="replace",
     )
     source = _open(args, data.split)
     try:

@@ -133,7 +133,8 @@ def has_uniform_border(image: np.ndarray, share: float = 0.05) -> bool:
 def verify(path: str) -> tuple[list[str], list[dict], int]:
     """Checks digests, records and images of our format.
 
-    Returns (problems as lines, bad records as {split, row, key, reason}, records read).
+    Returns (problems as lines, bad records, records read); the second as
+    lines of a quarantine file (`config.data.skip`).
     """
     problems, bad, total = [], [], 0
     manifest = records.read_manifest(path)
@@ -158,7 +159,8 @@ def verify(path: str) -> tuple[list[str], list[dict], int]:
             except (check.UserError, image_ops.BadImage) as e:
                 problems.append(f"{split} record {i} (key {record['key']!r}): {e}")
                 reason = getattr(e, "reason", "record")
-                bad.append({"split": split, "row": i, "key": record["key"], "reason": reason})
+                row = {"split": split, "record": i, "key": record["key"], "reason": reason}
+                bad.append(row | {"fingerprint": source.fingerprint})
         if len(keys) < len(source):
             problems.append(f"{split}: {len(source) - len(keys)} keys occur more than once")
         total += len(source)
