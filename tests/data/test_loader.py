@@ -229,3 +229,33 @@ def test_importing_data_needs_no_jax():
         check=True,
         env={"PYTHONPATH": ":".join(p for p in sys.path if p)},
     )
+
+
+NOTEBOOK = """
+import vlp.train.loop, vlp.infer.load
+from vlp.data import loader
+data = loader.Data(source="shapes", num_records=37, image_px=16, workers=1)
+batches = loader.open_dataset(data).train_iter(start=0, batch=8, num_batches=3, seed=0)
+assert [len(b["image"]) for b in batches] == [8, 8, 8]
+print("read")
+"""
+
+
+def test_workers_in_a_notebook_and_no_tensorflow(tmp_path):
+    """A main module without a file or guard, as a notebook's; nothing tries to import TensorFlow."""
+    tried = tmp_path / "tried"
+    (tmp_path / "tensorflow.py").write_text(f"open({str(tried)!r}, 'w'); raise ImportError")
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": ":".join([str(tmp_path), *(p for p in sys.path if p)]),
+        },
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "read", done.stderr[-2000:]
+    assert not tried.exists()

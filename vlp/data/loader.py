@@ -327,6 +327,8 @@ class Dataset:
             image = found["image"]
             if not isinstance(image, bytes | np.ndarray):
                 raise TypeError(f"image is a {type(image).__name__}")
+        except image_ops.BadImage:  # of a source that looks at the file itself
+            raise
         except Exception as e:  # by source: OSError, zlib.error, msgpack's, KeyError …
             raise _Bad("unreadable", f"{type(e).__name__}: {e!s:.120}") from e
         if isinstance(image, bytes):
