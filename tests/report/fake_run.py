@@ -39,11 +39,18 @@ def write(
         for name, value in (
             ("retrieval_test", {"kind": "retrieval", "step": step, "queries": _queries(rng)}),
             ("captions_test", {"kind": "captions", "step": step, "items": _items(rng)}),
+            ("zeroshot_shape_test", {"kind": "zeroshot", "step": step} | ZEROSHOT),
         ):
             (path / "evals" / f"{name}.json").write_text(json.dumps(value))
     return path
 
 
+ZEROSHOT = {
+    "label": "shape",
+    "split": "test",
+    "classes": list(SHAPES),
+    "confusion": [[30, 3, 1], [2, 28, 4], [0, 5, 27]],
+}
 CONFIG = {
     "name": "coca-emoji-S16",
     "seed": 0,

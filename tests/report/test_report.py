@@ -256,7 +256,7 @@ def test_broken_json_is_noted(tmp_path):
     (tmp_path / "r" / "evals" / "captions_test.json").write_text('{"kind": "cap')
     run = load.load(tmp_path / "r")
     assert [note.split(":")[0] for note in run.notes] == ["config.json", "captions_test.json"]
-    assert set(run.artefacts) == {"retrieval_test"}
+    assert set(run.artefacts) == {"retrieval_test", "zeroshot_shape_test"}
     Page(page.page(run))
 
 

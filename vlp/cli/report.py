@@ -1,4 +1,4 @@
-"""`vlp report WORKDIR [--out FILE]`: one HTML file about a run."""
+"""`vlp report WORKDIR… [--out FILE]`: one HTML file about a run, or about several side by side."""
 
 import argparse
 from pathlib import Path
@@ -8,16 +8,22 @@ from vlp.report import html
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand to the parser of `vlp`."""
-    text = "write one self-contained HTML file about a run"
+    text = "write one self-contained HTML file about a run, or comparing several"
     parser = subparsers.add_parser("report", help=text, description=text)
-    parser.add_argument("workdir", type=Path, metavar="WORKDIR", help="the folder of the run")
+    parser.add_argument("workdirs", type=Path, nargs="+", metavar="WORKDIR", help="folders of runs")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the file to write (WORKDIR/report.html)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (WORKDIR/report.html; of several: compare.html)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report and prints its path."""
-    print(html.write(args.workdir, args.out))
+    if len(args.workdirs) == 1:
+        print(html.write(args.workdirs[0], args.out))
+    else:
+        print(html.write_comparison(args.workdirs, args.out))
     return 0

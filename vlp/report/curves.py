@@ -46,7 +46,7 @@ EVAL = (
     Group(r"(i2t|t2i)/mean_rank", "Mean rank of the right one"),
     Group(r"caption_loss(_shuffled)?", "Caption loss: true and shuffled images"),
     Group(r"(.*)exact_match", "Exact captions", percent=True),
-    Group(r"(.*/)?(accuracy|top[15]|acc@?\d*)", "Accuracy", percent=True),
+    Group(r"(.*/)?(accuracy|top[15]|mean_per_class|acc@?\d*)", "Accuracy", percent=True),
 )
 # Not curves: they say how the row came about.
 _NOT_CURVES = re.compile(r"time/elapsed_s|num(_.*)?")
@@ -56,6 +56,8 @@ METRIC_LABELS = {
     "caption_loss": "true image",
     "caption_loss_shuffled": "shuffled image",
     "exact_match": "exact captions",
+    "mean_per_class": "mean of classes",
+    "top5": "top 5",
     "num": "candidates:",
     "minus_log_batch": "− ln(batch)",
 }

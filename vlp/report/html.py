@@ -9,12 +9,12 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
 from vlp.core import check
-from vlp.report import curves, gallery, load, style, summary, svg, tables
+from vlp.report import compare, curves, gallery, load, style, summary, svg, tables
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -28,7 +28,7 @@ style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
 <style>{css}</style>
 </head>
 <body>
-<header><p class="kind">vlp run</p><h1>{title}</h1><p class="path"><code>{path}</code></p>
+<header><p class="kind">{kind}</p><h1>{title}</h1><p class="path"><code>{path}</code></p>
 <nav>{nav}</nav></header>
 <main>{main}</main>
 <footer class="end">{notes}
@@ -45,11 +45,20 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     The file appears whole or not at all. Raises: UserError without a workdir or its metrics.jsonl.
     """
     run = load.load(Path(workdir))
-    out = Path(out) if out is not None else run.path / "report.html"
+    return _publish(page(run), Path(out) if out is not None else run.path / "report.html")
+
+
+def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes one page about several runs, by default to ./compare.html, and returns its path."""
+    runs = [load.load(Path(workdir)) for workdir in workdirs]
+    return _publish(comparison(runs), Path(out) if out is not None else Path("compare.html"))
+
+
+def _publish(text: str, out: Path) -> Path:
     if out.is_dir():
         raise check.error("report.out", f"the folder {str(out)!r}", "a file", "add a file name")
     # A captioner may emit lone surrogates, which no encoding of text can hold.
-    data = page(run).encode("utf-8", "replace")
+    data = text.encode("utf-8", "replace")
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +76,31 @@ def write(workdir: Path, out: Path | None = None) -> Path:
 def page(run: load.Run) -> str:
     """Returns the report as text."""
     parts = [(name, title, render(run)) for name, title, render in SECTIONS]
+    return _fill("vlp run", run.name, str(run.path), parts, run.notes)
+
+
+def comparison(runs: Sequence[load.Run]) -> str:
+    """Returns the page of several runs as text."""
+    parts = [
+        (
+            "evaluation",
+            "Last evaluations",
+            compare.evaluations(runs) or _missing("none in any run"),
+        ),
+        ("courses", "Evaluations over the runs", _grid(compare.courses(runs))),
+        ("training", "Training", _grid(compare.training(runs)) or _missing("no training rows")),
+        ("settings", "Settings that differ", compare.settings(runs)),
+        ("attribution", "Attribution", "".join(dict.fromkeys(map(_attribution, runs)))),
+    ]
+    notes = tuple(f"{run.path}: {note}" for run in runs for note in run.notes)
+    names = compare.names(runs)
+    paths = ", ".join(str(run.path) for run in runs)
+    return _fill("vlp runs", " · ".join(names), paths, parts, notes)
+
+
+def _fill(
+    kind: str, title: str, path: str, parts: Sequence[tuple[str, str, str]], notes: Sequence[str]
+) -> str:
     nav = "".join(f'<a href="#{name}">{title}</a>' for name, title, body in parts if body)
     main = "".join(
         f'<section id="{name}"><h2>{title}</h2>{body}</section>'
@@ -76,13 +110,14 @@ def page(run: load.Run) -> str:
     digest = hashlib.sha256(style.SCRIPT.encode()).digest()
     return _PAGE.format(
         digest=base64.b64encode(digest).decode(),
-        title=escape(run.name),
-        path=escape(str(run.path)),
+        kind=kind,
+        title=escape(title),
+        path=escape(path),
         css=style.CSS,
         script=style.SCRIPT,
         nav=nav,
         main=main,
-        notes="".join(f'<p class="missing">{escape(note)}</p>' for note in run.notes),
+        notes="".join(f'<p class="missing">{escape(note)}</p>' for note in notes),
     )
 
 
@@ -115,6 +150,15 @@ def _retrieval(run: load.Run) -> str:
     return _galleries(run, "retrieval", gallery.retrieval)
 
 
+def _zeroshot(run: load.Run) -> str:
+    found = {n: a for n, a in run.artefacts.items() if a.get("kind") == "zeroshot"}
+    return "".join(
+        f"<h3>{escape(str(a.get('label', name)))} · {escape(str(a.get('split', '')))}</h3>"
+        f"{tables.confusion(a)}"
+        for name, a in found.items()
+    )
+
+
 def _captions(run: load.Run) -> str:
     return _galleries(run, "captions", gallery.captions)
 
@@ -137,6 +181,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[load.Run], str]], ...] = (
     ("training", "Training", _training),
     ("throughput", "Throughput", _throughput),
     ("retrieval", "Retrieval examples", _retrieval),
+    ("zeroshot", "Zero-shot classification", _zeroshot),
     ("captions", "Generated captions", _captions),
     ("config", "Config", _config),
     ("versions", "Versions", _versions),

@@ -118,6 +118,9 @@ section > .scroll { background: var(--card); border-radius: 12px; box-shadow: va
   padding: 8px 18px;
   width: fit-content; max-width: 100%; }
 section > .scroll tr:last-child > *, .settings tr:last-child > * { border-bottom: 0; }
+.confusion .heat { text-align: center; padding: 6px 10px;
+  background: color-mix(in srgb, var(--accent) calc(var(--share) * 75%), transparent); }
+.confusion .diagonal { font-weight: 650; box-shadow: inset 0 0 0 1px var(--line); }
 .settings { width: 100%; }
 .settings th, .settings td { text-align: left; vertical-align: top; padding: 4px 26px 4px 0;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }

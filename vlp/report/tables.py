@@ -40,7 +40,7 @@ def config(values: dict[str, Any]) -> str:
     """Returns the config flattened to one row a setting; the script shows the search box."""
     rows = [
         f"<tr><th><code>{escape(key)}</code></th><td><code>{escape(value)}</code></td></tr>"
-        for key, value in _flat(values, "")
+        for key, value in flat(values, "")
     ]
     return (
         f"<details class=config><summary>{len(rows)} settings</summary>"
@@ -71,8 +71,31 @@ def _chance(row: load.Row, cells: dict[str, dict[str, str]]) -> dict[str, dict[s
     return {"chance": found} if found else {}
 
 
+def confusion(artefact: dict[str, Any]) -> str:
+    """Returns how often each class (row) was taken for each (column) as a heat map with numbers."""
+    names, rows = artefact.get("classes"), artefact.get("confusion")
+    if not (isinstance(names, list) and isinstance(rows, list) and len(names) == len(rows)):
+        return ""
+    if len(names) > 40:
+        return f'<p class="missing">Left out: a table of {len(names)} × {len(names)} classes.</p>'
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in names)
+    body = ""
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+        total = sum(row) or 1
+        cells = "".join(
+            f'<td class="heat{" diagonal" * (i == j)}" style="--share:{n / total:.3f}">{n}</td>'
+            for j, n in enumerate(row)
+        )
+        right = numbers.percent(row[i] / total, 0)
+        body += f"<tr><th>{escape(str(name))}</th>{cells}<td>{right}</td></tr>"
+    return (
+        f'<div class="scroll"><table class="numbers confusion"><thead><tr><th>is ↓ taken for →</th>'
+        f"{head}<th>right</th></tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
 def _metric(name: str, value: float) -> str:
-    if name.startswith(("R@", "exact_match", "accuracy")):
+    if name.startswith(("R@", "exact_match", "accuracy", "top5", "mean_per_class")):
         return numbers.percent(value)
     whole = math.isfinite(value) and value == int(value)
     return numbers.count(int(value)) if whole else numbers.si(value, 4)
@@ -84,13 +107,13 @@ def _version(key: str, value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _flat(value: object, path: str) -> Iterator[tuple[str, str]]:
+def flat(value: object, path: str) -> Iterator[tuple[str, str]]:
     """Yields ("a.b.c", "value") for every leaf; lists of plain values are one leaf."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else str(key))
+            yield from flat(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for i, item in enumerate(value):
-            yield from _flat(item, f"{path}[{i}]")
+            yield from flat(item, f"{path}[{i}]")
     elif path:
         yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
