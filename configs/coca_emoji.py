@@ -4,7 +4,8 @@
 visits each emoji once, in one of its forms (group_by), so that the skin tones of one gesture rarely are negatives of
 each other and do not crowd out the rest.
 
-Arguments: path (the data), clip (the same towers and steps, contrastive loss alone), seed, smoke.
+Arguments: path (the data), clip (the same towers and steps, contrastive loss alone), optim (adamw,
+adafactor or lion), seed, smoke.
 """
 
 import ml_collections
@@ -14,7 +15,7 @@ from vlp.core.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    arg = parse_arg(arg, path="data/emoji", clip=False, seed=0, smoke=False)
+    arg = parse_arg(arg, path="data/emoji", clip=False, seed=0, optim="adamw", smoke=False)
     c = ml_collections.ConfigDict()
     c.name, c.seed = "coca_emoji", arg.seed
     c.batch = 128
@@ -42,11 +43,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         min_area_frac=0.5,
         cache_decoded=True,
     )
-    c.optim = dict(b2=0.98, weight_decay=0.2)
-    c.schedule = dict(lr=2e-3, warmup_frac=0.1)
+    # Lion: a tenth of the rate and ten times the decay, so that lr · weight_decay is equal.
+    c.optim, lr = {
+        "adamw": (dict(b2=0.98, weight_decay=0.2), 2e-3),
+        "adafactor": (dict(name="adafactor", weight_decay=0.2), 2e-3),
+        "lion": (dict(name="lion", weight_decay=2.0), 2e-4),
+    }[arg.optim]
+    c.schedule = dict(lr=lr, warmup_frac=0.1)
     c.stages = [
         dict(name="masked", steps=560),
-        dict(name="unmasked", steps=40, objective=dict(keep=1.0), schedule=dict(lr=2e-4)),
+        dict(name="unmasked", steps=40, objective=dict(keep=1.0), schedule=dict(lr=0.1 * lr)),
     ]
     c.evals = dict(
         retrieval=dict(split="test", batch=200),

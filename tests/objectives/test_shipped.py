@@ -28,12 +28,17 @@ MODELS = {
     "coca": CAPTIONER,
     "cap": CAPTIONER.clone(text_tower=TEXT.clone(pool="none"), contrastive=False),
     "clip": Dual(IMAGE.clone(pool="cls", drop_path=0.1), TEXT.clone(pool="eos"), embed=8),
-}
+    "siglip": Dual(
+        IMAGE.clone(pool="map"), TEXT.clone(pool="last"), embed=16, scale=10.0, bias=-10.0,
+        project_image=False, text_bias=True,
+    ),
+}  # fmt: skip
 TERMS = {"coca": {"contrastive", "caption"}, "cap": {"caption"}, "clip": {"contrastive"}}
 GOLDEN = {
     "coca": [11.92506, 12.45645, 11.17066],
     "cap": [3.35431, 3.37678, 3.39512],
     "clip": [3.55174, 2.41555, 2.29627],
+    "siglip": [11.71268, 8.62314, 5.46414],
 }
 
 

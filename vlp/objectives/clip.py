@@ -1,33 +1,54 @@
-"""Contrastive language-image pretraining (Radford et al. 2021, arXiv:2103.00020)."""
+"""Contrastive language-image pretraining (Radford et al. 2021, arXiv:2103.00020), leave-one-out and focal variants."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
+
+from vlp.core import check
 from vlp.core.types import Ctx, Out, Term
-from vlp.losses import contrastive
+from vlp.losses import contrastive, focal
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """Symmetric softmax loss: the mean of both directions, ½ (i→t + t→i).
 
-    keep: fraction of patches the image tower sees in training (FLIP, Li et al. 2022, arXiv:2212.00794).
+    leave_one_out: the pair's own score stays out of its denominators (InfoLOOB; CLOOB, Fürst et al. 2022,
+    arXiv:2110.11316, eq. 2, without the factor 1/scale and the Hopfield retrieval): the loss is then unbounded below.
+    focal: γ of the weight (1 − p)^γ, p the probability of the right match (Lin et al. 2017, arXiv:1708.02002, on the
+    softmax); 0 is the plain loss. keep: fraction of patches the image tower sees in training (FLIP, Li et al. 2022,
+    arXiv:2212.00794).
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
     needs: ClassVar[frozenset[str]] = frozenset({"image.embed", "text.embed", "scale_bias"})
+    leave_one_out: bool = False
+    focal: float = 0.0
     keep: float = 1.0
+
+    def __post_init__(self) -> None:
+        right = self.focal == 0 or (self.focal >= 1 and not self.leave_one_out)
+        expected = "0, or at least 1 and no leave_one_out, which has no probability"
+        check.bounds("config.objective", self, {"focal": (right, expected)})
 
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, zt_BE = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
-        loss = contrastive.softmax(zi_BE, zt_BE, scale)
-        term = Term((0.5 * (loss["i2t"] + loss["t2i"])).sum(), zi_BE.shape[0])
+        others = off_diagonal if self.leave_one_out else None
+        loss = contrastive.softmax(zi_BE, zt_BE, scale, keep=others)
+        nll_B = 0.5 * (focal.weigh(loss["i2t"], self.focal) + focal.weigh(loss["t2i"], self.focal))
+        term = Term(nll_B.sum(), zi_BE.shape[0])
         return Out({"contrastive": term}, metrics=contrastive.metrics(loss, scale))
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
         text = ctx.student("text", ctx.batch["text"])
         return image["embed"], text["embed"]
+
+
+def off_diagonal(i: jax.Array, j: jax.Array, *_: Any) -> jax.Array:
+    """Which pairs compete: all but the own one. Exact where lse and positive would cancel (float32, large scale)."""
+    return i != j

@@ -25,7 +25,9 @@ PyTree = Any
 class Rule:
     """match: pattern of leaf names. lr, decay: multipliers. freeze: no update and no optimiser memory.
 
-    clamp: the parameter is clipped to [low, high] after each update.
+    clamp: the parameter is clipped to [low, high] after each update. layer_decay, for leaves of stacked blocks:
+    block k of n moves at layer_decay^(n − k) of the rate, k from 0 (Clark et al. 2020, arXiv:2003.10555; as in MAE's
+    fine-tuning, where what lies below the blocks moves at layer_decay^(n + 1): give that as `lr`).
     """
 
     match: str
@@ -33,6 +35,7 @@ class Rule:
     decay: float = 1.0
     freeze: bool = False
     clamp: tuple[float, float] | None = None
+    layer_decay: float = 1.0
 
 
 DEFAULT_RULES = (
@@ -42,30 +45,65 @@ DEFAULT_RULES = (
 )
 
 
+B2 = {"adamw": 0.95, "adafactor": 0.999, "lion": 0.99}  # CLIP's followers; CoCa and ViT-G; Lion
+
+
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): p ← p − lr · (m̂/(√v̂ + eps) + weight_decay · p).
+    """p ← p − lr · (u + weight_decay · p): the decay is decoupled, and u is the direction of `name`.
 
-    clip_norm: bound of the gradient's global norm (None: unbounded). b1, b2, eps as in Adam.
+    "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101): m̂/(√v̂ + eps). "adafactor" (Shazeer & Stern 2018,
+    arXiv:1804.04235) as Zhai et al. 2022 (arXiv:2106.04560, §3.4) and CoCa have it: v is factored where two dimensions
+    reach 32, β2 rises as 1 − t^−0.8 up to b2, g/√v is clipped to RMS 1 per leaf, then averaged by b1 without bias
+    correction; no relative step sizes. CoCa: weight_decay 0.01. "lion" (Chen et al. 2023, arXiv:2302.06675):
+    sign(b1 · m + (1 − b1) · g); its lr wants to be 3–10 times smaller than AdamW's, its weight_decay as much larger.
+    b2 None: the papers' (B2). mu_dtype: of the first moment, "bfloat16" halves it; None: the parameters'. clip_norm:
+    bound of the gradient's global norm (None: unbounded). eps is AdamW's alone.
     """
 
+    name: str = "adamw"
     b1: float = 0.9
-    b2: float = 0.95
+    b2: float | None = None
     eps: float = 1e-8
     weight_decay: float = 0.2
     clip_norm: float | None = 1.0
+    mu_dtype: str | None = None
     rules: tuple[Rule, ...] = DEFAULT_RULES
 
     def __post_init__(self) -> None:
+        if self.name not in B2:
+            raise check.unknown("config.optim.name", self.name, B2)
         clip = self.clip_norm
         bounds = {
             "b1": (0 <= self.b1 < 1, "in [0, 1)"),
-            "b2": (0 <= self.b2 < 1, "in [0, 1)"),
+            "b2": (self.b2 is None or 0 <= self.b2 < 1, "in [0, 1), or None"),
             "eps": (self.eps > 0, "above 0"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
             "clip_norm": (clip is None or clip > 0, "above 0, or None"),
+            "mu_dtype": (
+                self.mu_dtype in (None, "float32", "bfloat16"),
+                "'float32', 'bfloat16' or None",
+            ),
         }
         check.bounds("config.optim", self, bounds)
+
+
+def direction(o: Optim) -> optax.GradientTransformation:
+    """What `o.name` makes of the gradients: to be scaled by −lr."""
+    b2 = B2[o.name] if o.b2 is None else o.b2
+    if o.name == "adamw":
+        return optax.scale_by_adam(o.b1, b2, o.eps, mu_dtype=o.mu_dtype)
+    if o.name == "lion":
+        return optax.scale_by_lion(o.b1, b2, mu_dtype=o.mu_dtype)
+
+    def decay_rate(step: jax.Array, power: float) -> jax.Array:
+        return jnp.minimum(b2, 1.0 - (step + 1.0) ** -power)
+
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=decay_rate),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(o.b1, debias=False, accumulator_dtype=o.mu_dtype),
+    )
 
 
 def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
@@ -76,6 +114,10 @@ def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
         for i, rule in enumerate(rules):
             if re.fullmatch(rule.match, name):
                 used.add(i)
+                if rule.layer_decay != 1 and "/blocks/" not in f"/{name}":
+                    expected = "leaves of stacked blocks under a rule with layer_decay"
+                    do = "match '.*/blocks/.*', and give the others an lr"
+                    raise check.error("config.optim.rules", name, expected, do)
                 return rule
         raise check.error(
             "config.optim.rules",
@@ -110,6 +152,8 @@ def table(rules: Sequence[Rule], params: PyTree) -> str:
     for rule in rules:
         mine = [leaves[n] for n, r in assigned.items() if r is rule]
         effect = "frozen" if rule.freeze else f"lr ×{rule.lr:g}, decay ×{rule.decay:g}"
+        if rule.layer_decay != 1:
+            effect += f", ×{rule.layer_decay:g} a block down"
         if rule.clamp:
             effect += f", clamped to [{rule.clamp[0]:g}, {rule.clamp[1]:.4g}]"
         lines.append(f"{rule.match:44s} {len(mine):6d} {tree.size(mine):14,d}  {effect}")
@@ -131,7 +175,7 @@ class Updater:
     def transform(self) -> optax.GradientTransformation:
         o = self.optim
         clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
-        return optax.chain(clip, optax.scale_by_adam(o.b1, o.b2, o.eps))
+        return optax.chain(clip, direction(o))
 
     def init(self, params: PyTree) -> PyTree:
         return self.transform.init(tree.where(self.trainable, params))
@@ -140,16 +184,21 @@ class Updater:
         self, grads: PyTree, opt: PyTree, params: PyTree, lr: jax.Array
     ) -> tuple[PyTree, PyTree, jax.Array]:
         """Next trainable parameters, next state, and the norm of the change. Trees without the frozen leaves."""
-        direction, opt = self.transform.update(grads, opt, params)
+        directions, opt = self.transform.update(grads, opt, params)
         rules = tree.where(self.trainable, self.rules)
 
         def change(rule: Rule, u: jax.Array, p: jax.Array) -> jax.Array:
-            return -lr * rule.lr * (u + self.optim.weight_decay * rule.decay * p)
+            rate = -lr * rule.lr
+            if rule.layer_decay != 1:
+                num = p.shape[0]
+                powers = jnp.arange(num, 0, -1).reshape(num, *[1] * (p.ndim - 1))
+                rate = rate * jnp.broadcast_to(rule.layer_decay**powers, p.shape)
+            return rate * (u + self.optim.weight_decay * rule.decay * p)
 
         def clamp(rule: Rule, p: jax.Array) -> jax.Array:
             return jnp.clip(p, *rule.clamp) if rule.clamp else p
 
-        changes = jax.tree.map(change, rules, direction, params)
+        changes = jax.tree.map(change, rules, directions, params)
         new = jax.tree.map(clamp, rules, optax.apply_updates(params, changes))
         return new, opt, tree.norm(changes)
 
