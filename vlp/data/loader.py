@@ -591,7 +591,8 @@ def _train_sample(
     caption follow each other whatever the order.
     """
     position, epoch = place
-    rng = order.sample_rng(seed, f"caption:{record.get('key')}", epoch)
+    drawn = data.captions in ("uniform", "weighted")
+    rng = order.sample_rng(seed, f"caption:{record.get('key')}", epoch) if drawn else None
     texts = _texts(record, data, data.captions, rng)
     image_ops.train_image(
         record["image"],
