@@ -40,13 +40,15 @@ def img2dataset(directory, shard: int, pairs, failed=()) -> None:
     sidecar = []
     with tarfile.open(directory / f"{shard:05d}.tar", "w") as archive:
         for row in pairs:
-            meta = {"key": row["key"], "caption": row["caption"], "status": "success", "width": 24}
+            meta = {"key": row["key"], "caption": row["caption"], "status": "success"}
+            meta["mine"] = f"own-{row['key']}"
             add(archive, f"{row['key']}.jpg", row["jpg"])
             add(archive, f"{row['key']}.json", json.dumps(meta).encode())
             add(archive, f"{row['key']}.txt", row["caption"].encode())
             sidecar.append(meta | {"error_message": None})
     for key, status, cause in failed:
-        sidecar.append({"key": key, "caption": "lost", "status": status, "width": None} | cause)
+        sidecar.append({"key": key, "caption": "lost", "status": status} | cause)
+        sidecar[-1]["mine"] = f"own-{key}"
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist(sidecar), directory / f"{shard:05d}.parquet"
     )

@@ -116,6 +116,11 @@ def test_every_id_of_img2dataset_is_accounted_for(tmp_path):
     assert content(tmp_path / "out").keys() | causes.keys() == {r["key"] for r in PAIRS} | {
         f"x{i}" for i in range(1, 6)
     }
+    given = fields.Fields(key="mine")  # a column that the user had it keep
+    convert.run(convert.Job(str(tmp_path / "in"), str(tmp_path / "own"), given=given))
+    listed = (tmp_path / "own" / convert.LEFT_OUT).read_text().splitlines()
+    assert {json.loads(x)["key"] for x in listed} == {f"own-x{i}" for i in range(1, 6)}
+    assert content(tmp_path / "own").keys() == {f"own-{r['key']}" for r in PAIRS}
     assert causes["x2"] == "timed out" and causes["x3"] == causes["x4"] == truncated
 
 

@@ -225,7 +225,8 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
         if isinstance(source := job.source(split), tar.TarSource):
             info.setdefault("tar", {})[split] = source.counts
             info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(source.files)
-            left_out += [{"split": split, **r} for r in tar.img2dataset_failures(source.files)]
+            failures = tar.img2dataset_failures(source.files, job.given.key)
+            left_out += [{"split": split, **r} for r in failures]
     lines = "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in left_out)
     manifest = records.write_manifest(
         final, os.path.basename(job.out), info, splits, {LEFT_OUT: lines.encode()}

@@ -137,18 +137,22 @@ def img2dataset_counts(files: Sequence[str]) -> dict[str, int]:
     return dict(out)
 
 
-def img2dataset_failures(files: Sequence[str]) -> list[dict]:
-    """Returns {key, reason} of every row that img2dataset could not fetch, from its Parquet."""
+def img2dataset_failures(files: Sequence[str], key: str = "") -> list[dict]:
+    """Returns {key, reason} of every row that img2dataset could not fetch, from its Parquet.
+
+    key: a column that it was asked to keep (`save_additional_columns`); "" = its own numbers.
+    """
+    key = key or "key"
     out = []
     for file in files:
         sidecar = f"{file.removesuffix('.tar')}.parquet"
         if not reads.exists(sidecar):
             continue
         table = parquet.open_file(sidecar)
-        if {"key", "status", "error_message"} <= set(table.schema_arrow.names):
-            rows = table.read(["key", "status", "error_message"]).to_pylist()
+        if {key, "status", "error_message"} <= set(table.schema_arrow.names):
+            rows = table.read([key, "status", "error_message"]).to_pylist()
             out += [
-                {"key": str(r["key"]), "reason": _cause(r["error_message"] or r["status"])}
+                {"key": str(r[key]), "reason": _cause(r["error_message"] or r["status"])}
                 for r in rows
                 if r["status"] != "success"
             ]
@@ -246,7 +250,7 @@ class TarSource:
             label=self.fields.label or next((n for n in fields_lib.LABEL if n in row), ""),
         )
         return {
-            "key": key,
+            "key": str(row.get(self.fields.key, key)) if self.fields.key else key,
             "image": image,
             "captions": fields_lib.captions(row, wanted),
             **fields_lib.label(row, wanted),
