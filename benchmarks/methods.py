@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import logging
 import pathlib
+import re
 import statistics
 import sys
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ METHODS = {
     "FLIP 75 %": Method(CLIP | {"keep": 0.25}),
     "FLIP 75 % + tuning": Method(CLIP, {"objective": {"keep": 0.25}}),
     "CLIPA": Method(CLIP, {"data": {"image_px": 32, "text_len": 8}}),
-    "CoCa, 50 % + tuning (demo)": Method(COCA, {"objective": {"keep": 0.5}}),
+    "CoCa 50 % + tuning (demo)": Method(COCA, {"objective": {"keep": 0.5}}),
 }
 DEMO = list(METHODS)[-1]
 
@@ -161,7 +162,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
             raise
         return {"method": name, "left_out": str(error)}  # a method that this version does not have
     for seed in range(seeds):
-        slug = "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_")
+        slug = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
         directory = pathlib.Path(args.workdir) / f"{slug}_steps{args.steps}_seed{seed}"
         if loop.run(build(method, args.data, seed, args.steps), directory):
             raise KeyboardInterrupt
