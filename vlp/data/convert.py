@@ -252,8 +252,8 @@ def _link(source: str, target: str) -> None:
 
 def _on_beam(make: Callable, todo: Sequence, runner: str, runner_args: Sequence[str]) -> None:
     try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        import apache_beam as beam  # pyright: ignore  # an extra
+        from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore  # likewise
     except ImportError:
         raise check.error(
             "--runner", repr(runner), "Apache Beam", 'run `pip install "vlp[beam]"`'

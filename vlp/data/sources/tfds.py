@@ -30,9 +30,10 @@ class TfdsSource:
         builder = tfds.builder_from_directory(path)
         if split.split("[")[0] not in builder.info.splits:
             raise check.unknown("config.data.split", split, builder.info.splits)
-        columns = list(builder.info.features or {})
-        self.fields = fields_lib.sniff(columns, fields, where=path)
-        skip: Any = {self.fields.image: tfds.decode.SkipDecoding()}
+        features: Any = builder.info.features or {}
+        self.fields = fields_lib.sniff(list(features), fields, where=path)
+        as_stored: Any = tfds.decode.SkipDecoding
+        skip: Any = {self.fields.image: as_stored()}
         try:
             self._rows = builder.as_data_source(split, decoders=skip)
         except NotImplementedError as e:
