@@ -1,5 +1,6 @@
 """The captioning loss against loops in float64, its shift and padding, and on meshes."""
 
+import functools
 import math
 
 import jax
@@ -49,10 +50,10 @@ def loops(hidden, unembed, text, weights):
     return {"total": total, "count": count, "grads": (dhidden, dunembed)}
 
 
-@jax.jit
-def ours(hidden, unembed, text, weights):
+@functools.partial(jax.jit, static_argnames="chunk")
+def ours(hidden, unembed, text, weights, chunk=0):
     def weighted(hidden, unembed):
-        loss = caption.nll(hidden, unembed, text)
+        loss = caption.nll(hidden, unembed, text, chunk=chunk)
         return (weights * loss["total"]).sum(), loss
 
     (_, loss), grads = jax.value_and_grad(weighted, (0, 1), has_aux=True)(hidden, unembed)
@@ -82,7 +83,23 @@ def test_equals_loops(error):
         assert error(ours(*args), loops(*args)) < 1e-10
 
 
-def test_sharded_equals_one_device(mesh, error):
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_without_logits(chunk, error):
+    """Chunks of the vocabulary, also uneven ones: the same loss, gradients and hits."""
+    args = inputs(np.float32)
+    assert error(ours(*args, chunk=chunk), loops(*inputs(np.float64))) < 1e-5
+    with jax.enable_x64(True):
+        args = inputs(np.float64, spread=20.0)
+        assert error(ours(*args, chunk=chunk), loops(*args)) < 1e-10
+    hits = [caption.nll(*arrays()[:3], chunk=c)["correct"] for c in (chunk, 0)]
+    np.testing.assert_array_equal(*hits)
+    assert sum(hits[0]) > 0
+    uniform = caption.nll(jnp.zeros(args[0].shape), *arrays()[1:3], chunk=chunk)
+    assert (uniform["correct"] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_sharded_equals_one_device(mesh, chunk, error):
     rng = np.random.default_rng(1)
     hidden, _, text, weights = inputs(np.float32)
     unembed = rng.normal(size=(8, 16)).astype(np.float32)
@@ -91,7 +108,8 @@ def test_sharded_equals_one_device(mesh, error):
     args = (hidden, unembed, text, weights)
     places = (rows, NamedSharding(mesh, shape), rows, rows)
     with jax.set_mesh(mesh):
-        got = ours(*(jax.device_put(x, s) for x, s in zip(args, places, strict=True)))
+        placed = (jax.device_put(x, s) for x, s in zip(args, places, strict=True))
+        got = ours(*placed, chunk=chunk)
         assert error(got, ours(*args)) < 1e-5
 
 

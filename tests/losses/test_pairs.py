@@ -58,10 +58,12 @@ def whole(variant, params, x, y, a, b):
             sums = {"lse": jax.nn.logsumexp(jnp.where(keep, scores, -jnp.inf), axis)}
         else:
             sums = {"each": jnp.where(keep, variant.each(scores, targets), 0).sum(axis)}
-        best = jnp.where(keep, scores, -jnp.inf).max(axis, keepdims=True)
-        ties = (scores == best).sum(axis)
+        kept = jnp.where(keep, scores, -jnp.inf)
+        best = kept.max(axis, keepdims=True)
+        ties = (kept == best).sum(axis)
         hit = (jnp.where(own, scores, -jnp.inf).max(axis) >= best.squeeze(axis)) / ties
         sums |= {"target": (targets * scores).sum(axis), "mass": targets.sum(axis), "hit": hit}
+        sums |= {"max": best.squeeze(axis), "ties": ties}
         out.append(sums)
     return tuple(out)
 
@@ -103,9 +105,11 @@ def both(variant, args, weights, dtype, shape=None, **sizes):
         devices = jax.devices()[: int(np.prod(shape))]
         mesh = meshes.make(meshes.MeshShape(*shape), devices)
         rows, replicated = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-        args = tuple(jax.device_put(v, replicated if k == 0 else rows) for k, v in enumerate(args))
+        args = tuple(
+            jax.device_put(v, rows if k in (1, 3) else replicated) for k, v in enumerate(args)
+        )
         with jax.set_mesh(mesh):
-            return jax.device_get(run(args, jax.device_put(weights, rows))), theirs
+            return jax.device_get(run(args, jax.device_put(weights, replicated))), theirs
 
 
 def check(ours, theirs, tolerance):
@@ -144,7 +148,7 @@ def test_any_shape(data):
     """More columns than rows are extra negatives; a device may have fewer rows than a tile."""
     draw = lambda low, high: data.draw(st.integers(low, high))
     ways = data.draw(st.sampled_from([1, 2, 8]))
-    rows, cols = ways * draw(1, 3), ways * draw(1, 5)
+    rows, cols = ways * draw(1, 3), draw(1, 5 * ways)
     args, weights = inputs(rows, cols, draw(1, 6), draw(1, 100), seed=draw(0, 99))
     name = data.draw(st.sampled_from(["identity", "keep", "targets", "sigmoid, keep"]))
     shape = None if ways == 1 else (ways, 1, 1)

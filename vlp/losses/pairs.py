@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,13 +45,15 @@ class Pairs:
     score(params, x, y, precision) → [R S]: float leaves of rows and columns come in float32 or wider.
     keep(i_R1, j_1S, a, b) → bool [R S], of global indices and the leaves `a` of rows and `b` of columns: False takes
     a pair out of both log-sum-exps (an equal caption, say). targets(…) → [R S] how much i and j belong together; None
-    is the identity. each(score, target) → [R S]: sum this over the pairs in place of the log-sum-exps.
+    is the identity. each(score, target) → [R S]: sum this over the pairs in place of the log-sum-exps. columns False:
+    only the rows' sums are wanted.
     """
 
     score: Callable[..., jax.Array] = dot
     keep: Callable[..., jax.Array] | None = None
     targets: Callable[..., jax.Array] | None = None
     each: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    columns: bool = True
 
 
 def reduce(
@@ -72,36 +73,41 @@ def reduce(
     chunk: columns gathered at a time, tile: rows scored at a time (0: 1,024 of each); they change memory, not values.
 
     Each dict: `lse` (−inf where nothing is kept), or `each` if that is given; `target`, the sum of target · score;
-    without gradient `mass`, the sum of targets, and `hit`: 1 where no kept pair scores above pair (k, k), shared
-    among equals.
+    without gradient `mass`, the sum of targets, `max`, the best kept score, `ties`, how many have it, and `hit`:
+    1 where none is above pair (k, k), shared among equals.
     """
     if min(chunk, tile) < 0:
         got = f"chunk {chunk}, tile {tile}"
         raise check.error("losses.pairs", got, "0 (automatic) or more", "change them")
     num_rows, num_cols = jax.tree.leaves(x)[0].shape[0], jax.tree.leaves(y)[0].shape[0]
-    axes, ways = _row_axes(num_rows, num_cols)
-    rows, cols = num_rows // ways, num_cols // ways
+    axes, ways = _row_axes(num_rows)
+    rows, cols = num_rows // ways, -(-num_cols // ways)
+    if short := cols * ways - num_cols:
+        fill = lambda v: jnp.pad(v, ((0, short), *[(0, 0)] * (v.ndim - 1)))
+        y, b = jax.tree.map(fill, (y, b))
     sweep = Sweep(
         pairs,
         axes,
         ways,
         rows=rows,
         cols=cols,
+        num_cols=num_cols,
         tile=min(tile or TILE, rows),
         part=min(max(-(-(chunk or CHUNK) // ways), 1), cols),
         precision=_precision((x, y)),
     )
-    return _reduce(sweep, params, x, y, a, b)
+    of_rows, of_cols = _reduce(sweep, params, x, y, a, b)
+    return of_rows, {n: v[:num_cols] for n, v in of_cols.items()}
 
 
-def _row_axes(num_rows: int, num_cols: int) -> tuple[tuple[str, ...], int]:
+def _row_axes(num_rows: int) -> tuple[tuple[str, ...], int]:
     """The mesh axes over which rows are divided, batch axes first, and their product."""
     mesh = jax.sharding.get_abstract_mesh()
     axes: tuple[str, ...] = ()
     ways = 1
     if not mesh.empty:
         for axis in dict.fromkeys((*meshes.RULES["batch"], *mesh.axis_names)):
-            if math.gcd(num_rows, num_cols) % (ways * mesh.shape[axis]) == 0:
+            if num_rows % (ways * mesh.shape[axis]) == 0:
                 axes, ways = (*axes, axis), ways * mesh.shape[axis]
     return axes, ways
 
@@ -120,7 +126,8 @@ class Sweep:
     axes: tuple[str, ...]
     ways: int
     rows: int  # of a device
-    cols: int
+    cols: int  # of a device; the last ones may be missing
+    num_cols: int
     tile: int
     part: int
     precision: jax.lax.Precision
@@ -172,8 +179,10 @@ class Sweep:
         """Global indices of slice k's columns, and which of them exist (None: all)."""
         s = jnp.arange(self.ways * self.part)
         local = k * self.part + s % self.part
-        real = None if self.cols % self.part == 0 else local < self.cols
-        return (s // self.part) * self.cols + local, real
+        j = (s // self.part) * self.cols + local
+        if self.cols % self.part == 0 and self.cols * self.ways == self.num_cols:
+            return j, None
+        return j, (local < self.cols) & (j < self.num_cols)
 
     def row_indices(self) -> tuple[jax.Array, jax.Array | None]:
         """Global indices of this device's rows [tiles, tile], and which of them exist (None: all)."""
@@ -302,6 +311,8 @@ def _finish(pairs: Pairs, sums: Stats) -> Stats:
         else _finite(sums["max"]) + jnp.log(total),
         "target": sums["target"],
         "mass": sums["mass"],
+        "max": sums["max"],
+        "ties": sums["ties"],
         "hit": jnp.where(best, 1 / jnp.maximum(sums["ties"], 1), 0),
     }
 
@@ -326,48 +337,53 @@ def _forward(
         def tile(cols: Stats, xs: PyTree) -> tuple[Stats, Stats]:
             x_R, row, sums = xs
             scored = sweep.scores(params, x_R, y_S, row, col)
-            cols = _merge(pairs, cols, _sums(pairs, *scored, axis=0))
+            if pairs.columns:
+                cols = _merge(pairs, cols, _sums(pairs, *scored, axis=0))
             return cols, _merge(pairs, sums, _sums(pairs, *scored, axis=1))
 
-        cols, rows = jax.lax.scan(tile, _empty((size,), dtype), (x_tiles, (i, real, a_tiles), rows))
+        none = _empty((size,), dtype) if pairs.columns else {}
+        cols, rows = jax.lax.scan(tile, none, (x_tiles, (i, real, a_tiles), rows))
         if sweep.axes:
             spread = lambda v: v.reshape(sweep.ways, sweep.part)
             cols = {n: jax.lax.all_to_all(spread(v), sweep.axes, 0, 0) for n, v in cols.items()}
-            cols = _merge_all(pairs, cols)
+            cols = _merge_all(pairs, cols) if pairs.columns else {}
         return rows, cols
 
     rows = _empty((sweep.tiles, sweep.tile), dtype)
     rows, cols = sweep.over_slices(sweep.split((y, b), sweep.part), rows, slice_)
     flat = lambda tree, num: jax.tree.map(lambda v: v.reshape(-1)[:num], tree)
-    return _finish(pairs, flat(rows, sweep.rows)), _finish(pairs, flat(cols, sweep.cols))
+    of_rows, of_cols = flat(rows, sweep.rows), flat(cols, sweep.cols)
+    return _finish(pairs, of_rows), _finish(pairs, of_cols) if pairs.columns else {}
 
 
 def _backward(
     sweep: Sweep, params: PyTree, x: PyTree, y: PyTree, a: PyTree, b: PyTree,
-    lse: tuple[jax.Array, jax.Array] | None, cotangents: tuple[Stats, Stats],
+    lse: tuple[jax.Array | None, ...] | None, cotangents: tuple[Stats, Stats],
 ) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
     """On one device: gradients of params (of its rows' pairs), of its rows x and of its columns y."""
     pairs, name = sweep.pairs, "lse" if sweep.pairs.each is None else "each"
     wide_x, wide_y = _wide(x), _wide(y)
-    of_rows, of_cols = ({n: c[n] for n in (name, "target")} for c in cotangents)
+    of_rows, of_cols = ({n: c[n] for n in (name, "target")} if c else {} for c in cotangents)
     if lse is not None:
-        of_rows, of_cols = ({**of, "at": _finite(v)} for of, v in zip((of_rows, of_cols), lse))
+        of_rows, of_cols = (
+            {**of, "at": _finite(v)} if of else {} for of, v in zip((of_rows, of_cols), lse)
+        )
     x_tiles, a_tiles, of_tiles = sweep.split((wide_x, a, of_rows), sweep.tile)
     i, real = sweep.row_indices()
 
     def slope(s_RS: Any, keep_RS: Any, t_RS: Any, of_R: Stats, of_S: Stats) -> jax.Array:
         """d(loss)/d(score) of one tile."""
         drop = lambda g: g if keep_RS is None else jnp.where(keep_RS, g, 0)
-        of_R1 = {n: v[:, None] for n, v in of_R.items()}
-        of_1S = {n: v[None, :] for n, v in of_S.items()}
-        g_RS = t_RS * (of_R1["target"] + of_1S["target"])
+        ends = [{n: v[:, None] for n, v in of_R.items()}]
+        if of_S:
+            ends.append({n: v[None, :] for n, v in of_S.items()})
+        g_RS = t_RS * sum(of["target"] for of in ends)
         if pairs.each is not None:
             one = jnp.ones_like(s_RS)
             _, d_RS = jax.jvp(lambda s: pairs.each(s, t_RS), (s_RS,), (one,))
-            return g_RS + drop((of_R1["each"] + of_1S["each"]) * d_RS)
+            return g_RS + drop(sum(of["each"] for of in ends) * d_RS)
         kept_RS = s_RS if keep_RS is None else jnp.where(keep_RS, s_RS, -jnp.inf)
-        softmax = lambda o: o["lse"] * jnp.exp(kept_RS - o["at"])
-        return g_RS + softmax(of_R1) + softmax(of_1S)
+        return g_RS + sum(of["lse"] * jnp.exp(kept_RS - of["at"]) for of in ends)
 
     def slice_(carry: PyTree, here: PyTree, k: Any) -> tuple[PyTree, PyTree]:
         d_params, d_x, waiting = carry
@@ -419,7 +435,7 @@ def _reduce(
 
 def _reduce_fwd(sweep: Sweep, *args: PyTree) -> tuple[Any, Any]:
     out = _reduce(sweep, *args)
-    lse = None if sweep.pairs.each else (out[0]["lse"], out[1]["lse"])
+    lse = None if sweep.pairs.each else tuple(o["lse"] if o else None for o in out)
     return out, (args, lse)
 
 
