@@ -27,10 +27,10 @@ class TfdsSource:
         self.path, self.split, self._given, self._tokenizer = path, split, fields, tokenizer
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(path)
+        builder: Any = tfds.builder_from_directory(path)
         if split.split("[")[0] not in builder.info.splits:
             raise check.unknown("config.data.split", split, builder.info.splits)
-        features: Any = builder.info.features or {}
+        features = builder.info.features or {}
         self.fields = fields_lib.sniff(list(features), fields, where=path)
         as_stored: Any = tfds.decode.SkipDecoding
         skip: Any = {self.fields.image: as_stored()}
