@@ -16,6 +16,7 @@ from vlp.core.mesh import MeshShape
 from vlp.core.types import Apply, Ctx
 from vlp.models.captioner import Captioner, Multimodal
 from vlp.models.dual import Dual
+from vlp.models.mammut import Decoder, Mammut
 from vlp.models.text import Text
 from vlp.models.vit import ViT
 from vlp.objectives import OBJECTIVES
@@ -28,16 +29,17 @@ MODELS = {
     "coca": CAPTIONER,
     "cap": CAPTIONER.clone(text_tower=TEXT.clone(pool="none"), contrastive=False),
     "clip": Dual(IMAGE.clone(pool="cls", drop_path=0.1), TEXT.clone(pool="eos"), embed=8),
+    "mammut": Mammut(IMAGE.clone(pool="mean"), Decoder(vocab=24, **TOWER), embed=8),
     "siglip": Dual(
         IMAGE.clone(pool="map"), TEXT.clone(pool="last"), embed=16, scale=10.0, bias=-10.0,
         project_image=False, text_bias=True,
     ),
 }  # fmt: skip
-TERMS = {"coca": {"contrastive", "caption"}, "cap": {"caption"}, "clip": {"contrastive"}}
 GOLDEN = {
     "coca": [11.92506, 12.45645, 11.17066],
     "cap": [3.35431, 3.37678, 3.39512],
     "clip": [3.55174, 2.41555, 2.29627],
+    "mammut": [6.40252, 6.00697, 6.00944],
     "siglip": [11.71268, 8.62314, 5.46414],
 }
 
@@ -94,6 +96,13 @@ def test_meshes_change_nothing(shape, cases, reference, make_batch, error):
     loss, grads = cases["coca"].value(make_batch(), shape, grads=True)
     np.testing.assert_allclose(loss, reference("coca")[0], rtol=1e-5)
     assert error(grads, reference("coca")[1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["clip", "mammut", "siglip"])
+def test_a_mesh_of_three_axes_changes_nothing(name, cases, reference, make_batch, error):
+    loss, grads = cases[name].value(make_batch(), (2, 2, 2), grads=True)
+    np.testing.assert_allclose(loss, reference(name)[0], rtol=1e-5)
+    assert error(grads, reference(name)[1]) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (4, 1, 1)], ids=str)

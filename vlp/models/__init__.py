@@ -2,5 +2,6 @@
 
 from vlp.models.captioner import Captioner
 from vlp.models.dual import Dual
+from vlp.models.mammut import Mammut
 
-MODELS = {"captioner": Captioner, "dual": Dual}
+MODELS = {"captioner": Captioner, "dual": Dual, "mammut": Mammut}

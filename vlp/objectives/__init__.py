@@ -3,6 +3,7 @@
 from vlp.objectives.cap import Cap
 from vlp.objectives.clip import Clip
 from vlp.objectives.coca import Coca
+from vlp.objectives.mammut import Mammut
 from vlp.objectives.siglip import Siglip
 
-OBJECTIVES = {"cap": Cap, "clip": Clip, "coca": Coca, "siglip": Siglip}
+OBJECTIVES = {"cap": Cap, "clip": Clip, "coca": Coca, "mammut": Mammut, "siglip": Siglip}

@@ -1,0 +1,54 @@
+"""MaMMUT: contrastive and captioning losses from two runs of one text decoder (Kuo et al. 2023, arXiv:2303.16839)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from vlp.core import check
+from vlp.core.types import Ctx, Out, Term
+from vlp.losses import caption, contrastive, focal
+
+
+@dataclasses.dataclass(frozen=True)
+class Mammut:
+    """contrastive_weight · ½ (i→t + t→i) + caption_weight · captioning.
+
+    The model's `text` sees both ways and no image, its `decode` is causal with cross-attention; the image is encoded
+    once. focal: γ of the weight (1 − p)^γ on the softmax's cross-entropy (`losses.focal`; 0 is without); the
+    paper's focal contrastive loss and its loss weights could not be checked, so both weights are 1 and γ is 0.
+    keep: fraction of patches the image tower sees in training.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"image.embed", "image.feats", "text.embed", "text.tokens", "decode", "scale_bias"}
+    )
+    contrastive_weight: float = 1.0
+    caption_weight: float = 1.0
+    focal: float = 0.0
+    keep: float = 1.0
+
+    def __post_init__(self) -> None:
+        right = self.focal == 0 or self.focal >= 1
+        check.bounds("config.objective", self, {"focal": (right, "0, or at least 1")})
+
+    def __call__(self, ctx: Ctx) -> Out:
+        zi_BE, zt_BE, captions = ctx.map(self.encode)
+        scale, _ = ctx.student("scale_bias")
+        loss = contrastive.softmax(zi_BE, zt_BE, scale)
+        nll_B = 0.5 * (focal.weigh(loss["i2t"], self.focal) + focal.weigh(loss["t2i"], self.focal))
+        count = captions["count"].sum()
+        terms = {
+            "contrastive": Term(nll_B.sum(), zi_BE.shape[0], self.contrastive_weight),
+            "caption": Term(captions["total"].sum(), count, self.caption_weight),
+        }
+        accuracy = {"caption/accuracy": Term(captions["correct"].sum(), count)}
+        return Out(terms, metrics=contrastive.metrics(loss, scale) | accuracy)
+
+    def encode(self, ctx: Ctx) -> Any:
+        image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        text = ctx.student("text", ctx.batch["text"])
+        decoded = ctx.student("decode", text["tokens"], image["feats"])
+        captions = caption.nll(decoded["hidden"], decoded["unembed"], ctx.batch["text"])
+        return image["embed"], text["embed"], captions
