@@ -96,7 +96,7 @@ def direction(o: Optim) -> optax.GradientTransformation:
     if o.name == "lion":
         return optax.scale_by_lion(o.b1, b2, mu_dtype=o.mu_dtype)
 
-    def decay_rate(step: jax.Array, power: float) -> jax.Array:
+    def decay_rate(step: Any, power: Any) -> jax.Array:
         return jnp.minimum(b2, 1.0 - (step + 1.0) ** -power)
 
     return optax.chain(
