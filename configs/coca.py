@@ -11,6 +11,7 @@ The text length of pretraining is not in the paper; 64 tokens + CLS here.
 import ml_collections
 from common import smoke
 
+from vlp.core import check
 from vlp.core.config import parse_arg
 
 SIZES = {  # image depth, MLP; unimodal and multimodal depth, MLP; width; heads; tied embeddings
@@ -22,6 +23,8 @@ SIZES = {  # image depth, MLP; unimodal and multimodal depth, MLP; width; heads;
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg = parse_arg(arg, size="base", path="data/pairs", keep=1.0, smoke=False)
+    if arg.size not in SIZES:
+        raise check.unknown("config argument size", arg.size, SIZES)
     depth, mlp, lower, upper, text_mlp, width, heads, tied = SIZES[arg.size]
     c = ml_collections.ConfigDict()
     c.name = f"coca_{arg.size}"

@@ -51,6 +51,8 @@ MISTAKES = {
     "rule without leaf": ({"optim.rules": [{"match": "imge.*"}, {"match": ".*"}]}, "imge"),
     "uncovered leaf": ({"optim.rules": [{"match": "image_tower.*"}]}, "a rule for every"),
     "source": ({"data.source": "shaps"}, "did you mean 'shapes'"),
+    "size below 1": ({"model.embed": -1}, "config.model.embed: got -1, expected 1 or more"),
+    "dtype": ({"model.image_tower.dtype": "float99"}, "got 'float99', expected one of"),
     "no such data": ({"data": {"path": "/nowhere", "image_px": 16}}, "/nowhere"),
 }
 

@@ -141,9 +141,16 @@ def _flip(path):
     _shard(path).write_bytes(data)
 
 
+def _total(path):
+    manifest = json.loads((path / records.MANIFEST).read_text())
+    manifest["splits"]["train"]["num_records"] = 99_999
+    (path / records.MANIFEST).write_text(json.dumps(manifest))
+
+
 def _count(path):
     manifest = json.loads((path / records.MANIFEST).read_text())
     manifest["splits"]["train"]["shards"][1]["records"] += 1
+    manifest["splits"]["train"]["num_records"] += 1
     (path / records.MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -167,6 +174,7 @@ DAMAGE = {
     "truncated": (_truncate, r"00001-of-00003.arrayrecord: got \d+ bytes"),
     "flipped": (_flip, "changed bytes"),
     "missing": (lambda p: _shard(p).unlink(), "no file"),
+    "total": (_total, "num_records 99999 for shards of 23"),
     "count": (_count, "got 10 records, expected 11 records"),
     "manifest": (lambda p: (p / records.MANIFEST).unlink(), "run `vlp data emoji"),
     "json": (lambda p: (p / records.MANIFEST).write_text("{"), "broken JSON"),

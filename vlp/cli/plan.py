@@ -16,9 +16,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     import pathlib
 
+    from vlp.core import check
     from vlp.core.config import load
     from vlp.train import plan, workdir
 
+    if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
+        raise check.error("--json", repr(args.json), "a file in an existing directory", "make it")
     plans = plan.stages(load(args.config, args.overrides))
     print(plan.table(plans))
     if args.json:

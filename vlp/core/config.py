@@ -178,10 +178,8 @@ def _override(config: dict[str, Any], item: str) -> None:
         where = "config" + "".join(f".{p}" for p in parents[:i])
         if isinstance(node, list):
             node = node[_index(part, node, where)]
-        elif isinstance(node, dict) and part in node:
-            node = node[part]
         elif isinstance(node, dict):
-            raise check.unknown(where, part, node)
+            node = node.setdefault(part, {})  # a section that the file leaves at its defaults
         else:
             raise check.error(where, repr(node), "a section", "shorten the path")
     if isinstance(node, list):

@@ -335,6 +335,8 @@ def _missing(manifest: Mapping) -> str:
         for i, shard in enumerate(entry["shards"]):
             if wrong := first(shard, _SHARD, f"splits.{split}.shards[{i}]"):
                 return wrong
+        if (held := sum(s["records"] for s in entry["shards"])) != entry["num_records"]:
+            return f"splits.{split}.num_records {entry['num_records']} for shards of {held}"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Set
 from typing import Any
@@ -20,6 +21,24 @@ def check_needs(
     if missing:
         got = f"a {type(model).__name__} without {', '.join(missing)}"
         raise check.error(where, got, "a model that gives it", do)
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SIZES = ("depth", "embed", "heads", "patch", "vocab", "width")
+
+
+def check_fields(module: Any, where: str) -> None:
+    """Raises UserError for a size below 1 or an unknown dtype in a model or in one of its parts."""
+    for field in dataclasses.fields(module):
+        value, name = getattr(module, field.name), f"{where}.{field.name}"
+        if field.name in ("parent", "name"):
+            continue
+        if dataclasses.is_dataclass(value):
+            check_fields(value, name)
+        elif field.name in _SIZES and value is not None and value < 1:
+            raise check.error(name, value, "1 or more", "change it")
+        elif field.name == "dtype" and value not in DTYPES:
+            raise check.unknown(name, value, DTYPES)
 
 
 @functools.lru_cache(maxsize=16)

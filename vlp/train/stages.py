@@ -17,6 +17,7 @@ from vlp.core.mesh import MeshShape
 from vlp.data.loader import Data
 from vlp.evals import EVALS
 from vlp.models import MODELS
+from vlp.models.answers import check_fields
 from vlp.objectives import OBJECTIVES
 from vlp.optim.make import Optim
 from vlp.optim.schedules import Schedule
@@ -153,6 +154,7 @@ def _build(
         if key not in section:
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
         section[key] = build_named(table, section[key], f"config.{key}")
+    check_fields(section["model"], "config.model")
     section["evals"] = {
         k: build_named(EVALS, v, f"config.evals.{k}", default=k)
         for k, v in section.get("evals", {}).items()
