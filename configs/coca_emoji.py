@@ -11,6 +11,7 @@ adafactor or lion), seed, smoke.
 import ml_collections
 from common import smoke
 
+from vlp.core import check
 from vlp.core.config import parse_arg
 
 
@@ -30,9 +31,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         queries=16,
     )
     c.objective = dict(name="clip", keep=0.5)
-    if (
-        not arg.clip
-    ):  # the paper's weight, 2, costs 3 points of R@10 here; 0.5 costs none beside `clip`
+    if not arg.clip:
+        # the paper's weight, 2, costs 3 points of R@10 here; 0.5 costs none beside `clip`
         c.objective = dict(name="coca", caption_weight=0.5, keep=0.5)
     c.data = dict(
         path=arg.path,
@@ -44,11 +44,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         cache_decoded=True,
     )
     # Lion: a tenth of the rate, ten times the decay. R@10 after 150 steps: Adafactor 19 %, Lion 18 % (chance 5 %).
-    c.optim, lr = {
+    optims = {
         "adamw": (dict(b2=0.98, weight_decay=0.2), 2e-3),
         "adafactor": (dict(name="adafactor", weight_decay=0.2), 2e-3),
         "lion": (dict(name="lion", weight_decay=2.0), 2e-4),
-    }[arg.optim]
+    }
+    if arg.optim not in optims:
+        raise check.unknown("config argument optim", arg.optim, optims)
+    c.optim, lr = optims[arg.optim]
     c.schedule = dict(lr=lr, warmup_frac=0.1)
     c.stages = [
         dict(name="masked", steps=560),
