@@ -97,9 +97,9 @@ def open_dataset(data: Data, tokenizer: tokenizers.Tokenizer | None = None) -> "
         raise check.unknown("config.data.source", data.source, SOURCES)
     _check(data)
     source = _open_mixture(data) if data.mixture else _open_one(data)
-    if tokenizer is None:
-        tokenizer = tokenizers.load(data.tokenizer) if data.tokenizer else source.tokenizer()
-    return Dataset(data, source, tokenizer)
+    if tokenizer is None and data.tokenizer:
+        tokenizer = tokenizers.load(data.tokenizer)
+    return Dataset(data, source, source.tokenizer() if tokenizer is None else tokenizer)
 
 
 def _open_one(data: Data) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,7 @@ def reduce(
         part=min(max(-(-(chunk or CHUNK) // ways), 1), cols),
         precision=_precision((x, y)),
     )
-    of_rows, of_cols = _reduce(sweep, params, x, y, a, b)
+    of_rows, of_cols = typing.cast(tuple[Stats, Stats], _reduce(sweep, params, x, y, a, b))
     return of_rows, {n: v[:num_cols] for n, v in of_cols.items()}
 
 
@@ -361,12 +362,13 @@ def _backward(
     lse: tuple[jax.Array | None, ...] | None, cotangents: tuple[Stats, Stats],
 ) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
     """On one device: gradients of params (of its rows' pairs), of its rows x and of its columns y."""
-    pairs, name = sweep.pairs, "lse" if sweep.pairs.each is None else "each"
+    pairs, each = sweep.pairs, sweep.pairs.each
+    name = "lse" if each is None else "each"
     wide_x, wide_y = _wide(x), _wide(y)
     of_rows, of_cols = ({n: c[n] for n in (name, "target")} if c else {} for c in cotangents)
     if lse is not None:
         of_rows, of_cols = (
-            {**of, "at": _finite(v)} if of else {} for of, v in zip((of_rows, of_cols), lse)
+            of if v is None else {**of, "at": _finite(v)} for of, v in zip((of_rows, of_cols), lse)
         )
     x_tiles, a_tiles, of_tiles = sweep.split((wide_x, a, of_rows), sweep.tile)
     i, real = sweep.row_indices()
@@ -378,9 +380,9 @@ def _backward(
         if of_S:
             ends.append({n: v[None, :] for n, v in of_S.items()})
         g_RS = t_RS * sum(of["target"] for of in ends)
-        if pairs.each is not None:
+        if each is not None:
             one = jnp.ones_like(s_RS)
-            _, d_RS = jax.jvp(lambda s: pairs.each(s, t_RS), (s_RS,), (one,))
+            _, d_RS = jax.jvp(lambda s: each(s, t_RS), (s_RS,), (one,))
             return g_RS + drop(sum(of["each"] for of in ends) * d_RS)
         kept_RS = s_RS if keep_RS is None else jnp.where(keep_RS, s_RS, -jnp.inf)
         return g_RS + sum(of["lse"] * jnp.exp(kept_RS - of["at"]) for of in ends)
@@ -434,7 +436,7 @@ def _reduce(
 
 
 def _reduce_fwd(sweep: Sweep, *args: PyTree) -> tuple[Any, Any]:
-    out = _reduce(sweep, *args)
+    out = typing.cast(tuple[Stats, Stats], _reduce(sweep, *args))
     lse = None if sweep.pairs.each else tuple(o["lse"] if o else None for o in out)
     return out, (args, lse)
 

@@ -30,7 +30,8 @@ _SIZES = ("depth", "embed", "heads", "patch", "vocab", "width")
 def check_fields(module: Any, where: str) -> None:
     """Raises UserError for a size below 1 or an unknown dtype in a model or in one of its parts."""
     for field in dataclasses.fields(module):
-        value, name = getattr(module, field.name), f"{where}.{field.name}"
+        name = f"{where}.{field.name}"
+        value: Any = getattr(module, field.name)
         if field.name in ("parent", "name"):
             continue
         if dataclasses.is_dataclass(value):
