@@ -362,7 +362,7 @@ def _backward(
     lse: tuple[jax.Array | None, ...] | None, cotangents: tuple[Stats, Stats],
 ) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
     """On one device: gradients of params (of its rows' pairs), of its rows x and of its columns y."""
-    pairs, each = sweep.pairs, sweep.pairs.each
+    each = sweep.pairs.each
     name = "lse" if each is None else "each"
     wide_x, wide_y = _wide(x), _wide(y)
     of_rows, of_cols = ({n: c[n] for n in (name, "target")} if c else {} for c in cotangents)

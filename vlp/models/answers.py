@@ -39,7 +39,7 @@ def check_fields(module: Any, where: str) -> None:
         elif field.name in _SIZES and value is not None and value < 1:
             raise check.error(name, value, "1 or more", "change it")
         elif field.name == "dtype" and value not in DTYPES:
-            raise check.unknown(name, value, DTYPES)
+            raise check.unknown(name, str(value), DTYPES)
 
 
 @functools.lru_cache(maxsize=16)
