@@ -381,8 +381,8 @@ def _backward(
             ends.append({n: v[None, :] for n, v in of_S.items()})
         g_RS = t_RS * sum(of["target"] for of in ends)
         if each is not None:
-            one = jnp.ones_like(s_RS)
-            _, d_RS = jax.jvp(lambda s: each(s, t_RS), (s_RS,), (one,))
+            curve, one = each, jnp.ones_like(s_RS)
+            _, d_RS = jax.jvp(lambda s: curve(s, t_RS), (s_RS,), (one,))
             return g_RS + drop(sum(of["each"] for of in ends) * d_RS)
         kept_RS = s_RS if keep_RS is None else jnp.where(keep_RS, s_RS, -jnp.inf)
         return g_RS + sum(of["lse"] * jnp.exp(kept_RS - of["at"]) for of in ends)
