@@ -36,7 +36,7 @@ def check_fields(module: Any, where: str) -> None:
             continue
         if dataclasses.is_dataclass(value):
             check_fields(value, name)
-        elif field.name in _SIZES and value is not None and value < 1:
+        elif field.name in _SIZES and isinstance(value, int) and value < 1:
             raise check.error(name, value, "1 or more", "change it")
         elif field.name == "dtype" and value not in DTYPES:
             raise check.unknown(name, str(value), DTYPES)
