@@ -237,3 +237,12 @@ if __name__ == "__main__":
     logging.root.handlers.clear()  # Grain's, which would keep the command from setting its own
     register_toy()
     sys.exit(cli.main())
+
+
+def inner_jaxprs(eqn):
+    """The jaxprs inside of an equation: bodies of loops, branches, calls."""
+    for value in eqn.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield inner

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from flax.core import FrozenDict
 
 from vlp.core import tree
@@ -229,7 +230,7 @@ def test_double_precision_stays_double(random_params, image):
             )
             if kinds == ("convert_element_type", np.float64, np.float32):
                 yield eqn
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in runs.inner_jaxprs(eqn):
                 yield from conversions(inner)
 
     with jax.enable_x64(True):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from vlp.core import tree
 from vlp.models.layers import REMAT, Norm, Stack, drop, fold
@@ -118,7 +119,7 @@ def test_half_precision_keeps_softmax_and_norms_in_float32():
     def walk(jaxpr):
         for eqn in jaxpr.eqns:
             types.setdefault(eqn.primitive.name, set()).add(eqn.outvars[0].aval.dtype.name)
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in runs.inner_jaxprs(eqn):
                 walk(inner)
 
     walk(jaxpr.jaxpr)

@@ -18,8 +18,8 @@ from vlp.train import state as states
 from vlp.train.step import train_step
 
 PX, LENGTH = 16, 8
-# Compiles twice as fast; drop it if an XLA no longer knows the option.
-QUICK = {"xla_cpu_use_fusion_emitters": False}
+# Compiles twice as fast; newer XLAs no longer know the option.
+QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
