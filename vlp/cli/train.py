@@ -1,8 +1,14 @@
 """`vlp train`: trains or continues a run."""
 
 import argparse
+import pathlib
 
 from vlp.cli.main import compilation_cache
+
+SEVERAL = (
+    "Start the same command on every host; on Cloud TPU and under srun nothing need be given. Also by "
+    "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; --coordinator none: this process is alone."
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,15 +21,33 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--profile", default="", metavar="A:B", help="trace steps A to B into DIR/profile (XProf)"
     )
+    several = parser.add_argument_group("several processes", SEVERAL)
+    several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    several.add_argument(
+        "--wait-secs", type=float, metavar="S", help="how long to wait for the others (default: 50)"
+    )
     parser.epilog = "Any value can be overridden: --config.section.key=value"
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from vlp.core.config import load
-    from vlp.train import loop, profile
+    from vlp.train import hosts, loop, profile, stages, workdir
 
     config = load(args.config, args.overrides)
     steps = profile.parse(args.profile) if args.profile else None
     compilation_cache()
-    return loop.run(config, args.workdir, steps)
+    place = hosts.find(args.coordinator, args.processes, args.process)
+    if place is None:
+        return loop.run(config, args.workdir, steps)
+    facts = {
+        "config": stages.fixed(config, stages.LOCAL),
+        "profile": args.profile,
+        "versions": workdir.code_versions(),
+    }
+    with hosts.joined(
+        place, facts, pathlib.Path(args.workdir).absolute(), args.wait_secs or hosts.SECS
+    ):
+        return loop.run(config, args.workdir, steps)

@@ -19,12 +19,13 @@ from vlp.core.config import plain
 from vlp.core.types import Apply
 from vlp.data.loader import start_plan
 from vlp.evals.io import IO
+from vlp.train import hosts
 from vlp.train import workdir as files
 from vlp.train.clock import Clock
 from vlp.train.enter import check_start, enter
 from vlp.train.parts import Parts, prepare
 from vlp.train.profile import check_range
-from vlp.train.session import Session, last_meta, open_session, save
+from vlp.train.session import Session, description_of_data, last_meta, open_session, save
 from vlp.train.sinks import check_sinks
 from vlp.train.stages import parse
 from vlp.train.state import State
@@ -44,19 +45,22 @@ def run(
     profile: first and last step of the run (from 1) to trace.
     """
     resolved: dict[str, Any] = plain(config)
-    settings, stages = parse(resolved)
     workdir = pathlib.Path(directory).absolute()
-    files.check_config(workdir, resolved)
-    check_sinks(settings.sinks)
-    check_platform(settings.platform)
-    mesh = meshes.make(settings.mesh)
+    with hosts.together("start"):
+        settings, stages = parse(resolved)
+        files.check_config(workdir, resolved)
+        check_sinks(settings.sinks)
+        check_platform(settings.platform)
+        mesh = meshes.make(settings.mesh)
     with jax.set_mesh(mesh), Stop() as stop:
         meta = last_meta(workdir)
         position = meta["position"] if meta else {"step": 0, "stage": 0, "stage_step": 0}
         total = stages[-1].start_step + stages[-1].num_steps
-        check_range(profile, position["step"], total)
-        all_parts = [prepare(stage, settings, mesh) for stage in stages]
-        check_start(all_parts, position, meta)
+        with hosts.together("config.data") as said:
+            check_range(profile, position["step"], total)
+            all_parts = [prepare(stage, settings, mesh) for stage in stages]
+            check_start(all_parts, position, meta)
+            said |= {parts.stage.name: description_of_data(parts) for parts in all_parts}
         session = open_session(
             resolved, settings, workdir, mesh, stop, all_parts[0], position, profile
         )
@@ -133,17 +137,17 @@ def feed(
 ) -> Iterator[dict[str, jax.Array]]:
     """Global device batches from a stage's step on: the samples are a function of how many were seen."""
     stage = parts.stage
-    hosts = {"host": jax.process_index(), "num_hosts": jax.process_count()}
+    place = {"host": jax.process_index(), "num_hosts": jax.process_count()}
     streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
     for name, data in parts.datasets.items():
         batch = stage.streams[name].batch if name else stage.batch
         start = (stage.streams[name] if name else stage).start_samples + stage_step * batch
         num = stage.num_steps - stage_step
-        plan = start_plan(data, batch=batch, samples=num * batch, num_hosts=hosts["num_hosts"])
+        plan = start_plan(data, batch=batch, samples=num * batch, num_hosts=place["num_hosts"])
         log.info("%s: %s", f"data of stream {name!r}" if name else "data", plan)
-        bad = workdir / f"quarantine_{hosts['host']}.jsonl"
+        bad = workdir / f"quarantine_{place['host']}.jsonl"
         streams[name] = data.train_iter(
-            start=start, batch=batch, num_batches=num, seed=seed, quarantine=bad, **hosts
+            start=start, batch=batch, num_batches=num, seed=seed, quarantine=bad, **place
         )
     for rows in zip(*streams.values()):
         named = {

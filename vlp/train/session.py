@@ -15,7 +15,7 @@ from vlp.ckpt.manager import Checkpoints
 from vlp.core import tree
 from vlp.core.config import plain
 from vlp.optim import make as optimisers
-from vlp.train import sinks
+from vlp.train import hosts, sinks
 from vlp.train import workdir as files
 from vlp.train.parts import Parts
 from vlp.train.profile import Profile
@@ -55,7 +55,8 @@ def open_session(
     profile: tuple[int, int] | None = None,
 ) -> Session:
     """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
-    lock = files.lock(workdir)
+    with hosts.together("--workdir"):
+        lock = files.lock(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints)
     checkpoints.set_aside_after(position["step"])
     versions = files.versions() | {"data": getattr(first.main.source, "info", {})}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlp.core import check
@@ -23,9 +23,17 @@ from vlp.optim.make import Optim
 from vlp.optim.schedules import Schedule
 
 # What may change between two starts of one run: the numbers do not depend on it (data is known by its fingerprint).
-FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "platform", "data.workers",
-        "data.read_threads", "data.prefetch", "data.cache_decoded", "data.cache_mb", "data.path",
-        "hang_secs", "sinks")  # fmt: skip
+# LOCAL: what may also differ between the processes of one run.
+LOCAL = (
+    "data.workers",
+    "data.read_threads",
+    "data.prefetch",
+    "data.cache_decoded",
+    "data.cache_mb",
+    "data.path",
+)
+FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "platform",
+        "hang_secs", "sinks", *LOCAL)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +194,11 @@ def _build(
     return stage
 
 
-def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that determines the numbers: what a workdir's run must agree on."""
+def fixed(config: Mapping[str, Any], free: Sequence[str] = FREE) -> dict[str, Any]:
+    """A config without its free keys. By default: what determines the numbers, a workdir's run must agree on."""
     out = plain(config)
     for section in (out, *out.get("stages", [])):
-        for path in FREE:
+        for path in free:
             node: Any = section
             *parents, last = path.split(".")
             for part in parents:

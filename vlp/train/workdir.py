@@ -24,6 +24,7 @@ from vlp.train import stages
 from vlp.train.sinks import Sink
 
 log = logging.getLogger(__name__)
+SHARED = ".shared"  # suffix of the file by which hosts see that they share the workdir; caches show it when it is gone
 
 
 class Metrics:
@@ -119,7 +120,7 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         if (workdir / "checkpoints").is_dir():
             do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
             raise check.error(f"--workdir {workdir}", "a run without config.json", "its config", do)
-        if workdir.is_dir() and any(workdir.iterdir()):
+        if workdir.is_dir() and any(p for p in workdir.iterdir() if p.suffix != SHARED):
             do = "choose an empty or new directory"
             raise check.error(
                 f"--workdir {workdir}", "a directory with other files", "a run or nothing", do
@@ -167,16 +168,18 @@ def lock(workdir: pathlib.Path) -> IO[str]:
     return file
 
 
-def versions() -> dict[str, Any]:
-    """What a result depends on beside the config: packages, git commit, device."""
+def code_versions() -> dict[str, Any]:
+    """What is installed: packages, git commit. Starts no device."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     found = {name: importlib.metadata.version(name) for name in names}
+    return {"vlp": __version__, "git": _git(), "python": platform.python_version(), **found}
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on beside the config: packages, git commit, device."""
     devices = jax.devices()
     return {
-        "vlp": __version__,
-        "git": _git(),
-        "python": platform.python_version(),
-        **found,
+        **code_versions(),
         "platform": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),

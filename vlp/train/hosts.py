@@ -1,0 +1,390 @@
+"""Runs of several processes (hosts): who takes part, a roll call before JAX waits for anyone, and joint decisions.
+
+`jax.distributed` waits in silence for a process that never starts, and dies of a fatal error when its patience ends. So
+all processes first meet at the coordinator's own port, by plain TCP: who is missing, differs from process 0 in code or
+config, or does not see its workdir is named by all that are there, in one line, within `secs`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import secrets
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlp.core import check
+from vlp.core.config import difference, plain
+from vlp.train.workdir import SHARED
+
+log = logging.getLogger(__name__)
+SECS = 50.0  # how long a process waits for the others; with its own start this stays below a minute
+_SEE_SECS = (
+    10.0  # how long a file of process 0 may take to show on another host (NFS caches directories)
+)
+_LINE = 1 << 24  # bytes of one message at most: a config
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process stands. coordinator: "host:port" of process 0. local: its devices, if not all there are."""
+
+    coordinator: str
+    num: int
+    process: int
+    local: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        host, _, port = self.coordinator.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+            do = "give the address of process 0"
+            raise check.error("--coordinator", repr(self.coordinator), "HOST:PORT", do)
+        if self.num < 1 or not 0 <= self.process < self.num:
+            got = f"process {self.process} of {self.num}"
+            do = "number the processes from 0"
+            raise check.error("--process", got, f"one of 0 … {self.num - 1}", do)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+def find(coordinator: str = "", num: int | None = None, process: int | None = None) -> Place | None:
+    """This process's place: as given, else by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else of
+    the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes) as JAX detects it. None: it is alone ("none" insists on it).
+    """
+    if coordinator == "none":
+        return None
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    num = _number("JAX_NUM_PROCESSES") if num is None else num
+    process = _number("JAX_PROCESS_ID") if process is None else process
+    if coordinator and num is not None and process is not None:
+        return Place(coordinator, num, process)
+    given = (coordinator or None, num, process)
+    coordinator, num, process, local = _detected(*given)
+    if coordinator is None or num is None or process is None:
+        if given == (None, None, None):
+            return None
+        got = ", ".join(f"{k}={v}" for k, v in zip(("coordinator", "processes", "process"), given))
+        do = "give --coordinator HOST:PORT --processes N --process I (or none of them on a cluster)"
+        raise check.error("vlp train", got, "all three", do)
+    return None if num == 1 else Place(coordinator, num, process, local)
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise check.error(name, repr(text), "a number", "correct it")
+    return int(text) if text else None
+
+
+def _detected(*given: Any) -> tuple[Any, Any, Any, tuple[int, ...] | None]:
+    """What JAX would fill in by itself; it has no public function that tells without waiting for others."""
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        detect = ClusterEnv.auto_detect_unset_distributed_params
+        coordinator, num, process, local = detect(*given, None, None, int(SECS))
+    except (
+        ImportError,
+        AttributeError,
+        TypeError,
+        OSError,
+    ) as e:  # other insides; no metadata server
+        log.warning("no cluster found (%s); if this is one, give --coordinator", e)
+        return *given, None
+    except RuntimeError as e:  # the coordinator's name is not known
+        raise check.error("hosts", str(e), "process 0 to be up", "start it") from e
+    return coordinator, num, process, None if local is None else tuple(local)
+
+
+@contextlib.contextmanager
+def joined(
+    place: Place | None, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float = SECS
+) -> Iterator[None]:
+    """Inside, this process is one of the run's; nothing for a place of None.
+
+    facts: what must be the same everywhere (config, versions). An error inside ends the process at once: leaving
+    politely would make JAX wait for processes that wait for this one.
+    """
+    if place is None or place.num == 1:
+        yield
+        return
+    roll_call(place, facts, workdir, secs)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.num,
+        place.process,
+        place.local,
+        cluster_detection_method="deactivate",  # all was detected
+        shutdown_timeout_seconds=60,
+    )
+    try:
+        _check_devices()
+        log.info("process %d of %d, on %s", place.process, place.num, _host())
+        if place.process:  # process 0 speaks for all
+            logging.getLogger().setLevel(logging.WARNING)
+        yield
+    except BaseException as error:
+        if isinstance(error, check.UserError):
+            print(f"vlp: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, check.UserError) else 1)
+    jax.distributed.shutdown()
+
+
+def _check_devices() -> None:
+    counts = np.bincount([d.process_index for d in jax.devices()], minlength=jax.process_count())
+    if len(set(counts.tolist())) > 1:
+        odd = int(np.argmax(counts != np.bincount(counts).argmax()))
+        usual = int(np.bincount(counts).argmax())
+        do = "look at its accelerators and installation"
+        raise check.error(f"process {odd}", f"{counts[odd]} devices", f"{usual} as others", do)
+
+
+# ---- the roll call
+
+
+def roll_call(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> None:
+    """Returns once all processes are there, agree on `facts` and see the workdir of process 0; else raises UserError
+    on all that are there."""
+    facts = {"processes": place.num, **facts}
+    if place.process == 0:
+        problem = asyncio.run(_lead(place, facts, workdir, secs))
+    else:
+        problem = _follow(place, facts, workdir, secs)
+    if problem:
+        raise check.UserError(problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guest:
+    host: str
+    facts: Mapping[str, Any]
+    until: float  # when it must have an answer
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def tell(self, **message: Any) -> None:
+        self.writer.write(json.dumps(message).encode() + b"\n")
+
+
+async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
+    """Process 0: collects the others and tells all of them the verdict, which it returns ("": go on)."""
+    here: dict[int, _Guest] = {}
+    news = asyncio.Event()
+    twice: list[str] = []
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            hello = json.loads(await asyncio.wait_for(reader.readline(), 10))
+            number, host, until = hello["process"], hello["host"], time.monotonic() + hello["left"]
+            guest = _Guest(host, hello["facts"], until, reader, writer)
+        except (TimeoutError, ValueError, KeyError, TypeError, OSError):
+            writer.close()  # no process of ours
+            return
+        if number in here and not here[number].reader.at_eof():
+            twice.append(f"process {number} twice (on {here[number].host} and {host})")
+        here[number] = guest
+        news.set()
+
+    until = time.monotonic() + secs
+    try:
+        server = await asyncio.start_server(
+            greet, None, place.address[1], limit=_LINE, backlog=1024
+        )
+    except OSError as e:
+        do = "stop what uses the port, or choose another"
+        raise check.error(
+            f"--coordinator {place.coordinator}", e.strerror, "a free port", do
+        ) from e
+    async with server:
+        while len(here) < place.num - 1 and not twice:
+            left = min([until, *(g.until for g in here.values())]) - time.monotonic()
+            try:
+                await asyncio.wait_for(news.wait(), left)
+            except TimeoutError:
+                break
+            news.clear()
+        problem = _verdict(place, facts, here, twice, secs)
+        if not problem:
+            problem = await _shared(workdir, here)
+        for guest in here.values():
+            guest.tell(problem=problem)
+        with contextlib.suppress(asyncio.TimeoutError):  # they hang up first: the port is free then
+            reads = (guest.reader.read() for guest in here.values())
+            await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 5)
+        for guest in here.values():
+            guest.writer.close()
+    return problem
+
+
+def _verdict(
+    place: Place,
+    facts: Mapping[str, Any],
+    here: Mapping[int, _Guest],
+    twice: list[str],
+    secs: float,
+) -> str:
+    """What is wrong with those who came, as an error's message; "" if nothing is."""
+    if twice:
+        do = "give each its own --process"
+        return str(check.error("hosts", twice[0], "each process once", do))
+    for number, guest in sorted(here.items()):
+        if changes := difference(plain(facts), plain(guest.facts)):
+            more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+            where, expected = f"process {number} on {guest.host}", "what process 0 has"
+            do = "start all with the same command and the same code"
+            return str(check.error(where, f"another {changes[0]}{more}", expected, do))
+    missing = [n for n in range(1, place.num) if n not in here]
+    if missing:
+        known = ", ".join(f"{n} on {g.host}" for n, g in sorted(here.items())[:8])
+        got = f"{1 + len(here)} of {place.num} processes within {secs:.0f} s; missing: {numbers(missing)}"
+        do = "start the missing ones, or look at their output"
+        return str(check.error("hosts", got, f"all (here: 0 on {_host()}, {known})", do))
+    return ""
+
+
+async def _shared(workdir: pathlib.Path, here: Mapping[int, _Guest]) -> str:
+    """Writes a token beside the workdir's future files and asks all whether they see it."""
+    made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+    token = workdir / f".{secrets.token_hex(8)}{SHARED}"
+    do = "give a --workdir that all hosts share (NFS, a bucket mounted)"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as e:
+        do = "choose another --workdir"
+        return str(check.error(f"--workdir {workdir}", str(e), "a directory to write to", do))
+    try:
+        for guest in here.values():
+            guest.tell(token=str(token))
+        for number, guest in sorted(here.items()):
+            try:
+                answer = json.loads(await asyncio.wait_for(guest.reader.readline(), 2 * _SEE_SECS))
+            except (TimeoutError, ValueError, OSError):
+                return str(
+                    check.error(
+                        f"process {number} on {guest.host}", "no answer", "one", "look at it"
+                    )
+                )
+            if not answer["seen"]:
+                got = f"not shared: process {number} on {guest.host} does not see what process 0 wrote"
+                return str(check.error(f"--workdir {workdir}", got, "one directory for all", do))
+    finally:
+        token.unlink(missing_ok=True)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    return ""
+
+
+def _follow(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
+    """Any other process: goes to process 0, and returns its verdict ("": go on)."""
+    until = time.monotonic() + secs
+    silent = "no answer"
+    while (left := until - time.monotonic()) > 0:
+        try:
+            with socket.create_connection(place.address, timeout=min(left, 5)) as line:
+                line.settimeout(left + 3 * _SEE_SECS)
+                hello = {"process": place.process, "host": _host(), "left": left, "facts": facts}
+                line.sendall(json.dumps(plain(hello)).encode() + b"\n")
+                with line.makefile("rb") as answers:
+                    message = json.loads(answers.readline(_LINE))
+                    if "token" in message:
+                        seen = _sees(workdir / pathlib.Path(message["token"]).name)
+                        line.sendall(json.dumps({"seen": seen}).encode() + b"\n")
+                        message = json.loads(answers.readline(_LINE))
+                    return message["problem"]
+        except (OSError, ValueError) as e:  # refused, unreachable, hung up
+            silent = getattr(e, "strerror", None) or "hung up"
+            time.sleep(min(0.25, max(until - time.monotonic(), 0)))
+    got = f"no answer from process 0 at {place.coordinator} within {secs:.0f} s ({silent})"
+    do = "start process 0, or check the address and whether the port is open"
+    return str(check.error("hosts", got, "the coordinator", do))
+
+
+def _sees(path: pathlib.Path) -> bool:
+    until = time.monotonic() + _SEE_SECS
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # makes NFS look again
+        time.sleep(0.2)
+    return True
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def numbers(values: list[int]) -> str:
+    """[2, 3, 4, 9] → "2-4, 9"."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+# ---- joint decisions
+
+
+@contextlib.contextmanager
+def together(where: str) -> Iterator[dict[str, Any]]:
+    """What one process refuses inside, all refuse. Put into the dict what must be the same everywhere.
+
+    Nothing inside may wait for other processes. Outside a run of several it does nothing.
+    """
+    said: dict[str, Any] = {}
+    if jax.process_count() == 1:
+        yield said
+        return
+    error: Exception | None = None
+    try:
+        yield said
+    except Exception as e:
+        error = e
+    problem = "" if error is None else str(error) or repr(error)
+    answers = _gather({"host": _host(), "problem": problem, "said": plain(said)})
+    if error is not None:
+        raise error
+    for number, answer in enumerate(answers):
+        if answer["problem"]:
+            raise check.UserError(f"process {number} on {answer['host']}: {answer['problem']}")
+    for number, answer in enumerate(answers):
+        if changes := difference(answers[0]["said"], answer["said"]):
+            got, do = f"another {changes[0]}", "make them equal"
+            where = f"{where}: process {number} on {answer['host']}"
+            raise check.error(where, got, "what process 0 has", do)
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every process's value, by process."""
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.process_allgather(np.int32(len(data))).max())
+    rows = multihost_utils.process_allgather(
+        np.pad(data, (0, size - len(data)), constant_values=32)
+    )
+    return [json.loads(bytes(row)) for row in np.asarray(rows)]
