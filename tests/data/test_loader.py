@@ -53,10 +53,25 @@ def test_shapes_and_dtypes(dataset):
 def test_hosts_and_threads_cannot_change_the_batches(dataset, num_hosts, threads):
     data = dataclasses.replace(SHAPES, read_threads=threads, cache_decoded=threads > 0)
     d = loader.open_dataset(data)
-    arguments = {"start": 29, "batch": 24, "num_batches": 3, "seed": 4, "num_hosts": num_hosts}
-    hosts = [list(d.train_iter(host=h, **arguments)) for h in range(num_hosts)]
+    arguments = {"start": 29, "batch": 24, "num_batches": 3, "seed": 4}
+    rows = [[order.host_rows(24, h, num_hosts)] for h in range(num_hosts)]
+    hosts = [list(d.train_iter(rows=r, **arguments)) for r in rows]
     for i in range(3):
         assert_equal(joined([h[i] for h in hosts]), dataset.batch_at(29 + 24 * i, 24, 4))
+
+
+def test_hosts_whose_rows_are_no_neighbours(dataset):
+    """As on a folded TPU mesh: blocks of rows here and there, replaced records told for each."""
+    data = dataclasses.replace(SHAPES, read_threads=0)
+    arguments = {"start": 5, "batch": 8, "num_batches": 2, "seed": 4}
+    blocks = [range(0, 2), range(4, 7)]
+    found = list(loader.open_dataset(data).train_iter(rows=blocks, **arguments))
+    for i, batch in enumerate(found):
+        whole = dataset.batch_at(5 + 8 * i, 8, 4)
+        assert_equal(batch, {k: x[[0, 1, 4, 5, 6]] for k, x in whole.items()})
+    whole = dataset.eval_batch(1, 8)
+    (_, batch, *_) = dataset.eval_iter(8, blocks)
+    assert_equal(batch, {k: x[[0, 1, 4, 5, 6]] for k, x in whole.items()})
 
 
 def test_every_record_once_per_epoch(dataset):
@@ -91,7 +106,8 @@ def test_rows_may_be_a_slice(dataset):
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4])
 def test_evaluation_is_one_padded_pass(dataset, num_hosts):
-    hosts = [list(dataset.eval_iter(16, h, num_hosts)) for h in range(num_hosts)]
+    rows = [[order.host_rows(16, h, num_hosts)] for h in range(num_hosts)]
+    hosts = [list(dataset.eval_iter(16, r)) for r in rows]
     assert {len(h) for h in hosts} == {3} == {dataset.num_eval_batches(16)}
     rows = joined([joined([h[i] for h in hosts]) for i in range(3)])
     assert rows["mask"].tolist() == [True] * 37 + [False] * 11
@@ -104,7 +120,7 @@ def test_evaluation_is_one_padded_pass(dataset, num_hosts):
 
 def test_hosts_wholly_in_the_padding_still_yield():
     d = loader.open_dataset(dataclasses.replace(SHAPES, num_records=3))
-    batches = list(d.eval_iter(8, host=3, num_hosts=4))
+    batches = list(d.eval_iter(8, [range(6, 8)]))
     assert len(batches) == 1 and not batches[0]["mask"].any() and batches[0]["image"].shape[0] == 2
 
 
@@ -172,9 +188,9 @@ def test_bad_configs_are_told_at_open(change, message):
         loader.open_dataset(dataclasses.replace(SHAPES, **change))
 
 
-def test_uneven_hosts_are_refused_before_reading(dataset):
-    with pytest.raises(check.UserError, match="multiple of 3"):
-        dataset.train_iter(start=0, batch=16, num_batches=1, seed=0, num_hosts=3)
+def test_rows_outside_of_the_batch_are_refused_before_reading(dataset):
+    with pytest.raises(check.UserError, match="a block of 0 … 16"):
+        dataset.train_iter(start=0, batch=16, num_batches=1, seed=0, rows=[range(8, 24)])
 
 
 def test_no_warnings(dataset):

@@ -378,9 +378,7 @@ class Dataset:
         stream position).
         """
         rows = range(batch) if rows is None else rows
-        rows = range(batch)[rows] if isinstance(rows, slice) else rows
-        if rows.step != 1 or not 0 <= rows.start <= rows.stop <= batch:
-            raise check.error("rows", rows, f"a block of 0 … {batch}", "use order.host_rows")
+        (rows,) = _blocks([range(batch)[rows] if isinstance(rows, slice) else rows], batch)
         return self._train_batch(start + rows.start, len(rows), seed, carry=False)
 
     def _train_batch(self, first: int, count: int, seed: int, carry: bool = True) -> dict:
@@ -395,18 +393,17 @@ class Dataset:
         batch: int,
         num_batches: int,
         seed: int,
-        host: int = 0,
-        num_hosts: int = 1,
+        rows: Sequence[range] | None = None,
         quarantine: str | os.PathLike | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields this host's rows of `num_batches` global batches from stream position `start` on.
+        """Yields rows (blocks of them, default: all) of `num_batches` global batches from stream position `start` on.
 
         `start` is the number of samples seen so far and need not be a multiple of anything. What
         was replaced is counted in `tally`, and listed in the file `quarantine` if given: one JSON
         line a record, which `Data.skip` reads. Raises: `UserError` past `max_bad_frac`.
         """
-        rows = order.host_rows(batch, host, num_hosts)
-        batches = _iterate(_TrainBatch(self, start, batch, seed, rows), num_batches, self.data)
+        blocks = _blocks(rows, batch)
+        batches = _iterate(_TrainBatch(self, start, batch, seed, blocks), num_batches, self.data)
         return self._watched(batches, seed, quarantine)
 
     def _watched(
@@ -460,18 +457,18 @@ class Dataset:
         return -(-self.num_records // batch)
 
     def eval_iter(
-        self, batch: int, host: int = 0, num_hosts: int = 1
+        self, batch: int, rows: Sequence[range] | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields one pass in record order, without augmentation; "uniform" captions become "first".
 
-        Every host yields equally many full batches: rows past the end repeat the last record and
-        have mask False.
+        Every host yields equally many full batches of its rows (default: all): rows past the end
+        repeat the last record and have mask False.
         """
-        rows = order.host_rows(batch, host, num_hosts)
+        blocks = _blocks(rows, batch)
         quiet = dataclasses.replace(
             self.data, workers=0
         )  # starting processes costs more than one pass
-        return _iterate(_EvalBatch(self, batch, rows), self.num_eval_batches(batch), quiet)
+        return _iterate(_EvalBatch(self, batch, blocks), self.num_eval_batches(batch), quiet)
 
     def eval_batch(
         self, number: int, batch: int, rows: range | None = None
@@ -655,11 +652,13 @@ class _TrainBatch:
     start: int
     batch: int
     seed: int
-    rows: range
+    blocks: tuple[range, ...]
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        first = self.start + int(number) * self.batch + self.rows.start
-        return self.dataset._train_batch(first, len(self.rows), self.seed)
+        first = self.start + int(number) * self.batch
+        return _joined(
+            [self.dataset._train_batch(first + b.start, len(b), self.seed) for b in self.blocks]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -668,10 +667,26 @@ class _EvalBatch:
 
     dataset: Dataset
     batch: int
-    rows: range
+    blocks: tuple[range, ...]
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        return self.dataset.eval_batch(int(number), self.batch, self.rows)
+        return _joined([self.dataset.eval_batch(int(number), self.batch, b) for b in self.blocks])
+
+
+def _blocks(rows: Sequence[range] | None, batch: int) -> tuple[range, ...]:
+    blocks = (range(batch),) if rows is None else tuple(rows)
+    for block in blocks:
+        if block.step != 1 or not 0 <= block.start < block.stop <= batch:
+            raise check.error("rows", block, f"a block of 0 … {batch}", "use order.host_rows")
+    return blocks
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Blocks of rows as one batch; what was counted of them is added up."""
+    if len(parts) == 1:
+        return parts[0]
+    out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != _SECS}
+    return out | ({_SECS: sum(p[_SECS] for p in parts)} if _SECS in parts[0] else {})
 
 
 def _iterate(make: Callable[[int], dict], num_batches: int, data: Data) -> Iterator[dict]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlp.core import local
 from vlp.core import mesh as meshes
 from vlp.core.types import Evaluator
 from vlp.data.loader import Data, Dataset, open_dataset
@@ -59,10 +60,10 @@ def batches(
 ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
     """One pass: (global device batch, mask over its rows on the host). The last batch is filled up and masked."""
     meshes.check_batch(batch, mesh, where="config.evals: batch")
-    hosts = (jax.process_index(), jax.process_count())
-    for i, rows in enumerate(dataset.eval_iter(batch, *hosts)):
+    mine = local.rows(batch, mesh)
+    for i, leaves in enumerate(dataset.eval_iter(batch, mine)):
         mask_B = np.arange(i * batch, (i + 1) * batch) < dataset.num_records
-        yield meshes.to_global(rows, mesh), mask_B
+        yield meshes.to_global(leaves, mesh), mask_B
 
 
 def data_uri(image: np.ndarray) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from vlp.core import check
+from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
 from vlp.evals import io as ios
@@ -115,10 +115,9 @@ def embed_classes(
     texts = [p for phrase in phrases for p in prompts(phrase, zeroshot.templates)]
     ids_NL = np.stack([io.tokenizer.encode(text, io.data.text_len) for text in texts])
     run, found = apply.jit(_text), []
-    hosts, host = jax.process_count(), jax.process_index()
+    mine_b = np.concatenate([np.arange(b.start, b.stop) for b in local.rows(zeroshot.batch, mesh)])
     for start in range(0, len(ids_NL), zeroshot.batch):
-        rows = np.minimum(np.arange(start, start + zeroshot.batch), len(ids_NL) - 1)
-        mine = ids_NL[np.split(rows, hosts)[host]].astype(np.int32)
+        mine = ids_NL[np.minimum(start + mine_b, len(ids_NL) - 1)].astype(np.int32)
         zt_BE = meshes.to_host(run(meshes.to_global({"text": mine}, mesh)["text"]))
         found.append(zt_BE[: len(ids_NL) - start])
     zt_NE = unit(np.concatenate(found))

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vlp.core import check
+from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
@@ -137,21 +137,27 @@ def feed(
 ) -> Iterator[dict[str, jax.Array]]:
     """Global device batches from a stage's step on: the samples are a function of how many were seen."""
     stage = parts.stage
-    place = {"host": jax.process_index(), "num_hosts": jax.process_count()}
     streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
     for name, data in parts.datasets.items():
         batch = stage.streams[name].batch if name else stage.batch
         start = (stage.streams[name] if name else stage).start_samples + stage_step * batch
         num = stage.num_steps - stage_step
-        plan = start_plan(data, batch=batch, samples=num * batch, num_hosts=place["num_hosts"])
+        plan = start_plan(data, batch=batch, samples=num * batch, num_hosts=jax.process_count())
         log.info("%s: %s", f"data of stream {name!r}" if name else "data", plan)
-        bad = workdir / f"quarantine_{place['host']}.jsonl"
+        bad = workdir / f"quarantine_{jax.process_index()}.jsonl"
         streams[name] = data.train_iter(
-            start=start, batch=batch, num_batches=num, seed=seed, quarantine=bad, **place
+            start=start,
+            batch=batch,
+            num_batches=num,
+            seed=seed,
+            quarantine=bad,
+            rows=local.rows(batch, mesh),
         )
-    for rows in zip(*streams.values()):
+    for batches in zip(*streams.values()):
         named = {
-            f"{n}.{k}" if n else k: v for n, leaves in zip(streams, rows) for k, v in leaves.items()
+            f"{n}.{k}" if n else k: v
+            for n, leaves in zip(streams, batches)
+            for k, v in leaves.items()
         }
         yield meshes.to_global(named, mesh)
 
