@@ -188,6 +188,7 @@ class _Guest:
 async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
     """Process 0: collects the others and tells all of them the verdict, which it returns ("": go on)."""
     here: dict[int, _Guest] = {}
+    guests: list[_Guest] = []  # beside those here: who came twice
     news = asyncio.Event()
     twice: list[str] = []
 
@@ -202,6 +203,7 @@ async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, s
         if number in here and not here[number].reader.at_eof():
             twice.append(f"process {number} twice (on {here[number].host} and {host})")
         here[number] = guest
+        guests.append(guest)
         news.set()
 
     until = time.monotonic() + secs
@@ -225,12 +227,12 @@ async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, s
         problem = _verdict(place, facts, here, twice, secs)
         if not problem:
             problem = await _shared(workdir, here)
-        for guest in here.values():
+        for guest in guests:
             guest.tell(problem=problem)
         with contextlib.suppress(asyncio.TimeoutError):  # they hang up first: the port is free then
-            reads = (guest.reader.read() for guest in here.values())
+            reads = (guest.reader.read() for guest in guests)
             await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 5)
-        for guest in here.values():
+        for guest in guests:
             guest.writer.close()
     return problem
 
@@ -356,7 +358,7 @@ def together(where: str) -> Iterator[dict[str, Any]]:
     Nothing inside may wait for other processes. Outside a run of several it does nothing.
     """
     said: dict[str, Any] = {}
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         yield said
         return
     error: Exception | None = None
