@@ -41,6 +41,7 @@ extras = {
     "export": ["safetensors>=0.5"],
     "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
     "beam": ["apache-beam>=2.60"],
+    "syntax": ["textblob>=0.19"],
     "hf": ["tokenizers>=0.20"],
     "docs": ["nbclient", "nbformat", "ipykernel"],
     "test": [
@@ -52,7 +53,11 @@ extras = {
     ],
 }
 extras["dev"] = (
-    extras["demo"] + extras["fast"] + extras["test"] + ["ruff>=0.14", "pyright>=1.1.400"]
+    extras["demo"]
+    + extras["fast"]
+    + extras["syntax"]
+    + extras["test"]
+    + ["ruff>=0.14", "pyright>=1.1.400"]
 )
 
 setup(

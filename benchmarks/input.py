@@ -4,10 +4,12 @@
 
 Both read the same tar shards, crop (0.9 … 1 of the area) to 224 px and tokenise to 77 ids; the other one is open_clip's
 own `get_wds_dataset` with its transforms and tokenizer, which needs `pip install open_clip_torch torchvision pandas
-webdataset==0.2.86` (open_clip 3.3 cannot read what newer ones put at the end of a shard).
-Each runs alone in a process of its own without workers, and is charged the CPU seconds of all its threads from its
-second batch on: other work on the machine does not count. Source images are made: fields whose amplitude falls as
-1 / f^1.2 … 1.4 as a photograph's does, JPEG quality 85, about 2 … 3 bits a pixel (`photograph`). Shown beside: the
+webdataset==0.2.86` (open_clip 3.3 cannot read what newer ones put at the end of a shard; `pip install --target DIR` and
+PYTHONPATH=DIR keep it apart). Each is a process of its own without workers or threads. They take turns, batch by batch,
+so that other work on the machine meets both alike, and a batch is charged the CPU seconds of its process (user and
+system), not the time on the wall: images_per_s_per_core. The first batch of each is not counted. Source images are
+made: fields whose amplitude falls as 1 / f^1.2 … 1.4 as a photograph's does, JPEG quality 85, about 2 … 3 bits a pixel
+(`photograph`). Shown beside: the distance of our images from Pillow's antialiased bicubic of the same crops, and the
 resident memory after each epoch.
 """
 
@@ -24,6 +26,8 @@ import tarfile
 import tempfile
 import time
 import types
+from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -73,7 +77,7 @@ def vlp_epochs(directory: str, num: int):
     texts = [" ".join(rng.choice(WORDS, 12)) for _ in range(500)]
     data = loader.Data(
         path=directory, image_px=IMAGE_PX, text_len=TEXT_LEN, langs=(), min_area_frac=0.9,
-        max_aspect=4 / 3, resize="area", bad_records="replace", read_threads=1, prefetch=2,
+        max_aspect=4 / 3, resize="fast", bad_records="replace", read_threads=0,
     )  # fmt: skip
     dataset = loader.open_dataset(data, tokenizer.train(texts, 64, model_type="bpe"))
     start = 0
@@ -88,13 +92,6 @@ def webdataset_epochs(directory: str, num: int):
     import torch
 
     torch.set_num_threads(1)
-    # torchvision's compiled operators are not needed here, but their schemas are when it is imported.
-    schemas = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        try:
-            schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:
-            pass  # the installed torchvision brings it
     import open_clip
     from open_clip_train.data import get_wds_dataset
 
@@ -124,24 +121,98 @@ def resident_mb() -> float:
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
-def measure(loader: str, directory: str, num: int, epochs: int) -> dict:
-    """Reads `epochs` epochs and returns the rates and the memory after each."""
+def distance(directory: str, num: int = 200) -> float:
+    """Mean absolute difference, of 255, between our training images and Pillow's bicubic of the same crops."""
+    from vlp.data import image_ops, order, sources
+
+    source, total = sources.open_path(directory), 0.0
+    options = {"min_area_frac": 0.9, "max_aspect": 4 / 3}
+    for i in range(num):
+        picture = image_ops.Picture(source[i]["image"])
+        rngs = [order.sample_rng(0, "image", i) for _ in range(2)]
+        ours = image_ops.train_image(picture, IMAGE_PX, rngs[0], resize="fast", **options)
+        box, shrink = image_ops.train_box(picture.size, IMAGE_PX, rngs[1].random(8), **options)
+        box = tuple(
+            shrink * round(edge / shrink) for edge in box
+        )  # whole pixels of what we decoded
+        box = (*box[:2], *(min(e, side) for e, side in zip(box[2:], picture.size[::-1])))
+        image = Image.open(io.BytesIO(source[i]["image"])).convert("RGB")
+        theirs = image.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC, box=box)
+        total += np.abs(ours.astype(int) - np.asarray(theirs)).mean()
+    return round(float(total / num), 3)
+
+
+def serve(loader: str, directory: str, num: int) -> None:
+    """Makes a batch for every line on standard input, and answers with its seconds and this process's memory."""
     each = {"vlp": vlp_epochs, "webdataset": webdataset_epochs}[loader](directory, num)
-    images, memory, cpu, wall = 0, [], None, None
-    for _ in range(epochs):
-        for batch in next(each):
-            image = batch["image"] if isinstance(batch, dict) else batch[0]
-            assert len(image) == BATCH
-            if cpu is None:
-                cpu, wall = time.process_time(), time.perf_counter()
-            else:
-                images += BATCH
-        memory.append(resident_mb())
+    batches: Iterator = iter(())
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            batches = next(each)
+            batch = next(batches)
+        image = batch["image"] if isinstance(batch, dict) else batch[0]
+        assert len(image) == BATCH
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        print("RESULT", json.dumps([cpu, wall, resident_mb()]), flush=True)
+
+
+class Server:
+    """A process that runs `serve`."""
+
+    def __init__(self, loader: str, directory: str, num: int, errors: IO):
+        command = [sys.executable, __file__, "--serve", loader, directory, "--num", str(num)]
+        path = [str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        )  # fmt: skip
+
+    def batch(self) -> list[float]:
+        """CPU seconds, seconds and MB of one more batch."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+        raise RuntimeError("a loader's process ended")
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+def compare(directory: str, num: int, epochs: int) -> dict[str, dict]:
+    """Rates and memory of both loaders, which take turns."""
+    with tempfile.TemporaryFile("w+") as errors:
+        servers = {n: Server(n, directory, num, errors) for n in ("vlp", "webdataset")}
+        secs = {n: np.zeros(2) for n in servers}
+        memory: dict[str, list[float]] = {n: [] for n in servers}
+        try:
+            for step in range(epochs * (num // BATCH)):
+                for name, server in servers.items():
+                    *taken, mb = server.batch()
+                    secs[name] += taken if step else [0, 0]
+                    if (step + 1) % (num // BATCH) == 0:
+                        memory[name].append(round(mb, 1))
+        except RuntimeError:
+            errors.seek(0)
+            sys.exit(errors.read()[-4000:])
+        finally:
+            for server in servers.values():
+                server.close()
+    images = BATCH * (epochs * (num // BATCH) - 1)
     return {
-        "images_per_s_per_core": round(images / (time.process_time() - cpu), 1),
-        "images_per_s": round(images / (time.perf_counter() - wall), 1),
-        "images": images,
-        "rss_mb": memory,
+        name: {
+            "images_per_s_per_core": round(float(images / secs[name][0]), 1),
+            "images_per_s": round(float(images / secs[name][1]), 1),
+            "images": images,
+            "rss_mb": memory[name],
+        }
+        for name in servers
     }
 
 
@@ -150,34 +221,22 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--one", nargs=2, metavar=("LOADER", "DIRECTORY"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, metavar=("LOADER", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print("RESULT", json.dumps(measure(*args.one, args.num, args.epochs)))
-        return
+    if args.serve:
+        return serve(*args.serve, args.num)
     rows = []
     for source_px in SIZES:
         with tempfile.TemporaryDirectory() as directory:
             bits = make(pathlib.Path(directory), source_px, args.num)
-            for loader in ("vlp", "webdataset"):
-                command = [sys.executable, __file__, "--one", loader, directory]
-                command += ["--num", str(args.num), "--epochs", str(args.epochs)]
-                env = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-                done = subprocess.run(command, capture_output=True, text=True, env=env)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                result = done.stdout.split("RESULT ")[1]
-                rows.append(
-                    {
-                        "loader": loader,
-                        "source_px": source_px,
-                        "bits_per_px": round(bits, 2),
-                        **json.loads(result),
-                    }
-                )
+            shared = {"source_px": source_px, "bits_per_px": round(bits, 2)}
+            far = distance(directory)
+            for loader, found in compare(directory, args.num, args.epochs).items():
+                rows.append({"loader": loader, **shared, **found})
+                rows[-1] |= {"mean_distance_from_bicubic": far} if loader == "vlp" else {}
                 print(rows[-1], flush=True)
-        ratio = rows[-2]["images_per_s_per_core"] / rows[-1]["images_per_s_per_core"]
-        print(f"{source_px} px: {ratio:.2f} times as fast", flush=True)
+        ours, theirs = (r["images_per_s_per_core"] for r in rows[-2:])
+        print(f"{source_px} px: {ours / theirs:.2f} times as many images/s per core", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp.data import image_ops, order
+from vlp.data import image_ops, order, randaugment
 
 RAMP = np.linspace(0, 255, 12 * 16 * 3).reshape(12, 16, 3).astype(np.uint8)
 
@@ -180,30 +180,72 @@ def photograph(height, width, seed=0):
     return rgb.clip(0, 255).astype(np.uint8)
 
 
-class Middle(np.random.Generator):
-    """Draws the middle of every range."""
-
-    def random(self, size):
-        return np.full(size, 0.5)
-
-
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (768, 1024), (1601, 1203)])
-@pytest.mark.parametrize("resize", ["area", "bicubic"])
+@pytest.mark.parametrize(
+    ("height", "width"), [(375, 500), (600, 800), (768, 1024), (1601, 1203), (2300, 2100)]
+)
+@pytest.mark.parametrize("resize", ["fast", "bicubic"])
 def test_scaled_decoding_is_close_to_pillows_bicubic(height, width, resize):
+    """Random crops, at every fraction, against Pillow on the same crop of the whole image."""
     data = encoded(Image.fromarray(photograph(height, width)), "JPEG", quality=85)
-    picture = image_ops.Picture(data)
+    picture, whole = image_ops.Picture(data), Image.open(io.BytesIO(data))
     assert picture.size == (height, width)
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    expected = Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.BICUBIC, box=box)
-    rng = Middle(np.random.Philox(0))
-    out = np.empty((224, 224, 3), np.uint8)
-    found = image_ops.train_image(picture, 224, rng, resize=resize, out=out)
-    assert found is out
-    assert abs(out.astype(int) - np.asarray(expected)).mean() < 2
+    out, seen = np.empty((224, 224, 3), np.uint8), set()
+    for p in range(4):
+        draws = order.sample_rng(0, "image", p).random(8)
+        options = dict(min_area_frac=0.5, max_aspect=4 / 3)
+        box, shrink = image_ops.train_box(picture.size, 224, draws, **options)
+        seen.add(shrink)
+        if resize == "fast":  # whole pixels of what is decoded
+            box = [shrink * round(edge / shrink) for edge in box]
+            box[2:] = min(box[2], width), min(box[3], height)
+        expected = whole.resize((224, 224), Image.Resampling.BICUBIC, box=tuple(box))
+        rng = order.sample_rng(0, "image", p)
+        found = image_ops.train_image(picture, 224, rng, resize=resize, out=out, **options)
+        assert found is out
+        assert abs(out.astype(int) - np.asarray(expected)).mean() < 1.6
+    assert max(seen) == {375: 1, 600: 2, 768: 2, 1601: 4, 2300: 4}[height]
     small, shrink = picture.pixels(2)
     assert shrink == 2 and small.shape == (-(-height // 2), -(-width // 2), 3)
+
+
+@pytest.mark.parametrize("px", [40, 97, 224, 375])
+def test_fast_is_close_to_pillows_bicubic_without_scaled_decoding(px):
+    image = photograph(375, 375)
+    found = image_ops.eval_image(image, px, resize="fast").astype(int)
+    assert abs(found - image_ops.eval_image(image, px)).mean() < 1.8
+    tall = image_ops._fast(image, px, (0, 0, 60, 375), None).astype(int)  # one side enlarged
+    wanted = Image.fromarray(image).resize((px, px), Image.Resampling.BICUBIC, box=(0, 0, 60, 375))
+    assert abs(tall - np.asarray(wanted)).mean() < 1.8
+
+
+def test_randaugment_draws_from_the_generator_alone():
+    image = photograph(32, 32)
+    draw = lambda p, **k: image_ops.train_image(
+        image, 32, order.sample_rng(0, "image", p), **{"randaugment": 2, "magnitude": 9.0} | k
+    )
+    outs = [draw(p) for p in range(60)]
+    np.testing.assert_array_equal(outs[7], draw(7))
+    assert len({o.tobytes() for o in outs}) > 40 and all(o.dtype == np.uint8 for o in outs)
+    np.testing.assert_array_equal(draw(3, randaugment=0), image)
+    flipped = [(draw(p, flip=True) != draw(p)).any() for p in range(30)]  # other draws stay
+    plain = [(draw(p, flip=True, randaugment=0) != image).any() for p in range(30)]
+    assert flipped == plain and 5 < sum(flipped) < 25
+
+
+@pytest.mark.parametrize("name", list(randaugment.OPERATIONS))
+def test_randaugment_operations(name):
+    """Magnitude 0 changes nothing (but for the two that have no magnitude); more changes more."""
+    image = Image.fromarray(photograph(32, 32) // 2 + 40)
+    apply = lambda share, sign=1: np.asarray(randaugment.OPERATIONS[name](image, share, sign))
+    change = [abs(apply(share).astype(int) - np.asarray(image)).mean() for share in (0, 0.5, 1)]
+    if name in ("autocontrast", "equalize"):
+        assert change[0] == change[2] > 0
+    elif name == "identity":
+        assert change == [0, 0, 0]
+    else:
+        assert change[0] < 0.1 and change[1] < change[2] and change[2] > 2
+    signed = ("rotate", "color", "contrast", "brightness", "sharpness")
+    assert (apply(1) != apply(1, -1)).any() == (name in signed or "_" in name)
 
 
 def test_only_jpegs_are_decoded_scaled():
@@ -214,7 +256,7 @@ def test_only_jpegs_are_decoded_scaled():
 @pytest.mark.parametrize("resize", list(image_ops.FILTERS))
 @pytest.mark.parametrize("size", [7, 40])
 def test_every_filter_writes_into_the_buffer(resize, size):
-    options = dict(min_area_frac=0.3, max_aspect=1.5, flip=True, jitter=0.2, resize=resize)
+    options = dict(min_area_frac=0.5, max_aspect=1.5, flip=True, jitter=0.2, resize=resize)
     image = photograph(30, 25)
     for p in range(6):
         out = np.zeros((2, size, size, 3), np.uint8)

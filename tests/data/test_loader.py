@@ -1,6 +1,7 @@
 """Batches: equal for any hosts, workers, threads; every record once; resume anywhere."""
 
 import dataclasses
+import os
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from vlp.core import check
-from vlp.data import loader, order, records
+from vlp.data import loader, order, reads, records
 
 SHAPES = loader.Data(
     source="shapes", num_records=37, image_px=16, captions="uniform", flip=True, jitter=0.2
@@ -155,6 +156,70 @@ def test_shortened_texts_are_drawn_anew_in_every_epoch():
     assert any((epochs[0] != other).any() for other in epochs[1:])
     assert_equal(cut.batch_at(8, 8, 0), cut.batch_at(8, 8, 0))
     assert_equal(cut.eval_batch(0, 8), whole.eval_batch(0, 8))  # evaluations truncate
+
+
+def test_what_batches_tell(dataset_dir):
+    """Truncated texts, reads, bytes, seconds and memory, as sums over what was consumed."""
+    reads.reset()
+    data = loader.Data(
+        path=str(dataset_dir), image_px=8, langs=(), text_len=4, captions="all", num_captions=2,
+        read_threads=0,
+    )  # fmt: skip
+    d = loader.open_dataset(data)
+    reads.news()  # what opening cost
+    batches = list(d.train_iter(start=0, batch=6, num_batches=4, seed=0))
+    row, cut = np.empty(4, np.int32), 0
+    for i in order.record_ids(0, 24, 23, 0).tolist():
+        texts = [c["text"] for c in d.source[i]["captions"]][:2]
+        cut += sum(d.tokenizer.encode_into(t, row) for t in texts)
+    assert 0 < cut < 48 and set(batches[0]) == {"image", "text", "mask", "index", "record"}
+    told = d.tally.metrics()
+    assert (told["texts"], told["texts_truncated"], told["read_reads"]) == (48, cut, 24)
+    assert told["read_bytes"] > 24 * 500 and sum(told[f"share_{k}"] for k in loader.STAGES) > 0.999
+    assert d.tally.rss_mb.keys() == {os.getpid()} and loader.resident_mb() > 50
+    short = dataclasses.replace(data, shorten="random")  # cut before the tokenizer saw it
+    d = loader.open_dataset(short)
+    list(d.train_iter(start=0, batch=6, num_batches=4, seed=0))
+    assert d.tally.counts["texts_truncated"] >= sum(
+        len(c["text"].split()) > 2
+        for i in order.record_ids(0, 24, 23, 0).tolist()
+        for c in d.source[i]["captions"][:2]
+    )
+
+
+EPOCHS = """
+import gc
+from vlp.data import loader
+data = loader.Data(source="shapes", num_records=500, image_px=64, captions="uniform", flip=True)
+batches = loader.open_dataset(data).train_iter(start=0, batch=50, num_batches=40, seed=0)
+for number, _ in enumerate(batches, 1):
+    if number % 10 == 0:
+        gc.collect()
+        print(loader.resident_mb())
+"""
+
+
+def test_memory_stays_flat_over_epochs():
+    """In MB after each epoch; its images are 6 MB. In a process of its own, without the type checkers."""
+    done = subprocess.run(
+        [sys.executable, "-c", EPOCHS],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )
+    resident = [float(x) for x in done.stdout.split()]
+    assert len(resident) == 4 and resident[-1] - resident[0] < 4, resident
+
+
+def test_blocks_of_slow_media():
+    data = dataclasses.replace(SHAPES, shuffle_block=4, shuffle_window=2)
+    d = loader.open_dataset(data)
+    ids = order.join_words(d.batch_at(0, 37, seed=1)["record"])
+    assert sorted(ids) == list(range(37))
+    np.testing.assert_array_equal(ids, order.record_ids(0, 37, 37, 1, order.Shuffle(4, 2)))
+    with pytest.raises(check.UserError, match="shuffle_block: got 4, expected 0 without shuffle"):
+        loader.open_dataset(dataclasses.replace(data, shuffle=False))
 
 
 def test_bad_images(tmp_path, small_tokenizer, make_records):

@@ -138,8 +138,14 @@ def test_the_start_plan(small_tokenizer):
     text = loader.start_plan(dataset, batch=16, samples=50, num_hosts=4)
     assert text == (
         "20 records; 50 samples = 2.50 epochs; 4 of 16 rows on each of 4 hosts; "
+        "texts lower-cased, padded with 0 or cut (truncate, eos kept) to 8; "
         "at most 1 MB of batches ahead"
     )
+    cached = dataclasses.replace(data, cache_decoded=True, cache_mb=7, path="memory://x")
+    text = loader.start_plan(
+        loader.Dataset(cached, Captioned(), small_tokenizer), batch=16, samples=50
+    )
+    assert "7 MB of decoded images a process, 268 MB of blocks, 50.0 GB of shards in" in text
 
 
 def test_the_limiting_stage_is_named(small_tokenizer):

@@ -1,7 +1,7 @@
 """The order law: a bijection per epoch, equal from everywhere, O(window)."""
 
 import collections
-import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -43,12 +43,54 @@ def test_positions_look_uniform():
     assert ((counts - 250) ** 2 / 250).sum() < 44.3
 
 
-def test_seek_costs_the_window_alone():
+@pytest.mark.parametrize("shuffle", [order.EVENLY, order.Shuffle(10_000, 8)])
+def test_seek_costs_the_window_alone(shuffle):
+    """Memory tells: a permutation of 10⁹ would take gigabytes. `benchmarks/input.py` tells the time."""
     for n in (10**9, 10**12):
-        begin = time.perf_counter()
-        ids = order.record_ids(123_456_789_012_345, 4096, n, seed=1)
-        assert time.perf_counter() - begin < 0.2
+        tracemalloc.start()
+        ids = order.record_ids(123_456_789_012_345, 4096, n, 1, shuffle)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10**6
         assert len(np.unique(ids)) == 4096 and 0 <= ids.min() and ids.max() < n
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    n=st.integers(1, 300),
+    block=st.integers(1, 40),
+    window=st.integers(1, 9),
+    start=st.integers(0, 900),
+    count=st.integers(0, 400),
+)
+def test_blocks_keep_together_and_lose_nothing(n, block, window, start, count):
+    """Each epoch every record once; any part is a slice of the stream; few blocks at a time."""
+    shuffle = order.Shuffle(block, window)
+    stream = order.record_ids(0, max(3 * n, start + count), n, 5, shuffle)
+    np.testing.assert_array_equal(
+        order.record_ids(start, count, n, 5, shuffle), stream[start : start + count]
+    )
+    epochs = stream[: 3 * n].reshape(3, n)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(n), (3, 1)))
+    size = block * window
+    for first in range(
+        0, n, size
+    ):  # one window: of each of its blocks all records, as runs on a circle
+        ids = np.sort(epochs[0, first : first + size])
+        gaps = np.count_nonzero(np.diff(np.concatenate([ids, ids[:1] + n])) > 1)
+        assert gaps <= window + 1
+
+
+def test_blocks_are_mixed():
+    shuffle, n, size = order.Shuffle(50, 4), 10_007, 200
+    epochs = order.record_ids(0, 2 * n, n, 1, shuffle).reshape(2, n)
+    first, second = (set(e[:size].tolist()) for e in epochs)
+    assert len(first & second) < size / 2  # other blocks come first
+    assert abs(np.corrcoef(np.arange(size), epochs[0, :size])[0, 1]) < 0.9
+    inside = epochs[0, :size]
+    assert (np.diff(inside) == 1).mean() < 0.1  # and their records are mixed
+    last = [set(e[-7:].tolist()) for e in epochs]
+    assert last[0] != last[1]  # no records are bound to the epoch's end
 
 
 def test_golden_order():
@@ -57,7 +99,7 @@ def test_golden_order():
 
 
 def test_unshuffled_is_the_stored_order():
-    assert order.record_ids(3, 5, 4, seed=0, shuffle=False).tolist() == [3, 0, 1, 2, 3]
+    assert order.record_ids(3, 5, 4, seed=0, shuffle=None).tolist() == [3, 0, 1, 2, 3]
 
 
 @given(num_hosts=st.integers(1, 8), per_host=st.integers(1, 9))

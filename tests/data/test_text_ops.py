@@ -41,6 +41,16 @@ def test_shortened_texts():
     assert text_ops.shorten("a  b", 2, "random", rng) == "a  b"
 
 
+def test_syntax_keeps_nouns_then_adjectives_then_verbs():
+    pytest.importorskip("textblob")
+    text = "a small dog is running on the green grass."
+    keep = lambda n: text_ops.shorten(text, n, "syntax", np.random.default_rng(0))
+    assert keep(1) == "dog" and keep(2) == "dog grass."
+    assert keep(3) == "small dog grass." and keep(4) == "small dog green grass."
+    assert keep(6) == "small dog is running green grass."
+    assert keep(7) == "a small dog is running green grass." and keep(9) == text
+
+
 def test_errors():
     with pytest.raises(check.UserError, match="config.data.shorten.*did you mean 'block'"):
         text_ops.shorten("a b", 1, "blok", np.random.default_rng(0))

@@ -21,13 +21,13 @@ def test_row_is_bos_pieces_eos_pads(small_tokenizer):
 
 
 def test_truncation_keeps_eos_and_is_told(small_tokenizer):
-    row, cut = small_tokenizer.encode_counted("red cat sleeps " * 10, 7)
-    assert cut and row[-1] == small_tokenizer.eos_id and (row != 0).all()
-    row, cut = small_tokenizer.encode_counted("red", 7)
-    assert not cut and row[-1] == small_tokenizer.pad_id
+    eos, pad, row = small_tokenizer.eos_id, small_tokenizer.pad_id, np.empty(7, np.int32)
+    assert small_tokenizer.encode_into("red cat sleeps " * 10, row)
+    assert row[-1] == eos and (row != 0).all()
+    assert not small_tokenizer.encode_into("red", row) and row[-1] == pad
     fit = len(small_tokenizer.encode("red cat", 20).nonzero()[0])
-    assert not small_tokenizer.encode_counted("red cat", fit)[1]  # exactly full is not cut
-    assert small_tokenizer.encode_counted("red cat", fit - 1)[1]
+    assert not small_tokenizer.encode_into("red cat", np.empty(fit, np.int32))  # exactly full
+    assert small_tokenizer.encode_into("red cat", np.empty(fit - 1, np.int32))
 
 
 def test_empty_text_and_short_rows(small_tokenizer):

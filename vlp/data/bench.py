@@ -19,16 +19,8 @@ def stages(dataset: loader.Dataset, num_images: int) -> dict[str, float]:
     read_end = time.perf_counter()
     for position, row in zip(positions, rows):
         image = row["image"]
-        image_ops.train_image(
-            image_ops.Picture(image) if isinstance(image, bytes) else image,
-            data.image_px,
-            order.sample_rng(0, "image", position),
-            min_area_frac=data.min_area_frac,
-            max_area_frac=data.max_area_frac,
-            max_aspect=data.max_aspect,
-            flip=data.flip,
-            resize=data.resize,
-        )
+        picture = image_ops.Picture(image) if isinstance(image, bytes) else image
+        loader.augmented(picture, data, order.sample_rng(0, "image", position))
     image_end = time.perf_counter()
     for row in rows:
         dataset.tokenizer.encode(row["captions"][0]["text"], data.text_len)

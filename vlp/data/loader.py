@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import SOURCES, image_ops, order, text_ops
+from vlp.data import SOURCES, image_ops, order, reads, text_ops
 from vlp.data import tokenizer as tokenizers
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ REASONS = (*image_ops.REASONS, *text_ops.REASONS, "unreadable")  # why a record 
 STAGES = ("read", "image", "text")  # of making a sample
 MAX_BAD_IN_A_ROW = 100
 MIN_SEEN = 1000  # samples that `max_bad_frac` counts as seen at least
-_BAD, _SECS = "_bad", "_secs"  # what elements carry from the workers to `Tally`, beside the batch
+_BAD, _TOLD = "_bad", "_told"  # what elements carry from the workers to `Tally`, beside the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Data:
     tokenizer: str = ""  # path of a model; "" = the source's own
     num_records: int = 512  # source "shapes" only
     shuffle: bool = True
+    shuffle_block: int = 0  # slow media: runs of so many records stay together (0: each for itself)
+    shuffle_window: int = 8  # … of which so many runs are mixed at a time
     group_by: str = ""  # a field of the records: an epoch visits each of its values once
     image_px: int = 64
     text_len: int = 16  # tokens, with bos and eos
@@ -78,6 +80,8 @@ class Data:
     translate_frac: float = 0.0  # white border that crops may include, as a share of the side
     flip: bool = False
     jitter: float = 0.0  # largest relative change of brightness, contrast, saturation
+    randaugment: int = 0  # operations an image
+    randaugment_magnitude: float = 9.0  # of 10
     resize: str = "bicubic"  # one of image_ops.FILTERS
     bad_records: str = "error"  # or "replace": by one that the stream position decides
     max_bad_frac: float = 0.05  # a run with more to replace stops
@@ -171,6 +175,11 @@ class Without:
             raise IndexError(f"record {i} of {len(self)}")
         return self.source[int(order.skipping(np.array([i]), self.skipped)[0])]
 
+    @property
+    def num_bytes(self) -> int | None:
+        """Encoded bytes of the whole source, where it knows them."""
+        return getattr(self.source, "num_bytes", None)
+
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the source's tokenizer."""
         return self.source.tokenizer()
@@ -196,9 +205,9 @@ def without(source: Any, path: str) -> Without:
 
 def _check(data: Data) -> None:
     image_ops.check_filter("config.data.resize", data.resize)
+    text_ops.check_shorten("config.data.shorten", data.shorten)
     enums = (
         ("captions", text_ops.POLICIES),
-        ("shorten", text_ops.SHORTEN),
         ("bad_records", BAD_RECORDS),
     )
     for field, known in enums:
@@ -210,6 +219,11 @@ def _check(data: Data) -> None:
         ("max_aspect", data.max_aspect >= 1, "at least 1"),
         ("translate_frac", 0 <= data.translate_frac <= 1, "in [0, 1]"),
         ("jitter", 0 <= data.jitter < 1, "in [0, 1)"),
+        ("randaugment", data.randaugment >= 0, "at least 0"),
+        ("randaugment_magnitude", 0 <= data.randaugment_magnitude <= 10, "in [0, 10]"),
+        ("shuffle_block", data.shuffle_block >= 0, "at least 0"),
+        ("shuffle_window", data.shuffle_window >= 1, "at least 1"),
+        ("shuffle_block", data.shuffle or not data.shuffle_block, "0 without shuffle"),
         ("image_px", data.image_px >= 1, "at least 1"),
         ("text_len", data.text_len >= 3, "at least 3 (bos, a piece, eos)"),
         ("num_captions", data.num_captions >= 1, "at least 1"),
@@ -228,19 +242,43 @@ def _check(data: Data) -> None:
             )
 
 
+COUNTS = ("texts", "texts_truncated", *(f"read_{k}" for k in reads.COUNTS))
+
+
 @dataclasses.dataclass
 class Tally:
-    """What this process has read so far: what was bad of it, and where the time went."""
+    """What this run has read so far: what was bad of it, and where the time and memory went."""
 
     seen: int = 0
     bad: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     worst: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # reason → a few keys
     secs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(len(STAGES)))
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # `COUNTS`
+    rss_mb: dict[int, float] = dataclasses.field(default_factory=dict)  # by process, as last told
+
+    def add(self, bad_b: np.ndarray, told: np.ndarray) -> None:
+        """Takes in what came with a batch (`_telling`)."""
+        pid, rss_mb, *rest = told.tolist()
+        self.seen += len(bad_b)
+        self.rss_mb[int(pid)] = rss_mb
+        self.secs += rest[: len(STAGES)]
+        self.counts.update(dict(zip(COUNTS, map(int, rest[len(STAGES) :]))))
 
     def limiting(self) -> str:
         """The stage in which the loader spends most of its time, with its share."""
         share = self.secs / max(self.secs.sum(), 1e-9)
         return f"{STAGES[int(share.argmax())]} {share.max():.0%}"
+
+    def metrics(self) -> dict[str, float]:
+        """All of it as numbers by name, for the metrics record."""
+        total = max(self.secs.sum(), 1e-9)
+        out = {f"bad_{reason}": float(n) for reason, n in self.bad.items()}
+        out |= {k: float(self.counts[k]) for k in COUNTS if self.counts[k]}
+        out |= {f"share_{k}": round(float(x / total), 4) for k, x in zip(STAGES, self.secs)}
+        workers = [mb for pid, mb in self.rss_mb.items() if pid != os.getpid()]
+        return out | (
+            {"worker_rss_mb": max(workers), "num_workers": len(workers)} if workers else {}
+        )
 
     def text(self) -> str:
         """Counts by reason, most first, with examples."""
@@ -248,6 +286,22 @@ class Tally:
             f"{reason} {n} ({', '.join(self.worst[reason])})"
             for reason, n in self.bad.most_common()
         )
+
+
+def _telling(secs: np.ndarray, texts: int, cut: int) -> np.ndarray:
+    """f64: process id, its MB, seconds by stage, and `COUNTS` since this process told last."""
+    new = reads.news()
+    counts = [texts, cut, *(new[k] for k in reads.COUNTS)]
+    return np.array([os.getpid(), resident_mb(), *secs, *counts], np.float64)
+
+
+def resident_mb() -> float:
+    """Resident memory of this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return 0.0
 
 
 class Dataset:
@@ -293,7 +347,7 @@ class Dataset:
 
     def _records(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns i64[count] twice: the records at stream positions from `start` on, their epochs."""
-        shuffle = self.data.shuffle
+        shuffle = order.Shuffle.of(self.data)
         if self._mixture:
             return self._mixture.record_ids(start, count, seed, shuffle)
         epoch_b = np.arange(start, start + count, dtype=np.int64) // self.epoch_len
@@ -412,9 +466,8 @@ class Dataset:
         """Passes batches on, less what the workers tell of them, which goes into the tally."""
         tally, listed = self.tally, set()
         for batch in batches:
-            bad_b, secs = batch.pop(_BAD), batch.pop(_SECS)
-            tally.seen += len(bad_b)
-            tally.secs += secs
+            bad_b, told = batch.pop(_BAD), batch.pop(_TOLD)
+            tally.add(bad_b, told)
             for row in np.flatnonzero(bad_b):
                 position = int(order.join_words(batch["index"][row : row + 1])[0])
                 record, reason = int(self.record_ids(position, 1, seed)[0]), REASONS[bad_b[row] - 1]
@@ -497,15 +550,16 @@ class Dataset:
         caption_axes = (data.num_captions,) if data.captions == "all" else ()
         image_bRRC = np.empty((b, data.image_px, data.image_px, 3), np.uint8)
         text_bKL = np.empty((b, *caption_axes, data.text_len), np.int32)
-        bad_b, secs = np.zeros(b, np.uint8), np.zeros(len(STAGES))
+        bad_b, secs, cut = np.zeros(b, np.uint8), np.zeros(len(STAGES)), 0
         ids_b = ids_b.copy()
         for row, (record_id, epoch) in enumerate(zip(ids_b.tolist(), epochs_b.tolist())):
             place = (first + row, epoch)
             fill = lambda r, row=row, place=place: prepare(r, data, place, image_bRRC[row])
             texts, ids_b[row], bad_b[row] = self._good(record_id, first + row, seed, fill, secs)
             began = time.perf_counter()
-            ids_KL = [self.tokenizer.encode(t, data.text_len) for t in texts]
-            text_bKL[row] = ids_KL if caption_axes else ids_KL[0]
+            rows_KL = text_bKL[row] if caption_axes else text_bKL[row : row + 1]
+            for ids_L, (text, was_cut) in zip(rows_KL, texts):
+                cut += self.tokenizer.encode_into(text, ids_L) or was_cut
             secs[2] += time.perf_counter() - began
         out = {
             "image": image_bRRC,
@@ -514,18 +568,20 @@ class Dataset:
             "index": order.split_words(np.arange(first, first + b)),
             "record": order.split_words(ids_b),
         }
-        return out | {_BAD: bad_b, _SECS: secs} if carry else out
+        if not carry:
+            return out
+        texts = text_bKL.size // data.text_len
+        return out | {_BAD: bad_b, _TOLD: _telling(secs, texts, cut)}
 
     def _good(
         self, record_id: int, position: int, seed: int, fill: Callable, secs: np.ndarray
-    ) -> tuple[list[str], int, int]:
+    ) -> tuple[list[tuple[str, bool]], int, int]:
         """Fills a row from the record, or from the first good one of its substitutes.
 
-        Returns its caption texts, the id of the record used, and 0 or 1 + the reason (in `REASONS`)
-        for which the record that was due is not used.
+        Returns its caption texts (and whether they were shortened), the id of the record used, and
+        0 or 1 + the reason (in `REASONS`) for which the record that was due is not used.
         """
         used, why = record_id, 0
-        low, count = self._siblings(record_id)
         for attempt in range(MAX_BAD_IN_A_ROW):
             began = time.perf_counter()
             try:
@@ -539,6 +595,7 @@ class Dataset:
                 if self.data.bad_records == "error":
                     raise self._refusal(used, e) from e
                 why = why or 1 + REASONS.index(e.reason)
+                low, count = self._siblings(record_id)
                 used = order.substitute(position, attempt, low, count, seed)
         raise check.error(
             f"record {record_id} and {MAX_BAD_IN_A_ROW} substitutes",
@@ -581,8 +638,9 @@ def _mixture(data: Data, source: Concatenated) -> order.Mixture:
 
 def _train_sample(
     seed: int, record: dict, data: Data, place: tuple[int, int], out: np.ndarray
-) -> list[str]:
-    """Fills `out` with the training image at a place (stream position, epoch); returns the captions.
+) -> list[tuple[str, bool]]:
+    """Fills `out` with the training image at a place (stream position, epoch); returns the captions,
+    each with whether it was shortened.
 
     The image's draws depend on the position, the caption's on the epoch and the key: forms of a
     caption follow each other whatever the order.
@@ -591,32 +649,47 @@ def _train_sample(
     drawn = data.captions in ("uniform", "weighted")
     rng = order.sample_rng(seed, f"caption:{record.get('key')}", epoch) if drawn else None
     texts = _texts(record, data, data.captions, rng)
-    image_ops.train_image(
-        record["image"],
+    augmented(record["image"], data, order.sample_rng(seed, "image", position), out)
+    if data.shorten == "truncate":  # which the tokenizer does
+        return [(t, False) for t in texts]
+    rng = order.sample_rng(seed, "shorten", position)
+    num_words = data.text_len - 2  # beside bos and eos
+    short = [text_ops.shorten(t, num_words, data.shorten, rng) for t in texts]
+    return [(new, new is not old) for old, new in zip(texts, short)]
+
+
+def augmented(
+    image: np.ndarray | image_ops.Picture,
+    data: Data,
+    rng: np.random.Generator,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns the training image that `data` asks for, drawn from `rng`."""
+    return image_ops.train_image(
+        image,
         data.image_px,
-        order.sample_rng(seed, "image", position),
+        rng,
         min_area_frac=data.min_area_frac,
         max_area_frac=data.max_area_frac,
         max_aspect=data.max_aspect,
         translate_frac=data.translate_frac,
         flip=data.flip,
         jitter=data.jitter,
+        randaugment=data.randaugment,
+        magnitude=data.randaugment_magnitude,
         resize=data.resize,
         out=out,
     )
-    if data.shorten != "truncate":  # which the tokenizer does
-        rng = order.sample_rng(seed, "shorten", position)
-        num_words = data.text_len - 2  # beside bos and eos
-        texts = [text_ops.shorten(t, num_words, data.shorten, rng) for t in texts]
-    return texts
 
 
-def _eval_sample(record: dict, data: Data, place: tuple[int, int], out: np.ndarray) -> list[str]:
+def _eval_sample(
+    record: dict, data: Data, place: tuple[int, int], out: np.ndarray
+) -> list[tuple[str, bool]]:
     """Fills `out` with a record's image as evaluations see it; returns the captions."""
     del place  # nothing is drawn
     texts = _texts(record, data, "all" if data.captions == "all" else "first", None)
     image_ops.eval_image(record["image"], data.image_px, resize=data.resize, out=out)
-    return texts
+    return [(t, False) for t in texts]
 
 
 def _texts(record: dict, data: Data, policy: str, rng: np.random.Generator | None) -> list[str]:
@@ -637,11 +710,20 @@ def start_plan(dataset: Dataset, *, batch: int, samples: int, num_hosts: int = 1
     row_bytes = 3 * data.image_px**2 + 4 * data.text_len * captions + 17
     held = max(data.workers, 1) * (data.prefetch + max(data.read_threads, 1)) + 2
     size = getattr(dataset.source, "num_bytes", None)
-    text = f"{dataset.num_records:,} records" + (f", {size / 1e9:.2f} GB" if size else "")
-    epochs = samples / dataset.epoch_len
-    text += f"; {samples:,} samples = {epochs:.2f} epochs; {rows} of {batch} rows on each of "
-    text += f"{num_hosts} hosts; at most {held * rows * row_bytes / 1e6:.0f} MB of batches ahead"
-    return text + (f" and {data.cache_mb} MB of decoded images" if data.cache_decoded else "")
+    lower = "lower-cased, " if dataset.tokenizer.lower else ""
+    parts = [
+        f"{dataset.num_records:,} records" + (f", {size / 1e9:.2f} GB" if size else ""),
+        f"{samples:,} samples = {samples / dataset.epoch_len:.2f} epochs",
+        f"{rows} of {batch} rows on each of {num_hosts} hosts",
+        f"texts {lower}padded with {dataset.tokenizer.pad_id} or cut ({data.shorten}, eos kept) "
+        f"to {data.text_len}",
+        f"at most {held * rows * row_bytes / 1e6:.0f} MB of batches ahead",
+    ]
+    if data.cache_decoded:
+        parts[-1] += f" and {data.cache_mb} MB of decoded images a process"
+    if reads.is_remote(data.path) or any(reads.is_remote(p.path) for p in data.mixture):
+        parts[-1] += f", {reads.bounds()}"
+    return "; ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)

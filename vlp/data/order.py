@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,8 +48,29 @@ def _feistel(x: np.ndarray, key: np.ndarray, half_bits: int) -> np.ndarray:
     return (left << shift) | right
 
 
+@dataclasses.dataclass(frozen=True)
+class Shuffle:
+    """How an epoch is mixed. block = 0: every record for itself, evenly over the epoch.
+
+    block > 0, for media where a jump costs much: `block` consecutive records stay near each other.
+    The blocks come in random order, and the records of `window` blocks at a time are mixed, so a
+    reader that holds window + 1 blocks reads each about once. Where blocks begin differs by epoch.
+    """
+
+    block: int = 0
+    window: int = 8
+
+    @staticmethod
+    def of(data) -> "Shuffle | None":
+        """What the config section `data` asks for; None = the stored order."""
+        return Shuffle(data.shuffle_block, data.shuffle_window) if data.shuffle else None
+
+
+EVENLY = Shuffle()
+
+
 def record_ids(
-    start: int, count: int, num_records: int, seed: int, shuffle: bool = True
+    start: int, count: int, num_records: int, seed: int, shuffle: Shuffle | None = EVENLY
 ) -> np.ndarray:
     """Returns i64[count], the records at stream positions start … start + count - 1, in O(count).
 
@@ -63,15 +85,39 @@ def record_ids(
         )
     position = np.arange(start, start + count, dtype=np.int64)
     epoch, slot = np.divmod(position, num_records)
-    if not shuffle:
+    if shuffle is None:
         return slot
-    half_bits = max(2, ((num_records - 1).bit_length() + 1) // 2)
-    key, n = _hash(seed, epoch), np.uint64(num_records)
-    ids = _feistel(slot.astype(np.uint64), key, half_bits)
+    key = _hash(seed, epoch)
+    if shuffle.block:
+        return _in_blocks(slot, num_records, key, shuffle)
+    return _permuted(slot, num_records, key)
+
+
+def _permuted(x: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """A bijection of [0, n), one key per element: i64 → i64."""
+    half_bits = max(2, ((n - 1).bit_length() + 1) // 2)
+    ids = _feistel(x.astype(np.uint64), key, half_bits)
     # Cycle walking (Black & Rogaway 2002): the domain is at most 4 n (16 if n is tiny).
-    while (outside := np.flatnonzero(ids >= n)).size:
+    while (outside := np.flatnonzero(ids >= np.uint64(n))).size:
         ids[outside] = _feistel(ids[outside], key[outside], half_bits)
     return ids.astype(np.int64)
+
+
+def _in_blocks(slot: np.ndarray, n: int, key: np.ndarray, shuffle: Shuffle) -> np.ndarray:
+    """The record at each slot of an epoch: windows mixed within, then blocks, then a rotation."""
+    block, size = shuffle.block, shuffle.block * shuffle.window
+    window, mixed = slot // size, np.empty_like(slot)
+    last = window == (n - 1) // size
+    for here, sides in ((~last, size), (last, n - (n - 1) // size * size)):
+        own_key = _mix(
+            key[here] + window[here].astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(1)
+        )
+        mixed[here] = window[here] * size + _permuted(slot[here] % size, sides, own_key)
+    number, inside = np.divmod(mixed, block)
+    whole = number < n // block  # the rest, a shorter block, stays at the epoch's end …
+    number[whole] = _permuted(number[whole], max(n // block, 1), key[whole])
+    turn = (_mix(key ^ np.uint64(_GOLDEN)) % np.uint64(n)).astype(np.int64)
+    return (number * block + inside + turn) % n  # … but other records are in it in every epoch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +139,9 @@ class Groups:
     def num(self) -> int:
         return len(self.first) - 1
 
-    def record_ids(self, start: int, count: int, seed: int, shuffle: bool = True) -> np.ndarray:
+    def record_ids(
+        self, start: int, count: int, seed: int, shuffle: Shuffle | None = EVENLY
+    ) -> np.ndarray:
         """As `record_ids`, but an epoch visits every group once, and a group's members in turn.
 
         After as many epochs as a group has members, each of them was read once. So a large group
@@ -158,7 +206,7 @@ class Mixture:
         return source, number
 
     def record_ids(
-        self, start: int, count: int, seed: int, shuffle: bool = True
+        self, start: int, count: int, seed: int, shuffle: Shuffle | None = EVENLY
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns i64[count] twice: the records at stream positions from `start` on, and their epochs."""
         source_b, number_b = self.places(start, count)
@@ -240,6 +288,16 @@ def _stream_key(seed: int, stream: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+class _Key(np.random.bit_generator.ISeedSequence):
+    """Hands Philox its key, which by its own argument `key` would first ask the system for entropy."""
+
+    def __init__(self, words: np.ndarray):
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
+        return self._words
+
+
 def sample_rng(seed: int, stream: str, position: int) -> np.random.Generator:
     """Returns a generator that depends on (seed, stream, position) alone.
 
@@ -247,7 +305,7 @@ def sample_rng(seed: int, stream: str, position: int) -> np.random.Generator:
     of hashing.
     """
     key_2 = np.array([_stream_key(seed, stream), position], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key_2))
+    return np.random.Generator(np.random.Philox(_Key(key_2)))
 
 
 def split_words(values: np.ndarray) -> np.ndarray:

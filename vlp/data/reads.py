@@ -33,21 +33,39 @@ class Policy:
 
 
 POLICY = Policy()
+COUNTS = ("reads", "bytes", "cached", "errors", "stalls", "short")  # bytes: from disk or the store
 _counts: collections.Counter = collections.Counter()
+_told: collections.Counter = collections.Counter()
 _blocks: collections.OrderedDict[tuple[str, int], bytes] = collections.OrderedDict()
 _lock = threading.Lock()
 
 
 def counts() -> dict[str, int]:
-    """What this process has read so far: reads, bytes, cached, errors, stalls, short."""
+    """What this process has read so far, by `COUNTS`; errors, stalls and short reads were repeated."""
     with _lock:
-        return {k: _counts[k] for k in ("reads", "bytes", "cached", "errors", "stalls", "short")}
+        return {k: _counts[k] for k in COUNTS}
+
+
+def news() -> dict[str, int]:
+    """What came to `counts` since this was called last."""
+    with _lock:
+        new = {k: _counts[k] - _told[k] for k in COUNTS}
+        _told.update(new)
+    return new
+
+
+def note(num_bytes: int) -> None:
+    """Counts a read that was done elsewhere (by a library of its own)."""
+    with _lock:
+        _counts["reads"] += 1
+        _counts["bytes"] += num_bytes
 
 
 def reset() -> None:
     """Forgets counts, blocks and sizes (tests; a store whose files were replaced)."""
     with _lock:
         _counts.clear()
+        _told.clear()
         _blocks.clear()
     _remote_size.cache_clear()
 
@@ -103,12 +121,12 @@ def stamp(path: str) -> str:
 def read(path: str, offset: int, num_bytes: int) -> bytes:
     """Returns exactly that range. Raises: `UserError` if the file ends before it or stays away."""
     if not is_remote(path):
-        with open(path, "rb") as f:
-            f.seek(offset)
-            data = f.read(num_bytes)
-        with _lock:
-            _counts["reads"] += 1
-            _counts["bytes"] += len(data)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            data = os.pread(descriptor, num_bytes, offset)
+        finally:
+            os.close(descriptor)
+        note(len(data))
     else:
         step, stop = POLICY.block_bytes, min(offset + num_bytes, size(path))
         blocks = range(offset // step, -(-stop // step))
@@ -157,9 +175,7 @@ def fetch(path: str, begin: int, stop: int) -> bytes:
         return data
 
     data = _retried(path, once)
-    with _lock:
-        _counts["reads"] += 1
-        _counts["bytes"] += len(data)
+    note(len(data))
     return data
 
 
@@ -254,14 +270,33 @@ class File(io.RawIOBase):
         return len(data)
 
 
-def local_copy(path: str, *, directory: str = "", limit_bytes: int = 50 * 10**9) -> str:
+def shard_limit() -> int:
+    """Bytes of shard copies on this machine's disk: $VLP_CACHE_GB, by default 50 GB."""
+    text = os.environ.get("VLP_CACHE_GB", "50")
+    try:
+        return int(float(text) * 1e9)
+    except ValueError:
+        raise check.error("VLP_CACHE_GB", repr(text), "a number of GB", "correct it") from None
+
+
+def bounds() -> str:
+    """What reading from a store may take: memory of a process, disk of the machine."""
+    blocks = POLICY.cache_blocks * POLICY.block_bytes / 1e6
+    return f"{blocks:.0f} MB of blocks, {shard_limit() / 1e9:.1f} GB of shards in {cache_dir('shards')}"
+
+
+def local_copy(
+    path: str, *, sha256: str = "", directory: str = "", limit_bytes: int | None = None
+) -> str:
     """Returns a local file with the bytes of `path`, fetched whole if it is remote.
 
     Copies live in `directory` (default `cache_dir("shards")`), named by path and size; those used
-    longest ago make room beyond `limit_bytes`. Several processes may share the directory.
+    longest ago make room beyond `limit_bytes` (default `shard_limit()`). Several processes may
+    share the directory. Raises: `UserError` if what is fetched has another digest than `sha256`.
     """
     if not is_remote(path):
         return path
+    limit_bytes = shard_limit() if limit_bytes is None else limit_bytes
     directory = directory or cache_dir("shards")
     os.makedirs(directory, exist_ok=True)
     name = hashlib.sha256(f"{path}:{stamp(path)}".encode()).hexdigest()[:32]
@@ -269,11 +304,16 @@ def local_copy(path: str, *, directory: str = "", limit_bytes: int = 50 * 10**9)
     if not os.path.isfile(target):
         _make_room(directory, limit_bytes - size(path))
         part = f"{target}.{os.getpid()}.{threading.get_ident()}.part"
-        step = 16 * POLICY.block_bytes
+        step, digest = 16 * POLICY.block_bytes, hashlib.sha256()
         try:
             with open(part, "wb") as f:
                 for begin in range(0, size(path), step):
-                    f.write(fetch(path, begin, min(begin + step, size(path))))
+                    data = fetch(path, begin, min(begin + step, size(path)))
+                    digest.update(data)
+                    f.write(data)
+            if sha256 and digest.hexdigest() != sha256:
+                got, do = f"sha256 {digest.hexdigest()[:12]}… (changed bytes)", "copy it again"
+                raise check.error(path, got, f"{sha256[:12]}…", do)
             os.replace(part, target)
         finally:
             if os.path.exists(part):

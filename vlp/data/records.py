@@ -12,6 +12,7 @@ and any extra msgpack-able fields. Directories are published whole or not at all
 formats (sources/), order, decoding, batching (loader.py).
 """
 
+import collections
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,6 +37,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 HASHED_BYTES = 10**9  # open_split checks every byte of a split up to this size (about 1 s per GB)
+OPEN_COPIES = 32  # of a remote dataset's shards: one that is open keeps its bytes on the disk
 _WRITER = "group_size:1"  # one record per chunk: random access reads nothing else
 _READER = "readahead_buffer_size:0,max_parallelism:0"  # as array_record advises for random access
 
@@ -403,20 +406,35 @@ class RecordSource:
     def __init__(self, path: str, split: str, counts: tuple[int, ...], fingerprint: str):
         self.path, self.split, self.counts, self.fingerprint = path, split, counts, fingerprint
         self._ends = np.cumsum(counts)
-        self._readers: dict[int, array_record.ArrayRecordReader] = {}
+        self._readers: collections.OrderedDict[int, array_record.ArrayRecordReader] = (
+            collections.OrderedDict()
+        )
+        self._remote, self._lock = reads.is_remote(path), threading.Lock()
 
     def __reduce__(self):
         return RecordSource, (self.path, self.split, self.counts, self.fingerprint)
 
     def _reader(self, shard: int) -> array_record.ArrayRecordReader:
-        if shard not in self._readers:
-            name = f"{self.split}-{shard:05d}-of-{len(self.counts):05d}.arrayrecord"
-            file = os.path.join(self.path, name)
-            if reads.is_remote(file):
-                entry = read_manifest(self.path)["splits"][self.split]["shards"][shard]
-                check_file(file, entry, hashed=True)
-            self._readers[shard] = _open_shard(reads.local_copy(file))
-        return self._readers[shard]
+        with self._lock:
+            if (reader := self._readers.get(shard)) is not None:
+                self._readers.move_to_end(shard)
+                return reader
+        name = f"{self.split}-{shard:05d}-of-{len(self.counts):05d}.arrayrecord"
+        file = os.path.join(self.path, name)
+        if self._remote:
+            entry = read_manifest(self.path)["splits"][self.split]["shards"][shard]
+            file = reads.local_copy(file, sha256=entry["sha256"])
+        reader = _open_shard(file)
+        with self._lock:
+            self._readers[shard] = reader
+            while self._remote and len(self._readers) > OPEN_COPIES:
+                self._readers.popitem(last=False)
+        return reader
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the shards."""
+        return sum(s["bytes"] for s in read_manifest(self.path)["splits"][self.split]["shards"])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -426,7 +444,9 @@ class RecordSource:
             raise IndexError(f"record {i} of {len(self)}")
         shard = int(np.searchsorted(self._ends, i, side="right"))
         local = int(i - self._ends[shard] + self.counts[shard])
-        return decode(self._reader(shard).read([local])[0])
+        data = self._reader(shard).read([local])[0]
+        reads.note(len(data))
+        return decode(data)
 
     @property
     def info(self) -> dict:

@@ -1,13 +1,14 @@
 """Which of a record's captions a sample uses, and how a long one is shortened."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlp.core import check
 
-SHORTEN = ("truncate", "random", "block")
+SHORTEN = ("truncate", "random", "block", "syntax")
 POLICIES = ("first", "uniform", "weighted", "all")
 REASONS = ("bad_caption", "no_caption")
 
@@ -73,8 +74,10 @@ def shorten(text: str, num_words: int, how: str, rng: np.random.Generator) -> st
     """Returns at most `num_words` words of a text; one that is short enough is returned as it is.
 
     "random": words drawn without replacement, in their order; "block": a run of words that begins
-    anywhere; "truncate": the first. Words are what white space parts, so the tokenizer may still
-    have to cut. Source: CLIPA (Li et al. 2023, arXiv:2305.07017, §3.2), at the level of words.
+    anywhere; "syntax": nouns before adjectives before verbs before all else, the earlier first, in
+    their order (English); "truncate": the first. Words are what white space parts, so the tokenizer
+    may still have to cut. Source: CLIPA (Li et al. 2023, arXiv:2305.07017, §3.2), at the level of
+    words.
     """
     words = text.split()
     if how not in SHORTEN:
@@ -83,6 +86,40 @@ def shorten(text: str, num_words: int, how: str, rng: np.random.Generator) -> st
         return text
     if how == "random":
         kept = np.sort(rng.choice(len(words), num_words, replace=False))
-        return " ".join(words[i] for i in kept)
-    start = int(rng.integers(len(words) - num_words + 1)) if how == "block" else 0
-    return " ".join(words[start : start + num_words])
+    elif how == "syntax":
+        kept = np.sort(np.argsort(_ranks(words), kind="stable")[:num_words])
+    else:
+        start = int(rng.integers(len(words) - num_words + 1)) if how == "block" else 0
+        return " ".join(words[start : start + num_words])
+    return " ".join(words[i] for i in kept)
+
+
+def _ranks(words: Sequence[str]) -> list[int]:
+    """0 for nouns, 1 for adjectives, 2 for verbs, 3 for the rest."""
+    bare = [
+        w.strip(".,;:!?\"'()[]") or w for w in words
+    ]  # tags are for words, punctuation confuses
+    found = _tagger()(" ".join(bare), tokenize=False)
+    classes = ("NN", "JJ", "VB")
+    ranks = [next((k for k, c in enumerate(classes) if tag.startswith(c)), 3) for _, tag in found]
+    return ranks if len(ranks) == len(words) else [3] * len(words)
+
+
+@functools.cache
+def _tagger() -> Callable:
+    """The part-of-speech tagger of TextBlob: a lexicon and rules within the package, no download."""
+    try:
+        from textblob.en import tag  # here, because only this needs it
+    except ImportError:
+        got, do = "'syntax' without the package textblob", 'run `pip install "vlp[syntax]"`'
+        raise check.error("config.data.shorten", got, "it", do) from None
+    tag("a word", tokenize=False)  # reads its lexicon once, before threads ask for it
+    return tag
+
+
+def check_shorten(where: str, how: str) -> None:
+    """Raises a `UserError` unless `how` is one of `SHORTEN` and its package is there."""
+    if how not in SHORTEN:
+        raise check.unknown(where, how, SHORTEN)
+    if how == "syntax":
+        _tagger()

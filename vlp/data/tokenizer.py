@@ -49,18 +49,21 @@ class Tokenizer:
 
     def encode(self, text: str, length: int) -> np.ndarray:
         """Returns i32[length]: [bos] pieces [eos] pads; eos survives truncation."""
-        return self.encode_counted(text, length)[0]
-
-    def encode_counted(self, text: str, length: int) -> tuple[np.ndarray, bool]:
-        """Returns `encode(text, length)` and whether pieces were cut."""
         if length < 3:
             raise check.error("text_len", length, "at least 3 (bos, a piece, eos)", "raise it")
-        pieces = self._sp.encode(text)
-        cut = len(pieces) > length - 2
-        ids = [BOS, *pieces[: length - 2], EOS]
-        ids_L = np.zeros(length, np.int32)  # PAD is 0
-        ids_L[: len(ids)] = ids
-        return ids_L, cut
+        ids_L = np.empty(length, np.int32)
+        self.encode_into(text, ids_L)
+        return ids_L
+
+    def encode_into(self, text: str, out: np.ndarray) -> bool:
+        """Fills `out` with `encode(text, len(out))`; returns whether pieces were cut."""
+        pieces, room = self._sp.encode(text), len(out) - 2
+        kept = min(len(pieces), room)
+        out[0] = BOS
+        out[1 : kept + 1] = pieces[:kept]
+        out[kept + 1] = EOS
+        out[kept + 2 :] = PAD
+        return len(pieces) > room
 
     def decode(self, ids: Sequence[Any] | np.ndarray) -> str:
         """Returns the text of one row of ids: stops at the first eos, skips pad and bos."""

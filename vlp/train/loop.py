@@ -17,7 +17,7 @@ from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
-from vlp.data.loader import start_plan
+from vlp.data.loader import resident_mb, start_plan
 from vlp.evals.io import IO
 from vlp.train import hosts
 from vlp.train import workdir as files
@@ -208,11 +208,11 @@ def write_step(
 
 
 def input_metrics(parts: Parts, seen: int) -> dict[str, float]:
-    """What was replaced of the data so far, by reason, and how many samples each source gave."""
-    out = {}
+    """The loaders' tallies so far, how many samples each source gave, and this process's memory."""
+    out = {"time/rss_mb": round(resident_mb(), 1)}
     for name, data in parts.datasets.items():
         where = f"data/{name}." if name else "data/"
-        out |= {f"{where}bad_{reason}": float(n) for reason, n in data.tally.bad.items()}
+        out |= {f"{where}{k}": v for k, v in data.tally.metrics().items()}
         first = parts.stage.start_samples
         here = seen if not name else seen - first
         out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(here).items()}

@@ -65,14 +65,17 @@ def sniff(columns: Iterable[str], given: Fields = Fields(), *, where: str) -> Fi
     return found
 
 
-def captions(row: Mapping[str, Any], fields: Fields) -> list[dict]:
+def captions(
+    row: Mapping[str, Any], columns: Iterable[str], lang: str, default_lang: str
+) -> list[dict]:
     """Returns the captions of a row: every caption column, lists flattened, repeats dropped.
 
+    `lang`: the column that names their language, "" if none does.
     Raises: ValueError for a value that is no text.
     """
-    lang = str(row.get(fields.lang) or fields.default_lang) if fields.lang else fields.default_lang
+    lang = str(row.get(lang) or default_lang) if lang else default_lang
     out: list[dict] = []
-    for column in fields.captions:
+    for column in columns:
         value = row.get(column)
         for text in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(text, bytes):
@@ -81,14 +84,14 @@ def captions(row: Mapping[str, Any], fields: Fields) -> list[dict]:
                 continue
             if not isinstance(text, str):
                 raise ValueError(f"column {column!r} holds {text!r:.40}, no text")
-            if text.strip() and text.strip() not in {c["text"] for c in out}:
-                out.append({"text": text.strip(), "source": column, "lang": lang})
+            if (text := text.strip()) and all(text != c["text"] for c in out):
+                out.append({"text": text, "source": column, "lang": lang})
     return out
 
 
-def label(row: Mapping[str, Any], fields: Fields) -> dict:
+def label(row: Mapping[str, Any], column: str) -> dict:
     """Returns {"label": …} if the row has one."""
-    value = row.get(fields.label) if fields.label else None
+    value = row.get(column) if column else None
     if value is None or value == "":
         return {}
     if isinstance(value, bytes):

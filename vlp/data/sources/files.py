@@ -6,7 +6,6 @@ not there is a `BadImage`, like one that cannot be decoded. Not here: remote fol
 
 import base64
 import csv
-import dataclasses
 import functools
 import hashlib
 import json
@@ -82,8 +81,8 @@ class TableSource:
         return {
             "key": str(key) if key is not None else f"{i:09d}",
             "image": image,
-            "captions": fields_lib.captions(row, fields),
-            **fields_lib.label(row, fields),
+            "captions": fields_lib.captions(row, fields.captions, fields.lang, fields.default_lang),
+            **fields_lib.label(row, fields.label),
         }
 
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -128,13 +127,12 @@ class FolderSource:
         if os.path.isfile(f"{stem}.txt"):
             with open(f"{stem}.txt", encoding="utf-8", errors="replace") as f:
                 row = {"txt": f.read()} | row
-        names = self.fields.captions or ("txt", *fields_lib.CAPTION)
-        fields = dataclasses.replace(self.fields, captions=tuple(n for n in names if n in row))
+        fields, names = self.fields, self.fields.captions or ("txt", *fields_lib.CAPTION)
         return {
             "key": os.path.splitext(self.files[i])[0].replace(os.sep, "/"),
             "image": _image_file(os.path.join(self.path, self.files[i])),
-            "captions": fields_lib.captions(row, fields),
-            **fields_lib.label(row, fields),
+            "captions": fields_lib.captions(row, names, fields.lang, fields.default_lang),
+            **fields_lib.label(row, fields.label),
         }
 
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -145,9 +143,11 @@ class FolderSource:
 def _image_file(path: str) -> bytes:
     try:
         with open(path, "rb") as f:
-            return f.read()
+            data = f.read()
     except OSError as e:
         raise image_ops.BadImage("missing", f"{path} ({type(e).__name__})") from None
+    reads.note(len(data))
+    return data
 
 
 def _images_under(path: str) -> Iterator[str]:

@@ -80,6 +80,11 @@ class ParquetSource:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files."""
+        return sum(map(reads.size, self.files))
+
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
@@ -96,8 +101,8 @@ class ParquetSource:
         return {
             "key": key,
             "image": image,
-            "captions": fields_lib.captions(row, fields),
-            **fields_lib.label(row, fields),
+            "captions": fields_lib.captions(row, fields.captions, fields.lang, fields.default_lang),
+            **fields_lib.label(row, fields.label),
         }
 
     def _made_key(self, group: int, local: int) -> str:

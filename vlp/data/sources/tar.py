@@ -7,7 +7,6 @@ are counted and skipped. Not here: compressed tars (no random access) and downlo
 
 import bisect
 import collections
-import dataclasses
 import functools
 import hashlib
 import json
@@ -178,6 +177,7 @@ class TarSource:
     ):
         self.files, self.fields, self.strict = tuple(files), fields, strict
         self._tokenizer = tokenizer
+        self._columns = tuple(dict.fromkeys(fields.captions or (*TEXTS, *fields_lib.CAPTION)))
         self._indices = [index(f) for f in self.files]
         self.counts: dict[str, int] = dict(
             sum((collections.Counter(x["counts"]) for x in self._indices), collections.Counter())
@@ -218,6 +218,11 @@ class TarSource:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files."""
+        return sum(map(reads.size, self.files))
+
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
@@ -233,27 +238,24 @@ class TarSource:
     def _record(self, key: str, parts: dict[str, bytes]) -> dict:
         image = next(parts[m] for m in IMAGES if m in parts)
         row: dict = {m: parts[m].decode("utf-8", "replace") for m in TEXTS if m in parts}
-        try:
-            meta = json.loads(parts.get("json", b"{}"))
-        except ValueError:
-            meta = {}
-        if isinstance(meta, dict):
-            row |= {k: v for k, v in meta.items() if k not in row}
+        if "json" in parts:
+            try:
+                meta = json.loads(parts["json"])
+            except ValueError:
+                meta = {}
+            if isinstance(meta, dict):
+                row = meta | row
         if "cls" in parts:
             text = parts["cls"].decode("utf-8", "replace").strip()
             row["cls"] = int(text) if text.isdecimal() else text
-        names = self.fields.captions or (*TEXTS, *fields_lib.CAPTION)
-        wanted = dataclasses.replace(
-            self.fields,
-            captions=tuple(dict.fromkeys(n for n in names if n in row)),
-            lang=self.fields.lang or next((n for n in fields_lib.LANG if n in row), ""),
-            label=self.fields.label or next((n for n in fields_lib.LABEL if n in row), ""),
-        )
+        fields = self.fields
+        lang = fields.lang or next((n for n in fields_lib.LANG if n in row), "")
+        label = fields.label or next((n for n in fields_lib.LABEL if n in row), "")
         return {
-            "key": str(row.get(self.fields.key, key)) if self.fields.key else key,
+            "key": str(row.get(fields.key, key)) if fields.key else key,
             "image": image,
-            "captions": fields_lib.captions(row, wanted),
-            **fields_lib.label(row, wanted),
+            "captions": fields_lib.captions(row, self._columns, lang, fields.default_lang),
+            **fields_lib.label(row, label),
         }
 
     def tokenizer(self) -> tokenizers.Tokenizer:

@@ -62,8 +62,10 @@ class TfdsSource:
         return {
             "key": key if isinstance(key, str) else str(key),
             "image": row[self.fields.image],
-            "captions": fields_lib.captions(row, self.fields),
-            **fields_lib.label(row, self.fields),
+            "captions": fields_lib.captions(
+                row, self.fields.captions, self.fields.lang, self.fields.default_lang
+            ),
+            **fields_lib.label(row, self.fields.label),
         }
 
     def tokenizer(self) -> tokenizers.Tokenizer:
