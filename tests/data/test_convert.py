@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import formats
 import pytest
@@ -189,6 +191,49 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path, damaged, monkeyp
         if not killed:
             break
     assert doomed >= 16  # plan, four shards twice, the dataset
+
+
+KILLS = """
+import os, pathlib, random, shutil, signal, sys, time
+from vlp.data import convert
+
+def child(out):
+    if pid := os.fork():
+        return pid
+    convert.run(convert.Job(sys.argv[1], out, rows_per_shard=3, check_images=True))
+    os._exit(0)
+
+tree = lambda out: {p.name: p.read_bytes() for p in pathlib.Path(out).iterdir()}
+parent, began = pathlib.Path(sys.argv[2]), time.monotonic()
+os.waitpid(child(str(parent / "whole" / "set")), 0)
+took, draws, killed = time.monotonic() - began, random.Random(0), 0
+for _ in range(12):
+    out = str(parent / "killed" / "set")
+    for _ in range(3):  # deaths in a row
+        pid = child(out)
+        time.sleep(draws.uniform(0, took))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert os.waitpid(child(out), 0)[1] == 0
+    assert tree(out) == tree(parent / "whole" / "set")
+    assert os.listdir(parent / "killed") == ["set"], os.listdir(parent / "killed")
+    shutil.rmtree(parent / "killed")
+print(killed)
+"""
+
+
+def test_sigkill_at_random_moments(tmp_path, damaged):
+    """Real deaths of a real process, three in a row: whenever they come, the end is the same."""
+    (tmp_path / "whole").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(damaged), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 3
 
 
 def test_finished_shards_are_not_made_again(tmp_path, damaged, monkeypatch):

@@ -1,12 +1,14 @@
 """`vlp data` inspect, verify, filter, tokenizer and bench: counts that were put there are found."""
 
 import dataclasses
+import io
 import json
 
 import formats
 import numpy as np
 import pytest
 import test_cli_data
+from PIL import Image
 
 from vlp.core import check
 from vlp.data import filter as filter_lib
@@ -41,6 +43,23 @@ def test_inspect_counts_what_was_put_there(tmp_path, capsys):
         test_cli_data.run("inspect", tmp_path / "set", "--html", page)
 
 
+def test_images_that_were_padded_are_flagged(tmp_path):
+    wide = Image.open(io.BytesIO(formats.jpeg(1, (64, 40)))).resize((128, 80))
+    padded = Image.new("RGB", (128, 128), "white")  # as img2dataset's resize_mode="border"
+    padded.paste(wide, (0, 24))
+    rows = []
+    for key, image in (("1", padded), ("2", wide), ("3", padded)):
+        out = io.BytesIO()
+        image.save(out, "JPEG")
+        rows.append(record(key, ["x"], out.getvalue()))
+    rows.append(record("4", ["x"], b"<html>"))
+    records.write(tmp_path / "set", {"train": rows}, name="n", info={})
+    source = records.open_split(tmp_path / "set", "train")
+    found = inspect.numbers(source)
+    assert found["uniform_borders"] == "2 of 3 looked at"
+    assert inspect.page(source, found, title="t").count("uniform border<br>") == 2
+
+
 def test_uniform_borders():
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     assert not inspect.has_uniform_border(image)
@@ -53,7 +72,7 @@ def test_verify_lists_bad_records(tmp_path):
     rows = [record("1", ["x"]), record("2", ["y"], formats.jpeg(2)[:300]), record("3", ["z"])]
     records.write(tmp_path / "set", {"train": rows}, name="n", info={})
     bad = tmp_path / "bad.jsonl"
-    assert test_cli_data.run("verify", tmp_path / "set", "--quarantine", bad) == 2
+    assert test_cli_data.run("verify", tmp_path / "set", "--quarantine", bad) == 1
     (line,) = map(json.loads, bad.read_text().splitlines())
     assert (line["split"], line["record"], line["key"]) == ("train", 1, "2") and line["reason"]
     left = loader.without(records.open_split(tmp_path / "set", "train"), str(bad))

@@ -176,7 +176,7 @@ DAMAGE = {
     "missing": (lambda p: _shard(p).unlink(), "no file"),
     "total": (_total, "num_records 99999 for shards of 23"),
     "count": (_count, "got 10 records, expected 11 records"),
-    "manifest": (lambda p: (p / records.MANIFEST).unlink(), "run `vlp data emoji"),
+    "manifest": (lambda p: (p / records.MANIFEST).unlink(), "vlp data convert"),
     "json": (lambda p: (p / records.MANIFEST).write_text("{"), "broken JSON"),
     "format": (_format, "got format 99"),
     "field": (_field, r"no str 'sha256' in splits.val.shards\[0\]"),

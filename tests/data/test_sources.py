@@ -10,6 +10,7 @@ import time
 
 import formats
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -219,6 +220,51 @@ def test_a_failing_store_gives_the_same_data_and_true_counts(tmp_path, faulty, k
     assert {k: counts[k] for k in ("errors", "short")} | {"stalls": 0} == Faulty.log | {"stalls": 0}
     assert counts["stalls"] >= Faulty.log["stalls"]  # a starved machine may add some
     assert Faulty.log["errors"] > 0 or kind == "records"
+
+
+def test_a_run_on_a_failing_store_is_the_same_run(tmp_path, faulty, small_tokenizer):
+    """Batches equal to the bit, and every failure counted in what the run tells."""
+    formats.tar(tmp_path / "a.tar", formats.rows(30))
+    faulty.pipe_file("/bucket/a.tar", (tmp_path / "a.tar").read_bytes())
+    read, data = {}, loader.Data(image_px=16, langs=(), read_threads=2)
+    for path in (str(tmp_path / "a.tar"), "faulty://bucket/a.tar"):
+        reads.reset()
+        Faulty.log.update(errors=0, stalls=0, short=0)
+        source = sources.open_path(path)
+        dataset = loader.Dataset(dataclasses.replace(data, path=path), source, small_tokenizer)
+        read[path] = list(dataset.train_iter(start=0, batch=6, num_batches=15, seed=0))
+        told = dataset.tally.counts
+    for a, b in zip(*read.values(), strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    assert Faulty.log["errors"] > 0 and Faulty.log["short"] > 0
+    assert told["read_errors"] == Faulty.log["errors"] and told["read_short"] == Faulty.log["short"]
+    assert told["read_stalls"] >= Faulty.log["stalls"] and told["read_cached"] > 0
+    # everything was read through the cache's blocks, each asked for anew once it had been dropped
+    assert told["read_bytes"] <= told["read_reads"] * reads.POLICY.block_bytes
+
+
+def test_few_shards_of_a_store_are_open_and_on_disk(tmp_path, faulty, monkeypatch, make_records):
+    records.write(
+        tmp_path / "s", {"train": make_records(40)}, name="n", info={}, records_per_shard=4
+    )
+    for file in (tmp_path / "s").iterdir():
+        faulty.pipe_file(f"/bucket/{file.name}", file.read_bytes())
+    shard = next(iter((tmp_path / "s").glob("*.arrayrecord"))).stat().st_size
+    monkeypatch.setenv("VLP_CACHE_GB", str(4.5 * shard / 1e9))
+    monkeypatch.setattr(records, "OPEN_COPIES", 2)
+    source = sources.open_path("faulty://bucket")
+    for i in random.Random(3).sample(range(40), 40):
+        assert source[i]["key"] == f"k{i:04d}"
+        assert len(source._readers) <= 2
+        assert len(list((tmp_path / "cache" / "shards").iterdir())) <= 4
+    data = bytearray(faulty.cat("/bucket/train-00003-of-00010.arrayrecord"))
+    data[100] ^= 1
+    faulty.pipe_file("/bucket/train-00003-of-00010.arrayrecord", bytes(data))
+    for file in (tmp_path / "cache" / "shards").iterdir():
+        file.unlink()
+    with pytest.raises(check.UserError, match="00003-of-00010.*changed bytes"):
+        sources.open_path("faulty://bucket")[13]
 
 
 def test_a_dead_store_and_a_missing_file_are_named(faulty, monkeypatch):

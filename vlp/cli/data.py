@@ -156,7 +156,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    """Checks every digest, record and image; returns 2 if anything is wrong."""
+    """Checks every digest, record and image; returns 1 if anything is wrong."""
     from vlp.data import inspect
 
     begin = time.monotonic()
@@ -167,7 +167,7 @@ def _verify(args: argparse.Namespace) -> int:
         _write_new(args.quarantine, "".join(json.dumps(x) + "\n" for x in bad).encode())
     verdict = f"{len(problems)} problems" if problems else "good"
     print(f"{args.dir}: {verdict}, {total} records read, {time.monotonic() - begin:.1f} s")
-    return 2 if problems else 0
+    return 1 if problems else 0
 
 
 def _open(args: argparse.Namespace, split: str):

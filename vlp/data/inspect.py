@@ -1,6 +1,6 @@
 """`vlp data inspect` and `verify`: what a dataset holds, a page to look at it, and what is wrong.
 
-Reads every record once; images are decoded only for the page and by `verify`.
+Reads every record once; images are decoded only by `verify`, and a hundred of them for the rest.
 """
 
 import base64
@@ -10,7 +10,7 @@ import html
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,7 @@ def numbers(source: records.Source) -> dict[str, Any]:
         "repeated_keys": round(1 - len(seen["key"]) / good, 4),
         "repeated_images": round(1 - len(seen["image"]) / good, 4),
         "repeated_texts": round(1 - len(seen["text"]) / max(texts, 1), 4),
+        "uniform_borders": borders(source),
         **{k: dict(v.most_common(20)) for k, v in kinds.items()},
     }
 
@@ -84,34 +85,46 @@ def _spread(values: Sequence[int]) -> list[int]:
 
 def page(source: records.Source, found: dict, *, title: str, num_images: int = 60) -> str:
     """Returns an HTML page of one file: the numbers, and images at equal steps with their texts."""
-    figures, borders, shown = [], 0, 0
-    for i in np.unique(np.linspace(0, len(source) - 1, num_images).astype(int)).tolist():
-        try:
-            record = source[i]
-            image = image_ops.decode(record["image"])
-        except ValueError as e:
+    figures = []
+    for i, record, image in _samples(source, num_images):
+        if isinstance(image, ValueError):
             figures.append(
-                f"<figure>record {i}<figcaption>{html.escape(str(e))}</figcaption></figure>"
+                f"<figure>record {i}<figcaption>{html.escape(str(image))}</figcaption></figure>"
             )
             continue
-        shown += 1
-        framed = has_uniform_border(image)
-        borders += framed
         small = Image.fromarray(image)
         small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         out = io.BytesIO()
         small.save(out, "JPEG", quality=80)
         data = base64.b64encode(out.getvalue()).decode()
-        lines = [record["key"], *("uniform border" for _ in range(framed))]
+        lines = [record["key"], *("uniform border" for _ in range(has_uniform_border(image)))]
         lines += [f"[{c['source']}, {c['lang']}] {c['text'][:200]}" for c in record["captions"][:5]]
         text = "<br>".join(html.escape(x) for x in lines)
         figures.append(
             f'<figure><img alt="" src="data:image/jpeg;base64,{data}">'
             f"<figcaption>{text}</figcaption></figure>"
         )
-    found = found | {"uniform_borders": f"{borders} of {shown} shown"}
     table = html.escape(json.dumps(found, indent=1, ensure_ascii=False))
     return _PAGE.format(title=html.escape(title), numbers=table, figures="\n".join(figures))
+
+
+def _samples(
+    source: records.Source, num: int
+) -> Iterator[tuple[int, dict, np.ndarray | ValueError]]:
+    """Yields `num` records at equal steps: number, record, its image or why there is none."""
+    for i in np.unique(np.linspace(0, len(source) - 1, num).astype(int)).tolist():
+        record: dict = {}
+        try:
+            record = source[i]
+            yield i, record, image_ops.decode(record["image"])
+        except ValueError as e:
+            yield i, record, e
+
+
+def borders(source: records.Source, num: int = 100) -> str:
+    """Says how many of `num` images at equal steps have a uniform border."""
+    images = [x for _, _, x in _samples(source, num) if not isinstance(x, ValueError)]
+    return f"{sum(map(has_uniform_border, images))} of {len(images)} looked at"
 
 
 def has_uniform_border(image: np.ndarray, share: float = 0.05) -> bool:

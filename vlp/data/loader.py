@@ -270,15 +270,13 @@ class Tally:
         return f"{STAGES[int(share.argmax())]} {share.max():.0%}"
 
     def metrics(self) -> dict[str, float]:
-        """All of it as numbers by name, for the metrics record."""
-        total = max(self.secs.sum(), 1e-9)
-        out = {f"bad_{reason}": float(n) for reason, n in self.bad.items()}
-        out |= {k: float(self.counts[k]) for k in COUNTS if self.counts[k]}
-        out |= {f"share_{k}": round(float(x / total), 4) for k, x in zip(STAGES, self.secs)}
+        """What was measured, as numbers by name, for the metrics record."""
+        total, texts = max(self.secs.sum(), 1e-9), max(self.counts["texts"], 1)
+        out = {f"share_{k}": round(float(x / total), 4) for k, x in zip(STAGES, self.secs)}
+        out["truncated_frac"] = round(self.counts["texts_truncated"] / texts, 4)
+        out |= {k: float(self.counts[k]) for k in COUNTS if k[:5] == "read_" and self.counts[k]}
         workers = [mb for pid, mb in self.rss_mb.items() if pid != os.getpid()]
-        return out | (
-            {"worker_rss_mb": max(workers), "num_workers": len(workers)} if workers else {}
-        )
+        return out | ({"worker_rss_mb": round(max(workers), 1)} if workers else {})
 
     def text(self) -> str:
         """Counts by reason, most first, with examples."""

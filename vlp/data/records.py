@@ -178,7 +178,7 @@ def write(
     holds anything else.
     """
     out_dir = os.path.abspath(os.fspath(out_dir))
-    _refuse_foreign(out_dir)
+    refuse_foreign(out_dir)
     parent = os.path.dirname(out_dir)
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(out_dir)}.tmp-", dir=parent)
@@ -231,7 +231,7 @@ def write_shard(path: str, records: Iterable[dict]) -> None:
         writer.close()
 
 
-def _refuse_foreign(out_dir: str) -> None:
+def refuse_foreign(out_dir: str) -> None:
     """Raises at once, before any work, if `out_dir` holds something that is no dataset."""
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise check.error(out_dir, "a file", "a directory", "choose another --out")
@@ -287,22 +287,20 @@ def read_manifest(path: str | os.PathLike) -> dict:
     """Returns the manifest of the dataset in `path`. Raises: `UserError` (how to get one)."""
     path = os.fspath(path)
     file = os.path.join(path, MANIFEST)
-    do = "run `vlp data emoji --out DIR` and point config.data.path at DIR"
+    do = "copy or build the dataset again"
     if not path or not reads.exists(file):
-        raise check.error(
-            "config.data.path", f"{path!r} without {MANIFEST}", "a dataset directory", do
-        )
+        got, make = f"{path!r} without {MANIFEST}", "make one with `vlp data convert`"
+        make += " (the demo's: `vlp data emoji --out DIR`), or correct the path"
+        raise check.error("config.data.path", got, "a dataset directory", make)
     try:
         manifest = json.loads(reads.whole(file))
         version = manifest.get("format")
     except (ValueError, AttributeError) as e:
         raise check.error(file, f"broken JSON ({e})", "a manifest", do) from None
     if version != FORMAT:
-        raise check.error(
-            file, f"format {version!r}", f"format {FORMAT}", "write the dataset again"
-        )
+        raise check.error(file, f"format {version!r}", f"format {FORMAT}", do)
     if wrong := _missing(manifest):
-        raise check.error(file, wrong, "a whole manifest", "copy or build the dataset again")
+        raise check.error(file, wrong, "a whole manifest", do)
     return manifest
 
 

@@ -98,7 +98,7 @@ def _sentencepiece(model: bytes, where: str) -> sentencepiece.SentencePieceProce
             where,
             f"{len(model)} bytes that SentencePiece cannot read",
             "a SentencePiece model",
-            "train one with `vlp data emoji` or vlp.data.tokenizer.train",
+            "train one with `vlp data tokenizer DIR --out FILE`",
         ) from None
     if ids != [PAD, BOS, EOS, UNK]:
         raise check.error(
@@ -117,8 +117,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
         raise check.error(
             "config.data.tokenizer",
             f"{path!r}, which is no file",
-            "a SentencePiece model",
-            "run `vlp data emoji --out DIR` or point config.data.tokenizer at one",
+            "a SentencePiece model or a tokenizer.json",
+            "train or import one with `vlp data tokenizer`, or correct config.data.tokenizer",
         )
     return Tokenizer(reads.whole(path), where=path)
 

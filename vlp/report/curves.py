@@ -38,6 +38,11 @@ TRAIN = (
 TIME = (
     Group(r"time/examples_per_s", "Examples per second"),
     Group(r"time/data_wait_frac", "Time spent waiting for data", percent=True),
+    Group(r"time/(.*\.)?input_share_.*", "Where the loader's time goes", percent=True),
+    Group(r"time/(.*\.)?input_truncated_frac", "Texts cut to the text length", percent=True),
+    Group(r"time/(.*\.)?input_read_bytes", "Bytes read since the start"),
+    Group(r"time/(.*\.)?input_read_.*", "Reads since the start"),
+    Group(r"time/(.*\.)?(input_worker_)?rss_mb", "Resident memory of a process, MB"),
 )
 EVAL = (
     Group(r"i2t/R@\d+", "Image → text recall", percent=True),

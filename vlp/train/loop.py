@@ -191,11 +191,8 @@ def write_step(
         session.metrics.write(row | times)
         rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
         if wait > 0.05:
-            log.info(
-                "waiting for data %.0f%%: mostly its stage %s",
-                100 * wait,
-                parts.main.tally.limiting(),
-            )
+            limit = parts.main.tally.limiting()
+            log.info("waiting for data %.0f%%: mostly its stage %s", 100 * wait, limit)
         bar.set_postfix_str(
             f"loss {values['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}"
         )
@@ -212,7 +209,10 @@ def input_metrics(parts: Parts, seen: int) -> dict[str, float]:
     out = {"time/rss_mb": round(resident_mb(), 1)}
     for name, data in parts.datasets.items():
         where = f"data/{name}." if name else "data/"
-        out |= {f"{where}{k}": v for k, v in data.tally.metrics().items()}
+        out |= {f"{where}bad_{reason}": float(n) for reason, n in data.tally.bad.items()}
+        # of this process's life, not of the run's: like all under time/, no two runs agree on it
+        measured = f"time/{name}.input_" if name else "time/input_"
+        out |= {f"{measured}{k}": v for k, v in data.tally.metrics().items()}
         first = parts.stage.start_samples
         here = seen if not name else seen - first
         out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(here).items()}

@@ -85,7 +85,15 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
             sorted(batch),
             "change config.data",
         )
-    compiled.eval_shape(state, batch)  # the trace is kept for the first step
+    try:
+        compiled.eval_shape(state, batch)  # the trace is kept for the first step
+    except (TypeError, ValueError, AssertionError, IndexError) as e:
+        if stage.data.captions != "all":
+            raise
+        got = f"'all' (text {list(batch['text'].shape)}) with {type(stage.objective).__name__}"
+        expected = f"an objective that reads several captions ({type(e).__name__})"
+        do = "set it to 'uniform', or change config.objective"
+        raise check.error("config.data.captions", got, expected, do) from e
     for label, evaluator in stage.evals.items():
         io = IO(stage.data, parts.main.tokenizer)
         check_ready(evaluator, stage.model, mesh, io, f"config.evals.{label}")
