@@ -12,9 +12,7 @@ from vlp.objectives.coca import Coca
 from vlp.optim.make import Optim
 
 TOWER = dict(width=32, depth=1, heads=2, mlp=64, dropout=0.1)
-MODEL = Captioner(
-    ViT(patch=4, **TOWER), Text(vocab=24, **TOWER), Multimodal(1), embed=8, queries=3
-)
+MODEL = Captioner(ViT(patch=4, **TOWER), Text(vocab=24, **TOWER), Multimodal(1), embed=8, queries=3)
 
 
 @pytest.fixture(scope="module")

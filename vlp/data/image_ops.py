@@ -131,6 +131,7 @@ def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
         at += 2 + length
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        height, width = int(height), int(width)
     except ValueError:
         return None
     good = colors in ("YCbCr", "RGB", "Gray") and height * width <= MAX_PIXELS

@@ -242,6 +242,7 @@ def _check(data: Data) -> None:
             )
 
 
+WHO = 2  # entries at the start of what is told that say which process, and its memory
 COUNTS = ("texts", "texts_truncated", *(f"read_{k}" for k in reads.COUNTS))
 
 
@@ -765,8 +766,12 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Blocks of rows as one batch; what was counted of them is added up."""
     if len(parts) == 1:
         return parts[0]
-    out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != _SECS}
-    return out | ({_SECS: sum(p[_SECS] for p in parts)} if _SECS in parts[0] else {})
+    out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != _TOLD}
+    if _TOLD in parts[0]:
+        told = np.sum([p[_TOLD] for p in parts], axis=0)
+        told[:WHO] = parts[-1][_TOLD][:WHO]
+        out[_TOLD] = told
+    return out
 
 
 def _iterate(make: Callable[[int], dict], num_batches: int, data: Data) -> Iterator[dict]:

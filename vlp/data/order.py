@@ -305,7 +305,8 @@ def sample_rng(seed: int, stream: str, position: int) -> np.random.Generator:
     of hashing.
     """
     key_2 = np.array([_stream_key(seed, stream), position], np.uint64)
-    return np.random.Generator(np.random.Philox(_Key(key_2)))
+    key: Any = _Key(key_2)  # the stubs know of SeedSequence only
+    return np.random.Generator(np.random.Philox(key))
 
 
 def split_words(values: np.ndarray) -> np.ndarray:
