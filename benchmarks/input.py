@@ -180,9 +180,8 @@ class Server:
         raise RuntimeError("a loader's process ended")
 
     def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(30)
+        self._process.kill()
+        self._process.wait()
 
 
 def compare(directory: str, num: int, epochs: int) -> dict[str, dict]:

@@ -26,6 +26,21 @@ def wordpiece() -> bytes:
     return made.to_str().encode()
 
 
+def test_a_cased_tokenizer_is_lowered_where_asked(tmp_path, capsys):
+    cased = json.loads(wordpiece()) | {"normalizer": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(cased))
+    rows = []
+    for name, flags in (("as_is", ()), ("lower", ("--lower",))):
+        given = ("--from", tmp_path / "tokenizer.json", "--out", tmp_path / name, *flags)
+        assert test_cli_data.run("tokenizer", *given) == 0
+        tok = tokenizer.load(tmp_path / name)
+        rows.append(tok.encode("A Red cats", 6).tolist())
+        assert tok.lower == (name == "lower")
+    assert rows == [[1, 3, 3, 6, 7, 2], [1, 4, 5, 6, 7, 2]]
+    out = capsys.readouterr().out
+    assert "keeps case, [bos]" in out and "lower-cases, [bos]" in out
+
+
 def test_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(wordpiece())
     flags = ("--from", tmp_path / "tokenizer.json", "--out", tmp_path / "tok")

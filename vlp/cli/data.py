@@ -51,6 +51,7 @@ def add_parser(subparsers) -> None:
     words.add_argument("--vocab-size", type=int, default=32000, help="ceiling (default 32000)")
     words.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
     words.add_argument("--keep-case", action="store_true", help="no lower-casing")
+    words.add_argument("--lower", action="store_true", help="lower-case before --from's own rules")
     words.add_argument("--langs", nargs="+", default=[], help="captions in these only")
     bench = actions.add_parser("bench", help="images/s by stage on one core, and what limits")
     _add_input(bench)
@@ -231,17 +232,26 @@ def _tokenizer(args: argparse.Namespace) -> int:
         )
     if args.other:
         data = reads.whole(args.other)
-        tok = tokenizer.Tokenizer(data if data[:1] == b"{" else imported.clip_bpe(data))
+        data = data if data[:1] == b"{" else imported.clip_bpe(data)
+        tokenizer.Tokenizer(data, args.other)  # refuses what is none
+        tok = tokenizer.Tokenizer(imported.lowered(data, args.other) if args.lower else data)
         _write_new(args.out, tok.to_bytes())
-        print(f"{args.out}: {tok.vocab_size} pieces, sha256 {tok.sha256}")
+        print(f"{args.out}: {tok.vocab_size} pieces, {_policy(tok)}, sha256 {tok.sha256}")
         return 0
     texts = _texts(args, args.langs)
     tok = tokenizer.train(
         texts, args.vocab_size, lower=not args.keep_case, model_type=args.model_type
     )
     _write_new(args.out, tok.to_bytes())
-    print(f"{args.out}: {tok.vocab_size} pieces from {len(texts)} texts, sha256 {tok.sha256}")
+    print(f"{args.out}: {tok.vocab_size} pieces from {len(texts)} texts, {_policy(tok)}")
+    print(f"sha256 {tok.sha256}")
     return 0
+
+
+def _policy(tok) -> str:
+    """What becomes of a text, in words."""
+    case = "lower-cases" if tok.lower else "keeps case"
+    return f"{case}, [bos] pieces [eos] then {tok.pad_id}s, cut before eos"
 
 
 def _texts(args: argparse.Namespace, langs: list[str], limit: int | None = None) -> list[str]:

@@ -53,6 +53,15 @@ class Pieces:
         return len(self.old_ids)
 
 
+def lowered(model: bytes, where: str) -> bytes:
+    """Returns the tokenizer.json with lower-casing put before all else, as SigLIP prepares its texts."""
+    library = _library(where)
+    found = library.Tokenizer.from_str(model.decode())
+    steps = [library.normalizers.Lowercase(), *([found.normalizer] if found.normalizer else [])]
+    found.normalizer = library.normalizers.Sequence(steps)
+    return json.dumps(json.loads(found.to_str()), ensure_ascii=False, sort_keys=True).encode()
+
+
 def clip_bpe(data: bytes, where: str = "CLIP's merges") -> bytes:
     """Returns the tokenizer.json of CLIP's `bpe_simple_vocab_16e6.txt.gz` (or its plain text).
 
