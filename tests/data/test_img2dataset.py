@@ -89,7 +89,6 @@ def test_every_id_is_accounted_for_by_cause(tmp_path, address, monkeypatch):
         text=True,
         check=False,
         env=env | {"NO_ALBUMENTATIONS_UPDATE": "1"},
-        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
