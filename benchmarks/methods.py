@@ -92,20 +92,22 @@ def flops(resolved: Mapping[str, Any]) -> tuple[float, int]:
     return total, built[-1].end_samples
 
 
-def minutes(rows: list[dict[str, Any]]) -> float:
-    """Time of the training steps, from the logged rates."""
-    total, before = 0.0, 0
+def minutes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Time of the training steps, from the logged rates: by the clock, and of the cores that were busy."""
+    out, before = {"minutes": 0.0, "core_minutes": 0.0}, 0
     for row in rows:
         if row["kind"] == "train":
-            total += (row["samples"] - before) / row["time/examples_per_s"]
+            took = (row["samples"] - before) / row["time/examples_per_s"] / 60
+            out["minutes"] += took
+            out["core_minutes"] += took * row["time/host_cores"]
             before = row["samples"]
-    return total / 60
+    return out
 
 
 def measure(directory: pathlib.Path) -> dict[str, float]:
     """A finished run's last evaluations, and its minutes."""
     rows = workdir.read(directory / "metrics.jsonl")
-    out = {"minutes": minutes(rows)}
+    out = minutes(rows)
     for row in rows:
         if row["kind"] == "eval":
             prefix = "" if row["eval"] == "retrieval" else f"{row['eval']}/"
@@ -169,7 +171,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         found.append(measure(directory))
     row: dict[str, Any] = {"method": name, "seeds": seeds, "samples": samples}
     row |= {"flops": total, "flops_per_sample": total / samples}
-    for key in (*METRICS, "minutes"):
+    for key in (*METRICS, "minutes", "core_minutes"):
         values = [run[key] for run in found]
         row[key] = statistics.mean(values)
         row[f"{key} spread"] = statistics.stdev(values) if seeds > 1 else None

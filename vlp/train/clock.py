@@ -1,4 +1,4 @@
-"""How fast a run goes, and how much of it waits for data."""
+"""How fast a run goes, how many cores it takes, and how much of it waits for data."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Clock:
     def __init__(self, batch: int) -> None:
         self._batch = batch
         self._began = self._mark = time.monotonic()
+        self._cpu = time.process_time()
         self._waited = 0.0
         self._steps = 0
 
@@ -33,17 +34,19 @@ class Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside `with`, time does not count (evaluation, saving)."""
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         yield
         self._mark += time.monotonic() - began
+        self._cpu += time.process_time() - cpu
 
     def read(self) -> dict[str, float]:
-        now = time.monotonic()
+        now, cpu = time.monotonic(), time.process_time()
         span = max(now - self._mark, 1e-9)
         out = {
             "time/examples_per_s": round(self._steps * self._batch / span, 3),
+            "time/host_cores": round((cpu - self._cpu) / span, 2),  # busy ones, of this process
             "time/data_wait_frac": round(min(self._waited / span, 1.0), 4),
             "time/elapsed_s": round(now - self._began, 3),
         }
-        self._mark, self._waited, self._steps = now, 0.0, 0
+        self._mark, self._cpu, self._waited, self._steps = now, cpu, 0.0, 0
         return out
