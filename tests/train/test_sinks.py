@@ -1,5 +1,6 @@
 """Sinks hold the record and nothing else, whatever dies and wherever; profiles open."""
 
+import json
 import struct
 from unittest import mock
 
@@ -13,7 +14,7 @@ CONFIG = runs.changed(runs.TOY, sinks=["tensorboard"], steps=6, save_every_steps
 EVALS = {"retrieval": {"batch": 8, "every_steps": 2, "gallery": 0}}
 
 
-def events(directory):
+def tensorboard(directory):
     """(tag, step, value) of every scalar in the event files, by the format's framing (length, crc, data, crc)."""
     from tensorboardX.proto.event_pb2 import Event
 
@@ -28,21 +29,66 @@ def events(directory):
     return found
 
 
+def clu(directory):
+    """The same of TensorFlow's event files, read by TensorFlow."""
+    import tensorflow as tf
+
+    found = []
+    for path in sorted((directory / "clu").glob("events*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            found += [
+                (v.tag, event.step, float(tf.make_ndarray(v.tensor))) for v in event.summary.value
+            ]
+    return found
+
+
+def wandb(directory):
+    """The same of every offline run of wandb, by the framing of LevelDB's log (crc, size, type; 32 KiB blocks)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found, kinds = [], {1: "whole", 2: "first", 3: "middle", 4: "last"}
+    for path in sorted((directory / "wandb").glob("offline-run-*/*.wandb")):
+        data, at, parts = path.read_bytes(), 7, []  # behind the file's own header
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
+                at += 32768 - at % 32768
+                continue
+            _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+            parts.append(data[at + 7 : at + 7 + size])
+            at += 7 + size
+            if kinds[kind] in ("whole", "last"):
+                record, parts = Record.FromString(b"".join(parts)), []
+                items = {"/".join(i.nested_key) or i.key: i for i in record.history.item}
+                found += [
+                    (tag, record.history.step.num, float(json.loads(i.value_json)))
+                    for tag, i in items.items()
+                    if not tag.startswith("_")  # wandb's own: step, time
+                ]
+    return found
+
+
+READERS = {"tensorboard": tensorboard, "wandb": wandb, "clu": clu}
+
+
 def record(directory):
     rows = workdir.read(directory / "metrics.jsonl")
     return [(tag, row["step"], v) for row in rows for tag, v in sinks.scalars(row).items()]
 
 
-def assert_follows(directory):
-    found, wanted = events(directory), record(directory)
+def assert_follows(directory, sink="tensorboard"):
+    """The sink has what the record has, each number once."""
+    found, wanted = sorted(READERS[sink](directory)), sorted(record(directory))
     assert [f[:2] for f in found] == [w[:2] for w in wanted]
     assert len({f[:2] for f in found}) == len(found) > 0
     np.testing.assert_allclose([f[2] for f in found], [w[2] for w in wanted], rtol=1e-6)
 
 
-def test_killed_between_saves(toy, tmp_path):
+@pytest.mark.parametrize("sink", sinks.SINKS)
+def test_killed_between_saves(sink, toy, tmp_path, monkeypatch):
     """The run dies with steps 5 and 6 on record but not saved, and does them again."""
-    config, run = runs.changed(CONFIG, evals=EVALS), tmp_path / "run"
+    pytest.importorskip(sinks.SINKS[sink][1])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config, run = runs.changed(CONFIG, evals=EVALS, sinks=[sink]), tmp_path / "run"
     calls, save = iter(range(1, 100)), loop.save
 
     def die(*args):
@@ -53,11 +99,39 @@ def test_killed_between_saves(toy, tmp_path):
     with mock.patch.object(loop, "save", die), pytest.raises(runs.Killed):
         runs.train(config, run)
     assert record(run)[-1][1] == 6
-    assert_follows(run)
+    assert_follows(run, sink)
     assert runs.train(config, run) == 0
-    assert_follows(run)
-    assert {step for tag, step, _ in events(run) if tag == "train/loss"} == {1, 2, 3, 4, 5, 6}
-    assert {step for tag, step, _ in events(run) if tag == "retrieval/i2t/R_1"} == {2, 4, 6}
+    assert_follows(run, sink)
+    found = READERS[sink](run)
+    assert {step for tag, step, _ in found if tag == "train/loss"} == {1, 2, 3, 4, 5, 6}
+    assert {step for tag, step, _ in found if tag == "retrieval/i2t/R_1"} == {2, 4, 6}
+
+
+def test_wandb_online_goes_on_behind_what_the_server_has(tmp_path, monkeypatch):
+    """Its client is replaced: there is no server here. Rows of a step that the server has are not sent again."""
+    wandb = pytest.importorskip("wandb")
+    run = mock.Mock(offline=False, step=5)
+    init = mock.Mock(return_value=run)
+    monkeypatch.setattr(wandb, "init", init)
+    rows = [{"kind": "train", "step": s, "stage": "a", "loss": 1.0 * s} for s in range(1, 8)]
+    sink = sinks.WandB(tmp_path, {"name": "it"})
+    sink.begin(rows[:4])
+    for row in rows[4:]:
+        sink.write(row)
+    assert [call.kwargs["step"] for call in run.log.call_args_list] == [5, 6, 7]
+    sinks.WandB(tmp_path, {"name": "it"}).begin([])
+    first, second = (call.kwargs["id"] for call in init.call_args_list)
+    assert first == second == (tmp_path / "wandb" / "id").read_text()
+
+
+def test_wandb_without_a_login(toy, tmp_path, capsys, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    refuse = mock.Mock(side_effect=wandb.errors.UsageError("No API key configured.\nmore"))
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert runs.train(runs.changed(CONFIG, sinks=["wandb"]), tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "config.sinks: got wandb: No API key" in error and "WANDB_MODE=offline" in error
+    assert error.count("\n") == 1
 
 
 def test_asked_for_later(toy, tmp_path):
@@ -73,7 +147,9 @@ def test_not_a_number_is_followed(toy, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(FloatingPointError):
         runs.train(runs.changed(CONFIG, **{"objective.nan_step": 2}), run)
-    assert np.isnan(next(v for tag, step, v in events(run) if (tag, step) == ("train/loss", 3)))
+    assert np.isnan(
+        next(v for tag, step, v in tensorboard(run) if (tag, step) == ("train/loss", 3))
+    )
 
 
 def test_unknown_sink(toy, tmp_path, capsys):

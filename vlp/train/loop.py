@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import logging
 import pathlib
 import time
@@ -23,16 +25,17 @@ from vlp.train import hosts
 from vlp.train import workdir as files
 from vlp.train.clock import Clock
 from vlp.train.enter import check_start, enter
+from vlp.train.interval import FINITE, Interval, Sums, values
 from vlp.train.parts import Parts, prepare
 from vlp.train.profile import check_range
 from vlp.train.session import Session, description_of_data, last_meta, open_session, save
 from vlp.train.sinks import check_sinks
 from vlp.train.stages import parse
 from vlp.train.state import State
-from vlp.train.step import is_finite
 from vlp.train.watchdog import PREEMPTED, Stop
 
 log = logging.getLogger(__name__)
+AHEAD = 2  # steps that the device may have in hand while the host prepares the next
 
 
 def run(
@@ -65,10 +68,11 @@ def run(
             resolved, settings, workdir, mesh, stop, all_parts[0], position, profile
         )
         state = None
+        interval = Interval((meta or {}).get("interval"))
         try:
             for parts in all_parts[position["stage"] :]:
                 state = enter(session, parts, state, position if state is None else None)
-                state = train_stage(session, parts, state)
+                state = train_stage(session, parts, state, interval)
                 if int(state.step) < total and stop.asked(int(state.step)):
                     log.info(
                         "stopped at step %d and saved; the same command continues", int(state.step)
@@ -84,7 +88,7 @@ def run(
             session.lock.close()
 
 
-def train_stage(session: Session, parts: Parts, state: State) -> State:
+def train_stage(session: Session, parts: Parts, state: State, interval: Interval) -> State:
     """Trains to the stage's end, or until asked to stop; the state returned is saved."""
     stage, settings = parts.stage, session.settings
     first = int(state.stage_step)
@@ -93,24 +97,27 @@ def train_stage(session: Session, parts: Parts, state: State) -> State:
         total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None, leave=True
     )
     clock = Clock(stage.batch)
-    pending: tuple[int, Any] | None = None  # metrics of the step before, read while this one runs
+    pending: collections.deque[Done] = collections.deque()  # steps that were not looked at yet
 
-    def record() -> None:
-        if pending is not None:
-            write_step(session, parts, *pending, clock, bar)
+    def record(ahead: int = 0) -> None:
+        """Looks at all steps but the last `ahead`, which may still be running."""
+        while len(pending) > ahead:
+            write_step(session, parts, pending.popleft(), clock, bar)
 
     for number in range(first, stage.num_steps):
         session.watchdog.beat("data")
         batch = clock.wait(lambda: next(batches))
         session.watchdog.beat("step")
-        session.profile.before(stage.start_step + number + 1)
-        with jax.profiler.StepTraceAnnotation("train", step_num=stage.start_step + number + 1):
-            state, metrics = parts.step(state, batch)
-        session.profile.after(stage.start_step + number + 1, metrics)
-        record()
-        pending = (number + 1, metrics)
-        bar.update()
         step, last = stage.start_step + number + 1, number + 1 == stage.num_steps
+        session.profile.before(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = parts.step(state, batch)
+        session.profile.after(step, metrics)
+        finite = interval.add(metrics)
+        logging_due = last or (number + 1) % settings.log_every_steps == 0
+        pending.append(Done(number + 1, metrics, finite, interval.take() if logging_due else None))
+        record(ahead=AHEAD)
+        bar.update()
         stopping = session.stop.asked(step)
         due = [
             n
@@ -120,12 +127,11 @@ def train_stage(session: Session, parts: Parts, state: State) -> State:
         saving = last or stopping or step % settings.save_every_steps == 0
         if due or saving:
             record()
-            pending = None
             with clock.paused():
                 for label in due:
                     evaluate(session, parts, state, label, step)
                 if saving:
-                    save(session, parts, state, number + 1)
+                    save(session, parts, state, number + 1, interval.plain())
         if stopping:
             break
     bar.close()
@@ -162,46 +168,56 @@ def feed(
         yield meshes.to_global(named, mesh)
 
 
-def write_step(
-    session: Session, parts: Parts, number: int, metrics: Any, clock: Clock, bar: Any
-) -> None:
-    """Records one step's metrics if it is due; stops the run if they are no numbers."""
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A step that was started: its number in the stage (from 1) and what it will say, still on the device."""
+
+    number: int
+    metrics: dict[str, jax.Array]
+    finite: jax.Array
+    sums: Sums | None  # of the steps since the last row, if a row is due
+
+
+def write_step(session: Session, parts: Parts, done: Done, clock: Clock, bar: Any) -> None:
+    """Waits for a step; stops the run if its metrics are no numbers, and records the interval's if that is due."""
     stage, settings = parts.stage, session.settings
     clock.count()
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    step = stage.start_step + number
+    number, step = done.number, stage.start_step + done.number
     seen = stage.start_samples + number * stage.batch
-    row = {"kind": "train", "step": step, "samples": seen, "stage": stage.name, **values}
-    if not is_finite(values):
-        session.metrics.write(row)
+    row = {"kind": "train", "step": step, "samples": seen, "stage": stage.name}
+    if not jax.device_get(done.finite):
+        found = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
+        session.metrics.write(row | found)
         session.metrics.flush()
         ids = parts.main.record_ids(seen - stage.batch, stage.batch, settings.seed)
         keys = parts.main.keys(ids[:64])
         path = session.workdir / f"nonfinite_step{step}.json"
         files.write_json(
-            path, {"step": step, "metrics": values, "records": ids.tolist(), "keys": keys}
+            path, {"step": step, "metrics": found, "records": ids.tolist(), "keys": keys}
         )
-        got = ", ".join(f"{k} {values[k]}" for k in ("loss", "grad_norm", "param_norm"))
+        got = ", ".join(f"{k} {found[k]}" for k in FINITE)
         raise FloatingPointError(
             f"step {step}: got {got}, expected finite numbers; see {path} for the batch "
             f"(keys {', '.join(keys[:4])}, …), lower the learning rate or look at the data"
         )
-    if number % settings.log_every_steps == 0 or number == stage.num_steps:
-        times = clock.read() | input_metrics(parts, seen)
-        session.metrics.write(row | times)
-        rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
-        if wait > 0.05:
-            limit = parts.main.tally.limiting()
-            log.info("waiting for data %.0f%%: mostly its stage %s", 100 * wait, limit)
-        bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}"
-        )
-        if bar.disable:
-            left = (stage.num_steps - number) * stage.batch / max(rate, 1e-9)
-            log.info(
-                "[%d] %s %d/%d  loss %.4f  %.0f examples/s  %.0f s left  data wait %.0f%%",
-                step, stage.name, number, stage.num_steps, values["loss"], rate, left, 100 * wait,
-            )  # fmt: skip
+    if done.sums is None:
+        return
+    averages = values(done.sums)
+    times = clock.read() | input_metrics(parts, seen)
+    session.metrics.write(row | averages | times)
+    rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
+    if wait > 0.05:
+        limit = parts.main.tally.limiting()
+        log.info("waiting for data %.0f%%: mostly its stage %s", 100 * wait, limit)
+    bar.set_postfix_str(
+        f"loss {averages['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}"
+    )
+    if bar.disable:
+        left = (stage.num_steps - number) * stage.batch / max(rate, 1e-9)
+        log.info(
+            "[%d] %s %d/%d  loss %.4f  %.0f examples/s  %.0f s left  data wait %.0f%%",
+            step, stage.name, number, stage.num_steps, averages["loss"], rate, left, 100 * wait,
+        )  # fmt: skip
 
 
 def input_metrics(parts: Parts, seen: int) -> dict[str, float]:

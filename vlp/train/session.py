@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 import jax
+from clu import parameter_overview
 from jax.sharding import Mesh
 
 from vlp.ckpt.manager import Checkpoints
@@ -64,7 +65,7 @@ def open_session(
     files.write_json(workdir / "versions.json", versions)
     if jax.process_index() == 0:
         (workdir / "tokenizer.model").write_bytes(first.main.tokenizer.to_bytes())
-    followers = sinks.make(settings.sinks, workdir, config["name"])
+    followers = sinks.make(settings.sinks, workdir, config)
     metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
     session = Session(
         config,
@@ -79,7 +80,9 @@ def open_session(
         lock,
         Profile(workdir / "profile", profile),
     )
-    num = tree.size(first.abstract.params)
+    params = first.abstract.params
+    log.info("%s", parameter_overview.get_parameter_overview(params, include_stats="sharding"))
+    num = tree.size(params)
     log.info(
         "%s: %s parameters on %s × %s",
         config["name"],
@@ -92,7 +95,7 @@ def open_session(
         f"{first.main.num_records:,}",
         first.stage.data.path or first.stage.data.source,
     )
-    log.info("%s", optimisers.table(first.stage.optim.rules, first.abstract.params))
+    log.info("%s", optimisers.table(first.stage.optim.rules, params))
     return session
 
 
@@ -105,15 +108,20 @@ def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
     return None if step is None else checkpoints.meta(step)
 
 
-def save(session: Session, parts: Parts, state: State, stage_step: int) -> None:
-    """Puts the metrics on disk, then starts a checkpoint that claims them."""
+def save(
+    session: Session, parts: Parts, state: State, stage_step: int, interval: Mapping[str, Any]
+) -> None:
+    """Puts the metrics on disk, then starts a checkpoint that claims them.
+
+    interval: sums of the steps that no row tells of yet (`Interval.plain`).
+    """
     session.watchdog.beat("save")
     session.metrics.flush()
     stage = parts.stage
     step = stage.start_step + stage_step
     samples = stage.start_samples + stage_step * stage.batch
     position = {"step": step, "stage": stage.index, "stage_step": stage_step, "samples": samples}
-    meta = {"position": position, **description(session, parts)}
+    meta = {"position": position, "interval": interval, **description(session, parts)}
     rest = {k: getattr(state, k) for k in REST}
     session.checkpoints.save(step, state.params, rest, meta)
 

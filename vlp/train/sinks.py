@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import pathlib
 import re
+import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,14 +34,13 @@ class Sink(Protocol):
 class TensorBoard:
     """Event files in workdir/tensorboard, by tensorboardX (no TensorFlow). Each start writes them anew."""
 
-    def __init__(self, workdir: pathlib.Path, name: str):
+    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
         self._folder = workdir / "tensorboard"
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
         from tensorboardX import SummaryWriter
 
-        for old in self._folder.glob("events.out.tfevents.*"):
-            old.unlink()
+        _remove_events(self._folder)
         self._writer = SummaryWriter(str(self._folder))
         for row in rows:
             self.write(row)
@@ -55,7 +57,90 @@ class TensorBoard:
         self._writer.close()
 
 
-SINKS = {"tensorboard": (TensorBoard, "tensorboardX", "vlp[tensorboard]")}
+class Clu:
+    """clu.metric_writers' default writer on workdir/clu: event files, by TensorFlow. Each start writes them anew."""
+
+    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+        self._folder = workdir / "clu"
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        from clu import metric_writers
+
+        _remove_events(self._folder)
+        self._writer = metric_writers.create_default_writer(str(self._folder))
+        for row in rows:
+            self.write(row)
+        self.flush()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._writer.write_scalars(row["step"], scalars(row))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A Weights & Biases run, whose identity is in workdir/wandb/id; project and mode are wandb's own settings.
+
+    Online, a start goes on behind the last step that the server has: numbers do not depend on restarts, so what it
+    has is what would be sent again. With WANDB_MODE=offline each start writes the whole run anew for `wandb sync`.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+        self._workdir, self._config = workdir, config
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        folder = self._workdir / "wandb"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "id").exists():
+            (folder / "id").write_text(uuid.uuid4().hex[:12])
+        name = (folder / "id").read_text()
+        settings = wandb.Settings(console="off")
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "vlp"), name=self._config["name"],
+                id=name, resume="allow", dir=str(self._workdir), config=dict(self._config),
+                settings=settings,
+            )  # fmt: skip
+        except wandb.Error as error:
+            got, do = str(error).splitlines()[0], "`wandb login`, or set WANDB_MODE=offline"
+            raise check.error(
+                "config.sinks", f"wandb: {got}", "a server that answers", do
+            ) from None
+        if self._run.offline:
+            for old in folder.glob(f"offline-run-*-{name}"):
+                if old != pathlib.Path(self._run.dir).parent:
+                    shutil.rmtree(old)
+        self._first = self._run.step
+        for row in rows:
+            self.write(row)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if row["step"] >= self._first:
+            self._run.log(scalars(row), step=row["step"])
+
+    def flush(self) -> None:
+        """wandb's own process writes as it goes."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+SINKS = {  # name → class, the package it needs, the extra that installs it
+    "tensorboard": (TensorBoard, "tensorboardX", "vlp[tensorboard]"),
+    "clu": (Clu, "tensorflow", "vlp[tf]"),
+    "wandb": (WandB, "wandb", "vlp[wandb]"),
+}
+
+
+def _remove_events(folder: pathlib.Path) -> None:
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
@@ -83,5 +168,5 @@ def check_sinks(names: Sequence[str]) -> None:
             raise check.error("config.sinks", f"{name!r} without {package}", "the package", do)
 
 
-def make(names: Sequence[str], workdir: pathlib.Path, run_name: str) -> list[Sink]:
-    return [SINKS[name][0](workdir, run_name) for name in names]
+def make(names: Sequence[str], workdir: pathlib.Path, config: Mapping[str, Any]) -> list[Sink]:
+    return [SINKS[name][0](workdir, config) for name in names]

@@ -65,7 +65,7 @@ class Run:
     log_every_steps: int = 10
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
-    sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard"
+    sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard", "wandb", "clu"
     hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,8 +71,3 @@ def train_step(
     }
     metrics["param_norm"] = tree.norm(params)
     return State(state.step + 1, state.stage_step + 1, params, opt, averages, extra), metrics
-
-
-def is_finite(metrics: Mapping[str, float]) -> bool:
-    """Whether a step's loss, gradient and parameters are numbers."""
-    return all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "param_norm"))
