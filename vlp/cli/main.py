@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from vlp import __version__
 from vlp.core.check import UserError
 
-COMMANDS = ("train", "eval", "caption", "plan", "data", "report")
+COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,54 @@
+"""`vlp average`: the mean of several checkpoints' parameters, as a workdir that can be evaluated or started from."""
+
+import argparse
+import pathlib
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    about = "average checkpoints of one model (WiSE-FT, soups)"
+    parser = subparsers.add_parser("average", help=about, description=about)
+    parser.add_argument(
+        "models", nargs="+", metavar="DIR[@STEP]", help="runs of `vlp train` (the newest step)"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+    parser.add_argument("--weights", default="", metavar="A,B,…", help="default: all alike")
+    parser.epilog = "Then: vlp eval --workdir DIR, vlp caption --workdir DIR, --config.init=DIR"
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vlp.infer import average
+    from vlp.infer.load import load
+
+    weights = parse_weights(args.weights, len(args.models))
+    models = [load(*parse_model(text)) for text in args.models]
+    average.write(pathlib.Path(args.out), models, weights)
+    parts = (f"{w:.3g} × {text}" for w, text in zip(weights, args.models))
+    print(f"{args.out}: {' + '.join(parts)}")
+    return 0
+
+
+def parse_model(text: str) -> tuple[str, int | None]:
+    """ "DIR@STEP" as both; a directory whose name has an @ is itself."""
+    directory, at, step = text.rpartition("@")
+    if not at or pathlib.Path(text).is_dir() or not step.isdecimal():
+        return text, None
+    return directory, int(step)
+
+
+def parse_weights(text: str, num: int) -> list[float]:
+    """One finite number a model; they add up to 1."""
+    import math
+
+    from vlp.core import check
+
+    if not text:
+        return [1 / num] * num
+    try:
+        weights = [float(w) for w in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != num or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        do = "write --weights 0.3,0.7, say"
+        raise check.error("--weights", repr(text), f"{num} numbers with sum 1", do)
+    return weights
