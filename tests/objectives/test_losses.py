@@ -1,4 +1,4 @@
-"""What the contrastive objectives return, value and gradients, against float64 loops over given embeddings."""
+"""What every objective returns, value and gradients, against float64 loops over given embeddings and hidden states."""
 
 import dataclasses
 import math
@@ -10,18 +10,30 @@ import pytest
 
 from vlp.core.check import UserError
 from vlp.core.types import Apply, Ctx
+from vlp.objectives import OBJECTIVES
+from vlp.objectives.cap import Cap
 from vlp.objectives.clip import Clip
+from vlp.objectives.coca import Coca
+from vlp.objectives.mammut import Mammut
 from vlp.objectives.siglip import Siglip
 
 
 @dataclasses.dataclass(frozen=True)
 class Given(Apply):
-    """A model whose embeddings are its parameters."""
+    """A model whose embeddings, and hidden states of the decoder, are its parameters."""
 
     def __call__(self, method, *args, **kwargs):
+        p = self.params
         if method == "scale_bias":
-            return self.params["scale"], self.params["bias"]
-        return {"embed": self.params[method]}
+            return p["scale"], p["bias"]
+        if method == "decode":
+            return {"hidden": p["hidden"], "unembed": p["unembed"]}
+        return {"embed": p[method], "tokens": None, "feats": None}
+
+
+WORDS = np.int32(
+    [[1, 4, 3, 2, 0], [1, 2, 0, 0, 0], [1, 3, 3, 5, 2]] * 2
+)  # 1 begins, 2 ends, 0 pads
 
 
 def point(scale, bias=0.0, num=6, width=5, seed=0, pull=0.0):
@@ -35,6 +47,8 @@ def point(scale, bias=0.0, num=6, width=5, seed=0, pull=0.0):
         "text": unit(zt),
         "scale": np.float64(scale),
         "bias": np.float64(bias),
+        "hidden": rng.normal(size=(num, WORDS.shape[1], 3)),
+        "unembed": rng.normal(size=(3, 6)),
     }
 
 
@@ -70,6 +84,18 @@ def siglip_loops(p):
     ) / len(s)
 
 
+def caption_loops(p):
+    """−log P of every real token but the first, over their number."""
+    total, count = 0.0, 0
+    for hidden, words in zip(p["hidden"], WORDS):
+        for state, word in zip(hidden, words[1:]):
+            if word != 0:
+                logits = [math.fsum(state * column) for column in p["unembed"].T]
+                total, count = total + log_sum(logits) - logits[word], count + 1
+    assert count == 2 * (3 + 1 + 4)
+    return total / count
+
+
 def slopes(loops, p, eps=1e-6):
     """Central differences of the loops, number by number."""
     out = {}
@@ -85,9 +111,9 @@ def slopes(loops, p, eps=1e-6):
 
 def ours(objective, p, dtype):
     def loss(params):
-        batch = {"image": params["image"], "text": params["text"]}
-        (term,) = objective(Ctx(Given(None, params), batch)).terms.values()
-        return term.mean()
+        batch = {"image": params["image"], "text": jnp.asarray(WORDS)}
+        terms = objective(Ctx(Given(None, params), batch)).terms.values()
+        return sum(term.weight * term.mean() for term in terms)
 
     return jax.value_and_grad(loss)(jax.tree.map(lambda x: jnp.asarray(x, dtype), p))
 
@@ -97,7 +123,20 @@ CASES = {
     "leave_one_out": (Clip(leave_one_out=True), lambda p: clip_loops(p, leave_one_out=True)),
     "focal": (Clip(focal=2.0), lambda p: clip_loops(p, focal=2.0)),
     "siglip": (Siglip(), siglip_loops),
+    "cap": (Cap(), caption_loops),
+    "coca": (
+        Coca(contrastive_weight=0.7, caption_weight=3.0),
+        lambda p: 0.7 * 2 * clip_loops(p) + 3 * caption_loops(p),  # the sum of both directions
+    ),
+    "mammut": (
+        Mammut(contrastive_weight=0.7, caption_weight=3.0, focal=2.0),
+        lambda p: 0.7 * clip_loops(p, focal=2.0) + 3 * caption_loops(p),
+    ),
 }
+
+
+def test_each_objective_has_a_case():
+    assert {type(objective) for objective, _ in CASES.values()} == set(OBJECTIVES.values())
 
 
 @pytest.mark.parametrize("scale", [10.0, 100.0])

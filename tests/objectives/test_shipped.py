@@ -20,6 +20,7 @@ from vlp.models.mammut import Decoder, Mammut
 from vlp.models.text import Text
 from vlp.models.vit import ViT
 from vlp.objectives import OBJECTIVES
+from vlp.optim import make as optimisers
 from vlp.train import state as states
 
 TOWER = dict(width=16, depth=1, heads=2, mlp=32, dropout=0.1)
@@ -91,6 +92,27 @@ def test_micro_batches_change_nothing(name, num_micro, cases, reference, make_ba
     assert error(grads, reference(name)[1]) < 1e-5
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_all_captions_of_an_image(name, cases, make_batch):
+    """With two captions: the mean of the contrastive losses, all tokens alike for captioning; in micro-batches too."""
+    case, pairs = cases[name], make_batch()
+    texts = [pairs["text"], make_batch(start=40)["text"]]
+
+    def totals(params, batch, num_micro):
+        terms = case.objective(Ctx(Apply(case.model, params), batch, num_micro=num_micro)).terms
+        return {k: (t.total, t.count) for k, t in terms.items()}
+
+    run = jax.jit(totals, static_argnums=2)
+    first, second = (run(case.params, pairs | {"text": text}, 1) for text in texts)
+    both = run(case.params, pairs | {"text": np.stack(texts, axis=1)}, 2)
+    assert first.keys() == both.keys()
+    for term, (total, count) in both.items():
+        divide = 1 if term == "caption" else 2
+        for got, k in ((total, 0), (count, 1)):
+            want = (float(first[term][k]) + float(second[term][k])) / divide
+            np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_meshes_change_nothing(shape, cases, reference, make_batch, error):
     loss, grads = cases["coca"].value(make_batch(), shape, grads=True)
@@ -98,7 +120,7 @@ def test_meshes_change_nothing(shape, cases, reference, make_batch, error):
     assert error(grads, reference("coca")[1]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["clip", "mammut", "siglip"])
+@pytest.mark.parametrize("name", ["cap", "clip", "mammut", "siglip"])
 def test_a_mesh_of_three_axes_changes_nothing(name, cases, reference, make_batch, error):
     loss, grads = cases[name].value(make_batch(), (2, 2, 2), grads=True)
     np.testing.assert_allclose(loss, reference(name)[0], rtol=1e-5)
@@ -179,6 +201,22 @@ def test_parameters_are_made_in_their_shards(name):
         total += leaf.size
         split += int(np.prod(sharding.shard_shape(leaf.shape)))
     assert split < total / 8 * 1.3, (split, total)
+
+
+def test_the_moving_average_lies_as_the_parameters_do():
+    """In float32 and in the same shards, as do AdamW's moments."""
+    model = MODELS["clip"]
+    mesh = meshes.make(MeshShape(2, 2, 2))
+    params = nn.unbox(states.abstract_params(model, 16, 8))
+    updater = optimisers.make(optimisers.Optim(), params)
+    create = functools.partial(
+        states.create, updater=updater, teachers={"ema": params}, extra=(), step=0
+    )
+    abstract = jax.eval_shape(create, params)
+    layout = states.shardings(model, 16, 8, updater, abstract, mesh)
+    assert layout.teachers["ema"] == layout.params == layout.opt[1].mu
+    assert not all(x.is_fully_replicated for x in jax.tree.leaves(layout.params))
+    assert {x.dtype for x in jax.tree.leaves(abstract.teachers)} == {np.dtype("float32")}
 
 
 def test_initial_values_depend_on_the_seed_alone():

@@ -465,6 +465,23 @@ def test_right_answers_are_marked_without_colour(workdir):
     )
 
 
+def test_the_heat_map_of_a_small_sample():
+    """Rows are captions, columns images; shades from the lowest to the highest; nothing where numbers do not fit."""
+    queries = [
+        {"caption": f"<{name}>", "image": fake_run.picture("red", "circle")} for name in "ab"
+    ]
+    text = gallery.heat(queries, [[0.9, 0.1], [0.5, 0.3]])
+    cells = re.findall(r'class="heat( diagonal)?" style="--share:([0-9.]+)">([0-9.]+)<', text)
+    assert cells == [(" diagonal", "1.000", "0.90"), ("", "0.500", "0.50"),
+                     ("", "0.000", "0.10"), (" diagonal", "0.250", "0.30")]  # fmt: skip
+    assert "&lt;a&gt;" in text and "1 images are nearest to their own caption" in text
+    for bad in (None, "x", [[1.0]], [[1.0, 2.0], [3.0]], [[float("nan")] * 2] * 2):
+        assert gallery.heat(queries, bad) == ""
+    assert gallery.heat([], []) == ""
+    shown = gallery.heat([queries[0]] * 40, np.eye(40).tolist())
+    assert shown.count("<tr>") == gallery.MAX_HEAT + 1
+
+
 def test_exact_captions_are_marked_and_others_show_the_difference():
     items = [
         {"caption": "A red  circle", "generated": "a red circle"},

@@ -78,9 +78,9 @@ def _jitted(
 class Ctx:
     """What an objective sees of a step. Arrays are global: rows of all devices, or of one micro-batch inside `map`.
 
-    batch: "image" u8[B R R 3], "text" i32[B L], "mask" bool[B], "index" u32[B 2] (position in the sample stream,
-    high and low word), "record" u32[B 2], and whatever else the data gives; leaves of a second stream of batches
-    are prefixed by its name ("stream.image") and have their own size.
+    batch: "image" u8[B R R 3], "text" i32[B L] (or [B K L]: `texts`), "mask" bool[B], "index" u32[B 2] (position in
+    the sample stream, high and low word), "record" u32[B 2], and whatever else the data gives; leaves of a second
+    stream of batches are prefixed by its name ("stream.image") and have their own size.
     """
 
     apply: Apply
@@ -99,6 +99,11 @@ class Ctx:
         if method != "scale_bias" and "keys" not in kwargs:
             kwargs["keys"] = self.keys(f"{method}:{draw}")
         return self.apply(method, *args, **kwargs)
+
+    def texts(self) -> list[jax.Array]:
+        """The batch's captions, i32[B L] each: one, or K with `config.data.captions` "all"; pass k is their `draw`."""
+        text = self.batch["text"]
+        return [text] if text.ndim == 2 else [text[:, k] for k in range(text.shape[1])]
 
     @property
     def teachers(self) -> Mapping[str, Callable[..., Any]]:

@@ -56,6 +56,14 @@ class Reweight:
 
 
 @dataclasses.dataclass(frozen=True)
+class CaptionSource:
+    """A source tag of captions ("alt", "rewrite"), and its share where they are drawn "weighted"."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What is read and how it is prepared."""
 
@@ -73,6 +81,9 @@ class Data:
     captions: str = "first"  # first | uniform | weighted | all (num_captions of them, cycled)
     num_captions: int = 1
     langs: tuple[str, ...] = ("en",)  # () = every language
+    caption_sources: tuple[
+        CaptionSource, ...
+    ] = ()  # () = every source, by the captions' own weights
     shorten: str = "truncate"  # how training texts are cut to text_len (text_ops.SHORTEN)
     min_area_frac: float = 0.6  # the crop's share of the area
     max_area_frac: float = 1.0
@@ -213,6 +224,7 @@ def _check(data: Data) -> None:
     for field, known in enums:
         if getattr(data, field) not in known:
             raise check.unknown(f"config.data.{field}", getattr(data, field), known)
+    sources = data.caption_sources
     bounds = (
         ("min_area_frac", 0 < data.min_area_frac <= data.max_area_frac, "in (0, max_area_frac]"),
         ("max_area_frac", data.max_area_frac <= 1, "at most 1"),
@@ -227,6 +239,11 @@ def _check(data: Data) -> None:
         ("image_px", data.image_px >= 1, "at least 1"),
         ("text_len", data.text_len >= 3, "at least 3 (bos, a piece, eos)"),
         ("num_captions", data.num_captions >= 1, "at least 1"),
+        (
+            "caption_sources",
+            len({c.name for c in sources}) == len(sources) and all(c.weight > 0 for c in sources),
+            "names that differ, weights above 0",
+        ),
         ("max_bad_frac", 0 <= data.max_bad_frac <= 1, "in [0, 1]"),
         ("mixture", not (data.mixture and data.group_by), "no group_by beside it"),
         ("reweight", data.mixture or not data.reweight, "a mixture beside it"),
@@ -696,6 +713,7 @@ def _texts(record: dict, data: Data, policy: str, rng: np.random.Generator | Non
         record.get("captions"),
         policy=policy,
         langs=data.langs,
+        sources={c.name: c.weight for c in data.caption_sources},
         num=data.num_captions,
         rng=rng,
         where=f"record {record.get('key')!r}",

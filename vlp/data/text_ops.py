@@ -1,7 +1,7 @@
 """Which of a record's captions a sample uses, and how a long one is shortened."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,17 @@ def choose(
     *,
     policy: str,
     langs: Sequence[str] = (),
+    sources: Mapping[str, float] | None = None,
     num: int = 1,
     rng: np.random.Generator | None = None,
     where: str = "captions",
 ) -> list[str]:
-    """Returns the caption texts of one sample, out of those in `langs` (empty: any language).
+    """Returns the caption texts of one sample, out of those in `langs` and from `sources` (empty: any).
 
     "first": the first; "uniform": one drawn from `rng`; "weighted": one drawn with a probability
-    proportional to its `weight` (1 if it has none); "all": the first `num`, repeated in a cycle if
-    there are fewer. Blank texts do not count.
+    proportional to its `weight` (1 if it has none), or, given `sources`, first one of the record's
+    sources in proportion to the weight given here, whatever the number of its captions; "all": the
+    first `num`, repeated in a cycle if there are fewer. Blank texts do not count.
     Raises: `BadCaption`, a `UserError`, if no caption is left or one is no caption.
     """
     if policy not in POLICIES:
@@ -42,11 +44,23 @@ def choose(
     if not isinstance(captions, list | tuple) or not all(map(_is_caption, captions)):
         error = check.error(where, f"captions {captions!r:.80}", "{text, lang, …}", "repair it")
         raise BadCaption("bad_caption", error)
-    left = [c for c in captions if c["text"].strip() and (not langs or c["lang"] in langs)]
-    if not left or (policy == "weighted" and not sum(c.get("weight", 1.0) for c in left) > 0):
-        got = f"captions only in {sorted({c['lang'] for c in captions})}"
+    left = [
+        c
+        for c in captions
+        if c["text"].strip()
+        and (not langs or c["lang"] in langs)
+        and (not sources or c.get("source") in sources)
+    ]
+    weights = _weights(left, sources) if policy == "weighted" else np.ones(len(left))
+    if not weights.sum() > 0:
+        found = sorted({c["lang"] for c in captions})
+        got, field = f"captions only in {found}", "langs"
         wanted = f"one in {list(langs)}" if langs else "one with text"
-        error = check.error(where, got, wanted, "change config.data.langs")
+        if sources:
+            got += f" from {sorted({str(c.get('source')) for c in captions})}"
+            wanted += f" from {list(sources)}"
+            field = "langs or caption_sources"
+        error = check.error(where, got, wanted, f"change config.data.{field}")
         raise BadCaption("no_caption", error)
     texts = [c["text"] for c in left]
     if policy == "first":
@@ -56,8 +70,18 @@ def choose(
     assert rng is not None, f"{policy} needs a generator"
     if policy == "uniform":
         return [texts[int(rng.integers(len(texts)))]]
-    ends = np.cumsum([c.get("weight", 1.0) for c in left])
+    ends = np.cumsum(weights)
     return [texts[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]]
+
+
+def _weights(captions: Sequence[dict], sources: Mapping[str, float] | None) -> np.ndarray:
+    """f64, a weight for each: its own, scaled so that a source's add up to the weight of the source."""
+    own = np.array([c.get("weight", 1.0) for c in captions], np.float64)
+    if not sources:
+        return own
+    tags = np.array([c["source"] for c in captions])
+    sums = np.array([own[tags == tag].sum() for tag in tags])
+    return np.array([sources[tag] for tag in tags]) * own / np.where(sums > 0, sums, 1.0)
 
 
 def _is_caption(caption: Any) -> bool:

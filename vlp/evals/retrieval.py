@@ -94,4 +94,7 @@ def _gallery(
         "split": dataset.data.split,
         "num": len(scores_NN),
         "queries": queries,
+        "similarity": scores_NN[np.ix_(shown, shown)]
+        .round(4)
+        .tolist(),  # image × caption, of the queries
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -60,6 +61,11 @@ def nll(
         "count": real_BM.sum(axis=1).astype(jnp.float32),
         "correct": (best_BM & real_BM).sum(axis=1).astype(jnp.float32),
     }
+
+
+def add(captions: Sequence[dict[str, Float[Array, "B"]]]) -> dict[str, Float[Array, "B"]]:
+    """The sums of `nll` over several captions of each example: their tokens count alike."""
+    return jax.tree.map(lambda *numbers: sum(numbers), *captions)
 
 
 def _is_label(i_R1: Any, j_1S: jax.Array, label_R: jax.Array, b: Any) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,14 @@ def _binary(score: jax.Array, target: jax.Array) -> jax.Array:
 
 def _row_of_matrix(i_B1: Any, j_1B: jax.Array, a_BB: jax.Array, b: Any) -> jax.Array:
     return jnp.take(a_BB, j_1B[0], axis=1, mode="clip")
+
+
+def mean(losses: Sequence[PyTree]) -> PyTree:
+    """The mean of the losses of an image's captions, number by number: each caption with the images' own others.
+
+    Source: LaCLIP (Fan et al. 2023, arXiv:2305.20088, §3.2) draws one of the captions; this is the expectation.
+    """
+    return jax.tree.map(lambda *numbers: sum(numbers) / len(numbers), *losses)
 
 
 def metrics(loss: dict[str, Float[Array, "B"]], scale: Float[Array, ""]) -> dict[str, Term]:

@@ -30,6 +30,9 @@ class Cap:
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
-        text = ctx.student("text", ctx.batch["text"])
-        decoded = ctx.student("decode", text["tokens"], image["feats"])
-        return caption.nll(decoded["hidden"], decoded["unembed"], ctx.batch["text"])
+        captions = []
+        for k, words in enumerate(ctx.texts()):
+            text = ctx.student("text", words, draw=k)
+            decoded = ctx.student("decode", text["tokens"], image["feats"], draw=k)
+            captions.append(caption.nll(decoded["hidden"], decoded["unembed"], words))
+        return caption.add(captions)

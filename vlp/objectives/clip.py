@@ -35,18 +35,23 @@ class Clip:
         check.bounds("config.objective", self, {"focal": (right, expected)})
 
     def __call__(self, ctx: Ctx) -> Out:
-        zi_BE, zt_BE = ctx.map(self.encode)
+        zi_BE, captions = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
         others = off_diagonal if self.leave_one_out else None
-        loss = contrastive.softmax(zi_BE, zt_BE, scale, keep=others)
-        nll_B = 0.5 * (focal.weigh(loss["i2t"], self.focal) + focal.weigh(loss["t2i"], self.focal))
-        term = Term(nll_B.sum(), zi_BE.shape[0])
+
+        def one(zt_BE: jax.Array) -> dict[str, jax.Array]:
+            loss = contrastive.softmax(zi_BE, zt_BE, scale, keep=others)
+            i2t_B, t2i_B = (focal.weigh(loss[name], self.focal) for name in ("i2t", "t2i"))
+            return loss | {"nll": 0.5 * (i2t_B + t2i_B)}
+
+        loss = contrastive.mean([one(zt_BE) for zt_BE in captions])
+        term = Term(loss["nll"].sum(), zi_BE.shape[0])
         return Out({"contrastive": term}, metrics=contrastive.metrics(loss, scale))
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
-        text = ctx.student("text", ctx.batch["text"])
-        return image["embed"], text["embed"]
+        texts = [ctx.student("text", text, draw=k) for k, text in enumerate(ctx.texts())]
+        return image["embed"], [text["embed"] for text in texts]
 
 
 def off_diagonal(i: jax.Array, j: jax.Array, *_: Any) -> jax.Array:

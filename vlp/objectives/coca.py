@@ -28,9 +28,9 @@ class Coca:
     keep: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:
-        zi_BE, zt_BE, captions = ctx.map(self.encode)
+        zi_BE, embeds, captions = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
-        loss = contrastive.softmax(zi_BE, zt_BE, scale)
+        loss = contrastive.mean([contrastive.softmax(zi_BE, zt_BE, scale) for zt_BE in embeds])
         count = captions["count"].sum()
         terms = {
             "contrastive": Term(
@@ -43,7 +43,10 @@ class Coca:
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
-        text = ctx.student("text", ctx.batch["text"])
-        decoded = ctx.student("decode", text["tokens"], image["feats"])
-        captions = caption.nll(decoded["hidden"], decoded["unembed"], ctx.batch["text"])
-        return image["embed"], text["embed"], captions
+        embeds, captions = [], []
+        for k, words in enumerate(ctx.texts()):
+            text = ctx.student("text", words, draw=k)
+            decoded = ctx.student("decode", text["tokens"], image["feats"], draw=k)
+            embeds.append(text["embed"])
+            captions.append(caption.nll(decoded["hidden"], decoded["unembed"], words))
+        return image["embed"], embeds, caption.add(captions)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
+
 from vlp.core import check
 from vlp.core.types import Ctx, Out, Term
 from vlp.losses import caption, contrastive, focal
@@ -34,13 +36,18 @@ class Mammut:
         check.bounds("config.objective", self, {"focal": (right, "0, or at least 1")})
 
     def __call__(self, ctx: Ctx) -> Out:
-        zi_BE, zt_BE, captions = ctx.map(self.encode)
+        zi_BE, embeds, captions = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
-        loss = contrastive.softmax(zi_BE, zt_BE, scale)
-        nll_B = 0.5 * (focal.weigh(loss["i2t"], self.focal) + focal.weigh(loss["t2i"], self.focal))
+
+        def one(zt_BE: jax.Array) -> dict[str, jax.Array]:
+            loss = contrastive.softmax(zi_BE, zt_BE, scale)
+            i2t_B, t2i_B = (focal.weigh(loss[name], self.focal) for name in ("i2t", "t2i"))
+            return loss | {"nll": 0.5 * (i2t_B + t2i_B)}
+
+        loss = contrastive.mean([one(zt_BE) for zt_BE in embeds])
         count = captions["count"].sum()
         terms = {
-            "contrastive": Term(nll_B.sum(), zi_BE.shape[0], self.contrastive_weight),
+            "contrastive": Term(loss["nll"].sum(), zi_BE.shape[0], self.contrastive_weight),
             "caption": Term(captions["total"].sum(), count, self.caption_weight),
         }
         accuracy = {"caption/accuracy": Term(captions["correct"].sum(), count)}
@@ -48,7 +55,10 @@ class Mammut:
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
-        text = ctx.student("text", ctx.batch["text"])
-        decoded = ctx.student("decode", text["tokens"], image["feats"])
-        captions = caption.nll(decoded["hidden"], decoded["unembed"], ctx.batch["text"])
-        return image["embed"], text["embed"], captions
+        embeds, captions = [], []
+        for k, words in enumerate(ctx.texts()):
+            text = ctx.student("text", words, draw=k)
+            decoded = ctx.student("decode", text["tokens"], image["feats"], draw=k)
+            embeds.append(text["embed"])
+            captions.append(caption.nll(decoded["hidden"], decoded["unembed"], words))
+        return image["embed"], embeds, caption.add(captions)

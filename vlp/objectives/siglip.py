@@ -22,14 +22,16 @@ class Siglip:
     keep: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:
-        zi_BE, zt_BE = ctx.map(self.encode)
+        zi_BE, captions = ctx.map(self.encode)
         scale, bias = ctx.student("scale_bias")
-        loss = contrastive.sigmoid(zi_BE, zt_BE, scale, bias)
+        loss = contrastive.mean(
+            [contrastive.sigmoid(zi_BE, zt_BE, scale, bias) for zt_BE in captions]
+        )
         term = Term(loss["loss"].sum(), zi_BE.shape[0])
         metrics = contrastive.metrics(loss, scale) | {"logit_bias": Term(bias, 1)}
         return Out({"sigmoid": term}, metrics=metrics)
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
-        text = ctx.student("text", ctx.batch["text"])
-        return image["embed"], text["embed"]
+        texts = [ctx.student("text", text, draw=k) for k, text in enumerate(ctx.texts())]
+        return image["embed"], [text["embed"] for text in texts]

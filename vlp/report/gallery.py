@@ -1,4 +1,4 @@
-"""Pictures of what the run does: retrieval with its five best, captions beside their images.
+"""Pictures of what the run does: retrieval with its five best and as a heat map, captions beside their images.
 
 Right answers carry a ✓ and a word, never colour alone. Images must be data URIs; anything else is
 left out, so that the page never asks the network. Ranks count from 1.
@@ -9,9 +9,12 @@ import re
 from html import escape
 from typing import Any
 
+import numpy as np
+
 from vlp.report import numbers
 
 MAX_ITEMS = 60
+MAX_HEAT = 24
 _IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+")
 _RIGHT = '<span class="right"><span aria-hidden="true">✓</span> right</span>'
 
@@ -29,7 +32,41 @@ def retrieval(name: str, artefact: dict[str, Any]) -> str:
     cards = [_query(q, hit) for q, hit in zip(shown, hits, strict=True)]
     return (
         f'<div class="gallery"><p class="hint">{words}</p>{_filter(name)}'
-        f'<div class="queries">{"".join(cards)}</div></div>'
+        f'<div class="queries">{"".join(cards)}</div></div>{heat(queries, artefact.get("similarity"))}'
+    )
+
+
+def heat(queries: list[dict[str, Any]], similarity: object) -> str:
+    """Returns the queries' captions (rows) against their images (columns) as a heat map; "" without the numbers."""
+    try:
+        cosine_NN = np.array(similarity, np.float64)  # image × caption
+    except (TypeError, ValueError):
+        return ""
+    num = len(queries)
+    if not num or cosine_NN.shape != (num, num) or not np.isfinite(cosine_NN).all():
+        return ""
+    shown = min(num, MAX_HEAT)
+    cosine_NN, queries = cosine_NN[:shown, :shown], queries[:shown]
+    low, high = float(cosine_NN.min()), float(cosine_NN.max())
+    share_NN = (cosine_NN - low) / max(high - low, 1e-9)
+    head = "".join(f"<th>{_image(q.get('image'), q.get('caption'))}</th>" for q in queries)
+    body = ""
+    for j, query in enumerate(queries):
+        cells = "".join(
+            f'<td class="heat{" diagonal" * (i == j)}" style="--share:{share_NN[i, j]:.3f}">'
+            f"{cosine_NN[i, j]:.2f}</td>"
+            for i in range(shown)
+        )
+        body += f"<tr><th>{escape(str(query.get('caption', '')))}</th>{cells}</tr>"
+    first = int((cosine_NN.argmax(axis=1) == np.arange(shown)).sum())
+    words = (
+        f"Cosine similarity of {shown} of these captions (rows) and images (columns), {low:.2f} to {high:.2f}; "
+        f"outlined: pairs. Among these, {first} images are nearest to their own caption."
+    )
+    return (
+        f'<h4>Image × caption similarity</h4><p class="hint">{words}</p><div class="scroll">'
+        f'<table class="numbers confusion similarity"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

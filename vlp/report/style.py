@@ -121,6 +121,9 @@ section > .scroll tr:last-child > *, .settings tr:last-child > * { border-bottom
 .confusion .heat { text-align: center; padding: 6px 10px;
   background: color-mix(in srgb, var(--accent) calc(var(--share) * 75%), transparent); }
 .confusion .diagonal { font-weight: 650; box-shadow: inset 0 0 0 1px var(--line); }
+.similarity img { width: 36px; height: 36px; display: block; margin: 0 auto; }
+.similarity .heat { padding: 6px 4px; font-size: 12px; }
+.similarity .diagonal { box-shadow: inset 0 0 0 1.5px var(--ink); }
 .settings { width: 100%; }
 .settings th, .settings td { text-align: left; vertical-align: top; padding: 4px 26px 4px 0;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }

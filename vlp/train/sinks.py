@@ -131,10 +131,10 @@ class WandB:
         self._run.finish()
 
 
-SINKS = {  # name → class, the package it needs, the extra that installs it
-    "tensorboard": (TensorBoard, "tensorboardX", "vlp[tensorboard]"),
-    "clu": (Clu, "tensorflow", "vlp[tf]"),
-    "wandb": (WandB, "wandb", "vlp[wandb]"),
+SINKS = {  # name → class, the packages it needs, the extra that installs them
+    "tensorboard": (TensorBoard, ("tensorboardX",), "vlp[tensorboard]"),
+    "clu": (Clu, ("tensorflow", "tensorboard"), "vlp[tf]"),
+    "wandb": (WandB, ("wandb",), "vlp[wandb]"),
 }
 
 
@@ -162,10 +162,11 @@ def check_sinks(names: Sequence[str]) -> None:
     for name in names:
         if name not in SINKS:
             raise check.unknown("config.sinks", name, SINKS)
-        _, package, extra = SINKS[name]
-        if importlib.util.find_spec(package) is None:
-            do = f"pip install '{extra}', or drop it"
-            raise check.error("config.sinks", f"{name!r} without {package}", "the package", do)
+        _, packages, extra = SINKS[name]
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                do = f"pip install '{extra}', or drop it"
+                raise check.error("config.sinks", f"{name!r} without {package}", "the package", do)
 
 
 def make(names: Sequence[str], workdir: pathlib.Path, config: Mapping[str, Any]) -> list[Sink]:
