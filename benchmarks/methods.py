@@ -6,7 +6,7 @@ Every row is configs/coca_emoji.py with a patch over it, trained with `vlp train
 What is finished is not trained again, what was interrupted goes on. Recall is of the test split (200 emoji whose idea
 training never showed, chance 0.5 % at rank 1), skin tone of six balanced classes (chance 16.7 %). FLOPs are XLA's
 count of the lowered training step (forward, backward, update), before the compiler's optimisations; minutes are of
-training alone.
+training alone, core-minutes those of all cores that were busy (which other work on the machine changes less).
 """
 
 from __future__ import annotations
@@ -178,24 +178,24 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-HEAD = (
-    f"{'method':28s} {'i2t R@1':>12s} {'i2t R@10':>12s} {'t2i R@1':>12s} {'t2i R@10':>12s} "
-    f"{'skin tone':>12s} {'MFLOP/sample':>12s} {'TFLOP':>8s} {'min':>6s} {'seeds':>5s}"
-)
+COLUMNS = (
+    "method", "i2t R@1", "i2t R@10", "t2i R@1", "t2i R@10", "skin tone", "MFLOP/sample", "TFLOP",
+    "minutes", "core-minutes", "seeds",
+)  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """The row as text: percentages, with ± where there are several seeds."""
-    cells = []
+    """The row of a Markdown table: percentages, with ± where there are several seeds."""
+    cells = [row["method"]]
     for key in METRICS:
         spread = row[f"{key} spread"]
         cells.append(
             f"{100 * row[key]:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
         )
-    return (
-        f"{row['method']:28s} {' '.join(f'{c:>12s}' for c in cells)} {row['flops_per_sample'] / 1e6:12.0f} "
-        f"{row['flops'] / 1e12:8.2f} {row['minutes']:6.1f} {row['seeds']:5d}"
-    )
+    cells += [f"{row['flops_per_sample'] / 1e6:.0f}", f"{row['flops'] / 1e12:.1f}"]
+    cells += [f"{row['minutes']:.1f}", f"{row['core_minutes']:.1f}", str(row["seeds"])]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

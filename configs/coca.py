@@ -3,8 +3,8 @@
     vlp plan  --config configs/coca.py:size=base
     vlp train --config configs/coca.py:size=large,path=gs://… --workdir …
 
-Where this differs from the paper: AdamW instead of Adafactor (same lr, β2 and decoupled decay), gradients clipped to
-norm 1 (the default; the paper says so of fine-tuning alone), and the data is yours.
+Where this differs from the paper: gradients clipped to norm 1 (the default; the paper says so of fine-tuning alone),
+and the data is yours.
 The text length of pretraining is not in the paper; 64 tokens + CLS here.
 """
 
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     c.objective = dict(name="coca", contrastive_weight=1.0, caption_weight=2.0, keep=arg.keep)
     c.data = dict(path=arg.path, image_px=288, text_len=64, captions="uniform", workers=8)
-    c.optim = dict(b1=0.9, b2=0.999, weight_decay=0.01)
+    c.optim = dict(name="adafactor", b1=0.9, b2=0.999, weight_decay=0.01)
     c.schedule = dict(lr=8e-4, shape="linear", warmup_frac=0.02)
     c.steps = 500_000
     c.mesh = dict(data=-1, fsdp=1 if arg.size == "base" else 16)

@@ -54,9 +54,10 @@ class Optim:
 
     "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101): m̂/(√v̂ + eps). "adafactor" (Shazeer & Stern 2018,
     arXiv:1804.04235) as Zhai et al. 2022 (arXiv:2106.04560, §3.4) and CoCa have it: v is factored where two dimensions
-    reach 32, β2 rises as 1 − t^−0.8 up to b2, g/√v is clipped to RMS 1 per leaf, then averaged by b1 without bias
-    correction; no relative step sizes. CoCa: weight_decay 0.01. "lion" (Chen et al. 2023, arXiv:2302.06675):
-    sign(b1 · m + (1 − b1) · g); its lr wants to be 3–10 times smaller than AdamW's, its weight_decay as much larger.
+    reach 32, β2 rises as 1 − t^−0.8 up to b2, g/√v is clipped to RMS 1 per leaf (Shazeer & Stern's d; the released code
+    of Zhai et al. leaves that out), then averaged by b1 without bias correction; no relative step sizes. "lion" (Chen
+    et al. 2023, arXiv:2302.06675): sign(b1 · m + (1 − b1) · g); its lr wants to be 3–10 times smaller than AdamW's, its
+    weight_decay as much larger.
     b2 None: the papers' (B2). mu_dtype: of the first moment, "bfloat16" halves it; None: the parameters'. clip_norm:
     bound of the gradient's global norm (None: unbounded). eps is AdamW's alone.
     """
