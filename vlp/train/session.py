@@ -66,7 +66,8 @@ def open_session(
     if jax.process_index() == 0:
         (workdir / "tokenizer.model").write_bytes(first.main.tokenizer.to_bytes())
     followers = sinks.make(settings.sinks, workdir, config)
-    metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
+    with hosts.together("config.sinks"):  # a server may refuse
+        metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
     session = Session(
         config,
         settings,
