@@ -1,7 +1,7 @@
 """CLIPA (Li et al. 2023, arXiv:2305.07017, v2: 2306.15658): small images and short texts, then a little at full size.
 
 Arguments: size (L/14, H/14, G/14; B/16 and L/16 of v1), image_px and text_len of the first stage, shorten (how texts
-are cut to text_len: truncate, random, block), high (True: a third stage at 336 px), path, smoke.
+are cut to text_len: truncate, random, block, syntax), high (True: a third stage at 336 px), path, smoke.
 
 Of the paper and its released configs (v2): 12.8 B samples at 84 px and 8 tokens, batch 65,536, lr 8e-6 per 256
 examples, 3,200 warm-up steps ("smaller collapses"), crops of 40-100 % of the area, colour jitter 0.4; then 4 × 131 M at
@@ -9,7 +9,7 @@ examples, 3,200 warm-up steps ("smaller collapses"), crops of 40-100 % of the ar
 batch 16,384, 40 % dropped, lr 1e-7 per 256. AdamW β 0.9/0.95, decay 0.2, cosine to 0 in each stage.
 
 Where this differs: the tokens' mean is taken after the final norm, not before; a longer text table keeps its first rows
-and starts the others fresh; first moments are float32, not bfloat16; syntax masking needs a tagger and is left out.
+and starts the others fresh.
 """
 
 import ml_collections
@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.objective = dict(name="clip", keep=1.0)
     c.data.update(image_px=arg.image_px, text_len=arg.text_len, shorten=arg.shorten)
     c.data.update(min_area_frac=0.4, jitter=0.4)
-    c.optim = dict(b1=0.9, b2=0.95, weight_decay=0.2, clip_norm=None)
+    c.optim = dict(b1=0.9, b2=0.95, weight_decay=0.2, clip_norm=None, mu_dtype="bfloat16")
     c.schedule = dict(lr=8e-6 * c.batch / 256, warmup_samples=3_200 * c.batch)
     c.stages = [
         dict(name="short", samples=12_800_000_000),
