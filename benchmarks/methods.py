@@ -38,11 +38,24 @@ TUNE_LR = 2e-4
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """objective: of all stages. first: patch of the first stage, followed by a tuned one (None: a single stage)."""
+    """objective: of all stages. first: patch of the first stage, followed by a tuned one (None: a single stage).
+
+    model: in place of the demo's whole section, of whose towers it has the sizes.
+    """
 
     objective: Mapping[str, Any]
     first: Mapping[str, Any] | None = None
     patch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, Any] | None = None
+
+
+TOWER = {"width": 128, "heads": 4, "scan": False}
+MAMMUT = {  # its one text decoder has the depth of the demo's text tower
+    "name": "mammut",
+    "image_tower": {"patch": 8, "depth": 4, "pool": "mean", **TOWER},
+    "text_tower": {"vocab": 1500, "depth": 2, **TOWER},
+    "embed": 128,
+}
 
 
 CLIP, COCA = {"name": "clip", "keep": 1.0}, {"name": "coca", "keep": 1.0}
@@ -51,7 +64,7 @@ METHODS = {
     # Zhai et al. 2023, §3.2: scale 10 and bias -10 at the start.
     "SigLIP": Method({"name": "siglip"}, patch={"model": {"scale": 10.0, "bias": -10.0}}),
     "CoCa": Method(COCA),
-    "MaMMUT": Method({"name": "mammut"}),
+    "MaMMUT": Method({"name": "mammut"}, model=MAMMUT),
     "FLIP 50 %": Method(CLIP | {"keep": 0.5}),
     "FLIP 50 % + tuning": Method(CLIP, {"objective": {"keep": 0.5}}),
     "FLIP 75 %": Method(CLIP | {"keep": 0.25}),
@@ -67,6 +80,8 @@ def build(method: Method, data: str, seed: int, steps: int) -> dict[str, Any]:
     base = config.load(f"{ROOT}/configs/coca_emoji.py:path={data},seed={seed}")
     base["evals"] = {name: base["evals"][name] for name in ("retrieval", "skin_tone")}
     base |= {"objective": dict(method.objective), "name": "method"}
+    if method.model is not None:
+        base["model"] = copy.deepcopy(dict(method.model))
     base = config.overlay(base, method.patch)
     tuned = round(TUNED * steps)
     if method.first is None:
