@@ -30,8 +30,8 @@ CAUSES = {  # kind of URL → what img2dataset says of it
     "broken": "HTTP Error 500",
     "stalls": "timed out",
     "cut": "IncompleteRead(n bytes read, m more expected)",
-    "html": "image decoding error",
-    "empty": "image decoding error",
+    "html": "Image decoding error",
+    "empty": "OpenCV(",
 }
 
 
