@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Training:
     px: int = PX
     length: int = LENGTH
     programs: Any = dataclasses.field(default_factory=dict, repr=False)
+    quick: ClassVar[dict[str, bool]] = QUICK
 
     def on(self, shape: tuple[int, int, int], batch: Any) -> tuple[Any, Any]:
         """The mesh, and the batch laid out on it."""

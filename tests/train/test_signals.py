@@ -3,10 +3,12 @@
 import os
 import random
 import signal
+import socket
 import textwrap
 import time
 from unittest import mock
 
+import jax
 import pytest
 import runs
 
@@ -106,3 +108,21 @@ def test_a_beating_heart_is_left_alone(monkeypatch):
     watchdog.close()
     time.sleep(0.6)
     assert not ended
+
+
+def test_those_behind_are_named(tmp_path, monkeypatch):
+    """Process 1 has stopped writing one beat before process 0."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    dogs = [Watchdog(0.0, tmp_path / "heartbeats") for _ in range(2)]
+    for dog, beats in zip(dogs, (["data", "step"], ["data"])):
+        for phase in beats:
+            dog.beat(phase)
+    host = socket.gethostname()
+    tell = []
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        tell.append(dogs[process]._tell())
+    assert tell == [
+        f" (process 1 on {host}; all are equally far)",
+        f" (process 0 on {host}; behind: process 1 on {host} in 'data')",
+    ]

@@ -256,10 +256,13 @@ def _verdict(
             return str(check.error(where, f"another {changes[0]}{more}", expected, do))
     missing = [n for n in range(1, place.num) if n not in here]
     if missing:
-        known = ", ".join(f"{n} on {g.host}" for n, g in sorted(here.items())[:8])
-        got = f"{1 + len(here)} of {place.num} processes within {secs:.0f} s; missing: {numbers(missing)}"
+        seen = {0: _host(), **{n: guest.host for n, guest in sorted(here.items())}}
+        known = ", ".join(f"{n} on {host}" for n, host in list(seen.items())[:8])
+        got = (
+            f"{len(seen)} of {place.num} processes within {secs:.0f} s; missing: {numbers(missing)}"
+        )
         do = "start the missing ones, or look at their output"
-        return str(check.error("hosts", got, f"all (here: 0 on {_host()}, {known})", do))
+        return str(check.error("hosts", got, f"all (here: {known})", do))
     return ""
 
 

@@ -76,7 +76,7 @@ def open_session(
         checkpoints,
         metrics,
         stop,
-        Watchdog(settings.hang_secs),
+        Watchdog(settings.hang_secs, workdir / "heartbeats"),
         versions,
         lock,
         Profile(workdir / "profile", profile),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
+import pathlib
 import signal
+import socket
 import sys
 import threading
 import time
@@ -53,17 +56,21 @@ class Stop:
 
 
 class Watchdog:
-    """Ends the process with exit code 76, and every thread's stack, if `beat` is not called for `secs` (0: never)."""
+    """Ends the process with exit code 76, and every thread's stack, if `beat` is not called for `secs` (0: never).
 
-    def __init__(self, secs: float) -> None:
-        self._secs = secs
-        self._last, self._phase = time.monotonic(), "start"
+    folder: where the processes of one run write how far they are; the last message names those behind.
+    """
+
+    def __init__(self, secs: float, folder: pathlib.Path | None = None) -> None:
+        self._secs, self._folder = secs, folder if jax.process_count() > 1 else None
+        self._last, self._phase, self._beats = time.monotonic(), "start", 0
         self._closed = threading.Event()
         if secs:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self, phase: str) -> None:
         self._last, self._phase = time.monotonic(), phase
+        self._beats += 1  # the same calls on all hosts
 
     def close(self) -> None:
         self._closed.set()
@@ -71,8 +78,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(self._secs / 4, 5.0)):
             still = time.monotonic() - self._last
+            others = self._tell()
             if still > self._secs:
-                got = f"no progress for {still:.0f} s in phase {self._phase!r}"
+                got = f"no progress for {still:.0f} s in phase {self._phase!r}{others}"
                 print(
                     f"run: got {got}, expected some within hang_secs; see the stacks",
                     file=sys.stderr,
@@ -80,3 +88,28 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(HANG)
+
+    def _tell(self) -> str:
+        """Writes how far this process is; says who it is, and which processes are behind."""
+        if self._folder is None:
+            return ""
+        me = {"process": jax.process_index(), "host": socket.gethostname()}
+        me |= {"beats": self._beats, "phase": self._phase}
+        name = lambda row: f"process {row['process']} on {row['host']}"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            partial = self._folder / f".{me['process']}.partial"
+            partial.write_text(json.dumps(me) + "\n")
+            os.replace(partial, self._folder / f"{me['process']}.json")
+            files = (self._folder / f"{i}.json" for i in range(jax.process_count()))
+            rows = [json.loads(p.read_text()) for p in files if p.exists()]
+        except (OSError, ValueError) as e:  # the disk hangs, or is full: then that is the news
+            return f" ({name(me)}; {e})"
+        least = min(row["beats"] for row in rows)
+        behind = [f"{name(row)} in {row['phase']!r}" for row in rows if row["beats"] == least]
+        last = (
+            "all are equally far"
+            if len(behind) == len(rows)
+            else f"behind: {', '.join(behind[:8])}"
+        )
+        return f" ({name(me)}; {last})"
