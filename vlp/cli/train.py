@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import time
 
 from vlp.cli.main import compilation_cache
 
@@ -26,13 +27,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")
     several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
     several.add_argument(
-        "--wait-secs", type=float, metavar="S", help="how long to wait for the others (default: 50)"
+        "--wait-secs", type=float, metavar="S", help="how long to wait for the others (default: 40)"
     )
     parser.epilog = "Any value can be overridden: --config.section.key=value"
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    began = time.monotonic()
     from vlp.core.config import load
     from vlp.train import hosts, loop, profile, stages, workdir
 
@@ -47,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
         "profile": args.profile,
         "versions": workdir.code_versions(),
     }
-    with hosts.joined(
-        place, facts, pathlib.Path(args.workdir).absolute(), args.wait_secs or hosts.SECS
-    ):
+    left = (args.wait_secs or hosts.SECS) - (time.monotonic() - began)  # imports may take long
+    with hosts.joined(place, facts, pathlib.Path(args.workdir).absolute(), max(left, 1.0)):
         return loop.run(config, args.workdir, steps)

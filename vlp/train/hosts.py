@@ -30,7 +30,7 @@ from vlp.core.config import difference, plain
 from vlp.train.workdir import SHARED
 
 log = logging.getLogger(__name__)
-SECS = 50.0  # how long a process waits for the others; with its own start this stays below a minute
+SECS = 40.0  # how long a process waits for the others; all of them have ended within a minute
 _SEE_SECS = (
     10.0  # how long a file of process 0 may take to show on another host (NFS caches directories)
 )
