@@ -74,14 +74,14 @@ def find(coordinator: str = "", num: int | None = None, process: int | None = No
     if coordinator and num is not None and process is not None:
         return Place(coordinator, num, process)
     given = (coordinator or None, num, process)
-    coordinator, num, process, local = _detected(*given)
-    if coordinator is None or num is None or process is None:
+    address, num, process, local = _detected(*given)
+    if address is None or num is None or process is None:
         if given == (None, None, None):
             return None
         got = ", ".join(f"{k}={v}" for k, v in zip(("coordinator", "processes", "process"), given))
         do = "give --coordinator HOST:PORT --processes N --process I (or none of them on a cluster)"
         raise check.error("vlp train", got, "all three", do)
-    return None if num == 1 else Place(coordinator, num, process, local)
+    return None if num == 1 else Place(address, num, process, local)
 
 
 def _number(name: str) -> int | None:
@@ -91,21 +91,19 @@ def _number(name: str) -> int | None:
     return int(text) if text else None
 
 
-def _detected(*given: Any) -> tuple[Any, Any, Any, tuple[int, ...] | None]:
+def _detected(
+    coordinator: str | None, num: int | None, process: int | None
+) -> tuple[str | None, int | None, int | None, tuple[int, ...] | None]:
     """What JAX would fill in by itself; it has no public function that tells without waiting for others."""
     try:
         from jax._src.clusters import ClusterEnv
 
         detect = ClusterEnv.auto_detect_unset_distributed_params
-        coordinator, num, process, local = detect(*given, None, None, int(SECS))
-    except (
-        ImportError,
-        AttributeError,
-        TypeError,
-        OSError,
-    ) as e:  # other insides; no metadata server
+        found = detect(coordinator, num, process, None, None, int(SECS))
+        coordinator, num, process, local = found
+    except (ImportError, AttributeError, TypeError, OSError) as e:  # another JAX; no metadata
         log.warning("no cluster found (%s); if this is one, give --coordinator", e)
-        return *given, None
+        return coordinator, num, process, None
     except RuntimeError as e:  # the coordinator's name is not known
         raise check.error("hosts", str(e), "process 0 to be up", "start it") from e
     return coordinator, num, process, None if local is None else tuple(local)
