@@ -1,0 +1,97 @@
+"""Memory and work a chip of whole training steps, as chips, batch, micro-batches and model grow, one at a time.
+
+    python benchmarks/scaling.py --topology v5e:4x4 v5e:8x8 v5e:16x16 --batch 256 512 --micro 1 2 4 8 --json rows.json
+    python benchmarks/scaling.py --config configs/coca.py:size=base,smoke --devices 1 2 4 8 --batch 8 16 --micro 1 2 4
+
+The first of each list is the base point; each list is then walked with the others at their base. `--batch` is a chip's,
+so that chips are added at equal work for each. The step is the real one (vlp.train.step), compiled for the TPU topology
+(no TPU needed: pip install 'vlp[tpu]') or for simulated CPU devices; a step that does not fit is a row with the
+compiler's refusal. Working bytes are the peak less parameters, optimiser, batch and activations kept.
+"""
+
+import argparse
+import json
+import os
+
+MB = 2**20
+COLUMNS = {
+    "peak MB": lambda r: r["peak_bytes"] / MB,
+    "param MB": lambda r: r["param_bytes"] / MB,
+    "opt MB": lambda r: r["opt_bytes"] / MB,
+    "temp MB": lambda r: r["temp_bytes"] / MB,
+    "TFLOP/chip": lambda r: r["flops_per_chip"] / 1e12,
+    "sent MB": lambda r: sum(v for k, v in r.items() if k.startswith("sent_bytes/")) / MB,
+    "compile s": lambda r: r["compile_s"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", nargs="+", default=["configs/coca.py:size=base"])
+    parser.add_argument("--topology", nargs="+", default=[], help="as v5e:4x4 v5e:16x16")
+    parser.add_argument("--devices", type=int, nargs="+", default=[8], help="CPU devices instead")
+    parser.add_argument("--batch", type=int, nargs="+", default=[256], help="rows a chip")
+    parser.add_argument("--micro", type=int, nargs="+", default=[1], help="micro-batches")
+    parser.add_argument("--mesh", default="data=1,fsdp=-1", help="as data=-1,fsdp=8,tensor=2")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
+    parser.add_argument("--json", default="", metavar="FILE")
+    args = parser.parse_args()
+    os.environ.setdefault("PJRT_NPROC", "32")
+    if args.topology:
+        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    import jax
+
+    if not args.topology:
+        jax.config.update("jax_num_cpu_devices", max(args.devices))
+    print(f"{'sweep':7}{'value':26}{'chips':>6}{'batch':>9}" + "".join(f"{c:>12}" for c in COLUMNS))
+    rows, known = [], {}
+    lists = {
+        "chips": args.topology or args.devices,
+        "batch": args.batch,
+        "micro": args.micro,
+        "model": args.config,
+    }
+    for sweep, values in lists.items():
+        for value in values:
+            point = {k: v[0] for k, v in lists.items()} | {sweep: value}
+            key = tuple(point.values())
+            if key not in known:
+                known[key] = measure(point, args)
+            rows.append({"sweep": sweep, "value": str(value), **known[key]})
+            show(rows[-1])
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+def measure(point: dict, args: argparse.Namespace) -> dict:
+    """Compiles the last stage's step at one point of the sweep."""
+    import jax
+
+    from vlp.core.config import load
+    from vlp.train import compiled
+    from vlp.train.stages import parse
+
+    if args.topology:
+        target = compiled.topology(point["chips"])
+    else:
+        target = compiled.Target(f"{point['chips']} CPU devices", jax.devices()[: point["chips"]])
+    chips = len(target.devices)
+    mesh = [f"mesh.{part}" for part in args.mesh.split(",")]
+    changes = [f"batch={point['batch'] * chips}", f"micro_batches={point['micro']}", *mesh]
+    settings, stages = parse(load(point["model"], [*changes, *args.set]))
+    row = compiled.measure(*compiled.prepare(stages[-1], settings, target), target)
+    row["flops_per_chip"] = row["step_flops_per_example"] * row["batch"] / chips
+    return {"model": point["model"], **row}
+
+
+def show(row: dict) -> None:
+    head = f"{row['sweep']:7}{row['value'][-25:]:26}{row['chips']:6}{row['batch']:9,}"
+    if not row["fits"]:
+        print(f"{head}  refused: {row['refusal']}", flush=True)
+        return
+    print(head + "".join(f"{f(row):12,.1f}" for f in COLUMNS.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
