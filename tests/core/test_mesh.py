@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from vlp.core import mesh as meshes
 from vlp.core.check import UserError
@@ -20,12 +20,13 @@ def cube():
 @pytest.mark.parametrize(
     "shape, sizes",
     [
-        ((), (8, 1, 1)),
-        ((-1, 2, 2), (2, 2, 2)),
-        ((2, -1, 1), (2, 4, 1)),
-        ((1, 1, -1), (1, 1, 8)),
-        ((8, 1, -1), (8, 1, 1)),
-        ((2, 2, 2), (2, 2, 2)),
+        ((), (8, 1, 1, 1)),
+        ((-1, 2, 2), (2, 2, 2, 1)),
+        ((2, -1, 1), (2, 4, 1, 1)),
+        ((1, 1, -1), (1, 1, 8, 1)),
+        ((8, 1, -1), (8, 1, 1, 1)),
+        ((2, 2, 2), (2, 2, 2, 1)),
+        ((2, 2, 1, 2), (2, 2, 1, 2)),
     ],
 )
 def test_sizes(shape, sizes):
@@ -49,7 +50,7 @@ def test_a_product_that_is_not_the_devices(shape):
 
 def test_some_of_the_devices():
     mesh = meshes.make(MeshShape(-1, 2, 1), jax.devices()[:4])
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dict(mesh.shape) == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 1}
 
 
 def test_spec_takes_the_axes_that_divide(cube):
@@ -101,8 +102,46 @@ def test_parameters_are_placed_by_their_names(cube):
     }
     placed = meshes.shardings(params, cube)
     assert placed["kernel"].spec == PartitionSpec(("fsdp",), ("tensor",))
-    assert placed["layers"]["scale"].spec == PartitionSpec(None, ("fsdp",))
+    assert placed["layers"]["scale"].spec == PartitionSpec(None, None)  # a vector: whole
     assert placed["temperature"].is_fully_replicated
+
+
+def grid_of(**sizes):
+    sizes = {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1} | sizes
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def test_spec_takes_the_most_devices_that_divide():
+    grid = grid_of(replica=2, data=3, fsdp=4)
+    assert meshes.spec(("batch",), (24,), grid) == PartitionSpec(("replica", "data", "fsdp"))
+    assert meshes.spec(("batch",), (12,), grid) == PartitionSpec(("data", "fsdp"))  # 12 > 6
+    assert meshes.spec(("batch",), (6,), grid) == PartitionSpec(("replica", "data"))
+
+
+def test_where_fsdp_does_not_divide_the_width_it_takes_another_dimension():
+    """CoCa giant's width is 11 × 128: on 256 devices its MLP is divided by its hidden size."""
+    grid, large = grid_of(fsdp=256), 1 << 30
+    spec = lambda names, shape, num=large: meshes.param_spec(names, shape, num, grid)
+    assert spec(("layers", "embed", "mlp"), (40, 1408, 6144)) == PartitionSpec(None, None, ("fsdp",))
+    assert spec(("layers", "embed", "mlp"), (256, 1408, 6143)) == PartitionSpec(None, None, None)
+    assert spec(("embed", "mlp"), (1408, 6144), num=1000) == PartitionSpec(None, None)  # not worth it
+    both = grid_of(fsdp=4, tensor=2)
+    found = meshes.param_spec(("embed", "mlp"), (3, 8), large, both)
+    assert found == PartitionSpec(None, ("tensor", "fsdp"))
+
+
+def test_large_leaves_that_stay_whole_are_named(cube):
+    place = lambda shape, *spec: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=jax.sharding.NamedSharding(cube, PartitionSpec(*spec))
+    )
+    placed = {
+        "whole": place((1024, 1024)),
+        "tensor": place((1024, 1024), "tensor"),
+        "shards": place((1024, 1024), ("tensor", "fsdp")),
+        "small": place((512, 512)),
+    }
+    assert meshes.whole(placed, cube) == {"whole": 4 << 20, "tensor": 2 << 20}
+    assert meshes.whole(placed, meshes.make(MeshShape())) == {}
 
 
 def test_a_large_parameter_must_name_its_axes(cube):

@@ -5,20 +5,22 @@ Nothing else in `vlp` speaks of mesh axes. Losses are written for the global bat
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vlp.core import check, tree
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "replica")
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("replica", "data", "fsdp"),
     "embed": ("fsdp",),  # model width
     "mlp": ("tensor",),
     "heads": ("tensor",),
@@ -29,22 +31,32 @@ RULES: dict[str, tuple[str, ...]] = {
     "pixels": (),  # flattened patch
     "tokens": (),  # positions and queries
 }
-_LARGE_BYTES = 1 << 20  # a parameter above this without axis names is a mistake
+LARGE_BYTES = 1 << 20  # a parameter above this without axis names, or on every device whole, is a mistake
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices per mesh axis; one axis may be -1: all that the others leave."""
+    """Devices per mesh axis; one axis may be -1: all that the others leave.
+
+    data: parameters whole on each; fsdp: parameters, optimiser and averages in shards, gathered layer by layer, the
+    batch divided as over data; tensor: each layer's heads and MLP divided. replica: slices of a multi-slice TPU, which
+    only sum gradients over the data-centre network; 0: as many as there are. allow_replicated: parameters over 1 MB
+    that no axis divides may stay whole on every device.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    replica: int = 0
+    allow_replicated: bool = False
 
 
 def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes the mesh (axes data, fsdp, tensor; Auto) over all devices, or over those given."""
+    """Makes the mesh (axes replica, data, fsdp, tensor; Auto) over all devices, or over those given."""
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dataclasses.astuple(shape)
+    slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
+    sizes = [shape.replica or slices, shape.data, shape.fsdp, shape.tensor]
+    names = (AXES[-1], *AXES[:-1])
     known = math.prod(n for n in sizes if n != -1)
     free = sum(n == -1 for n in sizes)
     if (
@@ -54,12 +66,19 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         or len(devices) % max(known, 1)
         or (not free and known != len(devices))
     ):
-        got = " × ".join(f"{a}={n}" for a, n in zip(AXES, sizes))
-        raise check.error(
-            "config.mesh", got, f"a product of {len(devices)} devices", "change it, or use -1 once"
-        )
-    sizes = tuple(len(devices) // known if n == -1 else n for n in sizes)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        shown = [f"{a}={n}" for a, n in zip(names, sizes) if a != "replica" or n != 1]
+        got, do = " × ".join(shown), "change it, or use -1 once"
+        raise check.error("config.mesh", got, f"a product of {len(devices)} devices", do)
+    sizes = [len(devices) // known if n == -1 else n for n in sizes]
+    types = (AxisType.Auto,) * len(names)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), names, axis_types=types, devices=devices)
+    if sizes[0] != slices:
+        do = "set it to 0, the number of slices"
+        raise check.error("config.mesh.replica", sizes[0], f"{slices}, the slices that there are", do)
+    inner, outer = (1, *sizes[1:]), (slices, 1, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    return Mesh(grid, names, axis_types=types)
 
 
 def logical(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
@@ -72,20 +91,72 @@ def logical(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
 def spec(
     names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """The mesh axes of each dimension: those of its name whose product divides it, each mesh axis used once."""
+    """The mesh axes of each dimension: of those of its name the most devices that divide it, each axis used once."""
+    return PartitionSpec(*(axes or None for axes in _axes(names, shape, mesh)))
+
+
+def _axes(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> list[tuple[str, ...]]:
     used: set[str] = set()
-    parts: list[tuple[str, ...] | None] = []
+    parts: list[tuple[str, ...]] = []
     for name, dim in zip(names, shape, strict=True):
-        axes: tuple[str, ...] = ()
-        for axis in RULES[name] if name else ():
-            if (
-                axis not in used
-                and dim % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in axes)) == 0
-            ):
-                axes += (axis,)
+        free = [a for a in (RULES[name] if name else ()) if a not in used and mesh.shape[a] > 1]
+        axes = max(_subsets(free), key=lambda axes: _divides(axes, dim, mesh))
         used.update(axes)
-        parts.append(axes or None)
-    return PartitionSpec(*parts)
+        parts.append(axes)
+    return parts
+
+
+def _subsets(axes: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every choice of some axes in their order, larger ones first."""
+    return [c for n in range(len(axes), -1, -1) for c in itertools.combinations(axes, n)]
+
+
+def _divides(axes: Iterable[str], dim: int, mesh: Mesh | AbstractMesh) -> int:
+    """The devices of `axes` if they divide `dim`, or 0 (1 for no axes)."""
+    ways = math.prod(mesh.shape[a] for a in axes)
+    return 0 if dim % ways else ways
+
+
+def param_spec(
+    names: Sequence[str | None], shape: Sequence[int], num_bytes: int, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """As `spec`, but for what fsdp does with a parameter of that size.
+
+    Vectors under 1 MB (biases, norms; stacked layers do not count) stay whole: gathering them costs more than they
+    weigh. Where fsdp divides no dimension that is named for it, it goes to the largest one that it divides. Stacked
+    layers are not divided: each is gathered when its turn comes.
+    """
+    parts = _axes(names, shape, mesh)
+    divided = any("fsdp" in axes for axes in parts)
+    large = num_bytes > LARGE_BYTES
+    if not large and sum(n != "layers" for n in names) == 1:
+        parts = [_without_fsdp(axes) for axes in parts]
+    elif large and not divided and mesh.shape["fsdp"] > 1:
+        for d in sorted(range(len(shape)), key=lambda d: -shape[d]):
+            axes = (*parts[d], "fsdp")
+            if names[d] != "layers" and _divides(axes, shape[d], mesh):
+                parts[d] = axes
+                break
+    return PartitionSpec(*(axes or None for axes in parts))
+
+
+def gather(param: jax.Array, *names: str | None) -> jax.Array:
+    """A parameter whole over fsdp, at the place where it is used; its gradient comes back in shards.
+
+    Said here, in the type of computation, so that what travels is half as wide and is gathered once: left to the
+    partitioner, products with a divided operand become loops of pieces.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return param
+    parts = map(_without_fsdp, _axes(names, param.shape, mesh))
+    return jax.lax.with_sharding_constraint(param, PartitionSpec(*(a or None for a in parts)))
+
+
+def _without_fsdp(axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(a for a in axes if a != "fsdp")
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -93,10 +164,10 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
     def one(name: str, leaf: Any) -> NamedSharding:
         value = leaf.unbox() if isinstance(leaf, nn.meta.AxisMetadata) else leaf
-        if isinstance(leaf, nn.LogicallyPartitioned):
-            return NamedSharding(mesh, spec(leaf.names, value.shape, mesh))
         size = math.prod(value.shape) * value.dtype.itemsize
-        assert size < _LARGE_BYTES, (
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, param_spec(leaf.names, value.shape, size, mesh))
+        assert size < LARGE_BYTES, (
             f"{name}: {size} bytes without axis names; wrap its initialiser in `logical`"
         )
         return NamedSharding(mesh, PartitionSpec())
@@ -105,6 +176,21 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda p, x: one(tree.name(p), x), boxed, is_leaf=is_box
     )
+
+
+def whole(placed: Any, mesh: Mesh) -> dict[str, int]:
+    """Leaves over 1 MB that fsdp does not divide, with their bytes on each device; none if fsdp is 1.
+
+    placed: a tree of abstract arrays with shardings.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return {}
+    out = {}
+    for name, leaf in tree.named(placed).items():
+        num = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if num > LARGE_BYTES and not any("fsdp" in (p or ()) for p in leaf.sharding.spec):
+            out[name] = num
+    return out
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -123,13 +209,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the mesh divides a batch."""
+    return math.prod(mesh.shape[a] for a in RULES["batch"])
+
+
 def check_batch(batch: int, mesh: Mesh, num_micro: int = 1, where: str = "config.batch") -> None:
     """Raises UserError unless the global batch divides over the mesh's batch axes and the micro-batches."""
-    ways = math.prod(mesh.shape[a] for a in RULES["batch"])
+    ways = batch_ways(mesh)
     if batch < 1 or num_micro < 1 or batch % (ways * num_micro):
-        detail = f"data×fsdp = {ways}" + (
-            f" × micro_batches = {num_micro}" if num_micro > 1 else ""
-        )
+        axes = "replica×data×fsdp" if mesh.shape["replica"] > 1 else "data×fsdp"
+        detail = f"{axes} = {ways}" + (f" × micro_batches = {num_micro}" if num_micro > 1 else "")
         do = f"use a multiple of {ways * max(num_micro, 1)} or change config.mesh"
         raise check.error(where, batch, f"a multiple of {detail}", do)
 

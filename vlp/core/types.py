@@ -19,6 +19,7 @@ from flax import struct
 from vlp.core import check, mesh
 
 PyTree = Any
+MICRO_REMAT = ("full", "none")
 
 
 @struct.dataclass
@@ -90,6 +91,7 @@ class Ctx:
     extra: PyTree = ()
     frozen: Mapping[str, Apply] = dataclasses.field(default_factory=dict)
     num_micro: int = 1
+    micro_remat: str = "full"
 
     def student(self, method: str, *args: Any, draw: int = 0, **kwargs: Any) -> Any:
         """Calls the trained model: stochastic in training, deterministic in evaluation.
@@ -135,10 +137,12 @@ class Ctx:
     def map(self, f: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
         """Runs f(ctx, *arrays) over the batch; every leaf that f returns leads with the batch axis.
 
-        One call when there is one micro-batch. Otherwise a scan of rematerialised calls over rows j::k, so that
-        the batch keeps its sharding and one micro-batch's activations live at a time. A loss taken over the
-        result couples the whole batch exactly: this is cached-gradient accumulation (Gao et al. 2021,
-        arXiv:2101.06983) with no code of its own. `arrays`, leading with the batch axis, are split alike.
+        One call when there is one micro-batch. Otherwise a scan of calls over rows j::k, so that the batch keeps its
+        sharding. With micro_remat "full" each call is computed again in the backward pass, and one micro-batch's
+        activations live at a time; with "none" the model's own rematerialisation decides what is kept of each, and
+        only what a call works with is divided. A loss taken over the result couples the whole batch exactly: this is
+        cached-gradient accumulation (Gao et al. 2021, arXiv:2101.06983) with no code of its own. `arrays`, leading
+        with the batch axis, are split alike.
         """
         if self.num_micro == 1:
             return f(self, *arrays)
@@ -157,11 +161,12 @@ class Ctx:
             x = jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
             return mesh.constrain(x, "batch", *[None] * (x.ndim - 1))
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
         def body(carry: tuple[()], xs: Any) -> tuple[tuple[()], PyTree]:
             batch, extra = xs
             return carry, f(dataclasses.replace(self, batch=batch, num_micro=1), *extra)
 
+        if self.micro_remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
         _, out = jax.lax.scan(body, (), jax.tree.map(split, (rows, arrays)))
         return jax.tree.map(join, out)
 

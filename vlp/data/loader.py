@@ -117,6 +117,18 @@ def open_dataset(data: Data, tokenizer: tokenizers.Tokenizer | None = None) -> "
     return Dataset(data, source, source.tokenizer() if tokenizer is None else tokenizer)
 
 
+def leaves(data: Data, batch: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and type of every leaf of a batch of `batch` rows; known without opening the data."""
+    captions = (data.num_captions,) if data.captions == "all" else ()
+    return {
+        "image": ((batch, data.image_px, data.image_px, 3), np.uint8),
+        "text": ((batch, *captions, data.text_len), np.int32),
+        "mask": ((batch,), np.bool_),
+        "index": ((batch, 2), np.uint32),
+        "record": ((batch, 2), np.uint32),
+    }
+
+
 def _open_one(data: Data) -> Any:
     source = SOURCES[data.source](data)
     return without(source, data.skip) if data.skip else source
@@ -563,9 +575,7 @@ class Dataset:
     ) -> dict[str, np.ndarray]:
         """Prepares every sample straight into one preallocated batch."""
         b, data = len(ids_b), self.data
-        caption_axes = (data.num_captions,) if data.captions == "all" else ()
-        image_bRRC = np.empty((b, data.image_px, data.image_px, 3), np.uint8)
-        text_bKL = np.empty((b, *caption_axes, data.text_len), np.int32)
+        image_bRRC, text_bKL = (np.empty(*leaves(data, b)[name]) for name in ("image", "text"))
         bad_b, secs, cut = np.zeros(b, np.uint8), np.zeros(len(STAGES)), 0
         ids_b = ids_b.copy()
         for row, (record_id, epoch) in enumerate(zip(ids_b.tolist(), epochs_b.tolist())):
@@ -573,7 +583,7 @@ class Dataset:
             fill = lambda r, row=row, place=place: prepare(r, data, place, image_bRRC[row])
             texts, ids_b[row], bad_b[row] = self._good(record_id, first + row, seed, fill, secs)
             began = time.perf_counter()
-            rows_KL = text_bKL[row] if caption_axes else text_bKL[row : row + 1]
+            rows_KL = text_bKL[row] if data.captions == "all" else text_bKL[row : row + 1]
             for ids_L, (text, was_cut) in zip(rows_KL, texts):
                 cut += self.tokenizer.encode_into(text, ids_L) or was_cut
             secs[2] += time.perf_counter() - began

@@ -42,6 +42,16 @@ def check_fields(module: Any, where: str) -> None:
             raise check.unknown(name, str(value), DTYPES)
 
 
+def with_fields(module: Any, **values: Any) -> Any:
+    """The model with these fields changed wherever a part of it has them (remat, scan, dtype)."""
+    changes = {k: v for k, v in values.items() if hasattr(module, k)}
+    for field in dataclasses.fields(module):
+        part = getattr(module, field.name)
+        if field.name not in ("parent", "name") and dataclasses.is_dataclass(part):
+            changes[field.name] = with_fields(part, **values)
+    return dataclasses.replace(module, **changes)
+
+
 @functools.lru_cache(maxsize=16)
 def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
     """The model's optional methods, and every leaf of what `image` and `text` return. Computes nothing."""
@@ -49,6 +59,6 @@ def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
     image = jax.ShapeDtypeStruct((1, image_px, image_px, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((1, text_len), jnp.int32)
     for method, x in (("image", image), ("text", text)):
-        answer = functools.partial(model.init_with_output, method=method)
-        out |= {f"{method}.{name}" for name in jax.eval_shape(answer, jax.random.key(0), x)[0]}
+        answer = lambda x, method=method: model.init_with_output(jax.random.key(0), x, method=method)
+        out |= {f"{method}.{name}" for name in jax.eval_shape(answer, x)[0]}
     return frozenset(out)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 from vlp.core import check
 from vlp.core.mesh import logical
 from vlp.models import heads as parts
-from vlp.models.layers import Norm, Stack, fold
+from vlp.models.layers import Norm, Stack, fold, rematerialised
 from vlp.models.text import Text
 from vlp.models.vit import ViT
 
@@ -71,10 +71,11 @@ class Captioner(nn.Module):
             expected = "a causal text tower under the decoder"
             raise check.error("config.model.text_tower.causal", False, expected, "set it to True")
         heads = self.pool_heads or text.heads
+        pool = rematerialised(parts.AttentionPool, self.image_tower.remat)
         if self.queries:
-            self.pool_caption = parts.AttentionPool(self.queries, text.width, heads, text.dtype)
+            self.pool_caption = pool(self.queries, text.width, heads, text.dtype)
         if self.contrastive:
-            self.pool_contrast = parts.AttentionPool(1, text.width, heads, text.dtype)
+            self.pool_contrast = pool(1, text.width, heads, text.dtype)
             self.joint_image = parts.Joint(self.embed)
             self.joint_text = parts.Joint(self.embed)
             self.temperature = parts.ScaleBias(self.scale, self.bias)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlp.core import check
-from vlp.core.mesh import constrain, logical
+from vlp.core.mesh import constrain, gather, logical
 from vlp.ops.attention import attend
+from vlp.ops.norm import layer_norm
 
 REMAT = {
     "none": None,
@@ -29,6 +30,13 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's (Hendrycks & Gimpel 2016, §2)
     "relu": nn.relu,
 }
+
+
+def rematerialised(module: Any, remat: str, **kwargs: Any) -> Any:
+    """The module class, keeping for the backward pass what `remat` says (a name in REMAT)."""
+    if remat not in REMAT:
+        raise check.unknown("model: remat", remat, REMAT)
+    return module if remat == "none" else nn.remat(module, policy=REMAT[remat], **kwargs)
 
 
 def lecun(fan_in: int) -> Any:
@@ -55,9 +63,8 @@ class Linear(nn.Module):
             "kernel", logical(lecun(fan_in), *self.names), self.shape_in + self.shape_out
         )
         contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-        y = jax.lax.dot_general(
-            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
-        )
+        kernel = gather(kernel.astype(self.dtype), *self.names)
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
         if self.bias:
             init = logical(nn.initializers.zeros, *self.names[num_in:])
             bias = self.param("bias", init, self.shape_out)
@@ -75,11 +82,7 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         scale = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],))
         bias = self.param("bias", logical(nn.initializers.zeros, "embed"), (x.shape[-1],))
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        scale, bias = (jnp.broadcast_to(p, y.shape) for p in (scale, bias))
-        return (y * scale + bias).astype(self.dtype)
+        return layer_norm(x.astype(jnp.promote_types(x.dtype, self.dtype)), scale, bias, self.eps).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -226,13 +229,9 @@ class Stack(nn.Module):
         causal: bool = False,
         collect: bool = False,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "N B T D"] | None]:
-        if self.remat not in REMAT:
-            raise check.unknown("model: remat", self.remat, REMAT)
-        block: Any = Block
-        if self.remat != "none":
-            block = nn.remat(
-                Block, policy=REMAT[self.remat], prevent_cse=not self.scan, static_argnums=(6, 7)
-            )
+        block = rematerialised(
+            Block, self.remat, prevent_cse=not self.scan, static_argnums=(6, 7)
+        )
         every: Any = nn.broadcast
         scanned = nn.scan(
             block,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 from vlp.core import check
 from vlp.core.mesh import constrain, logical
 from vlp.models.heads import MapPool
-from vlp.models.layers import Linear, Norm, Stack, fold
+from vlp.models.layers import Linear, Norm, Stack, fold, rematerialised
 from vlp.ops import masking, posembed
 
 POOLS = ("none", "cls", "mean", "map")
@@ -99,7 +99,8 @@ class ViT(nn.Module):
         x, collected = stack(x, keys=fold(keys, 1), collect=layers)
         x = Norm(self.dtype, name="norm")(x[:, self.registers :])
         if self.pool == "map":
-            pooled = MapPool(self.heads, mlp, self.activation, self.dtype, name="pool_map")(x)
+            pool = rematerialised(MapPool, self.remat)
+            pooled = pool(self.heads, mlp, self.activation, self.dtype, name="pool_map")(x)
         else:
             pooled = {"cls": x[:, 0], "mean": x.mean(axis=1), "none": None}[self.pool]
         out = {"tokens": x, "pooled": pooled, "kept": kept}

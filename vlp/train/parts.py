@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
-from vlp.data.loader import Dataset, open_dataset
+from vlp.data.loader import Dataset, leaves, open_dataset
 from vlp.evals.io import IO, check_ready
 from vlp.infer.load import load
 from vlp.models.answers import check_needs
@@ -28,13 +28,14 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A stage made ready: its data, optimiser, teachers' models, its state's shapes and shardings, compiled step."""
+    """A stage made ready: its data, optimiser, teachers' models, shapes and shardings of state and batch, its step."""
 
     stage: Stage
     datasets: Mapping[str, Dataset]  # "" is the main stream
     updater: optimisers.Updater
     teachers: Mapping[str, tuple[Any, float | None]]
     abstract: State
+    batch: Mapping[str, jax.ShapeDtypeStruct]
     step: Any
 
     @property
@@ -44,20 +45,36 @@ class Parts:
 
 def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     """Opens a stage's data and checks everything that can be checked without compiling or writing."""
-    meshes.check_batch(stage.batch, mesh, stage.micro_batches)
+    parts = assemble(stage, settings, mesh)
     datasets = {"": open_dataset(stage.data)}
+    datasets |= {name: open_dataset(stream.data) for name, stream in stage.streams.items()}
+    check_text(stage, datasets[""])
+    trace(parts)
+    for label, evaluator in stage.evals.items():
+        io = IO(stage.data, datasets[""].tokenizer)
+        check_ready(evaluator, stage.model, mesh, io, f"config.evals.{label}")
+    return dataclasses.replace(parts, datasets=datasets)
+
+
+def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
+    """All of a stage but its data, which a plan does without; checked, nothing compiled."""
+    meshes.check_batch(stage.batch, mesh, stage.micro_batches)
     for name, stream in stage.streams.items():
         meshes.check_batch(stream.batch, mesh, where=f"config.streams.{name}.batch")
-        datasets[name] = open_dataset(stream.data)
-    check_text(stage, datasets[""])
-    boxed = states.abstract_params(stage.model, stage.data.image_px, stage.data.text_len)
+    needs = getattr(stage.objective, "needs", frozenset())
+    do = "change config.objective or config.model"
+    px, length = stage.data.image_px, stage.data.text_len
+    check_needs(stage.model, needs, px, length, "config.objective", do)
+    batch = abstract_batch(stage, mesh)
+    if missing := stage.objective.reads - set(batch):
+        got, do = f"no batch leaf {sorted(missing)}", "change config.data"
+        raise check.error("config.objective", got, sorted(batch), do)
+    boxed = states.abstract_params(stage.model, px, length)
     updater = optimisers.make(stage.optim, nn.unbox(boxed))
     teachers = {}
     for name, teacher in stage.teachers.items():
-        teachers[name] = (
-            load(teacher.path).apply.model if teacher.path else stage.model,
-            teacher.decay,
-        )
+        model = load(teacher.path).apply.model if teacher.path else stage.model
+        teachers[name] = (model, teacher.decay)
     step = functools.partial(
         train_step,
         model=stage.model,
@@ -66,38 +83,38 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
         lr_at=stage.schedule.at(stage.batch, stage.num_steps),
         seed=settings.seed,
         num_micro=stage.micro_batches,
+        micro_remat=stage.micro_remat,
         teachers=teachers,
     )
     state = abstract_state(stage, updater, mesh)
+    check_sharded(state, settings, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
-    parts = Parts(stage, datasets, updater, teachers, state, compiled)
-    needs = getattr(stage.objective, "needs", frozenset())
-    do = "change config.objective or config.model"
-    px, length = stage.data.image_px, stage.data.text_len
-    check_needs(stage.model, needs, px, length, "config.objective", do)
-    batch = abstract_batch(parts)
-    missing = stage.objective.reads - set(batch)
-    if missing:
-        raise check.error(
-            "config.objective",
-            f"no batch leaf {sorted(missing)}",
-            sorted(batch),
-            "change config.data",
-        )
+    return Parts(stage, {}, updater, teachers, state, batch, compiled)
+
+
+def trace(parts: Parts) -> None:
+    """Traces the step, which is kept for the first one; what a method cannot do with its data shows here."""
     try:
-        compiled.eval_shape(state, batch)  # the trace is kept for the first step
+        parts.step.eval_shape(parts.abstract, parts.batch)
     except (TypeError, ValueError, AssertionError, IndexError) as e:
+        stage = parts.stage
         if stage.data.captions != "all":
             raise
-        got = f"'all' (text {list(batch['text'].shape)}) with {type(stage.objective).__name__}"
+        got = f"'all' (text {list(parts.batch['text'].shape)}) with {type(stage.objective).__name__}"
         expected = f"an objective that reads several captions ({type(e).__name__})"
         do = "set it to 'uniform', or change config.objective"
         raise check.error("config.data.captions", got, expected, do) from e
-    for label, evaluator in stage.evals.items():
-        io = IO(stage.data, parts.main.tokenizer)
-        check_ready(evaluator, stage.model, mesh, io, f"config.evals.{label}")
-    return parts
+
+
+def check_sharded(state: State, settings: Run, mesh: Mesh) -> None:
+    """Raises UserError for a large parameter that fsdp leaves whole on every device, unless the config allows it."""
+    whole = meshes.whole({"params": state.params, "opt": state.opt}, mesh)
+    if whole and not settings.mesh.allow_replicated:
+        name, num = max(whole.items(), key=lambda item: item[1])
+        got = f"{len(whole)} leaves of {sum(whole.values()) / 2**20:.0f} MB that fsdp={mesh.shape['fsdp']} does not divide ({name}, …)"
+        do = "use a smaller fsdp (and more data), or set config.mesh.allow_replicated=True"
+        raise check.error("config.mesh", got, "every leaf over 1 MB in shards", do)
 
 
 def abstract_state(stage: Stage, updater: optimisers.Updater, mesh: Mesh) -> State:
@@ -119,15 +136,14 @@ def abstract_state(stage: Stage, updater: optimisers.Updater, mesh: Mesh) -> Sta
     )
 
 
-def abstract_batch(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch, from one real row of each stream."""
+def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a global batch of all streams."""
+    rows = meshes.batch_sharding(mesh)
     out = {}
-    for name, data in parts.datasets.items():
-        size = parts.stage.streams[name].batch if name else parts.stage.batch
-        for key, rows in data.batch_at(0, 1, 0).items():
-            out[f"{name}.{key}" if name else key] = jax.ShapeDtypeStruct(
-                (size, *rows.shape[1:]), rows.dtype
-            )
+    for name, stream in {"": stage, **stage.streams}.items():
+        for key, (shape, dtype) in leaves(stream.data, stream.batch).items():
+            full = f"{name}.{key}" if name else key
+            out[full] = jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
     return out
 
 

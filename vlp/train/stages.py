@@ -14,6 +14,7 @@ from typing import Any
 from vlp.core import check
 from vlp.core.config import build, build_named, overlay, plain
 from vlp.core.mesh import MeshShape
+from vlp.core.types import MICRO_REMAT
 from vlp.data.loader import Data
 from vlp.evals import EVALS
 from vlp.models import MODELS
@@ -32,7 +33,7 @@ LOCAL = (
     "data.cache_mb",
     "data.path",
 )
-FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "platform",
+FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "micro_remat", "platform",
         "hang_secs", "sinks", *LOCAL)  # fmt: skip
 
 
@@ -83,6 +84,7 @@ class Stage:
     samples: int = 0
     steps: int = 0
     micro_batches: int = 1
+    micro_remat: str = "full"  # what the backward pass keeps of a micro-batch (core.types.MICRO_REMAT)
     streams: Mapping[str, Stream] = dataclasses.field(default_factory=dict)
     teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
     evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -176,6 +178,8 @@ def _build(
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
         section[key] = build(cls, section[key], f"config.{key}")
     stage = build(Stage, section | built, "config")
+    if stage.micro_remat not in MICRO_REMAT:
+        raise check.unknown("config.micro_remat", stage.micro_remat, MICRO_REMAT)
     if stage.batch < 1:
         raise check.error("config.batch", stage.batch, "1 or more", "change it")
     if bool(stage.steps) == bool(stage.samples) or stage.num_steps < 1:

@@ -37,7 +37,7 @@ class State:
 def abstract_params(model: Any, image_px: int, text_len: int) -> PyTree:
     """Shapes of the parameters, still carrying the names of their axes. Costs no memory and no compilation."""
     return jax.eval_shape(
-        lambda key: model.init(key, *_inputs(image_px, text_len))["params"], jax.random.key(0)
+        lambda: model.init(jax.random.key(0), *_inputs(image_px, text_len))["params"]
     )
 
 

@@ -27,6 +27,7 @@ def train_step(
     lr_at: Callable[[jax.Array], jax.Array],
     seed: int,
     num_micro: int = 1,
+    micro_remat: str = "full",
     teachers: Mapping[str, tuple[Any, float | None]] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """Returns the next state and the metrics of this step (scalars).
@@ -46,6 +47,7 @@ def train_step(
             extra=state.extra,
             frozen={name: Apply(net, state.teachers[name]) for name, (net, _) in teachers.items()},
             num_micro=num_micro,
+            micro_remat=micro_remat,
         )
         out = objective(ctx)
         loss = sum((term.weight * term.mean() for term in out.terms.values()), jnp.float32(0))

@@ -1,0 +1,188 @@
+"""A stage's real training step, compiled for devices that need not be there, and what the compiler says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vlp.core import check, flops, hlo
+from vlp.core import mesh as meshes
+from vlp.core.chips import CHIPS
+from vlp.core.types import Apply, Ctx
+from vlp.models.answers import with_fields
+from vlp.train.parts import Parts, assemble
+from vlp.train.stages import Run, Stage
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for: a TPU topology, simulated CPU devices, or those of this machine."""
+
+    name: str
+    devices: Sequence[Any]
+
+    @property
+    def kind(self) -> str:
+        return self.devices[0].device_kind
+
+    @property
+    def hbm_bytes(self) -> int | None:
+        return CHIPS[self.kind].hbm_bytes if self.kind in CHIPS else None
+
+
+def topology(name: str, slices: int = 1) -> Target:
+    """A TPU pod that is not here: "v5e:16x16", or several slices of it. Needs libtpu, no TPU."""
+    from jax.experimental import topologies
+
+    try:
+        kwargs = {"num_slices": slices} if slices > 1 else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **kwargs)
+    except Exception as e:
+        text = str(e).splitlines()[0][:120]
+        if "libtpu" in text or "No module" in text or "platform" in text:
+            do = "pip install 'vlp[tpu]'"
+            raise check.error("--topology", text, "the TPU compiler (libtpu)", do) from None
+        do = "write a generation and a grid, as v5e:16x16, v5p:8x8x8 or v6e:16x16"
+        raise check.error("--topology", f"{name!r} ({text})", "a TPU topology", do) from None
+    return Target(name if slices == 1 else f"{slices} × {name}", found.devices)
+
+
+def measure(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
+    """Compiles the step. A flat row: bytes a device, FLOPs, traffic; `fits` is the compiler's verdict."""
+    row: dict[str, Any] = {
+        "target": target.name,
+        "chips": len(target.devices),
+        "device": target.kind,
+        "hbm_bytes": target.hbm_bytes,
+        "mesh": " × ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "1 device",
+        "batch": parts.stage.batch,
+        "micro_batches": parts.stage.micro_batches,
+        "remat": remat_of(parts.stage),
+        **state_bytes(parts),
+        **step_flops(parts, mesh),
+    }
+    began = time.monotonic()
+    with jax.set_mesh(mesh):
+        lowered = parts.step.lower(parts.abstract, parts.batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as e:
+            row |= {"fits": False, "compile_s": round(time.monotonic() - began, 1)}
+            return row | {"refusal": refusal(str(e))}
+    memory = compiled.memory_analysis()
+    row |= {"fits": True, "compile_s": round(time.monotonic() - began, 1)}
+    row["peak_bytes"] = memory.peak_memory_in_bytes
+    row["temp_bytes"] = memory.temp_size_in_bytes
+    row["kept_bytes"] = kept_bytes(parts, mesh)
+    held = row["param_bytes"] + row["opt_bytes"] + row["batch_bytes"] + row["kept_bytes"]
+    row["working_bytes"] = max(0, row["peak_bytes"] - held)
+    for kind, traffic in hlo.collectives(compiled.as_text(), len(target.devices)).items():
+        row[f"collectives/{kind}"] = traffic.count
+        row[f"sent_bytes/{kind}"] = round(traffic.sent_bytes)
+    return row
+
+
+def refusal(text: str) -> str:
+    """The compiler's reason in a line; anything but too much memory is a mistake of ours."""
+    if "RESOURCE_EXHAUSTED" not in text:
+        raise RuntimeError(text)
+    found = re.search(r"(\(?[\d.]+[KMGT]\)? exceeds available HBM \([\d.]+[KMGT]\)|Used [\d.]+[KMGT] of [\d.]+[KMGT])", text)
+    return found.group(1) if found else text.splitlines()[0][:160]
+
+
+def shard_bytes(tree: PyTree) -> int:
+    """Bytes of a tree of placed arrays on one device."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def state_bytes(parts: Parts) -> dict[str, int]:
+    state = parts.abstract
+    return {
+        "param_bytes": shard_bytes(state.params),
+        "opt_bytes": shard_bytes((state.opt, state.teachers, state.extra)),
+        "batch_bytes": shard_bytes(dict(parts.batch)),
+    }
+
+
+def remat_of(stage: Stage) -> str:
+    """What is computed again, in words: of the towers, then of micro-batches."""
+    found = {
+        str(getattr(v, "remat"))
+        for f in dataclasses.fields(stage.model)
+        if dataclasses.is_dataclass(v := getattr(stage.model, f.name)) and hasattr(v, "remat")
+    }
+    micro = f", micro-batches {stage.micro_remat}" if stage.micro_batches > 1 else ""
+    return "/".join(sorted(found)) + micro
+
+
+def loss(stage: Stage, model: Any, params: PyTree, batch: Mapping[str, Any], num_micro: int) -> Any:
+    """The objective's scalar, as `train_step` has it, with teachers of the student's parameters."""
+    frozen = {name: Apply(model, params) for name in stage.teachers}
+    init = getattr(stage.objective, "init_extra", None)
+    ctx = Ctx(
+        Apply(model, params), batch, jax.random.key(0), 0,
+        () if init is None else init(jax.random.key(0)), frozen, num_micro, stage.micro_remat,
+    )  # fmt: skip
+    out = stage.objective(ctx)
+    return sum((t.weight * t.mean() for t in out.terms.values()), jnp.float32(0))
+
+
+def step_flops(parts: Parts, mesh: Mesh) -> dict[str, float]:
+    """FLOPs per example: the method's own (nothing computed again), without its masking, and as configured."""
+    stage = parts.stage
+    plain = with_fields(stage.model, remat="none")
+    whole = stage.objective
+    if getattr(whole, "keep", 1.0) < 1:
+        whole = dataclasses.replace(whole, keep=1.0)
+
+    def count(model: Any, objective: Any, num_micro: int) -> float:
+        changed = dataclasses.replace(stage, objective=objective)
+        grad = jax.grad(lambda p, b: loss(changed, model, p, b, num_micro))
+        return flops.of(grad, parts.abstract.params, dict(parts.batch)) / stage.batch
+
+    with jax.set_mesh(mesh):
+        model = count(plain, stage.objective, 1)
+        out = {"flops_per_example": model, "unmasked_flops_per_example": model}
+        if whole is not stage.objective:
+            out["unmasked_flops_per_example"] = count(plain, whole, 1)
+        out["step_flops_per_example"] = count(stage.model, stage.objective, stage.micro_batches)
+    return out
+
+
+def kept_bytes(parts: Parts, mesh: Mesh) -> int:
+    """Activations of the forward pass that a device holds for the backward pass (of one micro-batch, if those are
+    computed again)."""
+    stage = parts.stage
+    again = stage.micro_batches > 1 and stage.micro_remat == "full"
+    num = stage.batch // stage.micro_batches if again else stage.batch
+    num_micro = 1 if again else stage.micro_batches
+    resize = lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype)
+    batch = {k: resize(x) for k, x in parts.batch.items() if "." not in k} | {
+        k: x for k, x in parts.batch.items() if "." in k
+    }
+    f = functools.partial(loss, stage, stage.model, num_micro=num_micro)
+    with jax.set_mesh(mesh):
+        pull = jax.eval_shape(lambda p, b: jax.vjp(lambda p: f(p, b), p)[1], parts.abstract.params, batch)
+    own = {x.shape for x in jax.tree.leaves(parts.abstract.params)}
+    rows = num // num_micro
+    kept = [x for x in jax.tree.leaves(pull) if x.shape not in own and x.size % rows == 0]
+    return sum(x.size * x.dtype.itemsize for x in kept) // meshes.batch_ways(mesh)
+
+
+def prepare(stage: Stage, settings: Run, target: Target) -> tuple[Parts, Mesh]:
+    """A stage on a target's mesh, checked, without its data."""
+    mesh = meshes.make(settings.mesh, target.devices)
+    with jax.set_mesh(mesh):
+        return assemble(stage, settings, mesh), mesh
