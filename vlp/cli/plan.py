@@ -1,15 +1,34 @@
-"""`vlp plan`: what a config will train, before anything is compiled or written."""
+"""`vlp plan`: what a config will train, and, with a target, whether it fits and how fast it may go."""
 
 import argparse
+import os
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    about = "count a config's parameters and lay out its stages"
+    about = "count a config's parameters; compile its step for devices that you do not have yet"
     parser = subparsers.add_parser("plan", help=about, description=about)
     parser.add_argument(
         "--config", required=True, metavar="FILE.py[:ARG]", help="config file and its argument"
     )
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--topology", default="", metavar="GEN:GRID", help="a TPU pod, as v5e:16x16 (needs vlp[tpu])"
+    )
+    target.add_argument("--devices", type=int, default=0, metavar="N", help="N simulated CPU devices")
+    target.add_argument("--gpu", action="store_true", help="this machine's GPUs")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of the topology")
+    parser.add_argument(
+        "--fast", action="store_true", help="estimate memory from the trace, do not compile"
+    )
+    parser.add_argument("--stage", default="", metavar="NAME", help="this stage only")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak that times are given for (0.4)"
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="also the loss and an evaluation batch by themselves"
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="write the plan as JSON")
+    parser.epilog = "Exit code 1: it does not fit; what would is printed."
     parser.set_defaults(run=run)
 
 
@@ -17,13 +36,37 @@ def run(args: argparse.Namespace) -> int:
     import pathlib
 
     from vlp.core import check
-    from vlp.core.config import load
-    from vlp.train import plan, workdir
 
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise check.error("--json", repr(args.json), "a file in an existing directory", "make it")
-    plans = plan.stages(load(args.config, args.overrides))
+    if not 0 < args.mfu <= 1:
+        raise check.error("--mfu", args.mfu, "a share of the peak in (0, 1]", "write 0.4, say")
+    if args.topology or not args.gpu:  # no accelerator is touched, whatever this machine has
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+        for name, value in quiet.items():  # the compiler is used where no TPU is
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("PJRT_NPROC", "32")
+    from vlp.core.config import load
+    from vlp.train import plan, workdir
+
+    config = load(args.config, args.overrides)
+    plans = plan.stages(config)
     print(plan.table(plans))
+    fits = True
+    if args.topology or args.devices or args.gpu:
+        from vlp.train import compiled, fit
+
+        target = compiled.target(args.topology, args.slices, args.devices, args.gpu)
+        found = fit.check(config, target, args.stage, fast=args.fast, alone=args.alone)
+        print(fit.report(found, args.mfu))
+        fits = all(row["fits"] is not False for row in found)
+        plans = [row | more for row, more in zip(plans, found)] if not args.stage else found
+    elif args.fast:
+        do = "add --topology v5e:16x16, --devices 8 or --gpu"
+        raise check.error("--fast", "no target", "devices to estimate for", do)
     if args.json:
         pathlib.Path(args.json).write_text(workdir.dump(plans, indent=1) + "\n")
-    return 0
+    return 0 if fits else 1

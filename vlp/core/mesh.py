@@ -5,6 +5,7 @@ Nothing else in `vlp` speaks of mesh axes. Losses are written for the global bat
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -142,8 +143,9 @@ def param_spec(
     return PartitionSpec(*(axes or None for axes in parts))
 
 
-def gather(param: jax.Array, *names: str | None) -> jax.Array:
-    """A parameter whole over fsdp, at the place where it is used; its gradient comes back in shards.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(param: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A parameter whole over fsdp, at the place where it is used; its gradient is left in shards.
 
     Said here, in the type of computation, so that what travels is half as wide and is gathered once: left to the
     partitioner, products with a divided operand become loops of pieces.
@@ -153,6 +155,21 @@ def gather(param: jax.Array, *names: str | None) -> jax.Array:
         return param
     parts = map(_without_fsdp, _axes(names, param.shape, mesh))
     return jax.lax.with_sharding_constraint(param, PartitionSpec(*(a or None for a in parts)))
+
+
+def _gather_forward(param: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
+    return gather(param, names), None
+
+
+def _gather_backward(names: tuple[str | None, ...], _: None, grad: jax.Array) -> tuple[jax.Array]:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return (grad,)
+    parts = param_spec(names, grad.shape, grad.size * 4, mesh)
+    return (jax.lax.with_sharding_constraint(grad, parts),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _without_fsdp(axes: tuple[str, ...]) -> tuple[str, ...]:

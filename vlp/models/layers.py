@@ -63,7 +63,7 @@ class Linear(nn.Module):
             "kernel", logical(lecun(fan_in), *self.names), self.shape_in + self.shape_out
         )
         contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-        kernel = gather(kernel.astype(self.dtype), *self.names)
+        kernel = gather(kernel.astype(self.dtype), self.names)
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
         if self.bias:
             init = logical(nn.initializers.zeros, *self.names[num_in:])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -17,10 +18,11 @@ from jax.sharding import Mesh
 from vlp.core import check, flops, hlo
 from vlp.core import mesh as meshes
 from vlp.core.chips import CHIPS
-from vlp.core.types import Apply, Ctx
+from vlp.core.types import Apply, Ctx, Out
 from vlp.models.answers import with_fields
 from vlp.train.parts import Parts, assemble
 from vlp.train.stages import Run, Stage
+from vlp.train.state import abstract_params
 
 PyTree = Any
 
@@ -58,20 +60,35 @@ def topology(name: str, slices: int = 1) -> Target:
     return Target(name if slices == 1 else f"{slices} × {name}", found.devices)
 
 
+def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpu: bool = False) -> Target:
+    """The devices that a plan is for. Called before JAX has started anything."""
+    if slices < 1 or num_cpu < 0:
+        raise check.error("--slices, --devices", (slices, num_cpu), "1 or more", "change it")
+    if name:
+        return topology(name, slices)
+    if num_cpu:
+        jax.config.update("jax_num_cpu_devices", num_cpu)
+        return Target(f"{num_cpu} CPU devices", jax.devices("cpu"))
+    if gpu and jax.default_backend() != "gpu":
+        do = "run it where the GPU is (pip install 'vlp[cuda]'), or use --devices"
+        raise check.error("--gpu", f"{jax.default_backend()} devices", "a GPU", do)
+    return Target(f"{jax.device_count()} GPUs", jax.devices())
+
+
+# What XLA leaves a program: measured by what the TPU compiler says it refuses.
+USABLE = {"TPU v5 lite": 15.75, "TPU v6 lite": 31.25, "TPU v5": 95.74}
+
+
+def usable_bytes(target: Target) -> float:
+    """Memory of one device that a program may use, as far as it is known."""
+    if target.kind in USABLE:
+        return USABLE[target.kind] * 2**30
+    return 0.95 * target.hbm_bytes if target.hbm_bytes else float("inf")
+
+
 def measure(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
     """Compiles the step. A flat row: bytes a device, FLOPs, traffic; `fits` is the compiler's verdict."""
-    row: dict[str, Any] = {
-        "target": target.name,
-        "chips": len(target.devices),
-        "device": target.kind,
-        "hbm_bytes": target.hbm_bytes,
-        "mesh": " × ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "1 device",
-        "batch": parts.stage.batch,
-        "micro_batches": parts.stage.micro_batches,
-        "remat": remat_of(parts.stage),
-        **state_bytes(parts),
-        **step_flops(parts, mesh),
-    }
+    row = describe(parts, mesh, target) | step_flops(parts, mesh)
     began = time.monotonic()
     with jax.set_mesh(mesh):
         lowered = parts.step.lower(parts.abstract, parts.batch)
@@ -82,7 +99,12 @@ def measure(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
             return row | {"refusal": refusal(str(e))}
     memory = compiled.memory_analysis()
     row |= {"fits": True, "compile_s": round(time.monotonic() - began, 1)}
-    row["peak_bytes"] = memory.peak_memory_in_bytes
+    on_tpu = "TPU" in target.kind  # elsewhere the peak leaves out the arguments, or is none
+    row["peak_bytes"] = (
+        memory.peak_memory_in_bytes
+        if on_tpu
+        else memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    )
     row["temp_bytes"] = memory.temp_size_in_bytes
     row["kept_bytes"] = kept_bytes(parts, mesh)
     held = row["param_bytes"] + row["opt_bytes"] + row["batch_bytes"] + row["kept_bytes"]
@@ -91,6 +113,90 @@ def measure(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
         row[f"collectives/{kind}"] = traffic.count
         row[f"sent_bytes/{kind}"] = round(traffic.sent_bytes)
     return row
+
+
+def describe(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
+    """What is known before anything is compiled or traced."""
+    return {
+        "target": target.name,
+        "chips": len(target.devices),
+        "device": target.kind,
+        "hbm_bytes": target.hbm_bytes,
+        "mesh": " × ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "1 device",
+        "batch": parts.stage.batch,
+        "micro_batches": parts.stage.micro_batches,
+        "remat": remat_of(parts.stage),
+        **state_bytes(parts),
+    }
+
+
+def measure_parts(parts: Parts, mesh: Mesh) -> dict[str, Any]:
+    """The same of the objective's loss alone, given what its forward passes return, and of one evaluation batch."""
+    stage = parts.stage
+    rows, rest = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+    place = lambda tree, sharding: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+    params, batch = parts.abstract.params, dict(parts.batch)
+    with jax.set_mesh(mesh):
+        mapped = jax.eval_shape(functools.partial(_mapped, stage), params, batch)
+        grad = jax.grad(lambda given, p, b: _loss_of(stage, given, p, b))
+        alone = _compile(grad, place(mapped, rows), params, batch)
+        out = {f"loss_{k}": v for k, v in alone.items()}
+        if stage.evals:
+            num = max(e.batch for e in stage.evals.values())
+            few = {k: jax.ShapeDtypeStruct((num, *v.shape[1:]), v.dtype, sharding=rows) for k, v in batch.items() if k in ("image", "text")}
+            out |= {f"eval_{k}": v for k, v in _compile(functools.partial(_answer, stage.model), params, few).items()}
+    return out
+
+
+def _compile(f: Any, *args: Any) -> dict[str, int]:
+    memory = jax.jit(f).lower(*args).compile().memory_analysis()
+    return {"peak_bytes": memory.peak_memory_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
+
+
+def _answer(model: Any, params: PyTree, batch: Mapping[str, Any]) -> list[Any]:
+    """One batch's embeddings (and captions' states), as evaluators ask for them."""
+    apply = Apply(model, params)
+    text = batch["text"] if batch["text"].ndim == 2 else batch["text"][:, 0]
+    image, words = apply("image", batch["image"]), apply("text", text)
+    out = [x["embed"] for x in (image, words) if "embed" in x]
+    if hasattr(model, "decode"):
+        out.append(apply("decode", words["tokens"], image["feats"])["hidden"])
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given(Ctx):
+    """A step whose forward passes are done: `map` answers with what is given, in order."""
+
+    given: Any = ()  # an iterator
+
+    def map(self, f: Any, *arrays: PyTree) -> PyTree:
+        return next(self.given)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Noted(Ctx):
+    """A step that notes what its forward passes return."""
+
+    notes: Any = None  # a list
+
+    def map(self, f: Any, *arrays: PyTree) -> PyTree:
+        out = Ctx.map(self, f, *arrays)
+        self.notes.append(out)
+        return out
+
+
+def _mapped(stage: Stage, params: PyTree, batch: Mapping[str, Any]) -> list[Any]:
+    notes: list[Any] = []
+    stage.objective(context(stage, stage.model, params, batch, 1, _Noted, notes=notes))
+    return notes
+
+
+def _loss_of(stage: Stage, given: list[Any], params: PyTree, batch: Mapping[str, Any]) -> Any:
+    ctx = context(stage, stage.model, params, batch, 1, _Given, given=iter(given))
+    return total(stage.objective(ctx))
 
 
 def refusal(text: str) -> str:
@@ -123,20 +229,29 @@ def remat_of(stage: Stage) -> str:
         for f in dataclasses.fields(stage.model)
         if dataclasses.is_dataclass(v := getattr(stage.model, f.name)) and hasattr(v, "remat")
     }
-    micro = f", micro-batches {stage.micro_remat}" if stage.micro_batches > 1 else ""
+    micro = f" (micro-batches {stage.micro_remat})" if stage.micro_batches > 1 else ""
     return "/".join(sorted(found)) + micro
 
 
-def loss(stage: Stage, model: Any, params: PyTree, batch: Mapping[str, Any], num_micro: int) -> Any:
-    """The objective's scalar, as `train_step` has it, with teachers of the student's parameters."""
+def context(
+    stage: Stage, model: Any, params: PyTree, batch: Mapping[str, Any], num_micro: int,
+    kind: type[Ctx] = Ctx, **more: Any,
+) -> Ctx:  # fmt: skip
+    """What `train_step` gives the objective, with teachers of the student's parameters."""
     frozen = {name: Apply(model, params) for name in stage.teachers}
+    key = jax.random.key(0)
     init = getattr(stage.objective, "init_extra", None)
-    ctx = Ctx(
-        Apply(model, params), batch, jax.random.key(0), 0,
-        () if init is None else init(jax.random.key(0)), frozen, num_micro, stage.micro_remat,
-    )  # fmt: skip
-    out = stage.objective(ctx)
+    extra = () if init is None else init(key)
+    return kind(Apply(model, params), batch, key, 0, extra, frozen, num_micro, stage.micro_remat, **more)
+
+
+def total(out: Out) -> Any:
     return sum((t.weight * t.mean() for t in out.terms.values()), jnp.float32(0))
+
+
+def loss(stage: Stage, model: Any, params: PyTree, batch: Mapping[str, Any], num_micro: int) -> Any:
+    """The stage's loss of one batch."""
+    return total(stage.objective(context(stage, model, params, batch, num_micro)))
 
 
 def step_flops(parts: Parts, mesh: Mesh) -> dict[str, float]:
@@ -179,6 +294,12 @@ def kept_bytes(parts: Parts, mesh: Mesh) -> int:
     rows = num // num_micro
     kept = [x for x in jax.tree.leaves(pull) if x.shape not in own and x.size % rows == 0]
     return sum(x.size * x.dtype.itemsize for x in kept) // meshes.batch_ways(mesh)
+
+
+def unboxed_params(stage: Stage) -> PyTree:
+    """Shapes of a stage's parameters."""
+    px, length = stage.data.image_px, stage.data.text_len
+    return nn.unbox(abstract_params(stage.model, px, length))
 
 
 def prepare(stage: Stage, settings: Run, target: Target) -> tuple[Parts, Mesh]:

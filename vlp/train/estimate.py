@@ -1,0 +1,137 @@
+"""Peak memory of a training step without a compiler: an estimate, from the life of every array in its trace.
+
+The step's gradient is traced once for a prime number of examples, so that an array's share of the batch shows in its
+shape: whatever has a dimension that the prime divides is divided over the mesh's batch axes; parameters and what is
+made of them are divided as the table of axes says. Then the trace is walked: an array lives from where it is made to
+where it is last read; what a compiler fuses (elementwise work, casts, changes of shape) makes no array of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.extend.core as jax_core
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vlp.core import mesh as meshes
+from vlp.train import compiled
+from vlp.train.parts import Parts, leaves
+from vlp.train.stages import Stage
+
+PRIME = 1021  # examples of a traced micro-batch
+# Without arrays of their own: a compiler computes them where they are read.
+FUSED = frozenset({
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "convert_element_type", "copy", "div", "eq", "erf", "exp",
+    "expand_dims", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min",
+    "mul", "ne", "neg", "not", "or", "pad", "pow", "reshape", "rsqrt", "select_n", "sign", "slice", "sqrt", "square",
+    "squeeze", "stop_gradient", "sub", "tanh", "transpose", "concatenate", "optimization_barrier", "name",
+    "sharding_constraint", "reduce_precision", "split", "dynamic_slice",
+})  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes of a device. peak = state and batch + what the step holds at its fullest."""
+
+    peak_bytes: int
+    held_bytes: int  # by the step, beside state and batch
+
+
+def peak(parts: Parts, mesh: Mesh) -> Estimate:
+    stage = parts.stage
+    per_example, constant = _of_step(stage)
+    rows = stage.batch // stage.micro_batches / meshes.batch_ways(mesh)
+    weights = constant / max(1, mesh.shape["tensor"])
+    grads = compiled.shard_bytes(parts.abstract.params)
+    held = round(per_example * rows + weights)
+    state = sum(compiled.state_bytes(parts).values())
+    return Estimate(state + grads + held, grads + held)
+
+
+def measure(parts: Parts, mesh: Mesh, target: compiled.Target) -> dict[str, Any]:
+    """The row of `compiled.measure` as far as it is known without a compiler."""
+    row = compiled.describe(parts, mesh, target) | compiled.step_flops(parts, mesh)
+    found = peak(parts, mesh)
+    limit = compiled.usable_bytes(target)
+    fits = None if limit == float("inf") else found.peak_bytes <= limit
+    return row | {"peak_bytes": found.peak_bytes, "fits": fits}
+
+
+def _of_step(stage: Stage) -> tuple[float, float]:
+    """Of the step at its fullest: bytes per example of a micro-batch, and bytes that no batch changes."""
+    num = PRIME * stage.micro_batches
+    small = dataclasses.replace(stage, batch=num)
+    shapes = leaves(stage.data, num)
+    batch = {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        compiled.unboxed_params(stage),
+    )
+    grad = jax.grad(lambda p, b: compiled.loss(small, stage.model, p, b, stage.micro_batches))
+    jaxpr = jax.make_jaxpr(grad)(params, batch).jaxpr
+    own = {x.shape for x in jax.tree.leaves(params)}
+    best = max(_walk(jaxpr, own), key=lambda m: m[0] * 1.0)
+    return best[0] / PRIME, best[1]
+
+
+def _size(aval: Any, own: set) -> tuple[float, float]:
+    """Bytes of an array: those that a batch divides, and others; none for parameters and gradients in shards."""
+    if not hasattr(aval, "shape") or not aval.shape:
+        return 0.0, 0.0
+    num = math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4)
+    if any(d and d % PRIME == 0 for d in aval.shape):
+        return float(num), 0.0
+    return 0.0, 0.0 if aval.shape in own else float(num)
+
+
+def _walk(jaxpr: Any, own: set) -> list[tuple[float, float]]:
+    """What is alive after each equation, beside the jaxpr's inputs."""
+    Literal = jax_core.Literal
+    roots: dict[Any, frozenset] = {}  # variable → the arrays that it is a view of
+    inputs = {*jaxpr.invars, *jaxpr.constvars}
+
+    def views(v: Any) -> frozenset:
+        if isinstance(v, Literal):
+            return frozenset()
+        return roots.get(v, frozenset([v]))
+
+    last: dict[Any, int] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        read = frozenset().union(*[views(v) for v in eqn.invars]) if eqn.invars else frozenset()
+        for v in read:
+            last[v] = i
+        if eqn.primitive.name in FUSED:
+            for out in eqn.outvars:
+                roots[out] = read
+    for v in jaxpr.outvars:
+        for root in views(v):
+            last[root] = len(jaxpr.eqns)
+    live: dict[Any, tuple[float, float]] = {}
+    seen = [(0.0, 0.0)]
+    for i, eqn in enumerate(jaxpr.eqns):
+        inner = _inner(eqn, own)
+        for out in eqn.outvars:
+            if out not in roots and out in last:
+                live[out] = _size(out.aval, own)
+        total = (sum(a for a, _ in live.values()), sum(b for _, b in live.values()))
+        seen += [(total[0] + a, total[1] + b) for a, b in inner]
+        for v in [v for v in live if last.get(v, -1) <= i]:
+            del live[v]
+    assert not inputs & live.keys()
+    return seen
+
+
+def _inner(eqn: Any, own: set) -> list[tuple[float, float]]:
+    """The moments inside an equation's own jaxprs; one moment of nothing for a plain one."""
+    found = []
+    for value in eqn.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found.append(max(_walk(inner, own), key=lambda m: m[0]))
+    return found or [(0.0, 0.0)]
