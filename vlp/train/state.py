@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlp.core import mesh as meshes
 from vlp.optim.make import Updater
@@ -90,9 +90,18 @@ def _pairs(abstract: PyTree, shardings: PyTree) -> dict[tuple[Any, ...], tuple[A
 def _like(
     by_path: dict[tuple[Any, ...], tuple[Any, Any]], path: tuple[Any, ...], leaf: Any, rest: Any
 ) -> Any:
-    """The sharding of the parameter whose path ends this one, if their shapes are equal; else replicated."""
+    """The sharding of the parameter whose path ends this one, if their shapes are equal; else replicated.
+
+    A factored moment, which lacks one of the parameter's dimensions, has the others divided as the parameter's.
+    """
     for start in range(len(path)):
         shape, sharding = by_path.get(tuple(path[start:]), (None, None))
         if shape == leaf.shape:
             return sharding
+        if shape is None or len(shape) != len(leaf.shape) + 1:
+            continue
+        parts = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+        for d in range(len(shape)):
+            if shape[:d] + shape[d + 1 :] == leaf.shape:
+                return NamedSharding(sharding.mesh, PartitionSpec(*parts[:d], *parts[d + 1 :]))
     return rest
