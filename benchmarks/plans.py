@@ -18,7 +18,7 @@ GiB = 2**30
 FULL = ("model.image_tower.remat=full", "model.text_tower.remat=full")
 MICRO = lambda k, again: (f"micro_batches={k}", f"micro_remat={again}")
 PLANS = [  # size, topology, overrides
-    ("base", "v5e:4x4", ("batch=16384", "mesh.fsdp=16", *FULL, *MICRO(2, "none"))),
+    ("base", "v5e:4x4", ("batch=16384", "mesh.fsdp=16", *FULL, *MICRO(4, "blocks"))),
     ("large", "v5e:16x16", FULL),
     ("giant", "v5e:16x16", ()),
     ("giant", "v5e:8x16", MICRO(2, "full")),

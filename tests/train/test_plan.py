@@ -99,7 +99,7 @@ def test_micro_batches_divide_the_estimate():
     peak = lambda *over: estimate.peak(*prepared(SMOKE, *deep, *over)).held_bytes
     whole, kept, again = (
         peak(),
-        peak("micro_batches=4", "micro_remat=none"),
+        peak("micro_batches=4", "micro_remat=blocks"),
         peak("micro_batches=4", "micro_remat=full"),
     )
     assert again < kept < whole

@@ -19,7 +19,11 @@ from flax import struct
 from vlp.core import check, mesh
 
 PyTree = Any
-MICRO_REMAT = ("full", "none")
+KEPT = "block"  # the name of what goes into a tower's blocks, and comes out of the last (jax.ad_checkpoint)
+MICRO_REMAT = {  # what the backward pass keeps of a micro-batch
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "blocks": jax.checkpoint_policies.save_only_these_names(KEPT),
+}
 
 
 @struct.dataclass
@@ -139,8 +143,9 @@ class Ctx:
 
         One call when there is one micro-batch. Otherwise a scan of calls over rows j::k, so that the batch keeps its
         sharding. With micro_remat "full" each call is computed again in the backward pass, and one micro-batch's
-        activations live at a time; with "none" the model's own rematerialisation decides what is kept of each, and
-        only what a call works with is divided. A loss taken over the result couples the whole batch exactly: this is
+        activations live at a time. With "blocks" the inputs of all blocks are kept, of the whole batch: with blocks
+        that are computed again in any case (the towers' remat "full"), only what a call works with is divided, and
+        nothing is computed a third time. A loss taken over the result couples the whole batch exactly: this is
         cached-gradient accumulation (Gao et al. 2021, arXiv:2101.06983) with no code of its own. `arrays`, leading
         with the batch axis, are split alike.
         """
@@ -165,8 +170,7 @@ class Ctx:
             batch, extra = xs
             return carry, f(dataclasses.replace(self, batch=batch, num_micro=1), *extra)
 
-        if self.micro_remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
+        body = jax.checkpoint(body, prevent_cse=False, policy=MICRO_REMAT[self.micro_remat])
         _, out = jax.lax.scan(body, (), jax.tree.map(split, (rows, arrays)))
         return jax.tree.map(join, out)
 

@@ -325,6 +325,8 @@ def _forward(
     pairs = sweep.pairs
     x_tiles, a_tiles = sweep.split((_wide(x), a), sweep.tile)
     i, real = sweep.row_indices()
+    # Tied to the data: a loop around this would otherwise compute what indices alone decide, of all pairs, beforehand.
+    i, real, x_tiles = jax.lax.optimization_barrier((i, real, x_tiles))
     dtype = jax.eval_shape(
         lambda p, x, y: pairs.score(p, x, y, sweep.precision),
         params, *(jax.tree.map(lambda v: v[:1], _wide(v)) for v in (x, y)),

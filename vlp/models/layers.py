@@ -11,10 +11,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlp.core import check
 from vlp.core.mesh import constrain, gather, logical
+from vlp.core.types import KEPT
 from vlp.ops.attention import attend
 from vlp.ops.norm import layer_norm
 
@@ -183,6 +185,7 @@ class Block(nn.Module):
         causal: bool,
         collect: bool,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"] | None]:
+        x = checkpoint_name(x, KEPT)
         keys = fold(keys, layer) if self.dropout or self.drop_path else None
 
         def add(x: Array, y: Array, number: int) -> Array:
@@ -252,6 +255,7 @@ class Stack(nn.Module):
             self.dtype,
             name="blocks",
         )
-        return blocks(
+        x, collected = blocks(
             x.astype(self.dtype), jnp.arange(self.depth), context, mask, keys, causal, collect
         )
+        return checkpoint_name(x, KEPT), collected

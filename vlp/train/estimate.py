@@ -32,6 +32,7 @@ FUSED = frozenset({
     "squeeze", "stop_gradient", "sub", "tanh", "transpose", "concatenate", "optimization_barrier", "name",
     "sharding_constraint", "reduce_precision", "split", "dynamic_slice",
 })  # fmt: skip
+LOOPS = ("scan", "while")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +116,12 @@ def _walk(jaxpr: Any, own: set) -> list[tuple[float, float]]:
     seen = [(0.0, 0.0)]
     for i, eqn in enumerate(jaxpr.eqns):
         inner = _inner(eqn, own)
-        for out in eqn.outvars:
-            if out not in roots and out in last:
-                live[out] = _size(out.aval, own)
-        total = (sum(a for a, _ in live.values()), sum(b for _, b in live.values()))
-        seen += [(total[0] + a, total[1] + b) for a, b in inner]
+        outs = {v: _size(v.aval, own) for v in eqn.outvars if v not in roots and v in last}
+        # a loop's results grow beside what one turn works with; a call's are what it leaves behind
+        during = live if inner and eqn.primitive.name not in LOOPS else live | outs
+        live |= outs
+        for alive, more in ((live, (0.0, 0.0)), *((during, moment) for moment in inner)):
+            seen.append(tuple(sum(v[k] for v in alive.values()) + more[k] for k in (0, 1)))
         for v in [v for v in live if last.get(v, -1) <= i]:
             del live[v]
     assert not inputs & live.keys()
@@ -127,11 +129,11 @@ def _walk(jaxpr: Any, own: set) -> list[tuple[float, float]]:
 
 
 def _inner(eqn: Any, own: set) -> list[tuple[float, float]]:
-    """The moments inside an equation's own jaxprs; one moment of nothing for a plain one."""
+    """The fullest moment of each of an equation's own jaxprs; none for a plain one."""
     found = []
     for value in eqn.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 found.append(max(_walk(inner, own), key=lambda m: m[0]))
-    return found or [(0.0, 0.0)]
+    return found

@@ -79,7 +79,7 @@ def candidates(config: dict[str, Any], index: int) -> Iterator[tuple[dict[str, A
         if hasattr(getattr(stage.model, f.name), "remat")
     ]
     order: list[dict[str, Any]] = [dict(remat="full")]
-    order += [dict(remat="full", micro_batches=k, micro_remat="none") for k in (2, 4, 8)]
+    order += [dict(remat="full", micro_batches=k, micro_remat="blocks") for k in (2, 4, 8)]
     order += [dict(remat="full", micro_batches=k, micro_remat="full") for k in (2, 4, 8, 16, 32)]
     for choice in order:
         remat = choice.pop("remat")
