@@ -30,11 +30,17 @@ PLANS = [  # size, topology, overrides
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], metavar="SIZE", help="base, large, giant")
-    parser.add_argument("--effort", type=float, default=0.0, help="of XLA, −1 … 1: −1 compiles faster and fits less")
+    parser.add_argument(
+        "--effort", type=float, default=0.0, help="of XLA, −1 … 1: −1 compiles faster and fits less"
+    )
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--write", default="", metavar="FILE", help="the table, as Markdown")
     args = parser.parse_args()
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     import jax
 
     if args.effort:
@@ -44,7 +50,12 @@ def main() -> None:
     for size, topology, overrides in PLANS:
         if args.only and size not in args.only:
             continue
-        key = {"size": size, "topology": topology, "settings": " ".join(overrides), "effort": args.effort}
+        key = {
+            "size": size,
+            "topology": topology,
+            "settings": " ".join(overrides),
+            "effort": args.effort,
+        }
         if any(key.items() <= row.items() for row in rows):
             continue
         rows.append(key | measure(size, topology, overrides))

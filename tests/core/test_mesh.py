@@ -122,9 +122,13 @@ def test_where_fsdp_does_not_divide_the_width_it_takes_another_dimension():
     """CoCa giant's width is 11 × 128: on 256 devices its MLP is divided by its hidden size."""
     grid, large = grid_of(fsdp=256), 1 << 30
     spec = lambda names, shape, num=large: meshes.param_spec(names, shape, num, grid)
-    assert spec(("layers", "embed", "mlp"), (40, 1408, 6144)) == PartitionSpec(None, None, ("fsdp",))
+    assert spec(("layers", "embed", "mlp"), (40, 1408, 6144)) == PartitionSpec(
+        None, None, ("fsdp",)
+    )
     assert spec(("layers", "embed", "mlp"), (256, 1408, 6143)) == PartitionSpec(None, None, None)
-    assert spec(("embed", "mlp"), (1408, 6144), num=1000) == PartitionSpec(None, None)  # not worth it
+    assert spec(("embed", "mlp"), (1408, 6144), num=1000) == PartitionSpec(
+        None, None
+    )  # not worth it
     both = grid_of(fsdp=4, tensor=2)
     found = meshes.param_spec(("embed", "mlp"), (3, 8), large, both)
     assert found == PartitionSpec(None, ("tensor", "fsdp"))

@@ -23,8 +23,12 @@ def test_value_and_gradients(shape):
     x, scale, bias, out = 3 + draw(*shape), draw(shape[-1]), draw(shape[-1]), draw(*shape)
     ours = lambda x, s, b: (layer_norm(x, s, b, EPS) * out).sum()
     plain = lambda x, s, b: (formula(x, s, b) * out).sum()
-    np.testing.assert_allclose(layer_norm(x, scale, bias, EPS), formula(x, scale, bias), rtol=1e-5, atol=1e-5)
-    for got, want in zip(jax.grad(ours, (0, 1, 2))(x, scale, bias), jax.grad(plain, (0, 1, 2))(x, scale, bias)):
+    np.testing.assert_allclose(
+        layer_norm(x, scale, bias, EPS), formula(x, scale, bias), rtol=1e-5, atol=1e-5
+    )
+    for got, want in zip(
+        jax.grad(ours, (0, 1, 2))(x, scale, bias), jax.grad(plain, (0, 1, 2))(x, scale, bias)
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

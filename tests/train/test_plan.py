@@ -43,13 +43,21 @@ def unrolled_flops(parts):
 
 @pytest.mark.parametrize(
     "spec",
-    ["coca.py:size=base", "coca.py:size=large", "clip.py:size=B/32", "siglip.py:size=B/16", "flip.py:size=L/16"],
+    [
+        "coca.py:size=base",
+        "coca.py:size=large",
+        "clip.py:size=B/32",
+        "siglip.py:size=B/16",
+        "flip.py:size=L/16",
+    ],
 )
 def test_flops_are_the_compilers(spec, monkeypatch):
     """Full-size models, traced and lowered; within 5 %: what is left out is elementwise. The vocabulary's logits at
     once: the compiler counts the body of a loop one time."""
     monkeypatch.setattr("vlp.losses.caption.LOGITS_BYTES", 1 << 60)
-    parts, mesh = prepared(f"{runs.ROOT / 'configs'}/{spec}", "batch=64", "mesh.fsdp=8", "mesh.data=1")
+    parts, mesh = prepared(
+        f"{runs.ROOT / 'configs'}/{spec}", "batch=64", "mesh.fsdp=8", "mesh.data=1"
+    )
     ours = compiled.step_flops(parts, mesh)["flops_per_example"]
     assert ours == pytest.approx(unrolled_flops(parts), rel=0.05)
 

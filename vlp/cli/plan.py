@@ -12,11 +12,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
-        "--topology", default="", metavar="GEN:GRID", help="a TPU pod, as v5e:16x16 (needs vlp[tpu])"
+        "--topology",
+        default="",
+        metavar="GEN:GRID",
+        help="a TPU pod, as v5e:16x16 (needs vlp[tpu])",
     )
-    target.add_argument("--devices", type=int, default=0, metavar="N", help="N simulated CPU devices")
+    target.add_argument(
+        "--devices", type=int, default=0, metavar="N", help="N simulated CPU devices"
+    )
     target.add_argument("--gpu", action="store_true", help="this machine's GPUs")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of the topology")
+    parser.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="so many of the topology"
+    )
     parser.add_argument(
         "--fast", action="store_true", help="estimate memory from the trace, do not compile"
     )
@@ -43,7 +50,11 @@ def run(args: argparse.Namespace) -> int:
         raise check.error("--mfu", args.mfu, "a share of the peak in (0, 1]", "write 0.4, say")
     if args.topology or not args.gpu:  # no accelerator is touched, whatever this machine has
         os.environ["JAX_PLATFORMS"] = "cpu"
-        quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+        quiet = {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_STDERR_LOG_LEVEL": "3",
+        }
         for name, value in quiet.items():  # the compiler is used where no TPU is
             os.environ.setdefault(name, value)
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

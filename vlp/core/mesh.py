@@ -32,7 +32,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "pixels": (),  # flattened patch
     "tokens": (),  # positions and queries
 }
-LARGE_BYTES = 1 << 20  # a parameter above this without axis names, or on every device whole, is a mistake
+LARGE_BYTES = (
+    1 << 20
+)  # a parameter above this without axis names, or on every device whole, is a mistake
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,9 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(tuple(sizes), names, axis_types=types, devices=devices)
     if sizes[0] != slices:
         do = "set it to 0, the number of slices"
-        raise check.error("config.mesh.replica", sizes[0], f"{slices}, the slices that there are", do)
+        raise check.error(
+            "config.mesh.replica", sizes[0], f"{slices}, the slices that there are", do
+        )
     inner, outer = (1, *sizes[1:]), (slices, 1, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
     return Mesh(grid, names, axis_types=types)

@@ -59,6 +59,8 @@ def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
     image = jax.ShapeDtypeStruct((1, image_px, image_px, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((1, text_len), jnp.int32)
     for method, x in (("image", image), ("text", text)):
-        answer = lambda x, method=method: model.init_with_output(jax.random.key(0), x, method=method)
+        answer = lambda x, method=method: model.init_with_output(
+            jax.random.key(0), x, method=method
+        )
         out |= {f"{method}.{name}" for name in jax.eval_shape(answer, x)[0]}
     return frozenset(out)

@@ -25,13 +25,14 @@ from vlp.models.vit import ViT
 
 @dataclasses.dataclass(frozen=True)
 class Multimodal:
-    """The upper half of the text decoder; its width, heads, MLP and compute are the lower half's."""
+    """The upper half of the text decoder; its width, heads and compute are the lower half's."""
 
     depth: int
     tied: bool = (
         False  # output embedding = token embedding; the paper's base and large count them apart
     )
     dropout: float | None = None  # None: as the lower half
+    mlp: int = 0  # 0: as the lower half
 
 
 class Captioner(nn.Module):
@@ -81,8 +82,8 @@ class Captioner(nn.Module):
             self.temperature = parts.ScaleBias(self.scale, self.bias)
         dropout = text.dropout if upper.dropout is None else upper.dropout
         self.decoder = Stack(
-            upper.depth, text.width, text.heads, text.mlp or 4 * text.width, text.activation, dropout,
-            text.drop_path, text.dtype, text.remat, text.scan,
+            upper.depth, text.width, text.heads, upper.mlp or text.mlp or 4 * text.width,
+            text.activation, dropout, text.drop_path, text.dtype, text.remat, text.scan,
         )  # fmt: skip
         self.decoder_norm = Norm(text.dtype)
         if not upper.tied:

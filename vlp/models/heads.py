@@ -65,8 +65,7 @@ class AttentionPool(nn.Module):
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B Q D"]:
         shape = (self.queries, self.width)
         query = self.param("query", logical(nn.initializers.normal(0.02), "tokens", "embed"), shape)
-        query = jnp.broadcast_to(query.astype(self.dtype), (x.shape[0], *shape))
-        query = Norm(self.dtype, name="norm_query")(query)
+        query = Norm(self.dtype, name="norm_query")(query.astype(self.dtype)[None])
         y = Attention(self.heads, self.width, self.dtype, name="attention")(query, x)
         return Norm(self.dtype, name="norm")(y)
 
@@ -88,8 +87,7 @@ class MapPool(nn.Module):
     ) -> Float[Array, "B D"]:
         width = x.shape[-1]
         init = logical(nn.initializers.xavier_uniform(), None, "embed")
-        query = self.param("query", init, (1, width)).astype(self.dtype)
-        query = jnp.broadcast_to(query, (x.shape[0], 1, width))
+        query = self.param("query", init, (1, width)).astype(self.dtype)[None]
         mask_B1N = None if mask is None else mask[:, None]
         x = Attention(self.heads, width, self.dtype, name="attention")(query, x, mask_BTS=mask_B1N)
         y = Norm(self.dtype, name="norm")(x)

@@ -84,11 +84,13 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         scale = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],))
         bias = self.param("bias", logical(nn.initializers.zeros, "embed"), (x.shape[-1],))
-        return layer_norm(x.astype(jnp.promote_types(x.dtype, self.dtype)), scale, bias, self.eps).astype(self.dtype)
+        return layer_norm(
+            x.astype(jnp.promote_types(x.dtype, self.dtype)), scale, bias, self.eps
+        ).astype(self.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over `kv` (itself if None), out to x's width (or `width`)."""
+    """Multi-head attention of x over `kv` (itself if None), out to `width`. One x may serve every example of `kv`."""
 
     heads: int
     width: int
@@ -97,7 +99,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
+        x_BTD: Float[Array, "#B T D"],
         kv_BSC: Float[Array, "B S C"] | None = None,
         mask_BTS: Bool[Array, "#B T S"] | None = None,
         causal: bool = False,
@@ -121,6 +123,7 @@ class Attention(nn.Module):
                 (width_kv,), (2, *head), ("embed", None, *names), dtype=self.dtype, name="kv"
             )(kv_BSC)
             k, v = kv[:, :, 0], kv[:, :, 1]
+            q = jnp.broadcast_to(q, (k.shape[0], *q.shape[1:]))
         q, k, v = (constrain(a, "batch", None, "heads", None) for a in (q, k, v))
         y = attend(q, k, v, mask_BTS, causal=causal)
         return Linear(head, (self.width,), (*names, "embed"), dtype=self.dtype, name="out")(y)
@@ -232,9 +235,7 @@ class Stack(nn.Module):
         causal: bool = False,
         collect: bool = False,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "N B T D"] | None]:
-        block = rematerialised(
-            Block, self.remat, prevent_cse=not self.scan, static_argnums=(6, 7)
-        )
+        block = rematerialised(Block, self.remat, prevent_cse=not self.scan, static_argnums=(6, 7))
         every: Any = nn.broadcast
         scanned = nn.scan(
             block,

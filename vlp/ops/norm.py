@@ -37,7 +37,9 @@ def _over(v_D: Array | np.ndarray, y: Array) -> Array:
     return jnp.broadcast_to(v_D, y.shape)
 
 
-def _forward(x: Array, scale_D: Array, bias_D: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
+def _forward(
+    x: Array, scale_D: Array, bias_D: Array, eps: float
+) -> tuple[Array, tuple[Array, ...]]:
     return layer_norm(x, scale_D, bias_D, eps), (x, scale_D)
 
 

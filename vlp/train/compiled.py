@@ -145,8 +145,15 @@ def measure_parts(parts: Parts, mesh: Mesh) -> dict[str, Any]:
         out = {f"loss_{k}": v for k, v in alone.items()}
         if stage.evals:
             num = max(e.batch for e in stage.evals.values())
-            few = {k: jax.ShapeDtypeStruct((num, *v.shape[1:]), v.dtype, sharding=rows) for k, v in batch.items() if k in ("image", "text")}
-            out |= {f"eval_{k}": v for k, v in _compile(functools.partial(_answer, stage.model), params, few).items()}
+            few = {
+                k: jax.ShapeDtypeStruct((num, *v.shape[1:]), v.dtype, sharding=rows)
+                for k, v in batch.items()
+                if k in ("image", "text")
+            }
+            out |= {
+                f"eval_{k}": v
+                for k, v in _compile(functools.partial(_answer, stage.model), params, few).items()
+            }
     return out
 
 
@@ -203,7 +210,10 @@ def refusal(text: str) -> str:
     """The compiler's reason in a line; anything but too much memory is a mistake of ours."""
     if "RESOURCE_EXHAUSTED" not in text:
         raise RuntimeError(text)
-    found = re.search(r"(\(?[\d.]+[KMGT]\)? exceeds available HBM \([\d.]+[KMGT]\)|Used [\d.]+[KMGT] of [\d.]+[KMGT])", text)
+    found = re.search(
+        r"(\(?[\d.]+[KMGT]\)? exceeds available HBM \([\d.]+[KMGT]\)|Used [\d.]+[KMGT] of [\d.]+[KMGT])",
+        text,
+    )
     return found.group(1) if found else text.splitlines()[0][:160]
 
 
@@ -225,7 +235,7 @@ def state_bytes(parts: Parts) -> dict[str, int]:
 def remat_of(stage: Stage) -> str:
     """What is computed again, in words: of the towers, then of micro-batches."""
     found = {
-        str(getattr(v, "remat"))
+        str(v.remat)
         for f in dataclasses.fields(stage.model)
         if dataclasses.is_dataclass(v := getattr(stage.model, f.name)) and hasattr(v, "remat")
     }
@@ -242,7 +252,9 @@ def context(
     key = jax.random.key(0)
     init = getattr(stage.objective, "init_extra", None)
     extra = () if init is None else init(key)
-    return kind(Apply(model, params), batch, key, 0, extra, frozen, num_micro, stage.micro_remat, **more)
+    return kind(
+        Apply(model, params), batch, key, 0, extra, frozen, num_micro, stage.micro_remat, **more
+    )
 
 
 def total(out: Out) -> Any:
@@ -294,7 +306,9 @@ def kept_bytes(parts: Parts, mesh: Mesh) -> int:
     }
     f = functools.partial(loss, stage, stage.model, num_micro=num_micro)
     with jax.set_mesh(mesh):
-        pull = jax.eval_shape(lambda p, b: jax.vjp(lambda p: f(p, b), p)[1], parts.abstract.params, batch)
+        pull = jax.eval_shape(
+            lambda p, b: jax.vjp(lambda p: f(p, b), p)[1], parts.abstract.params, batch
+        )
     own = {x.shape for x in jax.tree.leaves(parts.abstract.params)}
     rows = num // num_micro
     kept = [x for x in jax.tree.leaves(pull) if x.shape not in own and x.size % rows == 0]

@@ -9,13 +9,11 @@ where it is last read; what a compiler fuses (elementwise work, casts, changes o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.extend.core as jax_core
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vlp.core import mesh as meshes

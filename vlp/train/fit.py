@@ -12,14 +12,18 @@ from vlp.core.chips import CHIPS
 from vlp.core.config import overlay, plain
 from vlp.train import compiled, estimate
 from vlp.train.compiled import Target
-from vlp.train.stages import Stage, parse
+from vlp.train.stages import parse
 
 ROOM = 0.97  # of the memory that an estimate may fill, for a candidate to be tried
 GiB = 2**30
 
 
 def check(
-    config: Mapping[str, Any], target: Target, stage: str = "", fast: bool = False, alone: bool = False
+    config: Mapping[str, Any],
+    target: Target,
+    stage: str = "",
+    fast: bool = False,
+    alone: bool = False,
 ) -> list[dict[str, Any]]:
     """A flat row per stage: what `compiled.measure` says, or an estimate; where it does not fit, `would_fit`."""
     config = plain(config)
@@ -132,9 +136,7 @@ def _lines(row: Mapping[str, Any], mfu: float) -> Iterator[str]:
         if f"{name}_peak_bytes" in row:
             what = {"loss": "the loss alone", "eval": "an evaluation batch"}[name]
             yield f"  {what:24s} {gb(f'{name}_peak_bytes')} GiB"
-    model, step, whole = (
-        row[f"{k}flops_per_example"] for k in ("", "step_", "unmasked_")
-    )
+    model, step, whole = (row[f"{k}flops_per_example"] for k in ("", "step_", "unmasked_"))
     yield (
         f"  FLOPs per example {model / 1e9:,.1f} G (unmasked {whole / 1e9:,.1f} G, ×{model / whole:.2f}); "
         f"with what is computed again {step / 1e9:,.1f} G (×{step / model:.2f})"

@@ -101,7 +101,9 @@ def trace(parts: Parts) -> None:
         stage = parts.stage
         if stage.data.captions != "all":
             raise
-        got = f"'all' (text {list(parts.batch['text'].shape)}) with {type(stage.objective).__name__}"
+        got = (
+            f"'all' (text {list(parts.batch['text'].shape)}) with {type(stage.objective).__name__}"
+        )
         expected = f"an objective that reads several captions ({type(e).__name__})"
         do = "set it to 'uniform', or change config.objective"
         raise check.error("config.data.captions", got, expected, do) from e

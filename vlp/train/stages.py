@@ -84,7 +84,9 @@ class Stage:
     samples: int = 0
     steps: int = 0
     micro_batches: int = 1
-    micro_remat: str = "full"  # what the backward pass keeps of a micro-batch (core.types.MICRO_REMAT)
+    micro_remat: str = (
+        "full"  # what the backward pass keeps of a micro-batch (core.types.MICRO_REMAT)
+    )
     streams: Mapping[str, Stream] = dataclasses.field(default_factory=dict)
     teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
     evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
