@@ -81,7 +81,10 @@ def measure(size: str, topology: str, overrides: tuple) -> dict:
     return row | compiled.measure(parts, mesh, target)
 
 
-HEAD = "| CoCa | pod | mesh | batch | remat, micro-batches | peak, GiB a chip | estimate | FLOPs × | sent, GB a chip | compile, s | verdict |"
+HEAD = (
+    "| CoCa | pod | mesh | batch | remat, micro-batches | peak, GiB a chip | estimate | FLOPs × "
+    "| sent, GB a chip | compile, s | verdict |"
+)
 
 
 def line(row: dict) -> str:

@@ -11,8 +11,8 @@ forward pass × 3, attention counted full, nothing for recomputation; MFU where 
 "coca" is the paper's: one MLP in a layer of the multimodal decoder. open_clip's has two; "coca-2mlp" gives ours one of
 twice the width, which is the same work.
 
-Where XLA:CPU loses to torch (jaxlib 0.10.2, 2 cores with AVX2, CoCa cut to 2 layers a stack, profiled op by op on a busy
-machine, single runs):
+Where XLA:CPU loses to torch (jaxlib 0.10.2, 2 cores with AVX2, CoCa cut to 2 layers a stack, profiled op by op
+on a busy machine, single runs):
  * Page faults. A step's temporaries are one allocation that is new in every step: 65,536 faults and 0.2 s of system
    time for each 256 MB. A C library that keeps what is freed (mallopt) has none, at the price of a resident size that
    stays at its peak; it is not set here, nor by `vlp train`.

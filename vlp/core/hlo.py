@@ -6,7 +6,18 @@ import dataclasses
 import math
 import re
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+}
 # What a device sends, in shares of the operation's larger side, on a ring of n devices: (n − 1) / n of it, and twice
 # that to sum and hand back.
 _SHARE = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}

@@ -133,7 +133,7 @@ def describe(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
 def measure_parts(parts: Parts, mesh: Mesh) -> dict[str, Any]:
     """The same of the objective's loss alone, given what its forward passes return, and of one evaluation batch."""
     stage = parts.stage
-    rows, rest = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+    rows = meshes.batch_sharding(mesh)
     place = lambda tree, sharding: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )

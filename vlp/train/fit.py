@@ -1,4 +1,4 @@
-"""Whether a run fits its devices, and what would make it fit: settings that change no number, tried in order of cost."""
+"""Whether a run fits its devices, and what would make it fit: settings that change no number, cheapest first."""
 
 from __future__ import annotations
 

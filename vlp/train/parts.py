@@ -113,8 +113,9 @@ def check_sharded(state: State, settings: Run, mesh: Mesh) -> None:
     """Raises UserError for a large parameter that fsdp leaves whole on every device, unless the config allows it."""
     whole = meshes.whole({"params": state.params, "opt": state.opt}, mesh)
     if whole and not settings.mesh.allow_replicated:
-        name, num = max(whole.items(), key=lambda item: item[1])
-        got = f"{len(whole)} leaves of {sum(whole.values()) / 2**20:.0f} MB that fsdp={mesh.shape['fsdp']} does not divide ({name}, …)"
+        name = max(whole, key=lambda name: whole[name])
+        total, ways = sum(whole.values()) / 2**20, mesh.shape["fsdp"]
+        got = f"{len(whole)} leaves of {total:.0f} MB that fsdp={ways} does not divide ({name}, …)"
         do = "use a smaller fsdp (and more data), or set config.mesh.allow_replicated=True"
         raise check.error("config.mesh", got, "every leaf over 1 MB in shards", do)
 
