@@ -101,6 +101,24 @@ def test_collectives_are_counted_in_loops():
     }
 
 
+def test_mfu_is_told_where_the_peak_is_known(monkeypatch):
+    from vlp.core.chips import Chip
+    from vlp.train import clock, loop
+
+    parts, mesh = prepared()
+    assert loop.flops_frac(parts, mesh) is None  # a CPU
+    assert "time/mfu" not in clock.Clock(8).read()
+    flops_each = compiled.step_flops(parts, mesh)["flops_per_example"]
+    monkeypatch.setitem(loop.CHIPS, "cpu", Chip(flops=1e9, hbm_bytes=1))
+    frac = loop.flops_frac(parts, mesh)
+    assert frac == pytest.approx(flops_each / 8e9)
+    ticks = iter([0.0, 2.0])
+    monkeypatch.setattr(clock.time, "monotonic", lambda: next(ticks))
+    watch = clock.Clock(8, frac)
+    watch.count()  # 8 examples in 2 s
+    assert watch.read()["time/mfu"] == pytest.approx(4 * frac, rel=1e-3)
+
+
 def test_micro_batches_divide_the_estimate():
     """The estimate sees what micro-batches do, with and without computing them again."""
     deep = ("batch=512", "model.image_tower.depth=4", "model.image_tower.remat=full")

@@ -65,7 +65,7 @@ class Linear(nn.Module):
             "kernel", logical(lecun(fan_in), *self.names), self.shape_in + self.shape_out
         )
         contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-        kernel = gather(kernel.astype(self.dtype), self.names)
+        kernel: Any = gather(kernel.astype(self.dtype), self.names)
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
         if self.bias:
             init = logical(nn.initializers.zeros, *self.names[num_in:])
@@ -84,9 +84,9 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         scale = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],))
         bias = self.param("bias", logical(nn.initializers.zeros, "embed"), (x.shape[-1],))
-        return layer_norm(
-            x.astype(jnp.promote_types(x.dtype, self.dtype)), scale, bias, self.eps
-        ).astype(self.dtype)
+        x = x.astype(jnp.promote_types(x.dtype, self.dtype))
+        y: Any = layer_norm(x, scale, bias, self.eps)
+        return y.astype(self.dtype)
 
 
 class Attention(nn.Module):

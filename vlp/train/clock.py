@@ -11,10 +11,14 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Steps since the last reading, time in all, and time waiting for data."""
+    """Steps since the last reading, time in all, and time waiting for data.
 
-    def __init__(self, batch: int) -> None:
+    flops_frac: of an example, over the peak FLOP/s of all devices; None where a peak is not known: no MFU.
+    """
+
+    def __init__(self, batch: int, flops_frac: float | None = None) -> None:
         self._batch = batch
+        self._flops_frac = flops_frac
         self._began = self._mark = time.monotonic()
         self._cpu = time.process_time()
         self._waited = 0.0
@@ -48,5 +52,8 @@ class Clock:
             "time/data_wait_frac": round(min(self._waited / span, 1.0), 4),
             "time/elapsed_s": round(now - self._began, 3),
         }
+        if self._flops_frac is not None:
+            mfu = self._flops_frac * self._steps * self._batch / span
+            out["time/mfu"] = float(f"{mfu:.4g}")
         self._mark, self._cpu, self._waited, self._steps = now, cpu, 0.0, 0
         return out

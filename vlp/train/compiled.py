@@ -158,7 +158,7 @@ def measure_parts(parts: Parts, mesh: Mesh) -> dict[str, Any]:
 
 
 def _compile(f: Any, *args: Any) -> dict[str, int]:
-    memory = jax.jit(f).lower(*args).compile().memory_analysis()
+    memory: Any = jax.jit(f).lower(*args).compile().memory_analysis()
     return {"peak_bytes": memory.peak_memory_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
 
 
@@ -235,7 +235,7 @@ def state_bytes(parts: Parts) -> dict[str, int]:
 def remat_of(stage: Stage) -> str:
     """What is computed again, in words: of the towers, then of micro-batches."""
     found = {
-        str(v.remat)
+        str(getattr(v, "remat", ""))
         for f in dataclasses.fields(stage.model)
         if dataclasses.is_dataclass(v := getattr(stage.model, f.name)) and hasattr(v, "remat")
     }

@@ -119,7 +119,8 @@ def _walk(jaxpr: Any, own: set) -> list[tuple[float, float]]:
         during = live if inner and eqn.primitive.name not in LOOPS else live | outs
         live |= outs
         for alive, more in ((live, (0.0, 0.0)), *((during, moment) for moment in inner)):
-            seen.append(tuple(sum(v[k] for v in alive.values()) + more[k] for k in (0, 1)))
+            total = [sum(v[k] for v in alive.values()) + more[k] for k in (0, 1)]
+            seen.append((total[0], total[1]))
         for v in [v for v in live if last.get(v, -1) <= i]:
             del live[v]
     assert not inputs & live.keys()

@@ -26,16 +26,16 @@ def check(
     alone: bool = False,
 ) -> list[dict[str, Any]]:
     """A flat row per stage: what `compiled.measure` says, or an estimate; where it does not fit, `would_fit`."""
-    config = plain(config)
-    names = [s.name for s in parse(config)[1]]
+    data: dict[str, Any] = plain(config)
+    names = [s.name for s in parse(data)[1]]
     if stage and stage not in names:
         raise checks.unknown("--stage", stage, names)
     rows = []
     for index, name in enumerate(names):
         if not stage or name == stage:
-            row = _one(config, index, target, fast, alone)
+            row = _one(data, index, target, fast, alone)
             if row["fits"] is False:
-                row |= _search(config, index, target, fast)
+                row |= _search(data, index, target, fast)
             rows.append(row)
     return rows
 

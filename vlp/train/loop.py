@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from vlp.core import check, local
 from vlp.core import mesh as meshes
+from vlp.core.chips import CHIPS
 from vlp.core.config import plain
 from vlp.core.types import Apply
 from vlp.data.loader import resident_mb, start_plan
@@ -24,6 +25,7 @@ from vlp.evals.io import IO
 from vlp.train import hosts
 from vlp.train import workdir as files
 from vlp.train.clock import Clock
+from vlp.train.compiled import step_flops
 from vlp.train.enter import check_start, enter
 from vlp.train.interval import FINITE, Interval, Sums, values
 from vlp.train.parts import Parts, prepare
@@ -96,7 +98,7 @@ def train_stage(session: Session, parts: Parts, state: State, interval: Interval
     bar = tqdm(
         total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None, leave=True
     )
-    clock = Clock(stage.batch)
+    clock = Clock(stage.batch, flops_frac(parts, session.mesh))
     pending: collections.deque[Done] = collections.deque()  # steps that were not looked at yet
 
     def record(ahead: int = 0) -> None:
@@ -258,6 +260,18 @@ def evaluate(session: Session, parts: Parts, state: State, label: str, step: int
     session.metrics.write(row | {"time/eval_s": round(time.monotonic() - began, 3)})
     text = "  ".join(f"{r.metric} {r.value:.4g}" for r in results)
     tqdm.write(f"[{step}] {label}: {text}")
+
+
+def flops_frac(parts: Parts, mesh: Mesh) -> float | None:
+    """FLOPs of an example over the peak of the mesh: times examples/s, the MFU. None where the peak is not known.
+
+    Forward × 3, attention full, nothing for what is computed again.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    if kind not in CHIPS:
+        return None
+    flops = step_flops(parts, mesh)["flops_per_example"]
+    return flops / (CHIPS[kind].flops * mesh.size)
 
 
 def check_platform(wanted: str) -> None:
