@@ -46,7 +46,6 @@ extras = {
     "hf": ["tokenizers>=0.20"],
     "docs": ["nbclient", "nbformat", "ipykernel"],
     "test": [
-        "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its compiler
         "pytest>=8",
         "hypothesis>=6",
         "beartype>=0.21",

@@ -53,10 +53,6 @@ MISTAKES = {
     "source": ({"data.source": "shaps"}, "did you mean 'shapes'"),
     "size below 1": ({"model.embed": -1}, "config.model.embed: got -1, expected 1 or more"),
     "dtype": ({"model.image_tower.dtype": "float99"}, "got 'float99', expected one of"),
-    "all captions": (
-        {"data.captions": "all", "data.num_captions": 2},
-        "config.data.captions: got 'all'",
-    ),
     "no such data": ({"data": {"path": "/nowhere", "image_px": 16}}, "/nowhere"),
 }
 

@@ -226,7 +226,7 @@ def test_double_precision_stays_double(random_params, image):
             kinds = (
                 eqn.primitive.name,
                 eqn.invars and eqn.invars[0].aval.dtype,
-                eqn.outvars[0].aval.dtype,
+                eqn.outvars and eqn.outvars[0].aval.dtype,
             )
             if kinds == ("convert_element_type", np.float64, np.float32):
                 yield eqn

@@ -65,7 +65,7 @@ class Linear(nn.Module):
             "kernel", logical(lecun(fan_in), *self.names), self.shape_in + self.shape_out
         )
         contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-        kernel: Any = gather(kernel.astype(self.dtype), self.names)
+        kernel: Any = gather(jnp.asarray(kernel, self.dtype), self.names)
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
         if self.bias:
             init = logical(nn.initializers.zeros, *self.names[num_in:])
@@ -85,7 +85,7 @@ class Norm(nn.Module):
         scale = self.param("scale", logical(nn.initializers.ones, "embed"), (x.shape[-1],))
         bias = self.param("bias", logical(nn.initializers.zeros, "embed"), (x.shape[-1],))
         x = x.astype(jnp.promote_types(x.dtype, self.dtype))
-        y: Any = layer_norm(x, scale, bias, self.eps)
+        y: Any = layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), self.eps)
         return y.astype(self.dtype)
 
 

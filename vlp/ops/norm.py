@@ -6,15 +6,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
     x: Float[Array, "*b D"],
-    scale_D: Float[Array | np.ndarray, "D"],
-    bias_D: Float[Array | np.ndarray, "D"],
+    scale_D: Float[Array, "D"],
+    bias_D: Float[Array, "D"],
     eps: float,
 ) -> Float[Array, "*b D"]:
     """(x − mean) / √(var + eps) · scale + bias over the last axis, in float32 or wider, returned in x's type.
@@ -33,7 +32,7 @@ def _normalise(x: Array, eps: float) -> tuple[Array, Array]:
     return y * rate, rate
 
 
-def _over(v_D: Array | np.ndarray, y: Array) -> Array:
+def _over(v_D: Array, y: Array) -> Array:
     return jnp.broadcast_to(v_D, y.shape)
 
 
