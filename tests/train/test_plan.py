@@ -24,7 +24,7 @@ def prepared(spec=SMOKE, *overrides, target=None):
 
 
 def test_bytes_of_the_state_are_exact():
-    parts, _ = prepared()
+    parts, _ = prepared(SMOKE, "optim.name=adamw")
     found = compiled.state_bytes(parts)
     sizes = [x.size * 4 for x in jax.tree.leaves(parts.abstract.params)]
     assert sum(sizes) / 8 <= found["param_bytes"] < sum(sizes)
