@@ -148,7 +148,7 @@ def test_what_would_fit_is_found_by_trying(monkeypatch):
     config = configs.load(SMOKE, wide)
     peak = lambda c: fit.check(c, target, fast=True)[0]["peak_bytes"]
     patches = dict((flags, patch) for patch, flags in fit.candidates(config, 0))
-    first, *_ = (f for f in patches if "micro_batches=2" in f and "remat=none" in f)
+    first, *_ = (f for f in patches if "micro_batches=2" in f and "micro_remat=blocks" in f)
     limit = peak(configs.overlay(config, patches[first])) / 0.97 + 1
     monkeypatch.setattr(compiled, "usable_bytes", lambda target: limit)
     (row,) = fit.check(config, target, fast=True)
