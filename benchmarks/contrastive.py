@@ -15,13 +15,11 @@ sends, from the compiled program's collectives, times trips.
 
 import argparse
 import json
-import math
 import os
 import re
 import time
 
 IMPLS = ("naive", "local", "chunked")
-TYPES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 MB = 2**20
 
 
@@ -99,6 +97,7 @@ def measure(devices, batch, impl, args) -> dict:
     import jax
     import jax.numpy as jnp
 
+    from vlp.core import flops, hlo
     from vlp.core import mesh as meshes
 
     mesh = meshes.make(meshes.MeshShape(), devices)
@@ -110,7 +109,7 @@ def measure(devices, batch, impl, args) -> dict:
     row = {"impl": impl, "target": args.topology or "cpu", "chips": len(devices), "batch": batch}
     row |= {"width": args.width, "chunk": args.chunk or 1024}
     with jax.set_mesh(mesh):
-        row["flops"] = matmul_flops(jax.make_jaxpr(step)(z, z, s).jaxpr)
+        row["flops"] = flops.of(step, z, z, s)
         row["flops_per_b2d"] = row["flops"] / (batch**2 * args.width)
         out = (whole, (rows, rows, whole))
         began = time.monotonic()
@@ -124,7 +123,8 @@ def measure(devices, batch, impl, args) -> dict:
         memory = compiled.memory_analysis()
         row["temp_bytes"] = memory.temp_size_in_bytes
         row["peak_bytes"] = memory.peak_memory_in_bytes
-        row["sent_bytes"] = sent_bytes(compiled.as_text(), len(devices))
+        traffic = hlo.collectives(compiled.as_text(), len(devices))
+        row["sent_bytes"] = round(sum(t.sent_bytes for t in traffic.values()))
         if args.time and not args.topology:
             row["step_s"] = seconds(compiled, batch, args.width, rows)
     return row | {"verdict": "compiled"}
@@ -146,83 +146,6 @@ def seconds(compiled, batch, width, sharding) -> float:
         jax.block_until_ready(compiled(*z, jnp.float32(14)))
         times.append(time.monotonic() - began)
     return float(np.median(times[1:]))
-
-
-def matmul_flops(jaxpr) -> int:
-    """FLOPs of a jaxpr's matrix products over all devices, loop bodies times trips."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            inner = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-            total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
-            continue
-        times = 1
-        if name == "scan":
-            times = params["length"]
-        elif name == "shard_map":
-            times = params["mesh"].size  # every axis is manual here
-        for value in params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += times * matmul_flops(inner)
-    return total
-
-
-def sent_bytes(hlo: str, chips: int) -> int:
-    """Bytes that a device sends in the collectives of a compiled program, loops times their trips."""
-    bodies = {}
-    for block in re.split(r"\n(?=\S)", hlo):
-        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", block)
-        if head:
-            bodies[head.group(1)] = block
-    factor = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
-    part = (chips - 1) / chips
-
-    def size(shapes: str) -> int:
-        return sum(
-            TYPES[t] * math.prod(int(n) for n in dims.split(",") if n)
-            for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-            if t in TYPES
-        )
-
-    def trips(line: str) -> int:
-        known = re.search(r"known_trip_count[\"':{ ]+n[\"': ]+(\d+)", line)
-        if known:
-            return int(known.group(1))
-        test = bodies[re.search(r"condition=%?([\w.\-]+)", line).group(1)]
-        return int(re.findall(r"constant\((\d+)\)", test)[-1])
-
-    found: dict[tuple[str, str], tuple[int, float]] = {}
-
-    def visit(name: str, times: int) -> None:
-        """Notes the collectives of one computation that runs `times` times."""
-        for line in bodies[name].splitlines()[1:]:
-            match = re.search(r"= (.*?) ([a-z][\w\-]*)\(", line)
-            if not match:
-                continue
-            shapes, op = match.groups()
-            kind = op.removesuffix("-start")
-            if kind in factor or kind == "collective-permute":
-                # a start op lists its operands beside its results
-                share = size(shapes) / (2 if op.endswith("-start") else 1)
-                share *= chips if kind == "reduce-scatter" else 1
-                share *= factor[kind] * part if kind in factor else 1
-                # one that is fused with compute is written once per piece, also inside of inner loops
-                key = (re.search(r"channel_id=(\d+)", line).group(1), kind)
-                found[key] = min(found.get(key, (times, share)), (times, share))
-            elif op == "while":
-                body = re.search(r"body=%?([\w.\-]+)", line).group(1)
-                visit(body, times * trips(line))
-            elif op in ("call", "fusion", "conditional", "async-start"):
-                for inner in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
-                    if inner in bodies:
-                        visit(inner, times)
-
-    visit(re.search(r"\nENTRY %?([\w.\-]+) ", hlo).group(1), 1)
-    return round(sum(times * share for times, share in found.values()))
 
 
 def table(rows) -> None:

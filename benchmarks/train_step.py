@@ -160,9 +160,9 @@ def ours(
     """One step of vlp.train.step as a call, FLOPs of an example, the device's name."""
     import flax.linen as nn
     import jax
-    from contrastive import matmul_flops
 
     from vlp.core import config
+    from vlp.core import flops as counts
     from vlp.core.types import Apply, Ctx
     from vlp.models import MODELS as KINDS
     from vlp.objectives import OBJECTIVES
@@ -197,7 +197,7 @@ def ours(
     def forward(params: Any) -> Any:
         return loss(Ctx(Apply(model, params), batch, seed=jax.random.key(0)))
 
-    flops = 3 * matmul_flops(jax.make_jaxpr(forward)(params).jaxpr) / args.batch
+    flops = 3 * counts.of(forward, params) / args.batch
     step = functools.partial(
         train_step,
         model=model,

@@ -11,7 +11,7 @@ import json
 import os
 import re
 
-from contrastive import MB, matmul_flops
+from contrastive import MB
 
 
 def main() -> None:
@@ -53,6 +53,7 @@ def measure(devices, args, impl: str, chunk: int) -> dict:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
+    from vlp.core import flops
     from vlp.core import mesh as meshes
     from vlp.losses import caption
 
@@ -70,7 +71,7 @@ def measure(devices, args, impl: str, chunk: int) -> dict:
     row |= {"batch": args.batch, "vocab": args.vocab, "width": args.width}
     out = (meshes.replicated(mesh), (rows, table))
     with jax.set_mesh(mesh):
-        row["flops"] = matmul_flops(jax.make_jaxpr(step)(hidden, unembed, text).jaxpr)
+        row["flops"] = flops.of(step, hidden, unembed, text)
         lowered = jax.jit(step, out_shardings=out).lower(hidden, unembed, text)
         try:
             memory = lowered.compile().memory_analysis()

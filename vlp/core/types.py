@@ -51,6 +51,10 @@ class Out:
     extra: PyTree = ()
     metrics: dict[str, Term] = struct.field(default_factory=dict)
 
+    def loss(self) -> jax.Array:
+        """The scalar that is trained."""
+        return sum((t.weight * t.mean() for t in self.terms.values()), jnp.float32(0))
+
 
 @dataclasses.dataclass(frozen=True)
 class Apply:

@@ -10,19 +10,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vlp.core import check, flops, hlo
 from vlp.core import mesh as meshes
 from vlp.core.chips import CHIPS
-from vlp.core.types import Apply, Ctx, Out
+from vlp.core.types import Apply, Ctx
 from vlp.models.answers import with_fields
 from vlp.train.parts import Parts, assemble
 from vlp.train.stages import Run, Stage
-from vlp.train.state import abstract_params
 
 PyTree = Any
 
@@ -203,7 +200,7 @@ def _mapped(stage: Stage, params: PyTree, batch: Mapping[str, Any]) -> list[Any]
 
 def _loss_of(stage: Stage, given: list[Any], params: PyTree, batch: Mapping[str, Any]) -> Any:
     ctx = context(stage, stage.model, params, batch, 1, _Given, given=iter(given))
-    return total(stage.objective(ctx))
+    return stage.objective(ctx).loss()
 
 
 def refusal(text: str) -> str:
@@ -257,40 +254,35 @@ def context(
     )
 
 
-def total(out: Out) -> Any:
-    return sum((t.weight * t.mean() for t in out.terms.values()), jnp.float32(0))
-
-
 def loss(stage: Stage, model: Any, params: PyTree, batch: Mapping[str, Any], num_micro: int) -> Any:
     """The stage's loss of one batch."""
-    return total(stage.objective(context(stage, model, params, batch, num_micro)))
+    return stage.objective(context(stage, model, params, batch, num_micro)).loss()
+
+
+def own_flops(parts: Parts, mesh: Mesh, objective: Any = None) -> float:
+    """FLOPs per example of the method itself (or of `objective`): three times its forward pass, as the backward pass
+    of a matrix product is two products. Nothing for what is computed again."""
+    stage = parts.stage
+    if objective is not None:
+        stage = dataclasses.replace(stage, objective=objective)
+    plain = with_fields(stage.model, remat="none")
+    forward = lambda p, b: loss(stage, plain, p, b, 1)
+    with jax.set_mesh(mesh):
+        return 3 * flops.of(forward, parts.abstract.params, dict(parts.batch)) / stage.batch
 
 
 def step_flops(parts: Parts, mesh: Mesh) -> dict[str, float]:
-    """FLOPs per example: the method's own, three times its forward pass; those without its masking; as configured.
-
-    The backward pass of a matrix product is two products. What is computed again is in the last figure alone.
-    """
+    """FLOPs per example: the method's own, those without its masking, and all that the step as configured computes."""
     stage = parts.stage
-    plain = with_fields(stage.model, remat="none")
-    whole = stage.objective
-    if getattr(whole, "keep", 1.0) < 1:
-        whole = dataclasses.replace(whole, keep=1.0)
-    args = parts.abstract.params, dict(parts.batch)
-
-    def own(objective: Any) -> float:
-        changed = dataclasses.replace(stage, objective=objective)
-        forward = lambda p, b: loss(changed, plain, p, b, 1)
-        return 3 * flops.of(forward, *args) / stage.batch
-
+    model = own_flops(parts, mesh)
+    out = {"flops_per_example": model, "unmasked_flops_per_example": model}
+    if getattr(stage.objective, "keep", 1.0) < 1:
+        whole = dataclasses.replace(stage.objective, keep=1.0)
+        out["unmasked_flops_per_example"] = own_flops(parts, mesh, whole)
+    step = jax.grad(lambda p, b: loss(stage, stage.model, p, b, stage.micro_batches))
     with jax.set_mesh(mesh):
-        model = own(stage.objective)
-        out = {"flops_per_example": model, "unmasked_flops_per_example": model}
-        if whole is not stage.objective:
-            out["unmasked_flops_per_example"] = own(whole)
-        step = jax.grad(lambda p, b: loss(stage, stage.model, p, b, stage.micro_batches))
-        out["step_flops_per_example"] = flops.of(step, *args) / stage.batch
-    return out
+        again = flops.of(step, parts.abstract.params, dict(parts.batch))
+    return out | {"step_flops_per_example": again / stage.batch}
 
 
 def kept_bytes(parts: Parts, mesh: Mesh) -> int:
@@ -313,12 +305,6 @@ def kept_bytes(parts: Parts, mesh: Mesh) -> int:
     rows = num // num_micro
     kept = [x for x in jax.tree.leaves(pull) if x.shape not in own and x.size % rows == 0]
     return sum(x.size * x.dtype.itemsize for x in kept) // meshes.batch_ways(mesh)
-
-
-def unboxed_params(stage: Stage) -> PyTree:
-    """Shapes of a stage's parameters."""
-    px, length = stage.data.image_px, stage.data.text_len
-    return nn.unbox(abstract_params(stage.model, px, length))
 
 
 def prepare(stage: Stage, settings: Run, target: Target) -> tuple[Parts, Mesh]:

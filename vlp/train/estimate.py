@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from vlp.core import mesh as meshes
 from vlp.train import compiled
 from vlp.train.parts import Parts, leaves
-from vlp.train.stages import Stage
 
 PRIME = 1021  # examples of a traced micro-batch
 # Without arrays of their own: a compiler computes them where they are read.
@@ -43,7 +42,7 @@ class Estimate:
 
 def peak(parts: Parts, mesh: Mesh) -> Estimate:
     stage = parts.stage
-    per_example, constant = _of_step(stage)
+    per_example, constant = _of_step(parts)
     rows = stage.batch // stage.micro_batches / meshes.batch_ways(mesh)
     weights = constant / max(1, mesh.shape["tensor"])
     grads = compiled.shard_bytes(parts.abstract.params)
@@ -61,16 +60,15 @@ def measure(parts: Parts, mesh: Mesh, target: compiled.Target) -> dict[str, Any]
     return row | {"peak_bytes": found.peak_bytes, "fits": fits}
 
 
-def _of_step(stage: Stage) -> tuple[float, float]:
+def _of_step(parts: Parts) -> tuple[float, float]:
     """Of the step at its fullest: bytes per example of a micro-batch, and bytes that no batch changes."""
+    stage = parts.stage
     num = PRIME * stage.micro_batches
     small = dataclasses.replace(stage, batch=num)
     shapes = leaves(stage.data, num)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        compiled.unboxed_params(stage),
-    )
+    bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    params = jax.tree.map(bare, parts.abstract.params)
     grad = jax.grad(lambda p, b: compiled.loss(small, stage.model, p, b, stage.micro_batches))
     jaxpr = jax.make_jaxpr(grad)(params, batch).jaxpr
     own = {x.shape for x in jax.tree.leaves(params)}

@@ -25,7 +25,7 @@ from vlp.evals.io import IO
 from vlp.train import hosts
 from vlp.train import workdir as files
 from vlp.train.clock import Clock
-from vlp.train.compiled import step_flops
+from vlp.train.compiled import own_flops
 from vlp.train.enter import check_start, enter
 from vlp.train.interval import FINITE, Interval, Sums, values
 from vlp.train.parts import Parts, prepare
@@ -270,8 +270,7 @@ def flops_frac(parts: Parts, mesh: Mesh) -> float | None:
     kind = mesh.devices.flat[0].device_kind
     if kind not in CHIPS:
         return None
-    flops = step_flops(parts, mesh)["flops_per_example"]
-    return flops / (CHIPS[kind].flops * mesh.size)
+    return own_flops(parts, mesh) / (CHIPS[kind].flops * mesh.size)
 
 
 def check_platform(wanted: str) -> None:

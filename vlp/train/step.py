@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx, Objective
@@ -50,7 +49,7 @@ def train_step(
             micro_remat=micro_remat,
         )
         out = objective(ctx)
-        loss = sum((term.weight * term.mean() for term in out.terms.values()), jnp.float32(0))
+        loss = out.loss()
         metrics = {name: term.mean() for name, term in (out.terms | out.metrics).items()}
         return loss, (jax.lax.stop_gradient(out.extra), metrics)
 
