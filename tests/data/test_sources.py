@@ -142,6 +142,24 @@ def test_parquet(tmp_path):
         sources.open_path(tmp_path)
 
 
+def test_tables_keep_every_character(tmp_path):
+    """Separators of other line standards are text; a BOM is none, before a quote or a brace either."""
+    texts = ["first\u2028second", "one\x85two", "form\x0cfeed"]
+    rows = "".join(f"{t},a.jpg\r\n" for t in texts)
+    (tmp_path / "a.csv").write_bytes(f'\ufeff"caption",image\r\n{rows}'.encode())
+    table = sources.open_path(tmp_path / "a.csv")
+    assert [table.row(i)["caption"] for i in range(3)] == texts
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"image": "a.jpg", "caption": "x"}\n'.encode())
+    table = sources.open_path(tmp_path / "b.jsonl")
+    assert table.columns == ["image", "caption"] and table.row(0)["caption"] == "x"
+    (tmp_path / "c.csv").write_text("image,caption,caption\na.jpg,x,y\n")
+    with pytest.raises(check.UserError, match=r"columns \['caption'\] twice"):
+        sources.open_path(tmp_path / "c.csv")
+    for value in ([1], 1.7):
+        with pytest.raises(ValueError, match="neither a string nor a whole number"):
+            sources.fields.label({"label": value}, "label")
+
+
 def test_tfds_without_tensorflow(tmp_path):
     pairs = formats.rows(6)
     source = sources.open_path(formats.tfds(tmp_path, pairs))

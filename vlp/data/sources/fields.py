@@ -4,6 +4,7 @@ The guess is by column name and is always shown; every part of it can be set by 
 """
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -96,4 +97,6 @@ def label(row: Mapping[str, Any], column: str) -> dict:
         return {}
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
+    if not isinstance(value, (str, numbers.Real)) or (not isinstance(value, str) and value % 1):
+        raise ValueError(f"label {value!r} is neither a string nor a whole number")
     return {"label": value if isinstance(value, str) else int(value)}

@@ -5,9 +5,11 @@ not there is a `BadImage`, like one that cannot be decoded. Not here: remote fol
 """
 
 import base64
+import codecs
 import csv
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -55,13 +57,13 @@ class TableSource:
     def row(self, i: int) -> dict:
         """Returns the columns of row i. Raises: ValueError if it does not parse."""
         begin, stop = self._offsets[i], self._offsets[i + 1]
-        text = reads.read(self.path, int(begin), int(stop - begin)).decode("utf-8", "replace")
+        text = reads.read(self.path, int(begin), int(stop - begin)).decode("utf-8-sig", "replace")
         if not self.separator:
             row = json.loads(text)
             if not isinstance(row, dict):
                 raise ValueError(f"no JSON object: {text:.40}")
             return row
-        cells = next(csv.reader(text.splitlines(keepends=True), delimiter=self.separator))
+        cells = next(csv.reader(io.StringIO(text, newline="\n"), delimiter=self.separator))
         if len(cells) != len(self.columns):
             raise ValueError(f"{len(cells)} cells under {len(self.columns)} columns")
         return dict(zip(self.columns, cells))
@@ -173,16 +175,21 @@ def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]
         nonlocal at
         with open(path, "rb") as f:
             for line in f:
+                text = line.removeprefix(codecs.BOM_UTF8) if at == 0 else line
                 at += len(line)
                 digest.update(line)
-                yield line.decode("utf-8", "replace")
+                yield text.decode("utf-8", "replace")
 
     offsets, columns = [], []
     if separator:
         begin = 0
         for cells in csv.reader(lines(), delimiter=separator):
             if not columns:
-                columns = [c.removeprefix("\ufeff") for c in cells]
+                columns = cells
+                if twice := sorted({c for c in cells if cells.count(c) > 1}):
+                    raise check.error(
+                        path, f"columns {twice} twice", "one of each name", "rename them"
+                    )
             elif cells:
                 offsets.append(begin)
             begin = at
@@ -207,4 +214,4 @@ def _json_object(path: str, line: str) -> dict:
             return found
     except ValueError:
         pass
-    raise check.error(path, f"first line {line:.60}", "a JSON object", "check the file")
+    raise check.error(path, f"first line {line.strip():.60}", "a JSON object", "check the file")
