@@ -168,9 +168,13 @@ def train(config, directory, devices=1):
     return vlp(*arguments(config, directory), devices=devices)
 
 
-def command(*argv, program=(__file__,)):
-    """`vlp argv` as a process of its own, on one device, that knows the toy; its output is captured."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+def command(*argv, program=(__file__,), path=()):
+    """`vlp argv` as a process of its own, on one device, that knows the toy; its output is captured.
+
+    path: folders of modules that come before all others.
+    """
+    modules = os.pathsep.join(map(str, (*path, ROOT)))
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": modules}
     argv = [sys.executable, *program, *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(argv, cwd=ROOT, env=env, **pipes)

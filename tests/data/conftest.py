@@ -60,3 +60,14 @@ def emoji_dir(tmp_path_factory):
     out = tmp_path_factory.mktemp("emoji") / "set"
     emoji.build(out, image_px=16)
     return out
+
+
+@pytest.fixture
+def tensorflow_spy(tmp_path):
+    """A folder of modules with a TensorFlow that leaves a file `asked` when it is imported, and fails."""
+    folder = tmp_path / "spy"
+    folder.mkdir()
+    (folder / "tensorflow.py").write_text(
+        f"open({str(folder / 'asked')!r}, 'w'); raise ImportError"
+    )
+    return folder

@@ -2,12 +2,9 @@
 
 import dataclasses
 import io
-import os
 import pathlib
 import pickle
 import random
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -169,27 +166,16 @@ def test_tfds_without_tensorflow(tmp_path):
         sources.open_path(source.path, "val")
 
 
-def test_a_run_on_tfds_asks_for_no_tensorflow(tmp_path, small_tokenizer):
+def test_a_run_on_tfds_asks_for_no_tensorflow(tmp_path, small_tokenizer, tensorflow_spy):
     """The whole of `vlp train`, with a worker: a TensorFlow that tells of its import is never asked for."""
-    path, tried, stub = (
-        formats.tfds(tmp_path, formats.rows(6)),
-        tmp_path / "tried",
-        tmp_path / "stub",
-    )
+    path = formats.tfds(tmp_path, formats.rows(6))
     (pathlib.Path(path) / records.TOKENIZER).write_bytes(small_tokenizer.to_bytes())
-    stub.mkdir()
-    (stub / "tensorflow.py").write_text(f"open({str(tried)!r}, 'w'); raise ImportError")
     data = {"path": path, "image_px": 16, "text_len": 8, "langs": [], "workers": 1}
     argv = runs.arguments(runs.TOY | {"data": data, "steps": 2}, tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, runs.__file__, *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{stub}:{runs.ROOT}"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not tried.exists()
+    process = runs.command(*argv, path=[tensorflow_spy])
+    _, err = process.communicate()
+    assert process.returncode == 0, err[-2000:]
+    assert not (tensorflow_spy / "asked").exists()
     (step,) = (
         r for r in runs.rows(tmp_path / "run") if r.get("step") == 2 and r["kind"] == "train"
     )

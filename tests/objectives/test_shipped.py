@@ -196,14 +196,14 @@ def test_parameters_are_made_in_their_shards(name):
         states.abstract_params(MODELS[name], 16, 8),
         is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
     )
-    divided = whole = 0
+    shares = {True: 0, False: 0}  # of matrices, of the rest
     for box in boxed:
         shape, names = nn.unbox(box).shape, getattr(box, "names", ())
         share = int(np.prod(meshes.shardings(box, mesh).shard_shape(shape)))
         matrix = "embed" in names and sum(n != "layers" for n in names) > 1
         assert share * (8 if matrix else 1) == np.prod(shape), (names, shape, share)
-        divided, whole = (divided + share, whole) if matrix else (divided, whole + share)
-    assert whole < 0.2 * 8 * divided, (whole, divided)
+        shares[matrix] += share
+    assert shares[False] < 0.2 * 8 * shares[True], shares
 
 
 def test_the_moving_average_lies_as_the_parameters_do():

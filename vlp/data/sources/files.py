@@ -5,7 +5,6 @@ not there is a `BadImage`, like one that cannot be decoded. Not here: remote fol
 """
 
 import base64
-import codecs
 import csv
 import functools
 import hashlib
@@ -175,10 +174,9 @@ def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]
         nonlocal at
         with open(path, "rb") as f:
             for line in f:
-                text = line.removeprefix(codecs.BOM_UTF8) if at == 0 else line
                 at += len(line)
                 digest.update(line)
-                yield text.decode("utf-8", "replace")
+                yield line.decode("utf-8-sig", "replace")
 
     offsets, columns = [], []
     if separator:
