@@ -1,6 +1,7 @@
 """Foreign formats as random-access sources, and reads from a store that fails."""
 
 import dataclasses
+import decimal
 import io
 import pathlib
 import pickle
@@ -152,9 +153,30 @@ def test_tables_keep_every_character(tmp_path):
     (tmp_path / "c.csv").write_text("image,caption,caption\na.jpg,x,y\n")
     with pytest.raises(check.UserError, match=r"columns \['caption'\] twice"):
         sources.open_path(tmp_path / "c.csv")
-    for value in ([1], 1.7):
+    (tmp_path / "d.csv").write_text("image,caption,,\na.jpg,x,,\n")  # as spreadsheets leave them
+    assert sources.open_path(tmp_path / "d.csv").row(0)["caption"] == "x"
+
+
+@pytest.mark.parametrize("data", ["image,caption\ra.jpg,x\r", "image,caption\na.jpg,x\n"])
+def test_tables_of_another_encoding_are_refused(tmp_path, data):
+    (tmp_path / "a.csv").write_bytes(data.encode("utf-8" if "\r" in data else "utf-16"))
+    with pytest.raises(check.UserError, match=r"a\.csv: got .* expected UTF-8 text .* convert it"):
+        sources.open_path(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_bytes("image,caption\na.jpg,café\nb.jpg,tea\n".encode("latin-1"))
+    table = sources.open_path(tmp_path / "b.csv")
+    with pytest.raises(ValueError, match="utf-8"):  # `convert` counts it as a bad row
+        table.row(0)
+    assert table.row(1)["caption"] == "tea"
+
+
+def test_labels_are_texts_or_whole_numbers():
+    label = lambda value: sources.fields.label({"label": value}, "label")
+    for value in (1, 1.0, True, np.True_, np.int64(1), decimal.Decimal(1)):
+        assert label(value) == {"label": 1}
+    assert label("1.7") == label(b"1.7") == {"label": "1.7"}
+    for value in ([1], 1.7, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="neither a string nor a whole number"):
-            sources.fields.label({"label": value}, "label")
+            label(value)
 
 
 def test_tfds_without_tensorflow(tmp_path):

@@ -4,7 +4,6 @@ The guess is by column name and is always shown; every part of it can be set by 
 """
 
 import dataclasses
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -97,6 +96,12 @@ def label(row: Mapping[str, Any], column: str) -> dict:
         return {}
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    if not isinstance(value, (str, numbers.Real)) or (not isinstance(value, str) and value % 1):
+    if isinstance(value, str):
+        return {"label": value}
+    try:
+        whole = int(value)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole != value:
         raise ValueError(f"label {value!r} is neither a string nor a whole number")
-    return {"label": value if isinstance(value, str) else int(value)}
+    return {"label": whole}

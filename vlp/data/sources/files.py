@@ -38,7 +38,11 @@ class TableSource:
     ):
         self.path, self._given, self._tokenizer = path, fields, tokenizer
         self.separator = "" if path.endswith(".jsonl") else _separator(path)
-        self._offsets, self.columns, digest = _row_offsets(path, self.separator)
+        try:
+            self._offsets, self.columns, digest = _row_offsets(path, self.separator)
+        except (csv.Error, UnicodeDecodeError) as e:
+            wanted = "UTF-8 text with lines that end in \\n or \\r\\n"
+            raise check.error(path, e, wanted, "convert it") from None
         self.fields = fields_lib.sniff(self.columns, fields, where=path)
         if not self.fields.image:
             known = f"a column of image paths such as {list(fields_lib.PATH[:3])}"
@@ -56,7 +60,7 @@ class TableSource:
     def row(self, i: int) -> dict:
         """Returns the columns of row i. Raises: ValueError if it does not parse."""
         begin, stop = self._offsets[i], self._offsets[i + 1]
-        text = reads.read(self.path, int(begin), int(stop - begin)).decode("utf-8-sig", "replace")
+        text = reads.read(self.path, int(begin), int(stop - begin)).decode("utf-8-sig")
         if not self.separator:
             row = json.loads(text)
             if not isinstance(row, dict):
@@ -174,9 +178,10 @@ def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]
         nonlocal at
         with open(path, "rb") as f:
             for line in f:
+                text = line.decode("utf-8-sig", "replace" if at else "strict")
                 at += len(line)
                 digest.update(line)
-                yield line.decode("utf-8-sig", "replace")
+                yield text
 
     offsets, columns = [], []
     if separator:
@@ -184,7 +189,7 @@ def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]
         for cells in csv.reader(lines(), delimiter=separator):
             if not columns:
                 columns = cells
-                if twice := sorted({c for c in cells if cells.count(c) > 1}):
+                if twice := sorted({c for c in cells if c and cells.count(c) > 1}):
                     raise check.error(
                         path, f"columns {twice} twice", "one of each name", "rename them"
                     )
