@@ -102,7 +102,8 @@ def flops(resolved: Mapping[str, Any]) -> tuple[float, int]:
     with jax.set_mesh(device_mesh):
         for stage in built:
             ready = parts.prepare(stage, settings, device_mesh)
-            lowered = ready.step.lower(ready.abstract, parts.abstract_batch(ready))
+            batch = parts.abstract_batch(stage, device_mesh)
+            lowered = ready.step.lower(ready.abstract, batch)
             total += lowered.cost_analysis()["flops"] * stage.num_steps
     return total, built[-1].end_samples
 
