@@ -2,6 +2,7 @@
 
 import argparse
 
+import formats
 import pytest
 
 from vlp.cli import data as cli
@@ -46,3 +47,68 @@ def test_emoji_repeats(emoji_dir, capsys):
     out = capsys.readouterr().out
     assert "same dataset was already there" in out and "CC BY-SA 4.0" in out
     assert "200 images of  200 emoji" in out
+
+
+def test_written_is_said_of_what_was_written(tmp_path, capsys):
+    formats.tar(tmp_path / "a.tar", formats.rows(3))
+    loose = ("--min-side-px", 0, "--min-words", 1)
+    for action, out, more in (("convert", "c", ()), ("filter", "f", loose)):
+        argv = (action, tmp_path / "a.tar", "--out", tmp_path / out, *more)
+        assert run(*argv) == 0 and f"{tmp_path / out}: written" in capsys.readouterr().out
+        assert run(*argv) == 0
+        printed = capsys.readouterr().out
+        assert "same dataset was already there" in printed and ": written" not in printed
+
+
+BAD = {
+    "convert {tar} --out {file}": "file: got a file, expected a directory",
+    "convert {tar} --out ": "--out: got '', expected a directory; name one",
+    "convert {tar} --out {file}/x": r"got Not a directory \(NotADirectoryError\)",
+    "filter {tar} --out {file}": "file: got a file, expected a directory",
+    "filter {tar} --out {new} --min-words -1": "--min-words: got -1, expected 0 or more",
+    "filter {tar} --out {new} --max-aspect 0": "--max-aspect: got 0.0, expected 1 or more",
+    "filter {tar} --out {new} --max-words 2": "--max-words: got 2, expected min_words = 3 or more",
+    "filter {tar} --out {new} --min-side-px 999": "split 'train': got 0 records",
+    "tokenizer --from {new} --out {new}": r"new: got No such file or directory",
+    "tokenizer --from {tar} --out {new}": r"a\.tar: got ",
+    "tokenizer --from {model} --lower --out {new}": "--lower: got .*small.model",
+    "tokenizer {tar} --langs de --out {new}": r"got no caption in \['de'\]",
+    "tokenizer {tar} --vocab-size 60 --model-type bpe --out {new}/a": "got No such file",
+    "inspect {tar} --html {file}": "file: got a file, expected a new file; choose another name",
+    "verify ": "path of the data: got ''",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input_is_one_line(tmp_path, small_tokenizer, command):
+    formats.tar(tmp_path / "a.tar", formats.rows(3))
+    (tmp_path / "file").touch()
+    (tmp_path / "small.model").write_bytes(small_tokenizer.to_bytes())
+    names = {"tar": "a.tar", "file": "file", "new": "new", "model": "small.model"}
+    argv = [w.format(**{k: tmp_path / v for k, v in names.items()}) for w in command.split(" ")]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(check.UserError, match=BAD[command]) as caught:
+        run(*argv)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("flag", ["--num-images", "--batch", "--image-px", "--read-threads"])
+def test_bench_refuses_zero(tmp_path, flag, capsys):
+    with pytest.raises(SystemExit):
+        run("bench", tmp_path, flag, 0)
+    assert f"{flag}: got '0', expected a whole number from 1 on" in capsys.readouterr().err
+
+
+def test_bench_of_data_with_a_bad_image(tmp_path, capsys):
+    pairs = formats.rows(6)
+    pairs[2]["jpg"] = b"<html>"
+    formats.tar(tmp_path / "a.tar", pairs)
+    assert run("bench", tmp_path / "a.tar", "--num-images", 12, "--batch", 4, "--image-px", 16) == 0
+    assert "limits:" in capsys.readouterr().out
+
+
+def test_a_model_of_ours_is_imported_as_it_is(tmp_path, small_tokenizer):
+    (tmp_path / "a.model").write_bytes(small_tokenizer.to_bytes())
+    assert run("tokenizer", "--from", tmp_path / "a.model", "--out", tmp_path / "b.model") == 0
+    assert (tmp_path / "b.model").read_bytes() == small_tokenizer.to_bytes()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import formats
 import pytest
@@ -314,3 +315,107 @@ def test_several_captions_keep_their_sources(tmp_path):
         ("l1", "synthetic_caption", "fr"),
         ("l2", "synthetic_caption", "fr"),
     ]
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path):
+    """A single file or a folder is one split: asked for another, it never gives the same rows again."""
+    paths = [FORMATS[name](tmp_path / name, PAIRS) for name in ("folder", "csv", "parquet")]
+    paths += [FORMATS["parquet"](tmp_path / "p", PAIRS) / "a.parquet"]
+    for path in paths:
+        job = convert.Job(str(path), str(tmp_path / "out"), splits=("train", "val"))
+        with pytest.raises(check.UserError, match=r"split 'val': got (none in|the one file) "):
+            convert.run(job)
+        assert not (tmp_path / "out").exists() and not (tmp_path / ".out.convert").exists()
+    for split, part in (("train", PAIRS[:7]), ("val", PAIRS[7:])):
+        (tmp_path / "both").mkdir(exist_ok=True)
+        folder(tmp_path / "both" / split, part)
+        table(tmp_path / "tables", part, ",", f"{split}.csv")
+    for name, ending in (("both", ""), ("tables", ""), ("tables", "/val.csv")):
+        path = f"{tmp_path / name}{ending}"
+        lengths = [len(sources.open_path(path, s)) for s in ("train", "val")[bool(ending) :]]
+        assert lengths == [7, 4][bool(ending) :]
+
+
+@pytest.mark.parametrize("name", ["folder", "csv", "webdataset", "parquet"])
+def test_changed_inputs_are_not_taken_for_the_old_ones(tmp_path, name):
+    path = FORMATS[name](tmp_path / "in", PAIRS)
+    job = convert.Job(str(path), str(tmp_path / "out"))
+    convert.run(job)
+    convert.run(job)
+    later = [r | {"jpg": formats.jpeg(99)} for r in PAIRS]
+    shutil.rmtree(tmp_path / "in")
+    FORMATS[name](tmp_path / "in", later)
+    with pytest.raises(check.UserError, match="what was made before the input files changed"):
+        convert.run(job)
+    shutil.copytree(tmp_path / "out", tmp_path / "plain")  # a copy without the note is trusted
+    (tmp_path / "plain" / convert.INPUTS).unlink()
+    convert.run(convert.Job(str(path), str(tmp_path / "plain")))
+
+
+def test_nothing_left_leaves_nothing_behind(tmp_path):
+    path = FORMATS["csv"](tmp_path / "in", PAIRS)
+    for file in path.parent.glob("*.jpg"):
+        file.unlink()
+    job = convert.Job(str(path), str(tmp_path / "out"))
+    with pytest.raises(check.UserError, match=r"0 records .*'image missing': 11.*id000.jpg"):
+        convert.run(job)
+    images(path.parent, PAIRS)
+    convert.run(job)  # mended, the same command goes through
+    assert len(content(tmp_path / "out")) == 11
+
+
+def test_members_of_tars_that_are_no_records_are_listed(tmp_path):
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "a.tar", "w") as archive:
+        for r in PAIRS[:3]:
+            formats.add(archive, f"{r['key']}.jpg", r["jpg"])
+            formats.add(archive, f"{r['key']}.txt", r["caption"].encode())
+        formats.add(archive, "mute.jpg", PAIRS[3]["jpg"])
+        formats.add(archive, "blind.txt", b"x")
+        formats.add(archive, "../up.jpg", b"x")
+        formats.add(archive, "last.jpg", PAIRS[4]["jpg"])
+        formats.add(archive, "last.txt", b"x" * 2000)
+    data = (tmp_path / "in" / "a.tar").read_bytes()
+    (tmp_path / "in" / "a.tar").write_bytes(data[: data.rindex(b"x" * 1000)])
+    info = convert.run(convert.Job(str(tmp_path / "in"), str(tmp_path / "out")))["info"]
+    listed = map(json.loads, (tmp_path / "out" / convert.LEFT_OUT).read_text().splitlines())
+    found = {(r["file"], r["key"], r["reason"]) for r in listed}
+    assert found == {
+        ("a.tar", "mute", "no_text"),
+        ("a.tar", "blind", "no_image"),
+        ("a.tar", "../up.jpg", "unsafe_name"),
+        ("a.tar", "last", "truncated"),
+    }
+    counts = {"no_text": 1, "no_image": 1, "unsafe_name": 1, "truncated": 1}
+    assert info["tar"] == {"train": counts}
+
+
+def test_text_that_cannot_be_read_is_a_bad_row_with_its_detail(tmp_path):
+    """Beside an image or in a tar: never replaced in silence."""
+    latin = [r | {"caption": "x"} for r in PAIRS[:3]]
+    for name in ("folder", "webdataset"):
+        path = FORMATS[name](tmp_path / name, latin)
+        if name == "folder":
+            (path / "id001.txt").write_bytes("Köln".encode("latin-1"))
+            (path / "id002.json").write_text("{")
+        else:
+            file = path / "a.tar"
+            with tarfile.open(file, "w") as archive:
+                for r, text in zip(latin, (b"x", "Köln".encode("latin-1"), b"y")):
+                    formats.add(archive, f"{r['key']}.jpg", r["jpg"])
+                    formats.add(archive, f"{r['key']}.txt", text)
+                formats.add(archive, "id002.json", b"{")
+        out = tmp_path / f"{name}.out"
+        info = convert.run(convert.Job(str(path), str(out)))["info"]
+        assert info["left_out"] == {"bad row": 2} and list(content(out)) == ["id000"]
+        listed = [json.loads(x) for x in (out / convert.LEFT_OUT).read_text().splitlines()]
+        assert "can't decode byte 0xf6" in listed[0]["detail"]
+        assert "Expecting property name" in listed[1]["detail"]
+
+
+def test_a_runner_without_beam_claims_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    path = FORMATS["csv"](tmp_path / "in", PAIRS)
+    with pytest.raises(check.UserError, match=r"vlp\[beam\]"):
+        convert.run(convert.Job(str(path), str(tmp_path / "out")), runner="DirectRunner")
+    assert os.listdir(tmp_path) == ["in"]

@@ -205,7 +205,7 @@ def test_unreadable_shard_with_matching_manifest(dataset_dir):
 
 def test_missing_path_and_unknown_split(dataset_dir):
     for path in ("", "/nowhere/at/all"):
-        with pytest.raises(check.UserError, match="config.data.path"):
+        with pytest.raises(check.UserError, match="path of the data: got .* without manifest.json"):
             records.open_split(path, "train")
     with pytest.raises(check.UserError, match=r"one of \['train', 'val'\]; did you mean 'train'"):
         records.open_split(dataset_dir, "trian")

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from vlp.core import check
 from vlp.data import loader, reads, records, sources
-from vlp.data.sources import tar
+from vlp.data.sources import fields, tar
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +184,7 @@ def test_tfds_without_tensorflow(tmp_path):
     source = sources.open_path(formats.tfds(tmp_path, pairs))
     by_key = {r["key"]: r for r in pairs}
     same_as(source, [by_key[source[i]["key"]] for i in range(6)])
-    with pytest.raises(check.UserError, match=r"config.data.split: got 'val'"):
+    with pytest.raises(check.UserError, match=r"got 'val', expected one of"):
         sources.open_path(source.path, "val")
 
 
@@ -209,7 +209,7 @@ def test_splits_by_directory_and_by_name(tmp_path):
     for name, part in (("train-0.tar", pairs[:4]), ("val-0.tar", pairs[4:])):
         formats.tar(tmp_path / name, part)
     assert [len(sources.open_path(tmp_path, s)) for s in ("train", "val")] == [4, 2]
-    with pytest.raises(check.UserError, match="config.data.split: got 'test'"):
+    with pytest.raises(check.UserError, match="split 'test': got none in"):
         sources.open_path(tmp_path, "test")
     (tmp_path / "deep" / "val").mkdir(parents=True)
     formats.tar(tmp_path / "deep" / "val" / "0.tar", pairs[:1])
@@ -354,3 +354,18 @@ def test_a_file_behaves_as_files_do(tmp_path):
     file, true = reads.File(str(tmp_path / "f")), io.BytesIO(bytes(range(100)))
     for step in (("seek", 90, 0), ("read", 20), ("seek", -5, 2), ("read",), ("read", 3), ("tell",)):
         assert getattr(file, step[0])(*step[1:]) == getattr(true, step[0])(*step[1:])
+
+
+def test_a_quote_that_is_never_closed_is_refused(tmp_path):
+    """Every line after it would have become its text."""
+    (tmp_path / "a.csv").write_text('path,caption\na.jpg,"one"\nb.jpg,"two\nc.jpg,three\n')
+    with pytest.raises(check.UserError, match=r"never closed after b\.jpg"):
+        sources.open_path(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text('path,caption\na.jpg,"one\nline"\nb.jpg,an 5" inch\n')
+    assert len(sources.open_path(tmp_path / "b.csv")) == 2
+
+
+def test_capitals_and_separators_within_quotes(tmp_path):
+    (tmp_path / "A.CSV").write_text('path;"caption, in English, or not"\na.jpg;x\n')
+    given = fields.Fields(captions=("caption, in English, or not",))
+    assert sources.open_path(tmp_path / "A.CSV", given=given).separator == ";"

@@ -16,15 +16,17 @@ def add_parser(subparsers) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     emoji = actions.add_parser("emoji", help="build the emoji demo dataset (no download)")
     emoji.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
-    emoji.add_argument("--image-px", type=int, default=72, help="side of the images (default 72)")
+    emoji.add_argument(
+        "--image-px", type=_number, default=72, help="side of the images (default 72)"
+    )
     emoji.add_argument("--vocab-size", type=int, default=1500, help="ceiling of the vocabulary")
     convert = actions.add_parser(
         "convert", help="folder, CSV, TSV, JSONL, Parquet, tar shards or TFDS → records"
     )
     _add_input(convert)
     convert.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
-    convert.add_argument("--rows-per-shard", type=int, default=16384, help="default 16384")
-    convert.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    convert.add_argument("--rows-per-shard", type=_number, default=16384, help="default 16384")
+    convert.add_argument("--workers", type=_number, default=1, help="processes (default 1)")
     convert.add_argument("--strict", action="store_true", help="refuse tars with damaged tails")
     convert.add_argument("--check-images", action="store_true", help="leave out what cannot decode")
     convert.add_argument("--runner", default="", help="of Apache Beam, instead of this machine")
@@ -55,10 +57,10 @@ def add_parser(subparsers) -> None:
     words.add_argument("--langs", nargs="+", default=[], help="captions in these only")
     bench = actions.add_parser("bench", help="images/s by stage on one core, and what limits")
     _add_input(bench)
-    bench.add_argument("--num-images", type=int, default=500)
-    bench.add_argument("--image-px", type=int, default=224)
-    bench.add_argument("--batch", type=int, default=64)
-    bench.add_argument("--read-threads", type=int, default=2)
+    bench.add_argument("--num-images", type=_number, default=500)
+    bench.add_argument("--image-px", type=_number, default=224)
+    bench.add_argument("--batch", type=_number, default=64)
+    bench.add_argument("--read-threads", type=_number, default=2)
     bench.add_argument("--workers", type=int, default=0)
 
 
@@ -72,6 +74,12 @@ _RULES = {
     "max-words": 20,
     "num-frequent": 100_000_000,
 }
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 on")
+    return int(text)
 
 
 def _add_input(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -103,29 +111,45 @@ def run(args: argparse.Namespace) -> int:
         "tokenizer": _tokenizer,
         "bench": _bench,
     }
-    return actions[args.action](args)
+    try:
+        return actions[args.action](args)
+    except OSError as e:
+        if not e.filename:
+            raise
+        got, do = f"{e.strerror} ({type(e).__name__})", "check the path and its permissions"
+        raise check.error(e.filename, got, "a path to read or a place to write", do) from None
 
 
 def _emoji(args: argparse.Namespace) -> int:
-    from vlp.data import emoji, records
+    from vlp.data import emoji
 
     begin = time.monotonic()
-    existed = os.path.isfile(os.path.join(args.out, records.MANIFEST))
+    existed = _exists(args.out)
     manifest = emoji.build(args.out, image_px=args.image_px, vocab_size=args.vocab_size)
     for split, entry in manifest["splits"].items():
         bases = manifest["info"]["num_bases"][split]
         print(f"{split:14} {entry['num_records']:5d} images of {bases:4d} emoji")
     print(f"{'vocabulary':14} {manifest['info']['vocab_size']:5d} pieces")
-    state = "the same dataset was already there" if existed else "written"
-    print(f"{args.out}: {state}, {time.monotonic() - begin:.1f} s")
+    print(f"{args.out}: {_SAME if existed else 'written'}, {time.monotonic() - begin:.1f} s")
     print(f"{manifest['info']['attribution']} ({manifest['info']['license']})")
     return 0
+
+
+_SAME = "the same dataset was already there"
+
+
+def _exists(out: str) -> bool:
+    from vlp.data import records
+
+    records.refuse_foreign(out)
+    return os.path.isfile(os.path.join(out, records.MANIFEST))
 
 
 def _convert(args: argparse.Namespace) -> int:
     from vlp.data import convert, sources
 
     begin = time.monotonic()
+    existed = _exists(args.out)
     job = convert.Job(
         args.input,
         args.out,
@@ -152,7 +176,7 @@ def _convert(args: argparse.Namespace) -> int:
     for kind in ("tar", "img2dataset"):
         if counts := {s: c for s, c in info.get(kind, {}).items() if c}:
             print(f"{kind}: {counts}")
-    print(f"{args.out}: written, {time.monotonic() - begin:.1f} s")
+    print(f"{args.out}: {_SAME if existed else 'written'}, {time.monotonic() - begin:.1f} s")
     return 0
 
 
@@ -181,8 +205,8 @@ def _write_new(path: str, data: bytes) -> None:
     try:
         with open(path, "xb") as f:
             f.write(data)
-    except OSError as e:
-        raise check.error(path, type(e).__name__, "a new file", "choose another name") from None
+    except FileExistsError:
+        raise check.error(path, "a file", "a new file", "choose another name") from None
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -209,17 +233,19 @@ def _filter(args: argparse.Namespace) -> int:
 
     rules = filter_lib.Rules(**{k: getattr(args, k) for k in (f.replace("-", "_") for f in _RULES)})
     counts = {split: collections.Counter() for split in args.splits}
-    kept = {}
+    kept, existed = {}, _exists(args.out)
     for split in args.splits:
         source = _open(args, split)
         kept[split] = filter_lib.apply(
             source, filter_lib.survey(source, rules), rules, counts[split]
         )
     info = {"filter": dataclasses.asdict(rules), "input": os.path.basename(args.input)}
-    records.write(args.out, kept, name=os.path.basename(args.out), info=info)
-    for split, by_rule in counts.items():
-        print(json.dumps({"split": split, **dict(sorted(by_rule.items()))}))
-    print(f"{args.out}: written")
+    try:
+        records.write(args.out, kept, name=os.path.basename(args.out), info=info)
+    finally:  # also when nothing is left: they say by which rule
+        for split, by_rule in counts.items():
+            print(json.dumps({"split": split, **dict(sorted(by_rule.items()))}))
+    print(f"{args.out}: {_SAME if existed else 'written'}")
     return 0
 
 
@@ -232,13 +258,19 @@ def _tokenizer(args: argparse.Namespace) -> int:
         )
     if args.other:
         data = reads.whole(args.other)
-        data = data if data[:1] == b"{" else imported.clip_bpe(data)
+        ours = data[:1] == b"{" or args.other.endswith(".model")  # else: whatever CLIP's has become
+        data = data if ours else imported.clip_bpe(data, args.other)
+        if args.lower and data[:1] != b"{":
+            raise check.error("--lower", args.other, "a tokenizer.json or CLIP's BPE", "drop it")
         tokenizer.Tokenizer(data, args.other)  # refuses what is none
         tok = tokenizer.Tokenizer(imported.lowered(data, args.other) if args.lower else data)
         _write_new(args.out, tok.to_bytes())
         print(f"{args.out}: {tok.vocab_size} pieces, {_policy(tok)}, sha256 {tok.sha256}")
         return 0
     texts = _texts(args, args.langs)
+    if not texts:
+        got = f"no caption in {args.langs or args.input}"
+        raise check.error("vlp data tokenizer", got, "some", "see them by `vlp data inspect`")
     tok = tokenizer.train(
         texts, args.vocab_size, lower=not args.keep_case, model_type=args.model_type
     )

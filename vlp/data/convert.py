@@ -11,17 +11,21 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
+import pathlib
 import shutil
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from vlp.core import check
 from vlp.data import image_ops, records, sources
 from vlp.data.sources import fields, tar
 
 LEFT_OUT = "left_out.jsonl"
+INPUTS = ".inputs"  # in the output, unknown to its manifest: what the input files looked like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,10 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     _opened.cache_clear()
     if job.rows_per_shard < 1:
         raise check.error("rows_per_shard", job.rows_per_shard, "at least 1", "raise it")
+    if workers < 1:
+        raise check.error("workers", workers, "at least 1", "raise it")
+    records.refuse_foreign(job.out)
+    beam = _beam(runner) if runner else None
     plan = _plan(job)
     if _done(job, plan):
         shutil.rmtree(job.work, ignore_errors=True)
@@ -69,8 +77,8 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     tasks = [(s, j) for s in job.splits for j in range(_num_shards(job, s))]
     todo = [t for t in tasks if not os.path.isfile(f"{_shard(job, *t)}.json")]
     make = functools.partial(make_shard, job)
-    if runner:
-        _on_beam(make, todo, runner, runner_args)
+    if beam:
+        _on_beam(beam, make, todo, runner, runner_args)
     elif workers > 1 and len(todo) > 1:
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
@@ -88,9 +96,10 @@ def make_shard(job: Job, task: tuple[str, int]) -> None:
     first = number * job.rows_per_shard
     rows, left_out = [], []
     for i in range(first, min(first + job.rows_per_shard, len(source))):
-        record, reason = _row(job, source, i)
+        record, reason, detail = _row(job, source, i)
         if reason:
-            left_out.append({"split": split, "row": i, "key": record.get("key"), "reason": reason})
+            entry = {"split": split, "row": i, "key": record.get("key"), "reason": reason}
+            left_out.append(entry | ({"detail": detail} if detail else {}))
         else:
             rows.append(record)
     part = f"{path}.{os.getpid()}.part"
@@ -103,30 +112,30 @@ def make_shard(job: Job, task: tuple[str, int]) -> None:
     os.replace(part, f"{path}.json")
 
 
-def _row(job: Job, source: records.Source, i: int) -> tuple[dict, str]:
-    """Returns (record, "") or (what is known of it, the reason why it is left out)."""
+def _row(job: Job, source: records.Source, i: int) -> tuple[dict, str, str]:
+    """Returns (record, "", "") or (what is known of it, the reason why it is left out, detail)."""
     try:
         record = source[i]
     except image_ops.BadImage as e:
-        return {}, f"image {e.reason}"
+        return {}, f"image {e.reason}", f"{e!s:.200}"
     except check.UserError:
         raise  # a file that cannot be read is no property of the row
-    except ValueError:
-        return {}, "bad row"
+    except ValueError as e:
+        return {}, "bad row", f"{e!s:.200}"
     if not record["captions"]:
-        return record, "no text"
+        return record, "no text", ""
     if not record["image"]:
-        return record, "image empty"
+        return record, "image empty", ""
     if job.check_images:
         try:
             image_ops.decode(record["image"])
         except image_ops.BadImage as e:
-            return record, f"image {e.reason}"
+            return record, f"image {e.reason}", f"{e!s:.200}"
     try:
         records.encode(record)
-    except check.UserError:
-        return record, "bad record"
-    return record, ""
+    except check.UserError as e:
+        return record, "bad record", f"{e!s:.200}"
+    return record, "", ""
 
 
 def shown(source: records.Source, given: fields.Fields) -> str:
@@ -150,17 +159,19 @@ def _shard(job: Job, split: str, number: int) -> str:
 
 
 def _plan(job: Job) -> dict:
-    """What decides every byte of the output."""
+    """What decides every byte of the output; "seen", beside that, changes when an input file does."""
     return {
         "version": 1,
         "inputs": {s: [job.source(s).fingerprint, len(job.source(s))] for s in job.splits},
         "fields": dataclasses.asdict(job.given),
         "rows_per_shard": job.rows_per_shard,
         "check_images": job.check_images,
+        "seen": [sources.stamp(job.source(s)) for s in job.splits],
     }
 
 
 def _digest(plan: dict) -> str:
+    plan = {k: v for k, v in plan.items() if k != "seen"}  # a copied input is the same input
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
@@ -171,7 +182,11 @@ def _done(job: Job, plan: dict) -> bool:
         got, do = "a directory with files and no manifest", "choose another --out"
         raise check.error(job.out, got, "an empty or new directory", do)
     if records.read_manifest(job.out).get("info", {}).get("plan") == _digest(plan):
-        return True
+        file = os.path.join(job.out, INPUTS)
+        if not os.path.isfile(file) or json.loads(pathlib.Path(file).read_text()) == plan["seen"]:
+            return True
+        got, do = "what was made before the input files changed", "choose another --out"
+        raise check.error(job.out, got, "an empty or new directory", f"{do} or remove it yourself")
     got, do = "another dataset there already", "choose another or remove it yourself"
     raise check.error(job.out, got, "an empty or new directory", do)
 
@@ -203,10 +218,10 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
         whole = [(n, x) for n, x in enumerate(found) if x["entry"]["records"]]
         keys = [k for x in found for k in x["keys"]]
         if not keys:
-            counts = collections.Counter(r["reason"] for r in left_out)
-            raise check.error(
-                f"split {split!r}", f"0 records ({dict(counts)})", "at least one", "check the input"
-            )
+            counts = dict(collections.Counter(r["reason"] for r in left_out))
+            shutil.rmtree(job.work)  # of no use to a mended input
+            got = f"0 records ({counts}{_first_detail(left_out)})"
+            raise check.error(f"split {split!r}", got, "at least one", "check the input")
         shards = []
         for i, (number, x) in enumerate(whole):
             name = f"{split}-{i:05d}-of-{len(whole):05d}.arrayrecord"
@@ -226,16 +241,21 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
             info.setdefault("tar", {})[split] = source.counts
             info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(source.files)
             failures = tar.img2dataset_failures(source.files, job.given.key)
-            left_out += [{"split": split, **r} for r in failures]
+            left_out += [{"split": split, **r} for r in (*source.left_out, *failures)]
     lines = "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in left_out)
     manifest = records.write_manifest(
         final, os.path.basename(job.out), info, splits, {LEFT_OUT: lines.encode()}
     )
+    pathlib.Path(final, INPUTS).write_text(json.dumps(plan["seen"]))
     if os.path.isdir(job.out):
         os.rmdir(job.out)  # empty, or `_done` would have said so
     os.replace(final, job.out)
     shutil.rmtree(job.work)
     return manifest
+
+
+def _first_detail(left_out: Sequence[dict]) -> str:
+    return next((f"; first: {r['detail']}" for r in left_out if "detail" in r), "")
 
 
 def _finished(job: Job, task: tuple[str, int]) -> dict:
@@ -250,14 +270,17 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _on_beam(make: Callable, todo: Sequence, runner: str, runner_args: Sequence[str]) -> None:
+def _beam(runner: str) -> Any:
     try:
-        import apache_beam as beam  # pyright: ignore  # an extra
-        from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore  # likewise
+        return importlib.import_module("apache_beam")  # an extra
     except ImportError:
-        raise check.error(
-            "--runner", repr(runner), "Apache Beam", 'run `pip install "vlp[beam]"`'
-        ) from None
-    options = PipelineOptions([f"--runner={runner}", *runner_args])
+        do = 'run `pip install "vlp[beam]"`'
+        raise check.error("--runner", repr(runner), "Apache Beam", do) from None
+
+
+def _on_beam(
+    beam: Any, make: Callable, todo: Sequence, runner: str, runner_args: Sequence[str]
+) -> None:
+    options = beam.options.pipeline_options.PipelineOptions([f"--runner={runner}", *runner_args])
     with beam.Pipeline(options=options) as pipeline:
         _ = pipeline | beam.Create(list(todo)) | beam.Reshuffle() | beam.Map(make)

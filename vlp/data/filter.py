@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from vlp.core import check
 from vlp.data import records
 
 RULES = (
@@ -38,6 +39,21 @@ class Rules:
     min_words: int = 3
     max_words: int = 20
     num_frequent: int = 100_000_000  # unigrams and bigrams that count as not rare
+
+    def __post_init__(self):
+        least = {"min_side_px": 0, "max_aspect": 1, "min_words": 0}
+        rules = {}
+        for name, value in dataclasses.asdict(self).items():
+            low = least.get(name, 1)
+            rules[name] = (value >= low, f"{low} or more")
+        rules["max_words"] = (
+            self.max_words >= self.min_words,
+            f"min_words = {self.min_words} or more",
+        )
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                flag = f"--{name.replace('_', '-')}"
+                raise check.error(flag, getattr(self, name), expected, "change it")
 
 
 def words(text: str) -> list[str]:

@@ -6,6 +6,7 @@ order (`old_ids` says from where, for porting an embedding table). Needs the pac
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,10 +69,14 @@ def clip_bpe(data: bytes, where: str = "CLIP's merges") -> bytes:
     Unlike CLIP's own code it does not repair mis-encoded text or HTML entities first.
     """
     library = _library(where)
-    text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+    expected, do = "a tokenizer.json, or a merges file of two pieces a line", "check the file"
+    try:
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+        raise check.error(where, f"{type(e).__name__} ({e!s:.80})", expected, do) from None
     merges = [tuple(x.split()) for x in text.split("\n")[1 : CLIP_MERGES + 1]]
     if not merges or any(len(m) != 2 for m in merges):
-        raise check.error(where, "lines that are no pairs", "a merges file", "check the file")
+        raise check.error(where, "lines that are no pairs", expected, do)
     # the bytes in the order of the file's author: printable ones first, then the shifted rest
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]

@@ -177,8 +177,8 @@ def write(
     same dataset is already there, it is left alone (and logged). Raises: `UserError` if `out_dir`
     holds anything else.
     """
+    refuse_foreign(os.fspath(out_dir))
     out_dir = os.path.abspath(os.fspath(out_dir))
-    refuse_foreign(out_dir)
     parent = os.path.dirname(out_dir)
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(out_dir)}.tmp-", dir=parent)
@@ -233,6 +233,8 @@ def write_shard(path: str, records: Iterable[dict]) -> None:
 
 def refuse_foreign(out_dir: str) -> None:
     """Raises at once, before any work, if `out_dir` holds something that is no dataset."""
+    if not out_dir:
+        raise check.error("--out", repr(out_dir), "a directory", "name one")
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise check.error(out_dir, "a file", "a directory", "choose another --out")
     if os.path.isdir(out_dir) and os.listdir(out_dir) and MANIFEST not in os.listdir(out_dir):
@@ -291,7 +293,7 @@ def read_manifest(path: str | os.PathLike) -> dict:
     if not path or not reads.exists(file):
         got, make = f"{path!r} without {MANIFEST}", "make one with `vlp data convert`"
         make += " (the demo's: `vlp data emoji --out DIR`), or correct the path"
-        raise check.error("config.data.path", got, "a dataset directory", make)
+        raise check.error("path of the data", got, "a dataset directory", make)
     try:
         manifest = json.loads(reads.whole(file))
         version = manifest.get("format")
@@ -366,7 +368,7 @@ def open_split(
     remote = reads.is_remote(path)
     path = path if remote else os.path.abspath(path)
     if split not in manifest["splits"]:
-        raise check.unknown("config.data.split", split, manifest["splits"])
+        raise check.unknown(f"split of {path}", split, manifest["splits"])
     entry = manifest["splits"][split]
     if hashed is None:
         hashed = not remote and sum(s["bytes"] for s in entry["shards"]) <= HASHED_BYTES
@@ -445,6 +447,10 @@ class RecordSource:
         data = self._reader(shard).read([local])[0]
         reads.note(len(data))
         return decode(data)
+
+    def inputs(self) -> tuple[str, ...]:
+        """Returns the file that tells of all others behind it."""
+        return (os.path.join(self.path, MANIFEST),)
 
     @property
     def info(self) -> dict:

@@ -54,7 +54,7 @@ class Shapes:
 
     def __post_init__(self):
         if self.split not in SPLITS:
-            raise check.unknown("config.data.split", self.split, SPLITS)
+            raise check.unknown("split of shapes", self.split, SPLITS)
         if not 1 <= self.num_records <= len(_combinations(self.split)):
             raise check.error(
                 "config.data.num_records",

@@ -1,7 +1,10 @@
 """Opens whatever `config.data.path` holds: our records, tar shards, Parquet, a TFDS dataset,
 a CSV, TSV or JSONL table, or a folder of images."""
 
+import hashlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 from vlp.core import check
 from vlp.data import reads, records
@@ -27,14 +30,15 @@ def open_path(
 ) -> records.Source:
     """Opens one split of `path`, after a look at what it holds.
 
-    A directory of tars or Parquet files has its splits in sub-directories (train/…) or in the file
-    names (train-00000.tar); with neither, it is all "train".
+    A directory has its splits in sub-directories (train/…) or in the file names (train-00000.tar,
+    train.csv); with neither, it is all "train", as is a single file unless its name says otherwise.
     """
     path, given = os.fspath(path), given or fields.Fields()
     kind, found = find(path, split)
     if kind == "records":
         return records.open_split(path, split)
-    beside = f"{path.rstrip('/')}/{TOKENIZER}"
+    root = os.path.dirname(path) if found == [path] and kind != "folder" else path.rstrip("/")
+    beside = f"{root or '.'}/{TOKENIZER}"
     if kind == "tar":
         return tar.TarSource(found, fields=given, strict=strict, tokenizer=beside)
     if kind == "parquet":
@@ -42,42 +46,72 @@ def open_path(
     if kind == "table":
         return files.TableSource(found[0], fields=given, tokenizer=beside)
     if kind == "folder":
-        return files.FolderSource(path, fields=given, tokenizer=beside)
+        return files.FolderSource(found[0], fields=given, tokenizer=beside)
     return tfds.TfdsSource(path, split, fields=given, tokenizer=beside)
 
 
+def stamp(source: Any) -> str:
+    """Returns a digest that changes when a file behind an opened source does, wherever it lies."""
+    digest = hashlib.sha256()
+    for file in source.inputs():
+        try:
+            found = reads.stamp(file)
+        except FileNotFoundError:
+            found = "missing"
+        digest.update(found.encode() + b"\0")
+    return digest.hexdigest()
+
+
 def find(path: str, split: str = "train") -> tuple[str, list[str]]:
-    """Returns ("records", "tfds", "tar", "parquet", "table" or "folder", the files of the split)."""
+    """Returns (kind, where the split is).
+
+    kind: "records" or "tfds" (which know their splits), "tar" or "parquet" (files), "table" (one
+    file), "folder" (one directory). Raises: `UserError` if there is no such split.
+    """
     if not path:
         records.read_manifest(path)  # says how to get data
-    ending = path[path.rfind(".") :]
+    ending = os.path.splitext(path)[1].lower()
     if ending in (".tar", ".parquet", *files.TABLES):
         if not reads.exists(path):
             raise check.error(path, "no file", "a shard or a table", "check the path")
+        if split != "train" and not os.path.basename(path).startswith(split):
+            do = f"name it {split}… or give that split as a path of its own"
+            raise check.error(f"split {split!r}", f"the one file {path}", "'train'", do)
         return "table" if ending in files.TABLES else ending[1:], [path]
     entries = reads.listing(path)
-    names = {e.rsplit("/", 1)[-1] for e in entries}
+    names = {_name(e) for e in entries}
     if records.MANIFEST in names:
         return "records", []
     if "dataset_info.json" in names:
         return "tfds", []
-    if split in names:
-        entries = reads.listing(f"{path.rstrip('/')}/{split}")
-    for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside its tars
-        found = [e for e in entries if e.endswith(f".{kind}")]
-        named = [f for f in found if f.rsplit("/", 1)[-1].startswith(split)]
-        if found and not named and split not in (*names, "train"):
-            raise check.error(
-                "config.data.split",
-                repr(split),
-                f"a sub-directory or files of that name in {path}",
-                "use 'train' for all files",
-            )
-        if found:
-            return kind, named if split not in names and named else found
-    if any(n.startswith("metadata.") and n.endswith(files.TABLES) for n in names):  # imagefolder
-        return "table", [e for e in entries if e.endswith(files.TABLES)][:1]
-    if any(n.lower().endswith(files.EXTENSIONS) for n in names):
-        return "folder", []
+    inner = reads.listing(f"{path.rstrip('/')}/{split}") if split in names else []
+    where = f"{path.rstrip('/')}/{split}" if inner else path
+    for kind, found in _kinds(where, inner or entries, split):
+        named = [f for f in found if kind != "folder" and _name(f).startswith(split)]
+        if not inner and not named and split != "train":
+            got, do = f"none in {path}", "use 'train' for all files"
+            raise check.error(f"split {split!r}", got, "a sub-directory or files of that name", do)
+        found = found if inner else named or found
+        if kind == "table" and len(found) > 1:
+            got = f"{[_name(f) for f in found]} in {where}"
+            raise check.error(f"split {split!r}", got, "one table", "give its path")
+        return kind, found
     records.read_manifest(path)  # raises, and says how to get data
     raise AssertionError("a manifest that the listing did not show")
+
+
+def _kinds(where: str, entries: list[str], split: str) -> Iterator[tuple[str, list[str]]]:
+    """What a directory may be taken for, most telling first, with its files (a folder: itself)."""
+    for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside its tars
+        if found := [e for e in entries if e.endswith(f".{kind}")]:
+            yield kind, found
+    stems = ("metadata", split)  # metadata: Hugging Face's imagefolder
+    tables = [e for e in entries if e.lower().endswith(files.TABLES)]
+    if found := [e for e in tables if os.path.splitext(_name(e))[0] in stems]:
+        yield "table", found
+    if any(e.lower().endswith(files.EXTENSIONS) for e in entries):
+        yield "folder", [where]
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]

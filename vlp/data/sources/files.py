@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,7 +38,7 @@ class TableSource:
         self, path: str, *, fields: fields_lib.Fields = fields_lib.Fields(), tokenizer: str = ""
     ):
         self.path, self._given, self._tokenizer = path, fields, tokenizer
-        self.separator = "" if path.endswith(".jsonl") else _separator(path)
+        self.separator = "" if path.lower().endswith(".jsonl") else _separator(path)
         try:
             self._offsets, self.columns, digest = _row_offsets(path, self.separator)
         except (csv.Error, UnicodeDecodeError) as e:
@@ -81,7 +82,7 @@ class TableSource:
         elif not isinstance(value, str) or not value:
             raise image_ops.BadImage("missing", f"row {i} names no image")
         else:
-            image = _image_file(os.path.join(os.path.dirname(self.path), value))
+            image = _image_file(self._beside(value))
         key = row.get(fields.key) if fields.key else None
         return {
             "key": str(key) if key is not None else f"{i:09d}",
@@ -89,6 +90,20 @@ class TableSource:
             "captions": fields_lib.captions(row, fields.captions, fields.lang, fields.default_lang),
             **fields_lib.label(row, fields.label),
         }
+
+    def _beside(self, name: str) -> str:
+        return os.path.join(os.path.dirname(self.path), name)
+
+    def inputs(self) -> Iterator[str]:
+        """Yields the paths of all files behind it: the table, then the image of each row."""
+        yield self.path
+        for i in range(len(self)):
+            try:
+                value = self.row(i).get(self.fields.image)
+            except ValueError:
+                continue
+            if isinstance(value, str) and value:
+                yield self._beside(value)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies beside the table."""
@@ -98,7 +113,8 @@ class TableSource:
 class FolderSource:
     """The images under a folder in path order, each with a .txt or .json beside it.
 
-    The key is the path without its ending; a .json counts with its caption fields.
+    The key is the path without its ending; a .json counts with its caption fields. A text that is
+    not UTF-8, or a .json that does not parse, is a bad row (ValueError).
     """
 
     def __init__(
@@ -126,11 +142,11 @@ class FolderSource:
         stem = os.path.join(self.path, os.path.splitext(self.files[i])[0])
         row: dict = {}
         if os.path.isfile(f"{stem}.json"):
-            with open(f"{stem}.json", encoding="utf-8", errors="replace") as f:
+            with open(f"{stem}.json", encoding="utf-8-sig") as f:
                 found = json.load(f)
             row |= found if isinstance(found, dict) else {}
         if os.path.isfile(f"{stem}.txt"):
-            with open(f"{stem}.txt", encoding="utf-8", errors="replace") as f:
+            with open(f"{stem}.txt", encoding="utf-8-sig") as f:
                 row = {"txt": f.read()} | row
         fields, names = self.fields, self.fields.captions or ("txt", *fields_lib.CAPTION)
         return {
@@ -139,6 +155,12 @@ class FolderSource:
             "captions": fields_lib.captions(row, names, fields.lang, fields.default_lang),
             **fields_lib.label(row, fields.label),
         }
+
+    def inputs(self) -> Iterator[str]:
+        """Yields the paths of all files behind it, and of those that may come to an image's side."""
+        for file in self.files:
+            stem = os.path.join(self.path, os.path.splitext(file)[0])
+            yield from (os.path.join(self.path, file), f"{stem}.json", f"{stem}.txt")
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies in the folder."""
@@ -166,7 +188,7 @@ def _images_under(path: str) -> Iterator[str]:
 def _separator(path: str) -> str:
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         header = f.readline()
-    return max(SEPARATORS, key=header.count)
+    return max(SEPARATORS, key=re.sub('"[^"]*"', "", header).count)
 
 
 def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]:
@@ -196,6 +218,8 @@ def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]
             elif cells:
                 offsets.append(begin)
             begin = at
+        if offsets:
+            _check_closed(path, separator, offsets[-1])
     else:
         begin = 0
         for line in lines():
@@ -208,6 +232,19 @@ def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]
     if not offsets:
         raise check.error(path, "no rows", "a header and rows", "check the file")
     return np.array([*offsets, at], np.int64), columns, digest.hexdigest()
+
+
+def _check_closed(path: str, separator: str, begin: int) -> None:
+    """Refuses a last row whose quote is never closed: every line after it has become its text."""
+    with open(path, "rb") as f:
+        f.seek(begin)
+        text = f.read().decode("utf-8-sig", "replace")
+    try:
+        list(csv.reader(io.StringIO(text, newline="\n"), delimiter=separator, strict=True))
+    except csv.Error as e:
+        if "unexpected end" in str(e):
+            got = f"a quote that is never closed after {text.splitlines()[0]:.60}"
+            raise check.error(path, got, "quotes in pairs", "close or double it") from None
 
 
 def _json_object(path: str, line: str) -> dict:

@@ -128,6 +128,10 @@ class ParquetSource:
                 self._cache.popitem(last=False)
         return rows
 
+    def inputs(self) -> Sequence[str]:
+        """Returns the paths of all files behind it."""
+        return self.files
+
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies beside the files."""
         return tokenizers.load(self._tokenizer)

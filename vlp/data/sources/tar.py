@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgpack
 import numpy as np
@@ -25,7 +25,7 @@ from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 from vlp.data.sources import parquet
 
-VERSION = 1
+VERSION = 2
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img")
 TEXTS = ("txt", "caption", "text")
 log = logging.getLogger(__name__)
@@ -39,12 +39,13 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def build_index(path: str) -> dict:
-    """Returns {samples: [[key, {extension: [offset, size]}], …], counts: {reason: number}}.
+    """Returns {samples: [[key, {extension: [offset, size]}], …], left_out: [[reason, name], …]}.
 
-    counts: link (links, devices), unsafe_name, no_image, no_text, truncated (members of an
-    unfinished tail: the last sample of a file without its end mark is never trusted).
+    left_out: members (link or device, unsafe_name), samples (no_image, no_text), and truncated: the
+    sample where an unfinished file ends ("" if between two), as the last sample of a file without
+    its end mark is never trusted.
     """
-    counts: collections.Counter = collections.Counter()
+    left_out: list[list[str]] = []
     groups: list[tuple[str, dict[str, list[int]]]] = []
     end, cut, begun = 0, False, None
     with reads.File(path) as file:
@@ -59,9 +60,9 @@ def build_index(path: str) -> dict:
                         break
                     end = -(-stop // 512) * 512
                     if not member.isreg():
-                        counts["link"] += not member.isdir()
+                        left_out += [["link", member.name]] * (not member.isdir())
                     elif member.name.startswith("/") or ".." in member.name.split("/"):
-                        counts["unsafe_name"] += 1
+                        left_out.append(["unsafe_name", member.name])
                     else:
                         key, extension = split_name(member.name)
                         if not groups or groups[-1][0] != key:
@@ -77,18 +78,18 @@ def build_index(path: str) -> dict:
             cut = True
     marked = total >= end + 512 and not any(reads.read(path, end, 512))
     if cut or not marked:
-        counts["truncated"] += 1
         if groups and begun in (None, groups[-1][0]):
-            groups.pop()
+            begun = groups.pop()[0]
+        left_out.append(["truncated", begun or ""])
     samples = []
     for key, members in groups:
         if not any(m in IMAGES for m in members):
-            counts["no_image"] += 1
+            left_out.append(["no_image", key])
         elif not any(m in (*TEXTS, "json") for m in members):
-            counts["no_text"] += 1
+            left_out.append(["no_text", key])
         else:
             samples.append([key, members])
-    return {"samples": samples, "counts": dict(counts)}
+    return {"samples": samples, "left_out": left_out}
 
 
 def index(path: str) -> dict:
@@ -158,6 +159,10 @@ def img2dataset_failures(files: Sequence[str], key: str = "") -> list[dict]:
     return out
 
 
+def _count(left_out: Iterable[Sequence[str]]) -> dict[str, int]:
+    return dict(collections.Counter(reason for reason, _ in left_out))
+
+
 def _cause(message: str) -> str:
     """One line, without the byte counts that would make every truncated body a cause of its own."""
     line = " ".join(message.split())[:80]
@@ -179,9 +184,7 @@ class TarSource:
         self._tokenizer = tokenizer
         self._columns = tuple(dict.fromkeys(fields.captions or (*TEXTS, *fields_lib.CAPTION)))
         self._indices = [index(f) for f in self.files]
-        self.counts: dict[str, int] = dict(
-            sum((collections.Counter(x["counts"]) for x in self._indices), collections.Counter())
-        )
+        self.counts = _count(entry for x in self._indices for entry in x["left_out"])
         self._check()
         self._ends = np.cumsum([len(x["samples"]) for x in self._indices]).tolist()
         keys = hashlib.sha256(b"tar\0")
@@ -198,15 +201,19 @@ class TarSource:
 
     def _check(self) -> None:
         for file, found in zip(self.files, self._indices):
-            if self.strict and found["counts"]:
+            if self.strict and found["left_out"]:
+                counts = _count(found["left_out"])
                 raise check.error(
                     file,
-                    f"{found['counts']} beside {len(found['samples'])} good samples",
+                    f"{counts} beside {len(found['samples'])} good samples",
                     "a whole tar",
                     "fetch it again, or read it without strict mode",
                 )
         if self.counts:
-            log.warning("tar members left out, by reason: %s", self.counts)
+            damaged = [f for f, x in zip(self.files, self._indices) if x["left_out"]]
+            more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+            where = f"{', '.join(damaged[:3])}{more}"
+            log.warning("left out of tars, by reason: %s (%s)", self.counts, where)
         if not any(x["samples"] for x in self._indices):
             raise check.error(
                 f"{list(self.files)!s:.120}",
@@ -214,6 +221,15 @@ class TarSource:
                 "at least one",
                 "check the files",
             )
+
+    @property
+    def left_out(self) -> list[dict[str, str]]:
+        """Returns {file, key, reason} of every member or sample that is no record."""
+        return [
+            {"file": file.rsplit("/", 1)[-1], "key": name, "reason": reason}
+            for file, found in zip(self.files, self._indices)
+            for reason, name in found["left_out"]
+        ]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -237,16 +253,12 @@ class TarSource:
 
     def _record(self, key: str, parts: dict[str, bytes]) -> dict:
         image = next(parts[m] for m in IMAGES if m in parts)
-        row: dict = {m: parts[m].decode("utf-8", "replace") for m in TEXTS if m in parts}
+        row: dict = {m: parts[m].decode("utf-8-sig") for m in TEXTS if m in parts}
         if "json" in parts:
-            try:
-                meta = json.loads(parts["json"])
-            except ValueError:
-                meta = {}
-            if isinstance(meta, dict):
-                row = meta | row
+            meta = json.loads(parts["json"])
+            row = (meta if isinstance(meta, dict) else {}) | row
         if "cls" in parts:
-            text = parts["cls"].decode("utf-8", "replace").strip()
+            text = parts["cls"].decode("utf-8-sig").strip()
             row["cls"] = int(text) if text.isdecimal() else text
         fields = self.fields
         lang = fields.lang or next((n for n in fields_lib.LANG if n in row), "")
@@ -257,6 +269,10 @@ class TarSource:
             "captions": fields_lib.captions(row, self._columns, lang, fields.default_lang),
             **fields_lib.label(row, label),
         }
+
+    def inputs(self) -> Sequence[str]:
+        """Returns the paths of all files behind it."""
+        return self.files
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies beside the shards."""

@@ -6,9 +6,11 @@ preparing one is TFDS's own job (`tfds build --file_format=array_record`).
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from vlp.core import check
+from vlp.data import reads
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 
@@ -29,7 +31,7 @@ class TfdsSource:
 
         builder: Any = tfds.builder_from_directory(path)
         if split.split("[")[0] not in builder.info.splits:
-            raise check.unknown("config.data.split", split, builder.info.splits)
+            raise check.unknown(f"split of {path}", split, builder.info.splits)
         features = builder.info.features or {}
         self.fields = fields_lib.sniff(list(features), fields, where=path)
         as_stored: Any = tfds.decode.SkipDecoding
@@ -67,6 +69,10 @@ class TfdsSource:
             ),
             **fields_lib.label(row, self.fields.label),
         }
+
+    def inputs(self) -> Sequence[str]:
+        """Returns the paths of all files behind it."""
+        return reads.listing(self.path)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies beside the dataset."""
