@@ -47,6 +47,7 @@ extras = {
     "docs": ["nbclient", "nbformat", "ipykernel"],
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6",
         "beartype>=0.21",
         "webdataset>=0.2.100",

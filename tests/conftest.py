@@ -3,8 +3,15 @@
 import os
 import pathlib
 
-import jax
-import pytest
+import jaxlib
+
+# Before JAX starts: a third of the time to compile. Later versions of jaxlib lack the switch and refuse unknown ones.
+if jaxlib.__version__.startswith("0.10."):
+    _flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Eight devices on few cores: with as many threads as cores, two collectives of one program can wait for each other.
 os.environ.setdefault("PJRT_NPROC", "32")
