@@ -10,8 +10,8 @@ if jaxlib.__version__.startswith("0.10."):
     _flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 # Eight devices on few cores: with as many threads as cores, two collectives of one program can wait for each other.
 os.environ.setdefault("PJRT_NPROC", "32")

@@ -1,8 +1,10 @@
 """Foreign formats as random-access sources, and reads from a store that fails."""
 
+import contextlib
 import dataclasses
 import decimal
 import io
+import os
 import pathlib
 import pickle
 import random
@@ -13,6 +15,7 @@ import time
 import formats
 import fsspec
 import numpy as np
+import pyarrow.parquet
 import pytest
 import runs
 from fsspec.implementations.memory import MemoryFileSystem
@@ -369,3 +372,91 @@ def test_capitals_and_separators_within_quotes(tmp_path):
     (tmp_path / "A.CSV").write_text('path;"caption, in English, or not"\na.jpg;x\n')
     given = fields.Fields(captions=("caption, in English, or not",))
     assert sources.open_path(tmp_path / "A.CSV", given=given).separator == ";"
+
+
+def test_parquet_files_that_differ_or_are_damaged_are_named(tmp_path):
+    formats.parquet(tmp_path / "0.parquet", formats.rows(4))
+    other = tmp_path / "1.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"], "url": ["b"]}), other)
+    with pytest.raises(
+        check.UserError, match=r"1\.parquet: got columns .* without \['caption', 'im"
+    ):
+        sources.open_path(tmp_path)
+    formats.parquet(other, formats.rows(4), row_group_size=4)
+    data = bytearray(other.read_bytes())
+    meta = pyarrow.parquet.ParquetFile(other).metadata.row_group(0)
+    columns = (meta.column(k) for k in range(meta.num_columns))
+    start = next(
+        c.dictionary_page_offset or c.data_page_offset
+        for c in columns
+        if "bytes" in c.path_in_schema
+    )
+    data[start : start + 40] = b"\xff" * 40
+    other.write_bytes(data)
+    source = sources.open_path(tmp_path)
+    with pytest.raises(check.UserError, match=r"1\.parquet: got damaged pages"):
+        source[5]
+
+
+def test_names_of_all_kinds(tmp_path):
+    """Not UTF-8, a directory that is called like a shard, a link to itself."""
+    folder = tmp_path / "b.tar"
+    folder.mkdir()
+    for name in (b"\xff.jpg", "ü.jpg".encode()):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as f:
+            f.write(formats.jpeg(0))
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "ü.txt").write_text("x")
+    (folder / "c.tar").mkdir()
+    (folder / "D.PARQUET").mkdir()
+    source = sources.open_path(folder)
+    keys = [source.files[i] for i in range(len(source))]
+    assert len(keys) == 3
+    records_ = {}
+    for i in range(3):
+        with contextlib.suppress(ValueError):
+            records_[source[i]["key"]] = source[i]["captions"]
+    assert {k: len(v) for k, v in records_.items()} == {"\\xff": 0, "ü": 1}
+    assert sources.stamp(source) == sources.stamp(sources.open_path(folder))
+    (tmp_path / "x").mkdir()
+    formats.tar(tmp_path / "x" / "A.TAR", formats.rows(3))
+    assert len(sources.open_path(tmp_path / "x")) == 3
+
+
+def test_a_folder_that_changed_is_other_data(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(formats.jpeg(i))
+        (tmp_path / f"{i}.txt").write_text("one")
+    first = sources.open_path(tmp_path).fingerprint
+    assert sources.open_path(tmp_path).fingerprint == first
+    (tmp_path / "1.txt").write_text("another")
+    assert sources.open_path(tmp_path).fingerprint != first
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no JSON",
+        "[1]",
+        '{"record": "x", "fingerprint": "F"}',
+        '{"record": -1, "fingerprint": "F"}',
+        "{}",
+    ],
+)
+def test_what_is_no_quarantine_file_is_refused(tmp_path, dataset_dir, text):
+    plain = loader.open_dataset(loader.Data(path=str(dataset_dir)))
+    (tmp_path / "skip").write_text(text.replace("F", plain.fingerprint))
+    with pytest.raises(check.UserError, match="config.data.skip .*skip: got "):
+        loader.open_dataset(loader.Data(path=str(dataset_dir), skip=str(tmp_path / "skip")))
+
+
+def test_parts_of_a_mixture_have_names_of_their_own():
+    parts = tuple(loader.Part(name="a", weight=0.5, source="shapes") for _ in range(2))
+    with pytest.raises(check.UserError, match="a name of its own for each part"):
+        loader.open_dataset(loader.Data(mixture=parts))
+
+
+def test_a_mistyped_source_of_captions_is_told(dataset_dir, caplog):
+    names = (loader.CaptionSource("none_such", 1.0),)
+    loader.open_dataset(loader.Data(path=str(dataset_dir), caption_sources=names))
+    assert "got ['none_such'], in none of 23 records looked at" in caplog.text

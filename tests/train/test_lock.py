@@ -29,3 +29,14 @@ def test_broken_lines_are_left_out_and_told(tmp_path, caplog):
     metrics.write({"step": 4})
     metrics.close()
     assert [r["step"] for r in workdir.read(path)] == [1, 3, 4]
+
+
+def test_a_run_that_never_took_a_step_may_be_mended(tmp_path, toy, capsys):
+    """A workdir belongs to the config of its first step, not to one that failed before it."""
+    directory = tmp_path / "run"
+    assert runs.train(runs.changed(runs.TOY, **{"data.langs": ["xx"]}), directory) == 2
+    assert "langs" in capsys.readouterr().err and (directory / "config.json").exists()
+    assert runs.train(runs.TOY, directory) == 0
+    assert [r["step"] for r in runs.rows(directory) if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert runs.train(runs.changed(runs.TOY, **{"schedule.lr": 0.5}), directory) == 2
+    assert "a run with another config" in capsys.readouterr().err

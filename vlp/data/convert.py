@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlp.core import check
-from vlp.data import image_ops, records, sources
+from vlp.data import image_ops, processes, records, sources
 from vlp.data.sources import fields, tar
 
 LEFT_OUT = "left_out.jsonl"
@@ -81,8 +81,9 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
         _on_beam(beam, make, todo, runner, runner_args)
     elif workers > 1 and len(todo) > 1:
         spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-            list(pool.map(make, todo))
+        end, pool = processes.end_with_parent, concurrent.futures.ProcessPoolExecutor
+        with processes.without_main(), pool(workers, mp_context=spawn, initializer=end) as made:
+            list(made.map(make, todo))
     else:
         for task in todo:
             make(task)

@@ -2,12 +2,12 @@
 
 An element of the pipeline is one host's rows of one global batch, computed from its number alone.
 So hosts, workers and threads change the speed and never the content, nothing is dropped, and a run
-resumes anywhere by passing `start`. With workers > 0 a script needs the usual `if __name__ ==
-"__main__":` guard, as with any spawned process. Not here: the order (order.py), what a record is
+resumes anywhere by passing `start`. Not here: the order (order.py), what a record is
 (records.py), device arrays (core/mesh.py).
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,13 +16,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlp.core import check
-from vlp.data import SOURCES, image_ops, order, reads, text_ops
+from vlp.data import SOURCES, image_ops, order, processes, reads, text_ops
 from vlp.data import tokenizer as tokenizers
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,22 @@ def open_dataset(data: Data, tokenizer: tokenizers.Tokenizer | None = None) -> "
     source = _open_mixture(data) if data.mixture else _open_one(data)
     if tokenizer is None and data.tokenizer:
         tokenizer = tokenizers.load(data.tokenizer)
+    _look_for_sources(data, source)
     return Dataset(data, source, source.tokenizer() if tokenizer is None else tokenizer)
+
+
+def _look_for_sources(data: Data, source: Any, num: int = 64) -> None:
+    """Warns of names in `caption_sources` that none of `num` records has: mistyped ones pass for rare."""
+    if not data.caption_sources or not len(source):
+        return
+    seen = set()
+    for i in np.linspace(0, len(source) - 1, min(num, len(source)), dtype=np.int64).tolist():
+        with contextlib.suppress(ValueError):
+            seen |= {c.get("source") for c in source[i].get("captions") or ()}
+    if missing := sorted({c.name for c in data.caption_sources} - seen):
+        have = sorted(map(str, seen))
+        text = "config.data.caption_sources: got %s, in none of %d records looked at, which have %s"
+        log.warning(text, missing, min(num, len(source)), have)
 
 
 def leaves(data: Data, batch: int) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -217,10 +232,15 @@ def without(source: Any, path: str) -> Without:
         raise check.error(
             "config.data.skip", f"{path!r}, which is no file", "a quarantine file", "correct it"
         )
-    with open(path) as f:
-        rows = [json.loads(line) for line in f if line.strip()]
-    mine = sorted({r["record"] for r in rows if r["fingerprint"] == source.fingerprint})
-    if not mine or mine[-1] >= len(source):
+    try:
+        with open(path, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f if line.strip()]
+        mine = sorted({int(r["record"]) for r in rows if r["fingerprint"] == source.fingerprint})
+    except (ValueError, TypeError, KeyError) as e:
+        got, do = f"{type(e).__name__} ({e!s:.60})", "give a run's quarantine_0.jsonl"
+        expected = "lines with the fields record and fingerprint"
+        raise check.error(f"config.data.skip {path}", got, expected, do) from None
+    if not mine or mine[0] < 0 or mine[-1] >= len(source):
         got, do = f"no line of {len(rows)} about this data", "use the file of a run on this data"
         raise check.error(f"config.data.skip {path}", got, f"data {source.fingerprint[:12]}", do)
     return Without(source, np.array(mine, np.int64))
@@ -258,6 +278,11 @@ def _check(data: Data) -> None:
         ),
         ("max_bad_frac", 0 <= data.max_bad_frac <= 1, "in [0, 1]"),
         ("mixture", not (data.mixture and data.group_by), "no group_by beside it"),
+        (
+            "mixture",
+            len({p.name for p in data.mixture}) == len(data.mixture),
+            "a name of its own for each part",
+        ),
         ("reweight", data.mixture or not data.reweight, "a mixture beside it"),
         ("cache_mb", data.cache_mb >= 0, "at least 0"),
         ("workers", data.workers >= 0, "at least 0"),
@@ -607,7 +632,7 @@ class Dataset:
         Returns its caption texts (and whether they were shortened), the id of the record used, and
         0 or 1 + the reason (in `REASONS`) for which the record that was due is not used.
         """
-        used, why = record_id, 0
+        used, why, why_not = record_id, 0, ""
         for attempt in range(MAX_BAD_IN_A_ROW):
             began = time.perf_counter()
             try:
@@ -620,14 +645,14 @@ class Dataset:
             except (_Bad, image_ops.BadImage, text_ops.BadCaption) as e:
                 if self.data.bad_records == "error":
                     raise self._refusal(used, e) from e
-                why = why or 1 + REASONS.index(e.reason)
+                why, why_not = why or 1 + REASONS.index(e.reason), f"{e!s:.120}"
                 low, count = self._siblings(record_id)
                 used = order.substitute(position, attempt, low, count, seed)
         raise check.error(
             f"record {record_id} and {MAX_BAD_IN_A_ROW} substitutes",
             "only bad ones",
             "images with captions",
-            "run `vlp data verify DIR`",
+            f"see why each is bad with config.data.bad_records = 'error' (last: {why_not})",
         )
 
     def _siblings(self, record_id: int) -> tuple[int, int]:
@@ -822,8 +847,18 @@ def _iterate(make: Callable[[int], dict], num_batches: int, data: Data) -> Itera
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=min(data.workers, num_batches), per_worker_buffer_size=data.prefetch
-            )
+            ),
+            worker_init_fn=processes.end_with_parent,
         )
-        # Grain hands out views of shared memory that must not outlive it: copies are safe to keep.
-        return ({k: np.array(v) for k, v in batch.items()} for batch in batches)
+        return _copies(batches)
     return iter(batches)
+
+
+def _copies(batches: Iterable[dict]) -> Iterator[dict]:
+    """Grain hands out views of shared memory that must not outlive it: copies are safe to keep."""
+    copy = lambda batch: {k: np.array(v) for k, v in batch.items()}
+    with processes.without_main():  # Grain pickles by value what a script defines
+        batches = iter(batches)
+        first = next(batches)
+    yield copy(first)
+    yield from map(copy, batches)

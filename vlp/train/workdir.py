@@ -110,6 +110,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
         os.replace(partial, path)
 
 
+def begun(workdir: pathlib.Path) -> bool:
+    """True if a run left a step or a checkpoint."""
+    return bool(read(workdir / "metrics.jsonl")) or any((workdir / "checkpoints").glob("*step_*"))
+
+
 def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises UserError if the workdir holds a run of another config, or something that is no run."""
     path = workdir / "config.json"
@@ -132,6 +137,11 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
         raise check.error(str(path), "a broken file", "the run's config", do) from None
     changes = difference(stages.fixed(old), stages.fixed(config))
+    if changes and not begun(workdir):
+        log.info(
+            "--workdir %s: a run that never took a step; begun again as configured now", workdir
+        )
+        return
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         do = "choose another --workdir, or the run's own config"

@@ -56,7 +56,7 @@ def stamp(source: Any) -> str:
     for file in source.inputs():
         try:
             found = reads.stamp(file)
-        except FileNotFoundError:
+        except OSError:
             found = "missing"
         digest.update(found.encode() + b"\0")
     return digest.hexdigest()
@@ -71,7 +71,7 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
     if not path:
         records.read_manifest(path)  # says how to get data
     ending = os.path.splitext(path)[1].lower()
-    if ending in (".tar", ".parquet", *files.TABLES):
+    if ending in (".tar", ".parquet", *files.TABLES) and not os.path.isdir(path):
         if not reads.exists(path):
             raise check.error(path, "no file", "a shard or a table", "check the path")
         if split != "train" and not os.path.basename(path).startswith(split):
@@ -103,10 +103,10 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
 def _kinds(where: str, entries: list[str], split: str) -> Iterator[tuple[str, list[str]]]:
     """What a directory may be taken for, most telling first, with its files (a folder: itself)."""
     for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside its tars
-        if found := [e for e in entries if e.endswith(f".{kind}")]:
+        if found := [e for e in entries if e.lower().endswith(f".{kind}") and not os.path.isdir(e)]:
             yield kind, found
     stems = ("metadata", split)  # metadata: Hugging Face's imagefolder
-    tables = [e for e in entries if e.lower().endswith(files.TABLES)]
+    tables = [e for e in entries if e.lower().endswith(files.TABLES) and not os.path.isdir(e)]
     if found := [e for e in tables if os.path.splitext(_name(e))[0] in stems]:
         yield "table", found
     if any(e.lower().endswith(files.EXTENSIONS) for e in entries):

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -113,8 +113,9 @@ class TableSource:
 class FolderSource:
     """The images under a folder in path order, each with a .txt or .json beside it.
 
-    The key is the path without its ending; a .json counts with its caption fields. A text that is
-    not UTF-8, or a .json that does not parse, is a bad row (ValueError).
+    The key is the path without its ending; the fingerprint covers names and sizes. A .json counts
+    with its caption fields. A text that is not UTF-8, or a .json that does not parse, is a bad row
+    (ValueError).
     """
 
     def __init__(
@@ -126,8 +127,11 @@ class FolderSource:
             raise check.error(
                 path, "no image", f"files ending in {list(EXTENSIONS)}", "check the path"
             )
-        names = "\0".join(self.files)
-        self.fingerprint = hashlib.sha256(f"folder:{names}".encode()).hexdigest()
+        digest = hashlib.sha256(b"folder\0")
+        for name, file in zip(self.files, _triples(self.inputs())):
+            sizes = [os.path.getsize(f) if os.path.isfile(f) else -1 for f in file]
+            digest.update(os.fsencode(name) + f":{sizes}\0".encode())
+        self.fingerprint = digest.hexdigest()
 
     def __reduce__(self):
         make = functools.partial(FolderSource, fields=self.fields, tokenizer=self._tokenizer)
@@ -150,7 +154,7 @@ class FolderSource:
                 row = {"txt": f.read()} | row
         fields, names = self.fields, self.fields.captions or ("txt", *fields_lib.CAPTION)
         return {
-            "key": os.path.splitext(self.files[i])[0].replace(os.sep, "/"),
+            "key": _text(os.path.splitext(self.files[i])[0].replace(os.sep, "/")),
             "image": _image_file(os.path.join(self.path, self.files[i])),
             "captions": fields_lib.captions(row, names, fields.lang, fields.default_lang),
             **fields_lib.label(row, fields.label),
@@ -165,6 +169,16 @@ class FolderSource:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies in the folder."""
         return tokenizers.load(self._tokenizer)
+
+
+def _triples(paths: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    paths = iter(paths)
+    return zip(paths, paths, paths)
+
+
+def _text(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8 as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _image_file(path: str) -> bytes:

@@ -33,6 +33,17 @@ def open_file(path: str) -> Any:
         raise check.error(path, f"no Parquet ({e!s:.80})", "a Parquet file", "remove it") from None
 
 
+def _readable(path: str, read: Any, *args: Any) -> Any:
+    import pyarrow
+
+    try:
+        return read(*args)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise check.error(
+            path, f"damaged pages ({e!s:.80})", "a whole Parquet file", "copy it again"
+        ) from None
+
+
 class ParquetSource:
     """The rows of Parquet files, in the order of `files`: a `records.Source`, picklable."""
 
@@ -58,12 +69,17 @@ class ParquetSource:
         self._groups: list[tuple[int, int]] = []  # (file, its row group) by global number
         counts: list[int] = []
         digest = hashlib.sha256(b"parquet\0")
+        wanted = {n for n in self._names() if n}
         for number, (path, file) in enumerate(zip(self.files, opened)):
+            if missing := sorted(wanted - set(file.schema_arrow.names)):
+                got = f"columns {file.schema_arrow.names} without {missing}"
+                do = "take it away or give it the columns"
+                raise check.error(path, got, f"those of {self.files[0]}", do)
             for group in range(file.num_row_groups):
                 self._groups.append((number, group))
                 counts.append(file.metadata.row_group(group).num_rows)
             if self.fields.key:
-                for value in file.read([self.fields.key]).column(0).to_pylist():
+                for value in _readable(path, file.read, [self.fields.key]).column(0).to_pylist():
                     digest.update(f"{value}\0".encode())
             else:
                 name = path.rsplit("/", 1)[-1]
@@ -113,15 +129,18 @@ class ParquetSource:
         stem = self.files[file].rsplit("/", 1)[-1].removesuffix(".parquet")
         return f"{stem}-{before - start + local:08d}"
 
+    def _names(self) -> tuple[str, ...]:
+        fields = self.fields
+        return (fields.key, fields.image, fields.lang, fields.label, *fields.captions)
+
     def _rows(self, group: int) -> list[dict]:
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
                 return self._cache[group]
         file, number = self._groups[group]
-        names = (self.fields.key, self.fields.image, self.fields.lang, self.fields.label)
-        columns = [n for n in (*names, *self.fields.captions) if n]
-        rows = open_file(self.files[file]).read_row_group(number, columns=columns).to_pylist()
+        columns, path = [n for n in self._names() if n], self.files[file]
+        rows = _readable(path, open_file(path).read_row_group, number, columns).to_pylist()
         with self._lock:
             self._cache[group] = rows
             while len(self._cache) > CACHED_GROUPS:

@@ -189,8 +189,9 @@ class TarSource:
         self._ends = np.cumsum([len(x["samples"]) for x in self._indices]).tolist()
         keys = hashlib.sha256(b"tar\0")
         for found in self._indices:
-            for key, _ in found["samples"]:
-                keys.update(key.encode("utf-8", "surrogateescape") + b"\0")
+            for key, members in found["samples"]:
+                sizes = [[name, size] for name, (_, size) in sorted(members.items())]
+                keys.update(f"{key}:{sizes}\0".encode("utf-8", "surrogateescape"))
         self.fingerprint = keys.hexdigest()
 
     def __reduce__(self):
