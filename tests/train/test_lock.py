@@ -1,6 +1,7 @@
 """One run per workdir at a time, and a record that outlives a broken line."""
 
 import pytest
+import runs
 
 from vlp.core import check
 from vlp.train import workdir

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.workdir, args.step)
     _, built = stages.parse(loaded.meta["config"])
     evals = built[loaded.meta["stage"]].evals
-    if not evals:
+    if not evals and not args.evals:
         do = "train with config.evals"
         raise check.error("config.evals", f"none in {args.workdir}", "an evaluation", do)
     for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):
