@@ -80,7 +80,7 @@ def test_a_mixed_dataset_counts_and_resumes():
     ("change", "message"),
     [
         ({"mixture": (loader.Part("a", weight=-1.0),)}, "weights >= 0"),
-        ({"mixture": (loader.Part("a", weight=0.1234567),) + PARTS}, "few digits"),
+        ({"mixture": (loader.Part("d", weight=0.1234567),) + PARTS}, "few digits"),
         ({"mixture": (), "reweight": (loader.Reweight(1, (1.0,)),)}, "a mixture beside it"),
         ({"reweight": (loader.Reweight(9, (1.0,)),)}, "config.data.reweight.0.weights"),
         ({"reweight": (loader.Reweight(0, (1.0, 1.0, 1.0)),)}, "over 0"),
