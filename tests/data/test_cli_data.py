@@ -63,6 +63,8 @@ def test_written_is_said_of_what_was_written(tmp_path, capsys):
 BAD = {
     "convert {tar} --out {file}": "file: got a file, expected a directory",
     "convert {tar} --out ": "--out: got '', expected a directory; name one",
+    "convert {tar} --out gs://bucket/x": "--out: got gs://bucket/x, expected a directory on a disk",
+    "filter {tar} --out memory://x": "--out: got memory://x, expected a directory on a disk",
     "convert {tar} --out {file}/x": r"got Not a directory \(NotADirectoryError\)",
     "filter {tar} --out {file}": "file: got a file, expected a directory",
     "filter {tar} --out {new} --min-words -1": "--min-words: got -1, expected 0 or more",
@@ -112,3 +114,23 @@ def test_a_model_of_ours_is_imported_as_it_is(tmp_path, small_tokenizer):
     (tmp_path / "a.model").write_bytes(small_tokenizer.to_bytes())
     assert run("tokenizer", "--from", tmp_path / "a.model", "--out", tmp_path / "b.model") == 0
     assert (tmp_path / "b.model").read_bytes() == small_tokenizer.to_bytes()
+
+
+def test_splits_that_were_not_asked_for_are_told(dataset_dir, tmp_path, capsys):
+    loose = ("--min-side-px", 0, "--min-words", 1)
+    for argv in (("convert",), ("filter", *loose)):
+        action, *more = argv
+        assert run(action, dataset_dir, "--out", tmp_path / action, *more) == 0
+        assert "not asked for: val (name them after --splits)" in capsys.readouterr().out
+        argv = (
+            action,
+            dataset_dir,
+            "--out",
+            tmp_path / f"{action}2",
+            "--splits",
+            "train",
+            "val",
+            *more,
+        )
+        assert run(*argv) == 0
+        assert "not asked for" not in capsys.readouterr().out

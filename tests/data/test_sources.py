@@ -429,8 +429,24 @@ def test_a_folder_that_changed_is_other_data(tmp_path):
         (tmp_path / f"{i}.txt").write_text("one")
     first = sources.open_path(tmp_path).fingerprint
     assert sources.open_path(tmp_path).fingerprint == first
-    (tmp_path / "1.txt").write_text("another")
+    (tmp_path / "1.txt").write_text("eno")
     assert sources.open_path(tmp_path).fingerprint != first
+
+
+def test_stores_and_addresses(tmp_path):
+    """file:// is a disk; folders and tables in a store are refused in words that say so."""
+    (tmp_path / "0.jpg").write_bytes(formats.jpeg(0))
+    (tmp_path / "0.txt").write_text("one")
+    (tmp_path / "a.csv").write_text("path,caption\n0.jpg,one\n")
+    here = fsspec.filesystem("memory")
+    for name in ("0.jpg", "0.txt", "a.csv"):
+        here.pipe_file(f"/things/{name}", (tmp_path / name).read_bytes())
+    for name in ("", "/a.csv"):
+        source = sources.open_path(f"file://{tmp_path}{name}")
+        assert [c["text"] for c in source[0]["captions"]] == ["one"]
+        assert pickle.loads(pickle.dumps(source)).fingerprint == source.fingerprint
+        with pytest.raises(check.UserError, match="got image files in a store, expected records"):
+            sources.open_path(f"memory://things{name}")
 
 
 @pytest.mark.parametrize(

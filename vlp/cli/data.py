@@ -171,6 +171,7 @@ def _convert(args: argparse.Namespace) -> int:
     )
     for split, entry in manifest["splits"].items():
         print(f"{split}: {entry['num_records']} records in {len(entry['shards'])} shards")
+    _tell_others(args)
     info = manifest["info"]
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
     for kind in ("tar", "img2dataset"):
@@ -178,6 +179,13 @@ def _convert(args: argparse.Namespace) -> int:
             print(f"{kind}: {counts}")
     print(f"{args.out}: {_SAME if existed else 'written'}, {time.monotonic() - begin:.1f} s")
     return 0
+
+
+def _tell_others(args: argparse.Namespace) -> None:
+    from vlp.data import sources
+
+    if others := sources.others(args.input, args.splits):
+        print(f"not asked for: {', '.join(others)} (name them after --splits)")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -245,6 +253,7 @@ def _filter(args: argparse.Namespace) -> int:
     finally:  # also when nothing is left: they say by which rule
         for split, by_rule in counts.items():
             print(json.dumps({"split": split, **dict(sorted(by_rule.items()))}))
+    _tell_others(args)
     print(f"{args.out}: {_SAME if existed else 'written'}")
     return 0
 

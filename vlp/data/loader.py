@@ -6,6 +6,7 @@ resumes anywhere by passing `start`. Not here: the order (order.py), what a reco
 (records.py), device arrays (core/mesh.py).
 """
 
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -110,7 +111,7 @@ def open_dataset(data: Data, tokenizer: tokenizers.Tokenizer | None = None) -> "
     """Opens and checks the data; `tokenizer` overrides the config's (a checkpoint's own, say)."""
     if data.source not in SOURCES:
         raise check.unknown("config.data.source", data.source, SOURCES)
-    _check(data)
+    check_data(data)
     source = _open_mixture(data) if data.mixture else _open_one(data)
     if tokenizer is None and data.tokenizer:
         tokenizer = tokenizers.load(data.tokenizer)
@@ -246,7 +247,8 @@ def without(source: Any, path: str) -> Without:
     return Without(source, np.array(mine, np.int64))
 
 
-def _check(data: Data) -> None:
+def check_data(data: Data) -> None:
+    """Raises UserError for a value that can never work; opens nothing."""
     image_ops.check_filter("config.data.resize", data.resize)
     text_ops.check_shorten("config.data.shorten", data.shorten)
     enums = (
@@ -858,7 +860,12 @@ def _copies(batches: Iterable[dict]) -> Iterator[dict]:
     """Grain hands out views of shared memory that must not outlive it: copies are safe to keep."""
     copy = lambda batch: {k: np.array(v) for k, v in batch.items()}
     with processes.without_main():  # Grain pickles by value what a script defines
-        batches = iter(batches)
-        first = next(batches)
-    yield copy(first)
-    yield from map(copy, batches)
+        iterator: Any = iter(batches)
+        first = copy(next(iterator))
+    atexit.register(iterator.close)  # a script may end in the midst of it
+    try:
+        yield first
+        yield from map(copy, iterator)
+    finally:
+        atexit.unregister(iterator.close)
+        iterator.close()

@@ -235,6 +235,9 @@ def refuse_foreign(out_dir: str) -> None:
     """Raises at once, before any work, if `out_dir` holds something that is no dataset."""
     if not out_dir:
         raise check.error("--out", repr(out_dir), "a directory", "name one")
+    if "://" in out_dir:
+        do = "write to a disk, then copy it there (gsutil, aws s3, rclone)"
+        raise check.error("--out", out_dir, "a directory on a disk", do)
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise check.error(out_dir, "a file", "a directory", "choose another --out")
     if os.path.isdir(out_dir) and os.listdir(out_dir) and MANIFEST not in os.listdir(out_dir):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
-from vlp.data.loader import Dataset, leaves, open_dataset
+from vlp.data.loader import Dataset, check_data, leaves, open_dataset
 from vlp.evals.io import IO, check_ready
 from vlp.infer.load import load
 from vlp.models.answers import check_needs
@@ -58,6 +58,7 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
 
 def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     """All of a stage but its data, which a plan does without; checked, nothing compiled."""
+    check_data(stage.data)
     meshes.check_batch(stage.batch, mesh, stage.micro_batches)
     for name, stream in stage.streams.items():
         meshes.check_batch(stream.batch, mesh, where=f"config.streams.{name}.batch")

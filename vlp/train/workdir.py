@@ -201,7 +201,10 @@ def _git() -> str:
     """Commit of the source tree, "+" if it has changes; empty outside a repository."""
     here = pathlib.Path(__file__).parent
     run = lambda *args: subprocess.run(
-        ["git", "-C", here, *args], capture_output=True, text=True, timeout=20
+        ["git", "--no-optional-locks", "-C", here, *args],
+        capture_output=True,
+        text=True,
+        timeout=20,
     )
     try:
         commit = run("rev-parse", "HEAD")

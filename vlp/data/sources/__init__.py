@@ -3,7 +3,8 @@ a CSV, TSV or JSONL table, or a folder of images."""
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlp.core import check
@@ -11,6 +12,7 @@ from vlp.data import reads, records
 from vlp.data.sources import fields, files, parquet, tar, tfds
 
 TOKENIZER = records.TOKENIZER
+SPLITS = ("train", "val", "test", "dev")
 
 
 def open_data(data) -> records.Source:
@@ -33,7 +35,7 @@ def open_path(
     A directory has its splits in sub-directories (train/…) or in the file names (train-00000.tar,
     train.csv); with neither, it is all "train", as is a single file unless its name says otherwise.
     """
-    path, given = os.fspath(path), given or fields.Fields()
+    path, given = os.fspath(path).removeprefix("file://"), given or fields.Fields()
     kind, found = find(path, split)
     if kind == "records":
         return records.open_split(path, split)
@@ -66,8 +68,10 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
     """Returns (kind, where the split is).
 
     kind: "records" or "tfds" (which know their splits), "tar" or "parquet" (files), "table" (one
-    file), "folder" (one directory). Raises: `UserError` if there is no such split.
+    file), "folder" (one directory); the last two are read from a disk only. Raises: `UserError` if
+    there is no such split.
     """
+    path = path.removeprefix("file://")
     if not path:
         records.read_manifest(path)  # says how to get data
     ending = os.path.splitext(path)[1].lower()
@@ -77,6 +81,8 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
         if split != "train" and not os.path.basename(path).startswith(split):
             do = f"name it {split}… or give that split as a path of its own"
             raise check.error(f"split {split!r}", f"the one file {path}", "'train'", do)
+        if ending in files.TABLES:
+            _check_local(path)
         return "table" if ending in files.TABLES else ending[1:], [path]
     entries = reads.listing(path)
     names = {_name(e) for e in entries}
@@ -92,12 +98,30 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
             got, do = f"none in {path}", "use 'train' for all files"
             raise check.error(f"split {split!r}", got, "a sub-directory or files of that name", do)
         found = found if inner else named or found
+        if kind in ("table", "folder"):
+            _check_local(path)
         if kind == "table" and len(found) > 1:
             got = f"{[_name(f) for f in found]} in {where}"
             raise check.error(f"split {split!r}", got, "one table", "give its path")
         return kind, found
     records.read_manifest(path)  # raises, and says how to get data
     raise AssertionError("a manifest that the listing did not show")
+
+
+def others(path: str, splits: Sequence[str]) -> list[str]:
+    """Returns the names of usual splits that `path` seems to hold beside `splits`."""
+    path = path.removeprefix("file://")
+    names = {_name(e) for e in reads.listing(path)}
+    if records.MANIFEST in names:
+        return [s for s in records.read_manifest(path)["splits"] if s not in splits]
+    seems = lambda split, name: re.match(rf"{split}(idation)?([-_.]|$)", name)
+    return [s for s in SPLITS if s not in splits and any(seems(s, n) for n in names)]
+
+
+def _check_local(path: str) -> None:
+    if reads.is_remote(path):
+        got, do = "image files in a store", "copy it to a disk, convert it there"
+        raise check.error(path, got, "records, tars or Parquet", do)
 
 
 def _kinds(where: str, entries: list[str], split: str) -> Iterator[tuple[str, list[str]]]:

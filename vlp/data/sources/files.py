@@ -113,28 +113,42 @@ class TableSource:
 class FolderSource:
     """The images under a folder in path order, each with a .txt or .json beside it.
 
-    The key is the path without its ending; the fingerprint covers names and sizes. A .json counts
-    with its caption fields. A text that is not UTF-8, or a .json that does not parse, is a bad row
-    (ValueError).
+    The key is the path without its ending; the fingerprint covers names, texts and the images'
+    sizes. A .json counts with its caption fields. A text that is not UTF-8, or a .json that does
+    not parse, is a bad row (ValueError).
     """
 
     def __init__(
-        self, path: str, *, fields: fields_lib.Fields = fields_lib.Fields(), tokenizer: str = ""
+        self,
+        path: str,
+        *,
+        fields: fields_lib.Fields = fields_lib.Fields(),
+        tokenizer: str = "",
+        found: tuple[list[str], str] = ([], ""),
     ):
         self.path, self.fields, self._tokenizer = path, fields, tokenizer
+        self.files, self.fingerprint = found
+        if self.files:  # in a worker, by another process
+            return
         self.files = sorted(_images_under(path))
         if not self.files:
             raise check.error(
                 path, "no image", f"files ending in {list(EXTENSIONS)}", "check the path"
             )
         digest = hashlib.sha256(b"folder\0")
-        for name, file in zip(self.files, _triples(self.inputs())):
-            sizes = [os.path.getsize(f) if os.path.isfile(f) else -1 for f in file]
-            digest.update(os.fsencode(name) + f":{sizes}\0".encode())
+        for name, (image, *texts) in zip(self.files, _triples(self.inputs())):
+            size = os.path.getsize(image) if os.path.isfile(image) else -1
+            digest.update(os.fsencode(name) + f"\0{size}\0".encode())
+            for text in filter(os.path.isfile, texts):
+                with open(text, "rb") as f:
+                    digest.update(hashlib.sha256(f.read()).digest())
         self.fingerprint = digest.hexdigest()
 
     def __reduce__(self):
-        make = functools.partial(FolderSource, fields=self.fields, tokenizer=self._tokenizer)
+        found = (self.files, self.fingerprint)
+        make = functools.partial(
+            FolderSource, fields=self.fields, tokenizer=self._tokenizer, found=found
+        )
         return make, (self.path,)
 
     def __len__(self) -> int:
