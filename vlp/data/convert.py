@@ -118,7 +118,7 @@ def _row(job: Job, source: records.Source, i: int) -> tuple[dict, str, str]:
     try:
         record = source[i]
     except image_ops.BadImage as e:
-        return {}, f"image {e.reason}", f"{e!s:.200}"
+        return {"key": e.key}, f"image {e.reason}", f"{e!s:.200}"
     except check.UserError:
         raise  # a file that cannot be read is no property of the row
     except ValueError as e:

@@ -37,11 +37,11 @@ _ORIENTATION = 0x0112  # the EXIF tag
 
 
 class BadImage(ValueError):
-    """Bytes that are no usable image; `reason` is one of `REASONS`."""
+    """Bytes that are no usable image; `reason` is one of `REASONS`, `key` the record's where known."""
 
-    def __init__(self, reason: str, detail: str):
+    def __init__(self, reason: str, detail: str, key: str | None = None):
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason, self.key = reason, key
 
 
 def _bad(e: Exception, data: bytes) -> BadImage:

@@ -76,16 +76,17 @@ class TableSource:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         row, fields = self.row(i), self.fields
+        key = row.get(fields.key) if fields.key else None
+        key = str(key) if key is not None else f"{i:09d}"
         value = row.get(fields.image)
         if isinstance(value, dict) and isinstance(value.get("base64"), str):
             image = base64.b64decode(value["base64"])
         elif not isinstance(value, str) or not value:
-            raise image_ops.BadImage("missing", f"row {i} names no image")
+            raise image_ops.BadImage("missing", f"row {i} names no image", key)
         else:
-            image = _image_file(self._beside(value))
-        key = row.get(fields.key) if fields.key else None
+            image = _image_file(self._beside(value), key)
         return {
-            "key": str(key) if key is not None else f"{i:09d}",
+            "key": key,
             "image": image,
             "captions": fields_lib.captions(row, fields.captions, fields.lang, fields.default_lang),
             **fields_lib.label(row, fields.label),
@@ -166,10 +167,11 @@ class FolderSource:
         if os.path.isfile(f"{stem}.txt"):
             with open(f"{stem}.txt", encoding="utf-8-sig") as f:
                 row = {"txt": f.read()} | row
+        key = _text(os.path.splitext(self.files[i])[0].replace(os.sep, "/"))
         fields, names = self.fields, self.fields.captions or ("txt", *fields_lib.CAPTION)
         return {
-            "key": _text(os.path.splitext(self.files[i])[0].replace(os.sep, "/")),
-            "image": _image_file(os.path.join(self.path, self.files[i])),
+            "key": key,
+            "image": _image_file(os.path.join(self.path, self.files[i]), key),
             "captions": fields_lib.captions(row, names, fields.lang, fields.default_lang),
             **fields_lib.label(row, fields.label),
         }
@@ -195,12 +197,12 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _image_file(path: str) -> bytes:
+def _image_file(path: str, key: str) -> bytes:
     try:
         with open(path, "rb") as f:
             data = f.read()
     except OSError as e:
-        raise image_ops.BadImage("missing", f"{path} ({type(e).__name__})") from None
+        raise image_ops.BadImage("missing", f"{path} ({type(e).__name__})", key) from None
     reads.note(len(data))
     return data
 

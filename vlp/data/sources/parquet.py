@@ -108,12 +108,12 @@ class ParquetSource:
         rows = self._rows(group)
         local = i - self._ends[group] + len(rows)
         row, fields = rows[local], self.fields
+        key = str(row[fields.key]) if fields.key else self._made_key(group, local)
         image = row[fields.image]
         image = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(image, bytes):
             where = f"{self.files[self._groups[group][0]]} row {local} of row group {group}"
-            raise image_ops.BadImage("missing", f"{where}: {fields.image} {image!r:.40}")
-        key = str(row[fields.key]) if fields.key else self._made_key(group, local)
+            raise image_ops.BadImage("missing", f"{where}: {fields.image} {image!r:.40}", key)
         return {
             "key": key,
             "image": image,
