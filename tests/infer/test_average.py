@@ -11,7 +11,7 @@ from vlp.infer import average
 from vlp.infer.load import load
 
 
-def test_the_mean_of_checkpoints(clip_run, tmp_path):
+def test_the_mean_of_checkpoints(clip_run, tmp_path, capsys):
     """Of two steps of one run, with weights; in every leaf, and ready for `vlp eval` and `init`."""
     out = tmp_path / "mean"
     argv = ["average", f"{clip_run}@2", clip_run, "--weights", "0.25,0.75", "--out", out]
@@ -25,6 +25,7 @@ def test_the_mean_of_checkpoints(clip_run, tmp_path):
         np.testing.assert_allclose(leaf, want, rtol=1e-6, err_msg=name)
         assert leaf.dtype == late[name].dtype
     assert runs.vlp("eval", "--workdir", out) == 0
+    assert "config.evals has none" in capsys.readouterr().out
     config = runs.changed(runs.CLIP, init=str(out), steps=1, **{"schedule.lr": 1e-9})
     assert runs.train(config, tmp_path / "run") == 0
     started = tree.named(load(tmp_path / "run").apply.params)
