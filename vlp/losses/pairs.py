@@ -186,15 +186,13 @@ class Sweep:
         """Slice k of the columns: part k of every device, in the devices' order."""
         part = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, k, keepdims=False), parts)
         for groups in self.stages():
-            gather = functools.partial(jax.lax.all_gather, tiled=True, axis_index_groups=groups)
-            part = jax.tree.map(lambda p: gather(p, self.axes), part)
+            part = jax.lax.all_gather(part, self.axes, axis_index_groups=groups, tiled=True)
         return part
 
     def scatter(self, slices: jax.Array, like: jax.Array) -> jax.Array:
         """Sums a slice over devices; each gets its own part, in the type of `like`."""
         for groups in reversed(self.stages()):
-            scatter = functools.partial(jax.lax.psum_scatter, tiled=True, axis_index_groups=groups)
-            slices = scatter(slices, self.axes)
+            slices = jax.lax.psum_scatter(slices, self.axes, axis_index_groups=groups, tiled=True)
         return slices.astype(like.dtype)
 
     def columns(self, k: jax.Array | int) -> tuple[jax.Array, jax.Array | None]:
