@@ -7,6 +7,10 @@
 
     python benchmarks/contrastive.py --topology v5e:16x16 --batch 65536 1048576 --width 768 --json rows.json
     python benchmarks/contrastive.py --devices 8 --batch 4096 --width 256 --time
+    python benchmarks/contrastive.py --topology v5e:4x4 --batch 4096 --step configs/coca.py:size=base
+
+With --step the whole training step of a config is compiled instead, with the loss (chunked) and with a sum of the
+embeddings in its place (none): what the loss adds to the peak of a run.
 
 Compiled for the topology (a TPU compiler, no TPU: pip install 'vlp[tpu]') or for simulated CPU devices. Bytes are the
 compiler's, a device; FLOPs count the matrix products of all devices, loop bodies times trips; traffic is what a device
@@ -31,6 +35,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--chunk", type=int, default=0)
     parser.add_argument("--impl", nargs="+", default=IMPLS, choices=IMPLS)
+    parser.add_argument("--step", default="", metavar="CONFIG", help="the whole step of a config")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--time", action="store_true", help="run it too (CPU devices)")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
@@ -46,8 +52,16 @@ def main() -> None:
     else:
         jax.config.update("jax_num_cpu_devices", args.devices)
         devices = jax.devices()
-    rows = [measure(devices, batch, impl, args) for batch in args.batch for impl in args.impl]
-    table(rows)
+    if args.step:
+        rows = [
+            whole_step(devices, batch, impl, args)
+            for batch in args.batch
+            for impl in ("chunked", "none")
+        ]
+        step_table(rows)
+    else:
+        rows = [measure(devices, batch, impl, args) for batch in args.batch for impl in args.impl]
+        table(rows)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
@@ -128,6 +142,47 @@ def measure(devices, batch, impl, args) -> dict:
         if args.time and not args.topology:
             row["step_s"] = seconds(compiled, batch, args.width, rows)
     return row | {"verdict": "compiled"}
+
+
+def whole_step(devices, batch, impl, args) -> dict:
+    """One row of --step: the training step with the loss, or with what costs nothing in its place."""
+    from unittest import mock
+
+    import jax.numpy as jnp
+
+    from vlp.core.config import load
+    from vlp.losses import contrastive
+    from vlp.train import compiled
+    from vlp.train.stages import parse
+
+    def nothing(zi_BE, zt_BE, scale, **options):
+        zi_B, zt_B = (scale * z_BE.astype(jnp.float32).mean(-1) for z_BE in (zi_BE, zt_BE))
+        return dict.fromkeys(("i2t", "lse_i2t", "hit_i2t"), zi_B) | dict.fromkeys(
+            ("t2i", "lse_t2i", "hit_t2i", "positive"), zt_B
+        )
+
+    settings, stages = parse(load(args.step, [f"batch={batch}", *args.set]))
+    target = compiled.Target(args.topology or f"{len(devices)} CPU devices", devices)
+    softmax = contrastive.softmax if impl == "chunked" else nothing
+    with mock.patch.object(contrastive, "softmax", softmax):
+        row = compiled.measure(*compiled.prepare(stages[-1], settings, target), target)
+    return {"impl": impl, "step": args.step, "settings": " ".join(args.set), **row}
+
+
+def step_table(rows) -> None:
+    print("".join(f"{h:>12}" for h in ("impl", "target", "batch", "peak MB", "temp MB", "TFLOP")))
+    for row in rows:
+        if not row["fits"]:
+            print(f"{row['impl']:>12}  refused: {row['refusal']}")
+            continue
+        cells = [row["impl"], row["target"], row["batch"]]
+        cells += [f"{row[key] / MB:.1f}" for key in ("peak_bytes", "temp_bytes")]
+        cells += [f"{row['step_flops_per_example'] * row['batch'] / 1e12:.1f}"]
+        print("".join(f"{c:>12}" for c in cells))
+    for ours, none in zip(rows[::2], rows[1::2]):
+        if ours["fits"] and none["fits"]:
+            more = ours["peak_bytes"] / none["peak_bytes"] - 1
+            print(f"the loss adds {more:.2%} to the peak at a batch of {ours['batch']:,}")
 
 
 def seconds(compiled, batch, width, sharding) -> float:
