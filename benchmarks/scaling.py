@@ -6,7 +6,8 @@
 The first of each list is the base point; each list is then walked with the others at their base. `--batch` is a chip's,
 so that chips are added at equal work for each. The step is the real one (vlp.train.step), compiled for the TPU topology
 (no TPU needed: pip install 'vlp[tpu]') or for simulated CPU devices; a step that does not fit is a row with the
-compiler's refusal. Working bytes are the peak less parameters, optimiser, batch and activations kept.
+compiler's refusal. Working bytes are the peak less parameters, optimiser, batch and activations kept. `estimate` is
+what `vlp plan --fast` says of the peak, as a share of it.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 MB = 2**20
 COLUMNS = {
     "peak MB": lambda r: r["peak_bytes"] / MB,
+    "estimate": lambda r: r["estimate_bytes"] / r["peak_bytes"],
     "param MB": lambda r: r["param_bytes"] / MB,
     "opt MB": lambda r: r["opt_bytes"] / MB,
     "temp MB": lambda r: r["temp_bytes"] / MB,
@@ -69,7 +71,7 @@ def measure(point: dict, args: argparse.Namespace) -> dict:
     import jax
 
     from vlp.core.config import load
-    from vlp.train import compiled
+    from vlp.train import compiled, estimate
     from vlp.train.stages import parse
 
     if args.topology:
@@ -80,7 +82,9 @@ def measure(point: dict, args: argparse.Namespace) -> dict:
     mesh = [f"mesh.{part}" for part in args.mesh.split(",")]
     changes = [f"batch={point['batch'] * chips}", f"micro_batches={point['micro']}", *mesh]
     settings, stages = parse(load(point["model"], [*changes, *args.set]))
-    row = compiled.measure(*compiled.prepare(stages[-1], settings, target), target)
+    parts, on = compiled.prepare(stages[-1], settings, target)
+    row = {"estimate_bytes": estimate.peak(parts, on).peak_bytes}
+    row |= compiled.measure(parts, on, target)
     row["flops_per_chip"] = row["step_flops_per_example"] * row["batch"] / chips
     return {"model": point["model"], **row}
 
@@ -90,7 +94,11 @@ def show(row: dict) -> None:
     if not row["fits"]:
         print(f"{head}  refused: {row['refusal']}", flush=True)
         return
-    print(head + "".join(f"{f(row):12,.1f}" for f in COLUMNS.values()), flush=True)
+    print(
+        head
+        + "".join(f"{f(row):12,.{2 if name == 'estimate' else 1}f}" for name, f in COLUMNS.items()),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
