@@ -178,6 +178,7 @@ REFUSED = {
         "config.teachers.big: got decay and path, expected one of them",
     ),
     "evaluating nobody": ({"eval_params": "emma"}, "expected one of ['student']"),
+    "words for stages": ({"stages": "(dict(steps=3),)"}, "config.stages: got '(dict(steps=3),)'"),
     "two of a name": ({"stages.1.name": "one"}, "name 'one' twice"),
 }  # fmt: skip
 

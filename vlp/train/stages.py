@@ -127,7 +127,11 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     base = {k: v for k, v in config.items() if k in stage_keys}
     stages: list[Stage] = []
     seen: collections.Counter[str] = collections.Counter()  # samples, by stream
-    for i, patch in enumerate(config.get("stages") or [{}]):
+    patches = config.get("stages") or [{}]
+    if not (isinstance(patches, list | tuple) and all(isinstance(p, Mapping) for p in patches)):
+        do = """write ({"name": "first", "steps": 10},), with literals only"""
+        raise check.error("config.stages", repr(patches)[:80], "a list of dicts", do)
+    for i, patch in enumerate(patches):
         where = f"config.stages.{i}" if config.get("stages") else "config"
         for key in patch:
             if key not in stage_keys | {"name"}:
