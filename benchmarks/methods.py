@@ -75,9 +75,10 @@ METHODS = {
 DEMO = list(METHODS)[-1]
 
 
-def build(method: Method, data: str, seed: int, steps: int) -> dict[str, Any]:
+def build(method: Method, data: str, seed: int, steps: int, smoke: bool = False) -> dict[str, Any]:
     """The config of one run: the demo's, with the method laid over it."""
-    base = config.load(f"{ROOT}/configs/coca_emoji.py:path={data},seed={seed}")
+    demo = f"{ROOT}/configs/coca_emoji.py:path={data},seed={seed},smoke={smoke}"
+    base = config.load(demo)
     base["evals"] = {name: base["evals"][name] for name in ("retrieval", "skin_tone")}
     base |= {"objective": dict(method.objective), "name": "method"}
     if method.model is not None:
@@ -131,7 +132,7 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
     return out
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="compare the methods on the emoji data")
     parser.add_argument("--data", default="data/emoji", help="of `vlp data emoji`")
     parser.add_argument("--workdir", default="runs/methods", help="each run has a folder in it")
@@ -139,8 +140,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
     parser.add_argument("--demo-seeds", type=int, default=3, help="runs of the demo's recipe")
     parser.add_argument("--only", default="", help="methods, by comma (default: all)")
+    parser.add_argument("--smoke", action="store_true", help="tiny towers and made-up shapes")
     parser.add_argument("--json", default="", metavar="FILE", help="write the table as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     chosen = [m.strip() for m in args.only.split(",") if m.strip()] if args.only else list(METHODS)
     compilation_cache()
@@ -174,7 +176,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     method, found = METHODS[name], []
     seeds = max(args.seeds, args.demo_seeds) if name == DEMO else args.seeds
     try:
-        total, samples = flops(build(method, args.data, 0, args.steps))
+        total, samples = flops(build(method, args.data, 0, args.steps, args.smoke))
     except check.UserError as error:
         if "config.objective.name" not in str(error):
             raise
@@ -182,7 +184,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for seed in range(seeds):
         slug = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
         directory = pathlib.Path(args.workdir) / f"{slug}_steps{args.steps}_seed{seed}"
-        if loop.run(build(method, args.data, seed, args.steps), directory):
+        if loop.run(build(method, args.data, seed, args.steps, args.smoke), directory):
             raise KeyboardInterrupt
         found.append(measure(directory))
     row: dict[str, Any] = {"method": name, "seeds": seeds, "samples": samples}
