@@ -6,8 +6,8 @@ tokens, BERT-Large's text tower (24 × 1024) read at its first token.
 
 Where this differs: the image tower is ViT-H/14 (631 M parameters) at 280 px, not EfficientNet-L2 (480 M) at 289;
 AdamW, not LAMB; no label smoothing (0.1 in the paper); the vocabulary is your tokenizer's (100 k WordPieces in the
-paper); gradients are clipped to norm 1 (the default), of which the paper says nothing. The joint space has the text
-tower's width, as there.
+paper); gradients are clipped to norm 1 and the logit scale to [1, 100] (the defaults), of which the paper says nothing.
+The joint space has the text tower's width, as there.
 """
 
 import ml_collections

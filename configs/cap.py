@@ -1,4 +1,7 @@
-"""Captioning alone on CoCa's base towers: the LCap-only row of its table 8a (batch 4,096), no contrastive parts."""
+"""Captioning alone on CoCa's base towers, as the LCap-only row of its table 8a: batch 4,096, no contrastive parts.
+
+The decoder has the 12 layers of the paper's ablations, 6 of them with cross-attention.
+"""
 
 import coca
 import ml_collections
@@ -13,6 +16,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.name = "cap_base"
     c.batch = 4_096
     c.model.contrastive = False
+    c.model.text_tower.depth = c.model.multimodal.depth = 6
     c.model.text_tower.pool = "none"  # no embedding, so no CLS
     c.objective = dict(name="cap", keep=arg.keep)
     del c.evals["retrieval"]

@@ -2,7 +2,9 @@
 
 Arguments: size, path, keep (below 1: FLIP's masking), smoke. Of the paper: batch 32,768, 40 B examples, β2 0.95, 64
 text tokens, logit scale 10 and bias −10 at the start. Of its successor, which states them (Tschannen et al. 2025,
-arXiv:2502.14786, §2): lr 1e-3, decoupled weight decay 1e-4, gradient norm 1, 20,000 warm-up steps, cosine.
+arXiv:2502.14786, §2): lr 1e-3, decoupled weight decay 1e-4, gradient norm 1, 20,000 warm-up steps, cosine. Their code
+(big_vision) adds the decay after the rate: 1e-4 is the share of a kernel that a step takes at the full rate, which
+`weight_decay` says in units of lr: 1e-4 / 1e-3 = 0.1. As there, kernels alone decay and the temperature is not bounded.
 """
 
 import ml_collections
@@ -18,7 +20,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.batch = 32_768
     c.objective = dict(name="siglip", keep=arg.keep)
     c.data.update(image_px=224, text_len=64)
-    c.optim = dict(b1=0.9, b2=0.95, weight_decay=1e-4, clip_norm=1.0)
+    c.optim = dict(b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+    c.optim["rules"] = [dict(match=".*/kernel"), dict(match=".*", decay=0.0)]
     c.schedule = dict(lr=1e-3, warmup_steps=20_000)
     c.samples = 40_000_000_000
     return smoke(c) if arg.smoke else c

@@ -27,6 +27,12 @@ def no_training(monkeypatch):
     monkeypatch.setattr(loop, "open_session", fail)
 
 
+def zeroshot(**changes):
+    """Patch: a zero-shot evaluation of two shapes."""
+    section = {"label": "shape", "classes": ["circle", "square"], "batch": 8}
+    return {"evals": {"zeroshot": section | changes}}
+
+
 MISTAKES = {
     "top key": ({"batchh": 8}, "did you mean 'batch'"),
     "nested key": ({"optim.weight_decy": 0.1}, "did you mean 'weight_decay'"),
@@ -53,6 +59,40 @@ MISTAKES = {
     "source": ({"data.source": "shaps"}, "did you mean 'shapes'"),
     "size below 1": ({"model.embed": -1}, "config.model.embed: got -1, expected 1 or more"),
     "dtype": ({"model.image_tower.dtype": "float99"}, "got 'float99', expected one of"),
+    "gradient ascent": ({"optim.rules": [{"match": ".*", "lr": -3.0}]}, "rules.lr: got -3.0"),
+    "clamp": ({"optim.rules": [{"match": ".*", "clamp": [4.0, 1.0]}]}, "expected (low, high)"),
+    "layer decay": ({"optim.rules": [{"match": ".*", "layer_decay": 5.0}]}, "in (0, 1]"),
+    "pattern": ({"optim.rules": [{"match": "("}]}, "expected a regular expression"),
+    "all frozen": ({"optim.rules": [{"match": ".*", "freeze": True}]}, "every parameter frozen"),
+    "rules in words": ({"optim.rules": "[dict(match=1)]"}, "write literals alone"),
+    "scale": ({"model.scale": -5.0}, "config.model.scale: got -5.0"),
+    "dropout": (
+        {"model.image_tower.dropout": 1.5},
+        "image_tower.dropout: got 1.5, expected in [0, 1)",
+    ),
+    "registers": ({"model.image_tower.registers": -1}, "registers: got -1, expected at least 0"),
+    "mean": ({"model.image_tower.mean": [0.5]}, "a number of each colour"),
+    "no bias": ({"objective": {"name": "siglip"}}, "without bias"),
+    "decay of an average": ({"teachers": {"ema": {"decay": 1.5}}}, "expected in [0, 1), or None"),
+    "average without decay": (
+        {"teachers": {"ema": {}}, "eval_params": "ema"},
+        "one of ['student']",
+    ),
+    "init_match alone": ({"init_match": "image_tower/.*"}, "expected config.init"),
+    "init_match": ({"init_match": "("}, "config.init_match: got '(', expected a regular"),
+    "num_captions": ({"data.num_captions": 3}, "expected 1, but for captions 'all'"),
+    "weights of no sources": ({"data.captions": "weighted"}, "caption_sources"),
+    "every_steps": (
+        {"evals": {"retrieval": {"every_steps": -1, "batch": 8}}},
+        "every_steps: got -1",
+    ),
+    "gallery": ({"evals": {"retrieval": {"gallery": -5, "batch": 8}}}, "gallery: got -5"),
+    "the same split twice": (zeroshot(extra_splits=["test"]), "splits that differ"),
+    "prompts that are cut": (
+        zeroshot(templates=["one two three four five six seven eight nine ten of a {}"]),
+        "the same tokens for 'circle' and 'square'",
+    ),
+    "items": (zeroshot(items=-1), "items: got -1, expected at least 0"),
     "no such data": ({"data": {"path": "/nowhere", "image_px": 16}}, "/nowhere"),
 }
 

@@ -5,6 +5,7 @@ crash (exit code 1, with its traceback).
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 
@@ -23,6 +24,14 @@ def unknown(where: str, got: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "use one of them"
     return error(where, repr(got), f"one of {known}", hint)
+
+
+def pattern(where: str, text: str) -> None:
+    """Raises UserError unless the text is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as e:
+        raise error(where, repr(text), f"a regular expression ({e})", "correct it") from None
 
 
 def bounds(where: str, section: object, rules: Mapping[str, tuple[bool, str]]) -> None:

@@ -235,6 +235,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
-    raise check.error(
-        where, repr(value), _name(hint) if origin is None else str(hint), "correct the value"
-    )
+    do = "correct the value"
+    if isinstance(value, str) and value[:1] in ("(", "[", "{"):
+        do = """on the command line write literals alone, {"key": 1} for dict(key=1)"""
+    raise check.error(where, repr(value), _name(hint) if origin is None else str(hint), do)

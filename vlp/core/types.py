@@ -56,6 +56,23 @@ class Out:
         return sum((t.weight * t.mean() for t in self.terms.values()), jnp.float32(0))
 
 
+def answer(objective: Any, ctx: Any) -> Out:
+    """What the objective returns; raises UserError unless that is an `Out` whose numbers are scalars."""
+    out, where = objective(ctx), f"objective {type(objective).__name__}"
+    if not isinstance(out, Out):
+        do = 'return Out({"name": Term(total, count)})'
+        raise check.error(where, f"a {type(out).__name__}", "an Out", do)
+    for name, term in (out.terms | out.metrics).items():
+        if not isinstance(term, Term):
+            do = f"write Term({name}.sum(), number of examples)"
+            raise check.error(f"{where}: {name}", f"a {type(term).__name__}", "a Term", do)
+        if jnp.shape(term.total) or jnp.shape(term.count):
+            got = f"shapes {jnp.shape(term.total)} and {jnp.shape(term.count)}"
+            do = "sum over the batch"
+            raise check.error(f"{where}: {name}", got, "scalars for total and count", do)
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Apply:
     """A model bound to parameters: `apply("image", x)`. Deterministic unless per-example `keys` are given."""
@@ -184,8 +201,11 @@ class _Teachers(Mapping[str, Callable[..., Any]]):
         self._frozen = frozen
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
+        if not self._frozen:
+            do = f"add config.teachers.{name}"
+            raise check.error("config.teachers", "none", f"{name!r}, which the objective asks", do)
         if name not in self._frozen:
-            raise check.unknown("objective: teacher", name, self._frozen)
+            raise check.unknown("config.teachers", name, self._frozen)
         apply = self._frozen[name]
         return lambda method, *args, **kwargs: jax.lax.stop_gradient(apply(method, *args, **kwargs))
 

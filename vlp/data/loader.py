@@ -274,6 +274,12 @@ def check_data(data: Data) -> None:
         ("text_len", data.text_len >= 3, "at least 3 (bos, a piece, eos)"),
         ("num_captions", data.num_captions >= 1, "at least 1"),
         (
+            "num_captions",
+            data.num_captions == 1 or data.captions == "all",
+            "1, but for captions 'all'",
+        ),
+        ("captions", data.captions != "weighted" or sources, "caption_sources beside 'weighted'"),
+        (
             "caption_sources",
             len({c.name for c in sources}) == len(sources) and all(c.weight > 0 for c in sources),
             "names that differ, weights above 0",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
 from vlp.evals import io as ios
@@ -31,6 +32,10 @@ class Captions:
     batch: int = 64
     every_steps: int = 0
     items: int = 24
+
+    def __post_init__(self) -> None:
+        bounds = {"items": (self.items >= 0, "at least 0")}
+        check.bounds("config.evals: captions", self, bounds)
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         dataset = io.open(self.split)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
 from vlp.evals import io as ios
@@ -25,6 +26,10 @@ class Retrieval:
     batch: int = 64
     every_steps: int = 0
     gallery: int = 12
+
+    def __post_init__(self) -> None:
+        bounds = {"gallery": (self.gallery >= 0, "at least 0")}
+        check.bounds("config.evals: retrieval", self, bounds)
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         dataset = io.open(self.split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
 from vlp.evals import io as ios
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Zeroshot:
             raise check.error(f"{where}.phrases", f"{len(self.phrases)}", expected, do)
         if not self.templates or not all("{}" in t for t in self.templates):
             raise check.error(f"{where}.templates", self.templates, "texts with {}", do)
+        if len(set(self.splits)) < len(self.splits):
+            expected = "splits that differ (an image counts once)"
+            raise check.error(f"{where}.extra_splits", self.splits, expected, do)
+        check.bounds(where, self, {"items": (self.items >= 0, "at least 0")})
 
     def check(self, io: ios.IO, where: str) -> None:
         """Raises UserError unless the records have the label and every class has an image."""
@@ -55,6 +62,27 @@ class Zeroshot:
         if missing:
             got = f"no record of {missing} in {list(self.splits)}"
             raise check.error(f"{where}.classes", got, f"values of {self.label!r}", "correct them")
+        self.check_prompts(io, where)
+
+    def check_prompts(self, io: ios.IO, where: str) -> None:
+        """Raises UserError for classes that no prompt tells apart, warns of prompts that are cut."""
+        length, known, num_cut = io.data.text_len, {}, 0
+        for name, phrase in zip(self.classes, self.phrases or self.classes):
+            texts = prompts(phrase, self.templates)
+            ids = tuple(tuple(io.tokenizer.encode(text, length).tolist()) for text in texts)
+            longer = [io.tokenizer.encode(text, 2 * length)[length:] for text in texts]
+            num_cut += sum(bool((more != io.tokenizer.pad_id).any()) for more in longer)
+            if ids in known:
+                got = f"the same tokens for {known[ids]!r} and {name!r}"
+                do = "change the phrases or templates, or raise config.data.text_len"
+                expected = f"prompts that tell classes apart in {length} tokens"
+                raise check.error(f"{where}.phrases", got, expected, do)
+            known[ids] = name
+        if num_cut:
+            total = len(self.classes) * len(self.templates)
+            log.warning(
+                "%s: %d of %d prompts are cut at text_len %d", where, num_cut, total, length
+            )
 
     @property
     def splits(self) -> tuple[str, ...]:

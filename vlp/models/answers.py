@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Set
 from typing import Any
 
@@ -28,7 +29,7 @@ _SIZES = ("depth", "embed", "heads", "patch", "vocab", "width")
 
 
 def check_fields(module: Any, where: str) -> None:
-    """Raises UserError for a size below 1 or an unknown dtype in a model or in one of its parts."""
+    """Raises UserError for a size, rate, scale or dtype that cannot be, in a model or in one of its parts."""
     for field in dataclasses.fields(module):
         name = f"{where}.{field.name}"
         value: Any = getattr(module, field.name)
@@ -38,6 +39,16 @@ def check_fields(module: Any, where: str) -> None:
             check_fields(value, name)
         elif field.name in _SIZES and isinstance(value, int) and value < 1:
             raise check.error(name, value, "1 or more", "change it")
+        elif field.name in ("dropout", "drop_path") and not 0 <= (value or 0) < 1:
+            raise check.error(name, value, "in [0, 1)", "change it")
+        elif field.name == "registers" and (value or 0) < 0:
+            raise check.error(name, value, "at least 0", "change it")
+        elif field.name == "scale" and isinstance(value, float) and not 0 < value < math.inf:
+            raise check.error(name, value, "above 0: the factor of the logits", "change it")
+        elif field.name in ("mean", "std") and isinstance(value, tuple):
+            if len(value) != 3 or (field.name == "std" and min(value) <= 0):
+                expected = "a number of each colour" + ", above 0" * (field.name == "std")
+                raise check.error(name, value, expected, "change it")
         elif field.name == "dtype" and value not in DTYPES:
             raise check.unknown(name, str(value), DTYPES)
 
@@ -54,8 +65,13 @@ def with_fields(module: Any, **values: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
-    """The model's optional methods, and every leaf of what `image` and `text` return. Computes nothing."""
+    """The model's optional methods, "bias" if its logits have one, and every leaf of what `image` and `text` return.
+
+    Computes nothing.
+    """
     out = {name for name in ("decode", "head", "scale_bias") if hasattr(model, name)}
+    if getattr(model, "bias", None) is not None:
+        out.add("bias")
     image = jax.ShapeDtypeStruct((1, image_px, image_px, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((1, text_len), jnp.int32)
     for method, x in (("image", image), ("text", text)):

@@ -66,7 +66,7 @@ class ViT(nn.Module):
         if self.pool not in POOLS:
             raise check.unknown("model.image.pool", self.pool, POOLS)
         if not 0 < keep <= 1:
-            raise check.error("objective.keep", keep, "a fraction in (0, 1]", "change it")
+            raise check.error("config.objective.keep", keep, "a fraction in (0, 1]", "change it")
         patches_BNP = patchify(image, self.patch)
         num = patches_BNP.shape[1]
         pos_ND = constrain(self._positions(num), None, None)

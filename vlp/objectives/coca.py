@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from vlp.core import check
 from vlp.core.types import Ctx, Out, Term
 from vlp.losses import caption, contrastive
 
@@ -26,6 +27,13 @@ class Coca:
     contrastive_weight: float = 1.0
     caption_weight: float = 2.0
     keep: float = 1.0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "contrastive_weight": (self.contrastive_weight >= 0, "at least 0"),
+            "caption_weight": (self.caption_weight >= 0, "at least 0"),
+        }
+        check.bounds("config.objective", self, bounds)
 
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, embeds, captions = ctx.map(self.encode)

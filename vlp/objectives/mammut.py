@@ -33,7 +33,12 @@ class Mammut:
 
     def __post_init__(self) -> None:
         right = self.focal == 0 or self.focal >= 1
-        check.bounds("config.objective", self, {"focal": (right, "0, or at least 1")})
+        bounds = {
+            "focal": (right, "0, or at least 1"),
+            "contrastive_weight": (self.contrastive_weight >= 0, "at least 0"),
+            "caption_weight": (self.caption_weight >= 0, "at least 0"),
+        }
+        check.bounds("config.objective", self, bounds)
 
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, embeds, captions = ctx.map(self.encode)

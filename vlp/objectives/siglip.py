@@ -18,7 +18,7 @@ class Siglip:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
-    needs: ClassVar[frozenset[str]] = frozenset({"image.embed", "text.embed", "scale_bias"})
+    needs: ClassVar[frozenset[str]] = frozenset({"image.embed", "text.embed", "scale_bias", "bias"})
     keep: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:

@@ -37,6 +37,17 @@ class Rule:
     clamp: tuple[float, float] | None = None
     layer_decay: float = 1.0
 
+    def __post_init__(self) -> None:
+        check.pattern("config.optim.rules: match", self.match)
+        low, high = self.clamp or (0, 1)
+        bounds = {
+            "lr": (0 <= self.lr < math.inf, "at least 0"),
+            "decay": (0 <= self.decay < math.inf, "at least 0"),
+            "clamp": (low < high, "(low, high)"),
+            "layer_decay": (0 < self.layer_decay <= 1, "in (0, 1]"),
+        }
+        check.bounds("config.optim.rules", self, bounds)
+
 
 DEFAULT_RULES = (
     Rule(".*logit_scale", decay=0.0, clamp=(0.0, math.log(100.0))),
@@ -128,6 +139,9 @@ def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
         )
 
     out = tree.map_named(pick, params)
+    if all(rule.freeze for rule in jax.tree.leaves(out)):
+        expected, do = "a parameter that is trained", "freeze less"
+        raise check.error("config.optim.rules", "every parameter frozen", expected, do)
     defaults = {
         rule.match for rule in DEFAULT_RULES
     }  # these may be idle: not every model has each kind of leaf

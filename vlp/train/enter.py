@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vlp.ckpt import init_from
-from vlp.core import check
+from vlp.core import check, tree
 from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.infer.load import load
@@ -45,7 +46,24 @@ def check_start(
                     where, "an optimiser state of other shapes", "the stage before's", do
                 )
         if stage.init:
-            init_from.check_fits(initial(stage), parts.abstract.params, source(stage))
+            given = initial(stage)
+            init_from.check_fits(given, parts.abstract.params, source(stage))
+            check_frozen(parts, given)
+        elif stage.init_match != ".*":
+            do = "set config.init to that run's workdir"
+            expected = "config.init, a run to take these parameters from"
+            raise check.error("config.init_match", repr(stage.init_match), expected, do)
+
+
+def check_frozen(parts: Parts, given: Mapping[str, Any]) -> None:
+    """Raises UserError for parameters that `init` should have given, did not, and that are never trained."""
+    rules = tree.named(parts.updater.rules)
+    match = parts.stage.init_match
+    lost = [n for n, r in rules.items() if r.freeze and re.fullmatch(match, n) and n not in given]
+    if lost:
+        got = f"no {lost[0]!r}" + (f" and {len(lost) - 1} more" if lost[1:] else "")
+        do = "start from a run of the same architecture, or do not freeze them"
+        raise check.error(source(parts.stage), got, "every parameter that is frozen here", do)
 
 
 def source(stage: Stage) -> str:

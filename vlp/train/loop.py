@@ -130,8 +130,12 @@ def train_stage(session: Session, parts: Parts, state: State, interval: Interval
         if due or saving:
             record()
             with clock.paused():
-                for label in due:
-                    evaluate(session, parts, state, label, step)
+                try:
+                    for label in due:
+                        evaluate(session, parts, state, label, step)
+                except Exception:  # a broken evaluation costs no training
+                    save(session, parts, state, number + 1, interval.plain())
+                    raise
                 if saving:
                     save(session, parts, state, number + 1, interval.plain())
         if stopping:

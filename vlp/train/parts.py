@@ -67,6 +67,10 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     px, length = stage.data.image_px, stage.data.text_len
     check_needs(stage.model, needs, px, length, "config.objective", do)
     batch = abstract_batch(stage, mesh)
+    if not hasattr(stage.objective, "reads"):
+        got, do = f"{type(stage.objective).__name__} without reads", "name the batch leaves it uses"
+        expected = "reads: ClassVar[frozenset[str]]"
+        raise check.error("config.objective", got, expected, do)
     if missing := stage.objective.reads - set(batch):
         got, do = f"no batch leaf {sorted(missing)}", "change config.data"
         raise check.error("config.objective", got, sorted(batch), do)

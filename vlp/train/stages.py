@@ -197,7 +197,17 @@ def _build(
         if teacher.path and teacher.decay is not None:
             do = "drop one of them"
             raise check.error(f"config.teachers.{key}", "decay and path", "one of them", do)
-    known = ("student", *(k for k, teacher in stage.teachers.items() if not teacher.path))
+        average = teacher.decay is None or 0 <= teacher.decay < 1
+        where = f"config.teachers.{key}"
+        check.bounds(where, teacher, {"decay": (average, "in [0, 1), or None")})
+        if key == "student":
+            raise check.error(where, "the name 'student'", "another name", "rename it")
+    for key, evaluator in stage.evals.items():
+        every = getattr(evaluator, "every_steps", 0) >= 0
+        rules = {"every_steps": (every, "at least 0 (0: at the end of a stage)")}
+        check.bounds(f"config.evals.{key}", evaluator, rules)
+    check.pattern("config.init_match", stage.init_match)
+    known = ("student", *(k for k, t in stage.teachers.items() if t.decay is not None))
     if stage.eval_params not in known:
         raise check.unknown("config.eval_params", stage.eval_params, known)
     stage.schedule.at(stage.batch, stage.num_steps)

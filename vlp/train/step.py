@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vlp.core import tree
-from vlp.core.types import Apply, Ctx, Objective
+from vlp.core.types import Apply, Ctx, Objective, answer
 from vlp.optim import ema
 from vlp.optim.make import Updater
 from vlp.train.state import State
@@ -48,7 +48,7 @@ def train_step(
             num_micro=num_micro,
             micro_remat=micro_remat,
         )
-        out = objective(ctx)
+        out = answer(objective, ctx)
         loss = out.loss()
         metrics = {name: term.mean() for name, term in (out.terms | out.metrics).items()}
         return loss, (jax.lax.stop_gradient(out.extra), metrics)
