@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 
 from vlp.core import mesh as meshes
 from vlp.core.check import UserError
-from vlp.core.types import Apply, Ctx, Out, Term
+from vlp.core.types import Apply, Ctx, Out, Term, answer
 from vlp.losses import contrastive
 from vlp.models.captioner import Captioner, Multimodal
 from vlp.models.dual import Dual
@@ -424,3 +424,27 @@ def test_micro_batches_keep_the_layout_of_the_batch():
     text = compiled.as_text()
     for moving in ("all-gather", "all-to-all", "collective-permute"):
         assert moving not in text, moving
+
+
+def bare(x):
+    """An array for a Term, which the type checker of these tests would refuse, and users have none."""
+    out = Out({})
+    out.terms["a"] = x.sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda x: x.sum(), "objective Returns: got a ArrayImpl, expected an Out"),
+        (bare, "objective Returns: a: got a ArrayImpl, expected a Term"),
+        (lambda x: Out({"a": Term(x, 2)}), r"got shapes \(2,\) and \(\), expected scalars"),
+    ],
+)
+def test_an_answer_of_another_kind_is_refused_in_words(returned, said):
+    class Returns:
+        def __call__(self, x):
+            return returned(x)
+
+    with pytest.raises(UserError, match=said):
+        answer(Returns(), jnp.ones(2))

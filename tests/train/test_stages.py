@@ -191,3 +191,21 @@ def test_refused_before_the_first_stage(toy, tmp_path, capsys, mistake):
         assert runs.train(config, tmp_path / "run") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_frozen_must_be_given(clip_run, tmp_path, capsys):
+    """LiT from a run of another architecture would be locked to a random register."""
+    rules = [{"match": "image_tower/.*", "freeze": True}, {"match": ".*"}]
+    changes = {"init": str(clip_run), "init_match": "image_tower/.*", "optim.rules": rules}
+    config = runs.changed(runs.CLIP, **changes, **{"model.image_tower.registers": 1})
+    with mock.patch.object(loop, "open_session", side_effect=AssertionError("too late")):
+        assert runs.train(config, tmp_path / "run") == 2
+    assert "got no 'image_tower/registers', expected every" in capsys.readouterr().err
+
+
+def test_a_broken_evaluation_costs_no_training(toy, tmp_path):
+    config = runs.changed(runs.TOY, evals={"retrieval": {"every_steps": 3, "batch": 8}})
+    with mock.patch.object(loop, "evaluate", side_effect=ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):
+            runs.train(config, tmp_path / "run")
+    assert runs.saved(tmp_path / "run")["rest/step"] == 3
