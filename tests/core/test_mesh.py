@@ -1,5 +1,7 @@
 """The mesh, the table of axis names, and how batches and parameters are placed."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,34 @@ def test_a_product_that_is_not_the_devices(shape):
 def test_some_of_the_devices():
     mesh = meshes.make(MeshShape(-1, 2, 1), jax.devices()[:4])
     assert dict(mesh.shape) == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What jax.make_mesh looks at in a chip of a TPU pod."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_sizes_that_whole_axes_of_a_torus_do_not_give(slices):
+    """CoCa giant's fsdp=128 on 16×16 chips, where JAX by itself has no mesh."""
+    chips = [
+        Chip(256 * s + 16 * y + x, (x, y, 0), s)
+        for s in range(slices)
+        for y in range(16)
+        for x in range(16)
+    ]
+    mesh = meshes.make(MeshShape(2, 128, 1), chips)
+    assert mesh.devices.shape == (slices, 2, 128, 1)
+    assert set(mesh.devices.flat) == set(chips)
+    assert {c.slice_index for c in mesh.devices[-1].flat} == {slices - 1}
 
 
 def test_spec_takes_the_axes_that_divide(cube):

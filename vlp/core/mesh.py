@@ -75,14 +75,22 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = [len(devices) // known if n == -1 else n for n in sizes]
     types = (AxisType.Auto,) * len(names)
     if slices == 1:
-        return jax.make_mesh(tuple(sizes), names, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(tuple(sizes), names, axis_types=types, devices=devices)
+        except NotImplementedError:  # whole axes of the torus do not give these sizes: divide some
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+            return Mesh(grid, names, axis_types=types)
     if sizes[0] != slices:
         do = "set it to 0, the number of slices"
         raise check.error(
             "config.mesh.replica", sizes[0], f"{slices}, the slices that there are", do
         )
     inner, outer = (1, *sizes[1:]), (slices, 1, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    try:
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    except NotImplementedError:
+        split = {"allow_split_physical_axes": True}
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
     return Mesh(grid, names, axis_types=types)
 
 
