@@ -72,6 +72,10 @@ MISTAKES = {
     ),
     "registers": ({"model.image_tower.registers": -1}, "registers: got -1, expected at least 0"),
     "mean": ({"model.image_tower.mean": [0.5]}, "a number of each colour"),
+    "nothing left": (
+        {"batch": 1, "objective.leave_one_out": True},
+        "config.batch: got 1, expected 2",
+    ),
     "no bias": ({"objective": {"name": "siglip"}}, "without bias"),
     "decay of an average": ({"teachers": {"ema": {"decay": 1.5}}}, "expected in [0, 1), or None"),
     "average without decay": (

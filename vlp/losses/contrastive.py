@@ -93,12 +93,17 @@ def mean(losses: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *numbers: sum(numbers) / len(numbers), *losses)
 
 
-def metrics(loss: dict[str, Float[Array, "B"]], scale: Float[Array, ""]) -> dict[str, Term]:
-    """What to log of a batch: the mean of both directions minus ln B (0: nothing learned), and retrieval@1."""
+def metrics(
+    loss: dict[str, Float[Array, "B"]], scale: Float[Array, ""], left_out: int = 0
+) -> dict[str, Term]:
+    """What to log of a batch: the mean of both directions minus ln B (0: nothing learned), and retrieval@1.
+
+    left_out: pairs of each row that are in no denominator, 1 for leave-one-out; ln (B − 1) then.
+    """
     num = loss["hit_i2t"].shape[0]
     hits_B = 0.5 * (loss["hit_i2t"] + loss["hit_t2i"])
     out = {"contrastive/retrieval@1": Term(hits_B.sum(), num), "logit_scale": Term(scale, 1)}
     if "i2t" in loss:
-        excess_B = 0.5 * (loss["i2t"] + loss["t2i"]) - math.log(num)
+        excess_B = 0.5 * (loss["i2t"] + loss["t2i"]) - math.log(num - left_out)
         out["contrastive/minus_log_batch"] = Term(excess_B.sum(), num)
     return out

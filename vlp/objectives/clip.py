@@ -37,6 +37,8 @@ class Clip:
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, captions = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
+        if self.leave_one_out and zi_BE.shape[0] < 2:
+            raise check.error("config.batch", 1, "2 or more, for leave_one_out", "raise it")
         others = off_diagonal if self.leave_one_out else None
 
         def one(zt_BE: jax.Array) -> dict[str, jax.Array]:
@@ -46,7 +48,9 @@ class Clip:
 
         loss = contrastive.mean([one(zt_BE) for zt_BE in captions])
         term = Term(loss["nll"].sum(), zi_BE.shape[0])
-        return Out({"contrastive": term}, metrics=contrastive.metrics(loss, scale))
+        return Out(
+            {"contrastive": term}, metrics=contrastive.metrics(loss, scale, int(self.leave_one_out))
+        )
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
