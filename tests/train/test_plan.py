@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +184,17 @@ def test_large_parameters_must_be_divided():
         prepared(SMOKE, *big, "mesh.fsdp=8")
     parts, _ = prepared(SMOKE, *big, "mesh.fsdp=8", "mesh.allow_replicated=True")
     assert dataclasses.is_dataclass(parts)
+
+
+@pytest.mark.skipif(not os.environ.get("VLP_SLOW"), reason="ten minutes: VLP_SLOW=1 pytest -k v5e")
+def test_coca_base_fits_v5e_4x4_as_documented(tmp_path):
+    """The TPU compiler's verdict on 16,384 pairs on 16 chips, beside the row of docs/plans.md."""
+    pytest.importorskip("libtpu")
+    out = tmp_path / "rows.json"
+    argv = [sys.executable, "benchmarks/plans.py", "--only", "base", "--json", out]
+    subprocess.run(argv, check=True, cwd=runs.ROOT)
+    (row,) = json.loads(out.read_text())
+    page = (runs.ROOT / "docs" / "plans.md").read_text()
+    told = re.search(r"\| base \| v5e:4x4 \|.*?, 4 \| ([\d.]+) \|", page).group(1)
+    assert row["fits"] and row["batch"] == 16_384
+    assert row["peak_bytes"] / 2**30 == pytest.approx(float(told), rel=0.03)
