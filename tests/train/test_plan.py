@@ -198,3 +198,16 @@ def test_coca_base_fits_v5e_4x4_as_documented(tmp_path):
     told = re.search(r"\| base \| v5e:4x4 \|.*?, 4 \| ([\d.]+) \|", page).group(1)
     assert row["fits"] and row["batch"] == 16_384
     assert row["peak_bytes"] / 2**30 == pytest.approx(float(told), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "shape, held",
+    [
+        ((estimate.PRIME, 197, 768), (estimate.PRIME, 200, 768)),
+        ((estimate.PRIME, 50, 3, 12, 64), (3, estimate.PRIME, 56, 768)),  # q, k, v of 12 heads
+        ((estimate.PRIME, 768), (estimate.PRIME, 768)),
+        ((12, 197, 1000), (12, 200, 1024)),
+    ],
+)
+def test_the_estimate_counts_the_tiles_of_a_tpu(shape, held):
+    assert estimate._padded(shape) == held

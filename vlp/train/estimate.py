@@ -9,7 +9,9 @@ where it is last read; what a compiler fuses (elementwise work, casts, changes o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,7 +44,8 @@ class Estimate:
 
 def peak(parts: Parts, mesh: Mesh) -> Estimate:
     stage = parts.stage
-    per_example, constant = _of_step(parts)
+    tiled = mesh.devices.flat[0].platform == "tpu"
+    per_example, constant = _of_step(parts, tiled)
     rows = stage.batch // stage.micro_batches / meshes.batch_ways(mesh)
     weights = constant / max(1, mesh.shape["tensor"])
     grads = compiled.shard_bytes(parts.abstract.params)
@@ -60,7 +63,7 @@ def measure(parts: Parts, mesh: Mesh, target: compiled.Target) -> dict[str, Any]
     return row | {"peak_bytes": found.peak_bytes, "fits": fits}
 
 
-def _of_step(parts: Parts) -> tuple[float, float]:
+def _of_step(parts: Parts, tiled: bool) -> tuple[float, float]:
     """Of the step at its fullest: bytes per example of a micro-batch, and bytes that no batch changes."""
     stage = parts.stage
     num = PRIME * stage.micro_batches
@@ -71,22 +74,42 @@ def _of_step(parts: Parts) -> tuple[float, float]:
     params = jax.tree.map(bare, parts.abstract.params)
     grad = jax.grad(lambda p, b: compiled.loss(small, stage.model, p, b, stage.micro_batches))
     jaxpr = jax.make_jaxpr(grad)(params, batch).jaxpr
-    own = {x.shape for x in jax.tree.leaves(params)}
-    best = max(_walk(jaxpr, own), key=lambda m: m[0] * 1.0)
+    size = functools.partial(_size, {x.shape for x in jax.tree.leaves(params)}, tiled)
+    best = max(_walk(jaxpr, size), key=lambda m: m[0] * 1.0)
     return best[0] / PRIME, best[1]
 
 
-def _size(aval: Any, own: set) -> tuple[float, float]:
+def _size(own: set, tiled: bool, aval: Any) -> tuple[float, float]:
     """Bytes of an array: those that a batch divides, and others; none for parameters and gradients in shards."""
     if not hasattr(aval, "shape") or not aval.shape:
         return 0.0, 0.0
-    num = math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4)
+    item = getattr(aval.dtype, "itemsize", 4)
+    num = math.prod(_padded(aval.shape) if tiled else aval.shape) * item
     if any(d and d % PRIME == 0 for d in aval.shape):
         return float(num), 0.0
     return 0.0, 0.0 if aval.shape in own else float(num)
 
 
-def _walk(jaxpr: Any, own: set) -> list[tuple[float, float]]:
+def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape as a TPU holds it: the last two dimensions in tiles of 8 × 128.
+
+    Narrow last dimensions (a head's) count as one with those before them, and short ones (q, k and v) lead, as the
+    compiler lays them out.
+    """
+    if any(d % PRIME == 0 for d in shape[-2:]):
+        return shape  # vectors of examples
+    *rest, minor = sorted(shape, key=lambda d: d > 4)
+    while rest and minor < 128 and rest[-1] % PRIME:
+        minor *= rest.pop()
+    up = lambda d, tile: -(-d // tile) * tile
+    if minor < 128 or not rest:
+        return (*rest, minor)
+    if rest[-1] % PRIME:
+        rest[-1] = up(rest[-1], 8)
+    return (*rest, up(minor, 128))
+
+
+def _walk(jaxpr: Any, size: Callable[[Any], tuple[float, float]]) -> list[tuple[float, float]]:
     """What is alive after each equation, beside the jaxpr's inputs."""
     Literal = jax_core.Literal
     roots: dict[Any, frozenset] = {}  # variable → the arrays that it is a view of
@@ -111,8 +134,8 @@ def _walk(jaxpr: Any, own: set) -> list[tuple[float, float]]:
     live: dict[Any, tuple[float, float]] = {}
     seen = [(0.0, 0.0)]
     for i, eqn in enumerate(jaxpr.eqns):
-        inner = _inner(eqn, own)
-        outs = {v: _size(v.aval, own) for v in eqn.outvars if v not in roots and v in last}
+        inner = _inner(eqn, size)
+        outs = {v: size(v.aval) for v in eqn.outvars if v not in roots and v in last}
         # a loop's results grow beside what one turn works with; a call's are what it leaves behind
         during = live if inner and eqn.primitive.name not in LOOPS else live | outs
         live |= outs
@@ -125,12 +148,12 @@ def _walk(jaxpr: Any, own: set) -> list[tuple[float, float]]:
     return seen
 
 
-def _inner(eqn: Any, own: set) -> list[tuple[float, float]]:
+def _inner(eqn: Any, size: Callable[[Any], tuple[float, float]]) -> list[tuple[float, float]]:
     """The fullest moment of each of an equation's own jaxprs; none for a plain one."""
     found = []
     for value in eqn.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                found.append(max(_walk(inner, own), key=lambda m: m[0]))
+                found.append(max(_walk(inner, size), key=lambda m: m[0]))
     return found
