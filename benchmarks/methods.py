@@ -58,7 +58,8 @@ MAMMUT = {  # its one text decoder has the depth of the demo's text tower
 }
 
 
-CLIP, COCA = {"name": "clip", "keep": 1.0}, {"name": "coca", "keep": 1.0}
+CLIP = {"name": "clip", "keep": 1.0}
+COCA = {"name": "coca", "caption_weight": 0.5, "keep": 1.0}  # the demo's weight, not the paper's 2
 METHODS = {
     "CLIP": Method(CLIP),
     # Zhai et al. 2023, §3.2: scale 10 and bias -10 at the start.

@@ -7,6 +7,7 @@ import sys
 import pytest
 import runs
 
+from vlp.core import config as configs
 from vlp.train import stages
 
 spec = importlib.util.spec_from_file_location("methods", runs.ROOT / "benchmarks" / "methods.py")
@@ -19,6 +20,16 @@ def test_every_method_sees_as_many_samples(name):
     _, built = stages.parse(methods.build(methods.METHODS[name], "data/emoji", 1, 600))
     assert built[-1].end_samples == 600 * 128
     assert {s.model.image_tower.width for s in built} == {128}
+
+
+def test_the_demo_is_the_demo():
+    """Its row is configs/coca_emoji.py as it is, but for the evaluations."""
+    demo = configs.load(f"{runs.ROOT}/configs/coca_emoji.py:path=data/emoji")
+    _, theirs = stages.parse(demo)
+    _, ours = stages.parse(methods.build(methods.METHODS[methods.DEMO], "data/emoji", 0, 600))
+    for one, other in zip(ours, theirs, strict=True):
+        for part in ("objective", "model", "data", "optim", "schedule", "num_steps"):
+            assert getattr(one, part) == getattr(other, part), part
 
 
 def test_rows(tmp_path, monkeypatch, capsys):
