@@ -50,6 +50,7 @@ MISTAKES = {
     "patch": ({"model.image_tower.patch": 7}, "a multiple of model.image.patch = 7"),
     "vocabulary": ({"model.text_tower.vocab": 100}, "the tokenizer's 128 or more"),
     "micro-batches": ({"micro_batches": 3}, "multiple of 3"),
+    "no micro-batches": ({"micro_batches": 0}, "config.micro_batches: got 0, expected 1 or more"),
     "mesh": ({"mesh": {"data": 3}}, "product of 1 devices"),
     "platform": ({"platform": "tpu"}, "got cpu devices, expected tpu"),
     "no decoder": ({"objective.name": "coca"}, "decode"),

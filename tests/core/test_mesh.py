@@ -111,7 +111,7 @@ def test_batches_must_divide(cube):
             "x: got 12, expected a multiple of data×fsdp = 4 × micro_batches = 2; use a multiple of 8",
         ),
         (0, 1, "x", "x: got 0,"),
-        (4, 0, "x", "x: got 4,"),
+        (4, 0, "x", "config.micro_batches: got 0, expected 1 or more"),
     ]:
         with pytest.raises(UserError) as caught:
             meshes.check_batch(batch, cube, micro, where)

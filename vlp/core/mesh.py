@@ -246,10 +246,13 @@ def batch_ways(mesh: Mesh | AbstractMesh) -> int:
 def check_batch(batch: int, mesh: Mesh, num_micro: int = 1, where: str = "config.batch") -> None:
     """Raises UserError unless the global batch divides over the mesh's batch axes and the micro-batches."""
     ways = batch_ways(mesh)
-    if batch < 1 or num_micro < 1 or batch % (ways * num_micro):
+    for name, value in ((where, batch), ("config.micro_batches", num_micro)):
+        if value < 1:
+            raise check.error(name, value, "1 or more", "change it")
+    if batch % (ways * num_micro):
         axes = "replica×data×fsdp" if mesh.shape["replica"] > 1 else "data×fsdp"
         detail = f"{axes} = {ways}" + (f" × micro_batches = {num_micro}" if num_micro > 1 else "")
-        do = f"use a multiple of {ways * max(num_micro, 1)} or change config.mesh"
+        do = f"use a multiple of {ways * num_micro} or change config.mesh"
         raise check.error(where, batch, f"a multiple of {detail}", do)
 
 
