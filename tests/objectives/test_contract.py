@@ -311,12 +311,12 @@ def test_asking_for_what_is_not_there(toys, batches):
     plain = {k: v for k, v in batches["Distil"].items() if "." not in k}
     renamed = plain | {"texts.text": plain["text"], "texts.index": plain["index"]}
     cases = [
-        (without, batches["Views"], 1, "teacher: got 'ema', expected one of []"),
+        (without, batches["Views"], 1, "config.teachers: got none, expected 'ema', which"),
         (
             misnamed,
             batches["Distil"],
             1,
-            "teacher: got 'big', expected one of ['bag']; did you mean 'bag'?",
+            "config.teachers: got 'big', expected one of ['bag']; did you mean 'bag'?",
         ),
         (
             toys["Distil"],

@@ -105,6 +105,45 @@ def test_collectives_are_counted_in_loops():
     }
 
 
+def test_collectives_of_one_shard_map_are_counted_each():
+    """They share a channel. A gather in two stages sends as much as one at once."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("a")
+    near, far = [[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+    def body(x, y):
+        at_once = jax.lax.all_gather((x, y), "a", tiled=True)
+        staged = jax.lax.all_gather(x, "a", axis_index_groups=near, tiled=True)
+        staged = jax.lax.all_gather(staged, "a", axis_index_groups=far, tiled=True)
+        return at_once, staged * 2
+
+    out = (jax.sharding.PartitionSpec(),) * 2
+    f = jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=(spec, spec), out_specs=out, check_vma=False)
+    )
+    found = hlo.collectives(f.lower(jnp.ones((8 * 16, 8)), jnp.ones((8, 8))).compile().as_text(), 8)
+    part = 16 * 8 * 4
+    assert set(found) == {"all-gather"}
+    assert found["all-gather"].sent_bytes == 7 * part + 7 * 8 * 4 + (part + 3 * 2 * part)
+
+
+@pytest.mark.parametrize(
+    "line, sent",
+    [
+        ("(f32[128], f32[1024]) all-gather-start(f32[128] %p)", 7 / 8 * 4096),
+        ("f32[1024] all-reduce-start(f32[1024] %p)", 2 * 7 / 8 * 4096),
+        ("(f32[1024], f32[128]) reduce-scatter-start(f32[1024] %p)", 7 / 8 * 4096),
+        ("f8e4m3fn[1024]{0} all-gather(f8e4m3fn[128] %p)", 7 / 8 * 1024),
+        ("pred[1024]{0} all-gather(pred[128] %p)", 7 / 8 * 1024),
+        ("(f32[1024], f32[1024], u32[], u32[]) collective-permute-start(f32[1024] %p)", 4096 + 4),
+    ],
+)
+def test_collectives_are_read_in_every_form(line, sent):
+    text = f"HloModule m\n\nENTRY %main (p: f32[1]) -> f32[1] {{\n  %c = {line}, channel_id=1\n}}\n"
+    (found,) = hlo.collectives(text, 8).values()
+    assert (found.count, found.sent_bytes) == (1, sent)
+
+
 def test_mfu_is_told_where_the_peak_is_known(monkeypatch):
     from vlp.core.chips import Chip
     from vlp.train import clock, loop
