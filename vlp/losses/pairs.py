@@ -190,10 +190,12 @@ class Sweep:
         return part
 
     def scatter(self, slices: jax.Array, like: jax.Array) -> jax.Array:
-        """Sums a slice over devices; each gets its own part, in the type of `like`."""
+        """Sums a slice over devices; each gets its own part. It travels in the type of `like`, as gradients of half
+        precision do."""
+        slices = slices.astype(like.dtype)
         for groups in reversed(self.stages()):
             slices = jax.lax.psum_scatter(slices, self.axes, axis_index_groups=groups, tiled=True)
-        return slices.astype(like.dtype)
+        return slices
 
     def columns(self, k: jax.Array | int) -> tuple[jax.Array, jax.Array | None]:
         """Global indices of slice k's columns, and which of them exist (None: all)."""
