@@ -199,9 +199,26 @@ def test_what_would_fit_is_found_by_trying(monkeypatch):
     assert row["would_fit/peak_bytes"] <= limit < row["peak_bytes"]
 
 
+def test_what_would_fit_is_told_in_flags_that_do():
+    """Also where a stage has words of its own."""
+    config = configs.load(SMOKE)
+    config["stages"][0] |= {"micro_batches": 1, "model": {"image_tower": {"remat": "none"}}}
+    for patch, flags in fit.candidates(config, 0):
+        by_flags = configs.load(SMOKE)
+        by_flags["stages"][0] |= {"micro_batches": 1, "model": {"image_tower": {"remat": "none"}}}
+        for flag in flags.split():
+            configs._override(by_flags, flag.removeprefix("--config."))
+        assert parse(by_flags) == parse(configs.overlay(config, patch))
+        assert parse(by_flags)[1][0].model.image_tower.remat == "full"
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
+        (["--slices", "2"], "--slices: got 2, expected a --topology"),
+        (["--stage", "stage0"], "--stage, --alone: got no target"),
+        (["--devices", "8", "--fast", "--alone"], "--alone: got --fast"),
+        (["--devices", "8", "--json", "/tmp"], "--json: got the directory"),
         (["--fast"], "--fast: got no target"),
         (["--devices", "8", "--mfu", "2"], "--mfu: got 2.0"),
         (["--devices", "8", "--stage", "nope"], "--stage: got 'nope'"),

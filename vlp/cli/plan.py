@@ -46,6 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise check.error("--json", repr(args.json), "a file in an existing directory", "make it")
+    if args.json and pathlib.Path(args.json).is_dir():
+        raise check.error("--json", f"the directory {args.json!r}", "a file", "name one in it")
+    if args.slices != 1 and not args.topology:
+        raise check.error("--slices", args.slices, "a --topology beside it", "add it")
+    if (args.stage or args.alone) and not (args.topology or args.devices or args.gpu):
+        do = "add --topology v5e:16x16, --devices 8 or --gpu"
+        raise check.error("--stage, --alone", "no target", "devices to plan for", do)
+    if args.alone and args.fast:
+        raise check.error("--alone", "--fast", "a compilation", "drop one of them")
     if not 0 < args.mfu <= 1:
         raise check.error("--mfu", args.mfu, "a share of the peak in (0, 1]", "write 0.4, say")
     if args.topology or not args.gpu:  # no accelerator is touched, whatever this machine has

@@ -15,8 +15,8 @@ class Chip:
 
 GB = 10**9
 GiB = 2**30
-# By JAX's device_kind. TPUs: cloud.google.com/tpu/docs, system architecture of each version; a v2 or v3 device is a
-# core, half a chip. GPUs: NVIDIA's data sheets, dense (half of the figure "with sparsity").
+# By JAX's device_kind. TPUs: cloud.google.com/tpu/docs, system architecture of each version; a v2, v3 or 7x
+# device is half a chip. GPUs: NVIDIA's data sheets, dense (half of the figure "with sparsity").
 CHIPS = {
     "TPU v2": Chip(22.5e12, 8 * GiB),
     "TPU v3": Chip(61.5e12, 16 * GiB),
@@ -27,7 +27,7 @@ CHIPS = {
     "TPU v5p": Chip(459e12, 95 * GiB),
     "TPU v6 lite": Chip(918e12, 32 * GiB),
     "TPU v6e": Chip(918e12, 32 * GiB),
-    "TPU v7": Chip(2307e12, 192 * GiB),
+    "TPU7x": Chip(1153.5e12, 96 * GiB),
     "Tesla V100-SXM2-16GB": Chip(125e12, 16 * GiB),
     "Tesla T4": Chip(65e12, 16 * GiB),
     "NVIDIA L4": Chip(121e12, 24 * GB),

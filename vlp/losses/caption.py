@@ -37,7 +37,7 @@ def nll(
         mesh = jax.sharding.get_abstract_mesh()
         logits_bytes = 4 * labels_BM.size * unembed_DV.shape[1] / (1 if mesh.empty else mesh.size)
         chunk = pairs.CHUNK if logits_bytes > LOGITS_BYTES else 0
-    if chunk:
+    if chunk and labels_BM.size:
         flat = lambda v: v.reshape(-1, *v.shape[2:])
         tokens, _ = pairs.reduce(
             TOKENS, {"scale": jnp.float32(1)}, flat(hidden_BMD), unembed_DV.T, flat(labels_BM),

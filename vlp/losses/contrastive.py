@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlp.core import check
 from vlp.core.types import Term
 from vlp.losses import pairs
 
@@ -39,7 +40,15 @@ def softmax(
     `hit_t2i`: 1 where no other pair scores above the own one, shared among equals (in-batch retrieval@1).
     Source: CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3), which halves the sum of both directions.
     """
-    if isinstance(targets, jax.Array):
+    num = zi_BE.shape[0]
+    if zt_BE.shape != zi_BE.shape:
+        got, do = f"{zi_BE.shape} images and {zt_BE.shape} texts", "give one text for each image"
+        raise check.error("losses.contrastive", got, "equal shapes", do)
+    if targets is not None and not callable(targets):
+        targets = jnp.asarray(targets)
+        if targets.shape != (num, num):
+            got, do = f"targets {targets.shape}", "give a number for each pair"
+            raise check.error("losses.contrastive", got, f"{(num, num)}", do)
         targets, a = _row_of_matrix, targets
     what = pairs.Pairs(keep=keep, targets=targets)
     image, text = pairs.reduce(what, {"scale": scale}, zi_BE, zt_BE, a, b, chunk=chunk)

@@ -109,7 +109,8 @@ def _row_axes(num_rows: int) -> tuple[tuple[str, ...], int]:
     axes: tuple[str, ...] = ()
     ways = 1
     if not mesh.empty:
-        for axis in dict.fromkeys((*meshes.RULES["batch"], *mesh.axis_names)):
+        known = [axis for axis in meshes.RULES["batch"] if axis in mesh.axis_names]
+        for axis in dict.fromkeys((*known, *mesh.axis_names)):
             if num_rows % (ways * mesh.shape[axis]) == 0:
                 axes, ways = (*axes, axis), ways * mesh.shape[axis]
     return axes, ways

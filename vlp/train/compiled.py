@@ -54,7 +54,12 @@ def topology(name: str, slices: int = 1) -> Target:
             raise check.error("--topology", text, "the TPU compiler (libtpu)", do) from None
         do = "write a generation and a grid, as v5e:16x16, v5p:8x8x8 or v6e:16x16"
         raise check.error("--topology", f"{name!r} ({text})", "a TPU topology", do) from None
-    return Target(name if slices == 1 else f"{slices} × {name}", found.devices)
+    devices = found.devices
+    if (
+        devices[0].device_kind == "TPU v4"
+    ):  # its two cores work as one device; the description has both
+        devices = [d for d in devices if d.core_on_chip == 0]
+    return Target(name if slices == 1 else f"{slices} × {name}", devices)
 
 
 def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpu: bool = False) -> Target:

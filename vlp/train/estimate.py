@@ -70,6 +70,10 @@ def _of_step(parts: Parts, tiled: bool) -> tuple[float, float]:
     small = dataclasses.replace(stage, batch=num)
     shapes = leaves(stage.data, num)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
+    for name, stream in stage.streams.items():
+        rows = num * stream.batch // stage.batch
+        for k, (shape, dtype) in leaves(stream.data, rows).items():
+            batch[f"{name}.{k}"] = jax.ShapeDtypeStruct(shape, dtype)
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(bare, parts.abstract.params)
     grad = jax.grad(lambda p, b: compiled.loss(small, stage.model, p, b, stage.micro_batches))

@@ -89,12 +89,16 @@ def candidates(config: dict[str, Any], index: int) -> Iterator[tuple[dict[str, A
         remat = choice.pop("remat")
         patch: dict[str, Any] = dict(choice)
         patch["model"] = {name: dict(remat=remat) for name in towers}
-        if "stages" in config:  # a stage's own words would win
-            patch["stages"] = [
-                overlay(s, patch) if i == index else s for i, s in enumerate(config["stages"])
-            ]
-        flags = [f"--config.model.{name}.remat={remat}" for name in towers]
-        flags += [f"--config.{k}={v}" for k, v in choice.items()]
+        at = ""
+        if "stages" in config:  # in this stage alone, whose own words would win
+            at = f"stages.{index}."
+            patch = {
+                "stages": [
+                    overlay(s, patch) if i == index else s for i, s in enumerate(config["stages"])
+                ]
+            }
+        flags = [f"--config.{at}model.{name}.remat={remat}" for name in towers]
+        flags += [f"--config.{at}{k}={v}" for k, v in choice.items()]
         yield patch, " ".join(flags)
 
 
