@@ -4,8 +4,8 @@
 
 Counted by XLA's cost analysis of the whole step (forward, backward, optimiser) with layers unrolled and nothing
 recomputed, on the program as lowered, before optimisation: that needs no compilation, so full-size models take seconds
-on a laptop. tests/benchmarks/test_flops.py holds it against the compiled program at a small size; at full size (FLIP L/16, 24
-layers unrolled, XLA for CPUs, a minute each) compiled programs have 0.5-0.6 % more, and the same ratios
+on a laptop. tests/benchmarks/test_flops.py holds it against the compiled program at a small size; at full size (FLIP
+L/16, 24 layers unrolled, XLA for CPUs, a minute each) compiled programs have 0.5-0.6 % more, and the same ratios
 (0.517 and 0.281 at a batch of 16). A multiplication with an addition counts as 2. The step has a batch of 256: what
 couples the batch (the similarities) and what does not grow with it (the optimiser) are below 0.1 % of it.
 """
