@@ -15,6 +15,7 @@ import runs
 from vlp.core import config as configs
 from vlp.core import flops, hlo
 from vlp.models.answers import with_fields
+from vlp.ops.attention import attend
 from vlp.train import compiled, estimate, fit
 from vlp.train.stages import parse
 
@@ -74,6 +75,9 @@ def test_flops_of_what_is_computed_again_and_of_masking():
     assert plain["flops_per_example"] == full["flops_per_example"]
     assert plain["step_flops_per_example"] == pytest.approx(plain["flops_per_example"], rel=0.02)
     assert 1.15 < full["step_flops_per_example"] / full["flops_per_example"] < 1.34
+    fused = compiled.step_flops(*prepared(SMOKE, *wide, "model.image_tower.attention=splash"))
+    assert fused["flops_per_example"] == plain["flops_per_example"]
+    assert fused["step_flops_per_example"] > plain["step_flops_per_example"]
     masked = compiled.step_flops(*prepared(SMOKE, *wide, "objective.keep=0.5"))
     assert masked["unmasked_flops_per_example"] == plain["flops_per_example"]
     assert masked["flops_per_example"] < plain["flops_per_example"]
@@ -87,6 +91,11 @@ def test_flops_count_loops_and_shards():
     spec = jax.sharding.PartitionSpec("a")
     parted = jax.shard_map(lambda x: x @ jnp.eye(4), mesh=mesh, in_specs=spec, out_specs=spec)
     assert flops.of(parted, x) == 2 * 8 * 4 * 4
+    q = jnp.ones(
+        (3, 128, 2, 8)
+    )  # a Pallas kernel: its body times its grid, here examples and heads
+    fused = lambda q: attend(q, q, q, kernel="splash")
+    assert flops.of(fused, q) == flops.of(lambda q: attend(q, q, q), q) == 3 * 2 * 4 * 128 * 128 * 8
 
 
 def test_collectives_are_counted_in_loops():

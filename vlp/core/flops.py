@@ -41,6 +41,8 @@ def of_jaxpr(jaxpr: Any) -> int:
         elif name == "shard_map":  # the body is one device's
             manual = params.get("manual_axes") or params["mesh"].axis_names
             times = math.prod(params["mesh"].shape[a] for a in manual)
+        elif name == "pallas_call":  # the body is one turn's
+            times = math.prod(params["grid_mapping"].grid)
         for value in params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)

@@ -90,11 +90,15 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over `kv` (itself if None), out to `width`. One x may serve every example of `kv`."""
+    """Multi-head attention of x over `kv` (itself if None), out to `width`. One x may serve every example of `kv`.
+
+    kernel: `ops.attention.KERNELS`.
+    """
 
     heads: int
     width: int
     dtype: str = "float32"
+    kernel: str = "auto"
 
     @nn.compact
     def __call__(
@@ -125,7 +129,7 @@ class Attention(nn.Module):
             k, v = kv[:, :, 0], kv[:, :, 1]
             q = jnp.broadcast_to(q, (k.shape[0], *q.shape[1:]))
         q, k, v = (constrain(a, "batch", None, "heads", None) for a in (q, k, v))
-        y = attend(q, k, v, mask_BTS, causal=causal)
+        y = attend(q, k, v, mask_BTS, causal=causal, kernel=self.kernel)
         return Linear(head, (self.width,), (*names, "embed"), dtype=self.dtype, name="out")(y)
 
 
@@ -176,6 +180,7 @@ class Block(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     dtype: str = "float32"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -196,7 +201,9 @@ class Block(nn.Module):
             y = drop(y, fold(keys, 2 * number + 1), self.drop_path, path=True)
             return constrain(x + y, "batch", None, None)
 
-        attention = lambda name: Attention(self.heads, self.width, self.dtype, name=name)
+        attention = lambda name: Attention(
+            self.heads, self.width, self.dtype, self.attention, name=name
+        )
         y = Norm(self.dtype, name="norm_self")(x)
         x = add(x, attention("self")(y, mask_BTS=mask, causal=causal), 0)
         if context is not None:
@@ -210,7 +217,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`depth` blocks under one scan: one block is compiled, and its parameters have a leading axis of layers.
 
-    remat: what the backward pass keeps of a block (REMAT); scan: False unrolls the loop, parameters unchanged.
+    remat: what the backward pass keeps of a block (REMAT); scan: False unrolls the loop, parameters unchanged;
+    attention: its kernel (`ops.attention.KERNELS`).
     """
 
     depth: int
@@ -223,6 +231,7 @@ class Stack(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -254,6 +263,7 @@ class Stack(nn.Module):
             self.dropout,
             self.drop_path,
             self.dtype,
+            self.attention,
             name="blocks",
         )
         x, collected = blocks(

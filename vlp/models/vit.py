@@ -45,6 +45,7 @@ class ViT(nn.Module):
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = True
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -94,7 +95,7 @@ class ViT(nn.Module):
         mlp = self.mlp or 4 * self.width
         stack = Stack(
             self.depth, self.width, self.heads, mlp, self.activation, self.dropout,
-            self.drop_path, self.dtype, self.remat, self.scan, name="encoder",
+            self.drop_path, self.dtype, self.remat, self.scan, self.attention, name="encoder",
         )  # fmt: skip
         x, collected = stack(x, keys=fold(keys, 1), collect=layers)
         x = Norm(self.dtype, name="norm")(x[:, self.registers :])

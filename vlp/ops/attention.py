@@ -1,8 +1,26 @@
-"""Scaled dot-product attention behind one function. Softmax is computed in float32."""
+"""Scaled dot-product attention behind one function. Softmax is computed in float32.
+
+The matrix of logits is made by XLA, or never leaves the chip in JAX's fused kernels: Splash on TPUs, cuDNN on GPUs.
+"""
+
+from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
+
+from vlp.core import check
+from vlp.core import mesh as meshes
+
+KERNELS = ("auto", "xla", "splash", "cudnn")
+SPLASH_FROM = (
+    512  # keys, from which "auto" takes Splash on a TPU: there logits are most of a layer's memory
+)
+BLOCK = 1024  # at most so many queries or keys of one turn of Splash
+LANES = 128
 
 
 def attend(
@@ -12,15 +30,108 @@ def attend(
     mask_BTS: Bool[Array, "#B T S"] | None = None,
     *,
     causal: bool = False,
+    kernel: str = "auto",
 ) -> Float[Array, "B T H K"]:
     """Attention over S keys for T queries (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
-    mask_BTS: True where a query may look; causal: query t sees keys 0..t. Both may be given.
+    mask_BTS: True where a query may look; causal: query t sees keys 0..t. Both may be given. kernel: a name in
+    KERNELS, which changes memory and time, not the result beyond rounding; fused ones take no mask.
+    Raises UserError for a kernel that these devices or a mask rule out.
     """
+    kind = _kind(kernel, mask_BTS is not None, k_BSHK.shape[1], q_BTHK.dtype)
     mask = None if mask_BTS is None else mask_BTS[:, None]
+    if kind == "splash":
+        return _splash(q_BTHK, k_BSHK, v_BSHK, causal)
     if q_BTHK.dtype == jnp.float64:
         return _double(q_BTHK, k_BSHK, v_BSHK, mask, causal)
-    return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask=mask, is_causal=causal)
+    fused = "cudnn" if kind == "cudnn" else None
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BSHK, v_BSHK, mask=mask, is_causal=causal, implementation=fused
+    )
+
+
+def _kind(kernel: str, masked: bool, num_keys: int, dtype: jnp.dtype) -> str:
+    """The kernel for this call: "xla", "splash" or "cudnn"."""
+    where = "model: attention"
+    if kernel not in KERNELS:
+        raise check.unknown(where, kernel, KERNELS)
+    platform = _platform()
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    if kernel == "auto":
+        pays = platform == "tpu" and num_keys >= SPLASH_FROM and dtype == jnp.bfloat16
+        return "splash" if pays and not masked else "xla"
+    if kernel != "xla" and masked:
+        raise check.error(where, f"{kernel!r} with a mask", "'xla' or 'auto'", "change it")
+    if kernel == "cudnn" and (platform not in ("gpu", "cuda") or not half):
+        got = f"'cudnn' for {dtype} on {platform}"
+        raise check.error(where, got, "half precision on a GPU", "write 'auto' or 'xla'")
+    if kernel == "splash" and (platform not in ("tpu", "cpu") or dtype == jnp.float64):
+        got = f"'splash' for {dtype} on {platform}"
+        raise check.error(where, got, "a TPU, or a CPU's slow imitation", "write 'auto' or 'xla'")
+    return kernel
+
+
+def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, causal: bool) -> Array:
+    """JAX's Splash kernel (flash attention, Dao et al. 2022, arXiv:2205.14135) on every device's examples and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _splash_of_one(q_BTHK, k_BSHK, v_BSHK, causal)
+    names = ("batch", None, "heads", None)
+    specs: list[PartitionSpec] = [meshes.spec(names, x.shape, mesh) for x in (q_BTHK, k_BSHK)]
+    one = lambda q, k, v: _splash_of_one(q, k, v, causal)
+    over = jax.shard_map(
+        one, in_specs=(specs[0], specs[1], specs[1]), out_specs=specs[0], check_vma=False
+    )
+    return over(q_BTHK, k_BSHK, v_BSHK)
+
+
+def _splash_of_one(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, causal: bool) -> Array:
+    # imported where it is used: Pallas takes a third of a second
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    _, num_q, num_heads, size = q_BTHK.shape
+    num_k = k_BSHK.shape[1]
+    (full_q, block_q), (full_k, block_k) = _blocks(num_q), _blocks(num_k)
+    at_once = (
+        full_k == block_k
+    )  # else the fused backward pass would hold a partial d_q for every block
+    blocks = splash.BlockSizes(
+        block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=block_k,
+        block_q_dq=None if at_once else block_q, block_kv_dq=None if at_once else block_k,
+        use_fused_bwd_kernel=at_once,
+    )  # fmt: skip
+    shape = (full_q, full_k)
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * num_heads), block_sizes=blocks, head_shards=1,
+        q_seq_shards=1, interpret=_platform() == "cpu",
+    )  # fmt: skip
+    segments = None
+    if (full_q, full_k) != (num_q, num_k):  # what was added attends to itself alone
+        added = [jnp.arange(full) >= num for full, num in ((full_q, num_q), (full_k, num_k))]
+        segments = splash.SegmentIds(*(a.astype(jnp.int32) for a in added))
+
+    def lead_heads(x_BTHK: Array, full: int) -> Array:
+        pad = ((0, 0), (0, full - x_BTHK.shape[1]), (0, 0), (0, 0))
+        return jnp.pad(x_BTHK, pad).transpose(0, 2, 1, 3)
+
+    q_BHTK = lead_heads(q_BTHK * jnp.asarray(size**-0.5, q_BTHK.dtype), full_q)
+    every = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))
+    out_BHTK = every(q_BHTK, lead_heads(k_BSHK, full_k), lead_heads(v_BSHK, full_k))
+    return out_BHTK.transpose(0, 2, 1, 3)[:, :num_q]
+
+
+def _platform() -> str:
+    """Of the mesh's devices, which a plan only imagines; else of this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _blocks(num: int) -> tuple[int, int]:
+    """A number of rows made up to whole blocks, and the size of a block: multiples of the lanes, BLOCK at most."""
+    turns = math.ceil(num / BLOCK)
+    block = math.ceil(num / turns / LANES) * LANES
+    return turns * block, block
 
 
 def _double(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: Array | None, causal: bool) -> Array:

@@ -270,7 +270,7 @@ def own_flops(parts: Parts, mesh: Mesh, objective: Any = None) -> float:
     stage = parts.stage
     if objective is not None:
         stage = dataclasses.replace(stage, objective=objective)
-    plain = with_fields(stage.model, remat="none")
+    plain = with_fields(stage.model, remat="none", attention="xla")
     forward = lambda p, b: loss(stage, plain, p, b, 1)
     with jax.set_mesh(mesh):
         return 3 * flops.of(forward, parts.abstract.params, dict(parts.batch)) / stage.batch
