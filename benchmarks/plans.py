@@ -21,7 +21,6 @@ PLANS = [  # size, topology, overrides
     ("base", "v5e:4x4", ("batch=16384", "mesh.fsdp=16", *FULL, *MICRO(4, "blocks"))),
     ("large", "v5e:16x16", FULL),
     ("giant", "v5e:16x16", ()),
-    ("giant", "v5e:16x16", MICRO(2, "blocks")),
     ("giant", "v5e:8x16", MICRO(2, "full")),
     ("giant", "v6e:16x16", ()),
     ("giant", "v5p:8x8x8", ()),
