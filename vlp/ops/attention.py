@@ -16,9 +16,7 @@ from vlp.core import check
 from vlp.core import mesh as meshes
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
-SPLASH_FROM = (
-    512  # keys, from which "auto" takes Splash on a TPU: there logits are most of a layer's memory
-)
+SPLASH_FROM = 256  # keys, from which "auto" takes Splash on a TPU: docs/attention.md
 BLOCK = 1024  # at most so many queries or keys of one turn of Splash
 LANES = 128
 
