@@ -91,13 +91,22 @@ def test_kernels_that_cannot_be(kernel, masked, says):
         attend(x, x, x, jnp.ones((1, 3, 3), bool) if masked else None, kernel=kernel)
 
 
-@pytest.mark.parametrize("keys, platform, kind", [
+@pytest.mark.parametrize("length, platform, kind", [
     (attention.SPLASH_FROM, "tpu", "splash"),
     (attention.SPLASH_FROM - 1, "tpu", "xla"),
     (attention.SPLASH_FROM, "cpu", "xla"),
 ])  # fmt: skip
-def test_chosen_by_the_devices(keys, platform, kind):
+def test_chosen_by_the_devices(length, platform, kind):
     device = jax.sharding.AbstractDevice(platform, None, platform=platform)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert attention._kind("auto", False, keys, jnp.dtype("bfloat16")) == kind
-        assert attention._kind("auto", True, keys, jnp.dtype("bfloat16")) == "xla"
+        assert attention._kind("auto", False, length, jnp.dtype("bfloat16")) == kind
+        assert attention._kind("auto", True, length, jnp.dtype("bfloat16")) == "xla"
+
+
+def test_giants_image_tower_takes_splash_on_a_tpu():
+    """288 px in patches of 18: 256 tokens; a decoder's 64 queries of them do not."""
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, platform="tpu")
+    bf16 = lambda n: jax.ShapeDtypeStruct((2, n, 2, 88), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        names = lambda n: str(jax.make_jaxpr(attend)(bf16(n), bf16(256), bf16(256)))
+        assert "pallas_call" in names(256) and "pallas_call" not in names(64)

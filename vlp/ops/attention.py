@@ -16,7 +16,7 @@ from vlp.core import check
 from vlp.core import mesh as meshes
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
-SPLASH_FROM = 256  # keys, from which "auto" takes Splash on a TPU: docs/attention.md
+SPLASH_FROM = 256  # queries and keys, from which "auto" takes Splash on a TPU: docs/attention.md
 BLOCK = 1024  # at most so many queries or keys of one turn of Splash
 LANES = 128
 
@@ -36,7 +36,7 @@ def attend(
     KERNELS, which changes memory and time, not the result beyond rounding; fused ones take no mask.
     Raises UserError for a kernel that these devices or a mask rule out.
     """
-    kind = _kind(kernel, mask_BTS is not None, k_BSHK.shape[1], q_BTHK.dtype)
+    kind = _kind(kernel, mask_BTS is not None, min(q_BTHK.shape[1], k_BSHK.shape[1]), q_BTHK.dtype)
     mask = None if mask_BTS is None else mask_BTS[:, None]
     if kind == "splash":
         return _splash(q_BTHK, k_BSHK, v_BSHK, causal)
@@ -48,15 +48,15 @@ def attend(
     )
 
 
-def _kind(kernel: str, masked: bool, num_keys: int, dtype: jnp.dtype) -> str:
-    """The kernel for this call: "xla", "splash" or "cudnn"."""
+def _kind(kernel: str, masked: bool, length: int, dtype: jnp.dtype) -> str:
+    """The kernel for this call: "xla", "splash" or "cudnn". length: of queries or keys, whichever are fewer."""
     where = "model: attention"
     if kernel not in KERNELS:
         raise check.unknown(where, kernel, KERNELS)
     platform = _platform()
     half = dtype in (jnp.bfloat16, jnp.float16)
     if kernel == "auto":
-        pays = platform == "tpu" and num_keys >= SPLASH_FROM and dtype == jnp.bfloat16
+        pays = platform == "tpu" and length >= SPLASH_FROM and dtype == jnp.bfloat16
         return "splash" if pays and not masked else "xla"
     if kernel != "xla" and masked:
         raise check.error(where, f"{kernel!r} with a mask", "'xla' or 'auto'", "change it")
