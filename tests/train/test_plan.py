@@ -112,6 +112,8 @@ def test_collectives_are_counted_in_loops():
     assert {k: (v.count, v.sent_bytes) for k, v in found.items()} == {
         "all-gather": (5, 5 * 7 / 8 * 8 * 16 * 4)
     }
+    kernels = text.replace(", metadata={", ', config={\n"of a kernel": {}\n}}, metadata={')
+    assert kernels != text and hlo.collectives(kernels, 8) == found
 
 
 def test_collectives_of_one_shard_map_are_counted_each():
