@@ -26,7 +26,9 @@ def collectives(text: str, num_devices: int) -> dict[str, Traffic]:
     count once.
     """
     bodies = {}
-    for block in re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", text):  # kernels' metadata has lines of its own
+    for block in re.split(
+        r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", text
+    ):  # kernels' metadata has lines of its own
         head = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", block)
         if head:
             bodies[head.group(1)] = block
