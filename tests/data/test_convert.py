@@ -209,13 +209,14 @@ tree = lambda out: {p.name: p.read_bytes() for p in pathlib.Path(out).iterdir()}
 parent, began = pathlib.Path(sys.argv[2]), time.monotonic()
 os.waitpid(child(str(parent / "whole" / "set")), 0)
 took, draws, killed = time.monotonic() - began, random.Random(0), 0
-for _ in range(12):
+while killed < 6:
     out = str(parent / "killed" / "set")
     for _ in range(3):  # deaths in a row
         pid = child(out)
         time.sleep(draws.uniform(0, took))
         os.kill(pid, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        met = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        took, killed = took * (1.1 if met else 0.7), killed + met  # however busy the machine
     assert os.waitpid(child(out), 0)[1] == 0
     assert tree(out) == tree(parent / "whole" / "set")
     assert os.listdir(parent / "killed") == ["set"], os.listdir(parent / "killed")
@@ -235,7 +236,7 @@ def test_sigkill_at_random_moments(tmp_path, damaged):
         env=os.environ | {"PYTHONPATH": ":".join(p for p in sys.path if p)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) > 3
+    assert int(done.stdout) >= 6
 
 
 def test_finished_shards_are_not_made_again(tmp_path, damaged, monkeypatch):
