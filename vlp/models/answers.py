@@ -8,6 +8,7 @@ import math
 from collections.abc import Set
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -72,11 +73,22 @@ def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
     out = {name for name in ("decode", "head", "scale_bias") if hasattr(model, name)}
     if getattr(model, "bias", None) is not None:
         out.add("bias")
-    image = jax.ShapeDtypeStruct((1, image_px, image_px, 3), jnp.uint8)
-    text = jax.ShapeDtypeStruct((1, text_len), jnp.int32)
-    for method, x in (("image", image), ("text", text)):
-        answer = lambda x, method=method: model.init_with_output(
-            jax.random.key(0), x, method=method
-        )
-        out |= {f"{method}.{name}" for name in jax.eval_shape(answer, x)[0]}
+    variables = {"params": nn.unbox(abstract_params(model, image_px, text_len))}
+    for method, x in zip(("image", "text"), _inputs(image_px, text_len)):
+        answer = functools.partial(model.apply, method=method)
+        out |= {f"{method}.{name}" for name in jax.eval_shape(answer, variables, x)}
     return frozenset(out)
+
+
+@functools.lru_cache(maxsize=16)  # a trace of the whole model, asked for often
+def abstract_params(model: Any, image_px: int, text_len: int) -> Any:
+    """Shapes of the parameters, still carrying the names of their axes. Costs no memory and no compilation."""
+    init = lambda *x: model.init(
+        jax.random.key(0), *x
+    )  # a key of its own: the mesh may be of no devices
+    return jax.eval_shape(init, *_inputs(image_px, text_len))["params"]
+
+
+def _inputs(image_px: int, text_len: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    image = jax.ShapeDtypeStruct((1, image_px, image_px, 3), jnp.uint8)
+    return image, jax.ShapeDtypeStruct((1, text_len), jnp.int32)

@@ -14,7 +14,7 @@ from vlp.train import compiled, estimate
 from vlp.train.compiled import Target
 from vlp.train.stages import parse
 
-ROOM = 0.97  # of the memory that an estimate may fill, for a candidate to be tried
+SLACK = 1.03  # of the memory: a candidate estimated above this is not compiled
 GiB = 2**30
 
 
@@ -58,14 +58,15 @@ def _search(config: dict[str, Any], index: int, target: Target, fast: bool) -> d
     tried = 0
     for patch, flags in candidates(config, index):
         changed = overlay(config, patch)
+        settings, stages = parse(changed)
         try:
-            row = _one(changed, index, target, fast=True)
+            parts, mesh = compiled.prepare(stages[index], settings, target)
         except UserError:
             continue  # a batch that does not divide, say
-        if row["fits"] is False and row["peak_bytes"] > limit / ROOM:
+        guess = estimate.peak(parts, mesh).peak_bytes
+        if guess > (limit if fast else SLACK * limit):
             continue
-        if not fast:
-            row, tried = _one(changed, index, target, fast=False), tried + 1
+        row, tried = _one(changed, index, target, fast), tried + 1
         if row["fits"]:
             keys = ("peak_bytes", "step_flops_per_example", "flops_per_example")
             return {"would_fit": flags, **{f"would_fit/{k}": row[k] for k in keys}}

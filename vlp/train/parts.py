@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,6 @@ from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.data.loader import Dataset, check_data, leaves, open_dataset
 from vlp.evals.io import IO, check_ready
-from vlp.infer.load import load
 from vlp.models.answers import check_needs
 from vlp.optim import make as optimisers
 from vlp.train import state as states
@@ -24,6 +23,9 @@ from vlp.train.state import State
 from vlp.train.step import train_step
 
 PyTree = Any
+
+if TYPE_CHECKING:
+    from vlp.infer.load import Loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     updater = optimisers.make(stage.optim, nn.unbox(boxed))
     teachers = {}
     for name, teacher in stage.teachers.items():
-        model = load(teacher.path).apply.model if teacher.path else stage.model
+        model = _load(teacher.path).apply.model if teacher.path else stage.model
         teachers[name] = (model, teacher.decay)
     step = functools.partial(
         train_step,
@@ -96,6 +98,12 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
     return Parts(stage, {}, updater, teachers, state, batch, compiled)
+
+
+def _load(workdir: str) -> Loaded:
+    from vlp.infer.load import load  # here, as it brings Orbax, which a plan does without
+
+    return load(workdir)
 
 
 def trace(parts: Parts) -> None:
@@ -133,7 +141,7 @@ def abstract_state(stage: Stage, updater: optimisers.Updater, mesh: Mesh) -> Sta
     for name, teacher in stage.teachers.items():
         teachers[name] = params
         if teacher.path:
-            loaded = load(teacher.path)
+            loaded = _load(teacher.path)
             teachers[name] = jax.eval_shape(lambda tree: tree, loaded.apply.params)
     create = functools.partial(states.create, updater=updater, step=0)
     extra = jax.eval_shape(lambda: init_extra(stage, 0))

@@ -9,8 +9,8 @@ from typing import Any
 import flax.linen as nn
 
 from vlp.core import tree
+from vlp.models.answers import abstract_params
 from vlp.train.stages import parse
-from vlp.train.state import abstract_params
 
 
 def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlp.core import mesh as meshes
+from vlp.models.answers import abstract_params
 from vlp.optim.make import Updater
 
 PyTree = Any
@@ -31,14 +31,6 @@ class State:
     opt: PyTree
     teachers: dict[str, PyTree]
     extra: PyTree
-
-
-@functools.lru_cache(maxsize=16)  # a trace of the whole model, asked for often
-def abstract_params(model: Any, image_px: int, text_len: int) -> PyTree:
-    """Shapes of the parameters, still carrying the names of their axes. Costs no memory and no compilation."""
-    return jax.eval_shape(
-        lambda: model.init(jax.random.key(0), *_inputs(image_px, text_len))["params"]
-    )
 
 
 def init_params(model: Any, image_px: int, text_len: int, seed: int, mesh: Mesh) -> PyTree:
