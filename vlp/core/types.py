@@ -127,6 +127,15 @@ class Ctx:
             kwargs["keys"] = self.keys(f"{method}:{draw}")
         return self.apply(method, *args, **kwargs)
 
+    def then(self, out: PyTree) -> tuple[Ctx, PyTree]:
+        """This step and `out` again, such that what the step calls from here on is differentiated before `out` is.
+
+        Towers that do not read each other have no order of their own, and a compiler may begin one's backward pass
+        while the other's activations are all alive. Values and gradients stay what they were.
+        """
+        params, out = _before(self.apply.params, out)
+        return dataclasses.replace(self, apply=dataclasses.replace(self.apply, params=params)), out
+
     def texts(self) -> list[jax.Array]:
         """The batch's captions, i32[B L] each: one, or K with `config.data.captions` "all"; pass k is their `draw`."""
         text = self.batch["text"]
@@ -194,6 +203,27 @@ class Ctx:
         body = jax.checkpoint(body, prevent_cse=False, policy=MICRO_REMAT[self.micro_remat])
         _, out = jax.lax.scan(body, (), jax.tree.map(split, (rows, arrays)))
         return jax.tree.map(join, out)
+
+
+@jax.custom_vjp
+def _before(first: PyTree, second: PyTree) -> tuple[PyTree, PyTree]:
+    """Both as they are; second's cotangents wait for first's, of those leaves that have any."""
+    return first, second
+
+
+def _before_fwd(first: PyTree, second: PyTree) -> tuple[tuple[PyTree, PyTree], None]:
+    primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+    return jax.tree.map(lambda x: x.value, (first, second), is_leaf=primal), None
+
+
+def _before_bwd(_: None, cotangents: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    none = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
+    leaves, treedef = jax.tree.flatten(cotangents, is_leaf=none)
+    waited = iter(jax.lax.optimization_barrier([x for x in leaves if not none(x)]))
+    return jax.tree.unflatten(treedef, [None if none(x) else next(waited) for x in leaves])
+
+
+_before.defvjp(_before_fwd, _before_bwd, symbolic_zeros=True)
 
 
 class _Teachers(Mapping[str, Callable[..., Any]]):

@@ -51,6 +51,7 @@ class Coca:
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        ctx, image = ctx.then(image)
         embeds, captions = [], []
         for k, words in enumerate(ctx.texts()):
             text = ctx.student("text", words, draw=k)

@@ -33,5 +33,6 @@ class Siglip:
 
     def encode(self, ctx: Ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        ctx, image = ctx.then(image)
         texts = [ctx.student("text", text, draw=k) for k, text in enumerate(ctx.texts())]
         return image["embed"], [text["embed"] for text in texts]

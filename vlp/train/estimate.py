@@ -31,7 +31,7 @@ FUSED = frozenset({
     "squeeze", "stop_gradient", "sub", "tanh", "transpose", "concatenate", "optimization_barrier", "name",
     "sharding_constraint", "reduce_precision", "split", "dynamic_slice",
 })  # fmt: skip
-LOOPS = ("scan", "while")
+GROWING = ("scan", "while", "pallas_call")  # their results are there while they work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +85,18 @@ def _of_step(parts: Parts, tiled: bool) -> tuple[float, float]:
     return best[0] / PRIME, best[1]
 
 
-def _size(own: set, tiled: bool, aval: Any) -> tuple[float, float]:
-    """Bytes of an array: those that a batch divides, and others; none for parameters and gradients in shards."""
+def _size(own: set, tiled: bool, aval: Any, rows: bool = False) -> tuple[float, float]:
+    """Bytes of an array: those that a batch divides, and others; none for parameters and gradients in shards.
+
+    rows: its last dimension is the minor one, as a kernel's operands have it, however narrow.
+    """
     if not hasattr(aval, "shape") or not aval.shape:
         return 0.0, 0.0
     item = getattr(aval.dtype, "itemsize", 4)
-    num = math.prod(_padded(aval.shape) if tiled else aval.shape) * item
+    shape = aval.shape
+    if tiled:
+        shape = (*shape[:-1], -(-shape[-1] // 128) * 128) if rows else _padded(shape)
+    num = math.prod(shape) * item
     if any(d and d % PRIME == 0 for d in aval.shape):
         return float(num), 0.0
     return 0.0, 0.0 if aval.shape in own else float(num)
@@ -115,7 +121,7 @@ def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*rest, up(minor, 128))
 
 
-def _walk(jaxpr: Any, size: Callable[[Any], tuple[float, float]]) -> list[tuple[float, float]]:
+def _walk(jaxpr: Any, size: Callable[..., tuple[float, float]]) -> list[tuple[float, float]]:
     """What is alive after each equation, beside the jaxpr's inputs."""
     Literal = jax_core.Literal
     roots: dict[Any, frozenset] = {}  # variable → the arrays that it is a view of
@@ -142,8 +148,14 @@ def _walk(jaxpr: Any, size: Callable[[Any], tuple[float, float]]) -> list[tuple[
     for i, eqn in enumerate(jaxpr.eqns):
         inner = _inner(eqn, size)
         outs = {v: size(v.aval) for v in eqn.outvars if v not in roots and v in last}
+        if (
+            eqn.primitive.name == "pallas_call"
+        ):  # its work is on the chip, its operands and results are not
+            outs = {v: size(v.aval, rows=True) for v in eqn.outvars}
+            read = [size(v.aval, rows=True) for v in eqn.invars]
+            inner = [(sum(r[0] for r in read), sum(r[1] for r in read))]
         # a loop's results grow beside what one turn works with; a call's are what it leaves behind
-        during = live if inner and eqn.primitive.name not in LOOPS else live | outs
+        during = live if inner and eqn.primitive.name not in GROWING else live | outs
         live |= outs
         for alive, more in ((live, (0.0, 0.0)), *((during, moment) for moment in inner)):
             total = [sum(v[k] for v in alive.values()) + more[k] for k in (0, 1)]
@@ -154,10 +166,10 @@ def _walk(jaxpr: Any, size: Callable[[Any], tuple[float, float]]) -> list[tuple[
     return seen
 
 
-def _inner(eqn: Any, size: Callable[[Any], tuple[float, float]]) -> list[tuple[float, float]]:
+def _inner(eqn: Any, size: Callable[..., tuple[float, float]]) -> list[tuple[float, float]]:
     """The fullest moment of each of an equation's own jaxprs; none for a plain one."""
     found = []
-    if eqn.primitive.name == "pallas_call":  # holds what it works with on the chip
+    if eqn.primitive.name == "pallas_call":
         return found
     for value in eqn.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
