@@ -6,6 +6,7 @@ per-example keys that are passed in (`keys_B`; None: deterministic), never from 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -66,7 +67,11 @@ class Linear(nn.Module):
         )
         contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
         kernel: Any = gather(jnp.asarray(kernel, self.dtype), self.names)
+        # heads × head size as one dimension, as the product may be kept and a head alone is narrower than a TPU's tile
+        merged = (*self.shape_out[:-2], math.prod(self.shape_out[-2:]))
+        kernel = kernel.reshape(*self.shape_in, *merged)
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
+        y = y.reshape(*y.shape[: -len(merged)], *self.shape_out)
         if self.bias:
             init = logical(nn.initializers.zeros, *self.names[num_in:])
             bias = self.param("bias", init, self.shape_out)
