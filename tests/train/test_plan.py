@@ -233,7 +233,9 @@ def test_what_would_fit_is_told_in_flags_that_do():
         (["--fast"], "--fast: got no target"),
         (["--devices", "8", "--mfu", "2"], "--mfu: got 2.0"),
         (["--devices", "8", "--stage", "nope"], "--stage: got 'nope'"),
-        (["--gpu"], "--gpu: got cpu devices, expected a GPU"),
+        (["--gpu", "H1000:8"], "--gpu: got 'H1000', expected one of"),
+        (["--gpu", "H100:no"], "--gpu: got 'H100:no', expected a kind and a number"),
+        (["--gpu", "H100:8", "--alone"], "--alone: got --gpu H100:8, which is estimated"),
         (["--devices", "8", "--config.batch=12"], "config.batch: got 12"),
         (["--devices", "8", "--config.micro_remat=some"], "config.micro_remat: got 'some'"),
     ],
@@ -241,6 +243,32 @@ def test_what_would_fit_is_told_in_flags_that_do():
 def test_mistakes(capsys, argv, said):
     assert runs.vlp("plan", "--config", SMOKE, *argv) == 2
     assert capsys.readouterr().err.startswith(f"vlp: {said}")
+
+
+MAIN = "import sys; from vlp.cli.main import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--gpu"], "on 8 × NVIDIA H100 80GB HBM3 (imagined)"),
+        (["--gpu", "A100-SXM4-40:2"], "on 2 × NVIDIA A100-SXM4-40GB (imagined)"),
+        (["--devices", "2", "--fast"], "on 2 CPU devices"),
+    ],
+)
+def test_devices_that_are_not_here(argv, said):
+    """In a process of its own, as JAX learns the number of its devices once."""
+    out = subprocess.run(
+        [sys.executable, "-c", MAIN, "plan", "--config", SMOKE, *argv],
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    assert said in out.stdout
+    assert "an estimate, nothing compiled" in out.stdout
+    assert ("fits: of" in out.stdout) == (argv[0] == "--gpu")
 
 
 def test_large_parameters_must_be_divided():

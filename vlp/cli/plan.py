@@ -20,7 +20,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     target.add_argument(
         "--devices", type=int, default=0, metavar="N", help="N simulated CPU devices"
     )
-    target.add_argument("--gpu", action="store_true", help="this machine's GPUs")
+    target.add_argument(
+        "--gpu",
+        nargs="?",
+        const="",
+        metavar="KIND:N",
+        help="this machine's GPUs; or an estimate for some that are not here (H100:8)",
+    )
     parser.add_argument(
         "--slices", type=int, default=1, metavar="N", help="so many of the topology"
     )
@@ -43,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     import gc
 
     _check(args)
-    if args.topology or not args.gpu:  # no accelerator is touched, whatever this machine has
+    if args.gpu != "":  # no accelerator is touched, whatever this machine has
         os.environ["JAX_PLATFORMS"] = "cpu"
         quiet = {
             "TPU_SKIP_MDS_QUERY": "1",
@@ -68,7 +74,7 @@ def _check(args: argparse.Namespace) -> None:
 
     from vlp.core import check
 
-    target = args.topology or args.devices or args.gpu
+    target = args.topology or args.devices or args.gpu is not None
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise check.error("--json", repr(args.json), "a file in an existing directory", "make it")
     if args.json and pathlib.Path(args.json).is_dir():
@@ -80,8 +86,9 @@ def _check(args: argparse.Namespace) -> None:
         raise check.error("--stage, --alone", "no target", "devices to plan for", do)
     if args.fast and not target:
         raise check.error("--fast", "no target", "devices to estimate for", do)
-    if args.alone and args.fast:
-        raise check.error("--alone", "--fast", "a compilation", "drop one of them")
+    if args.alone and (args.fast or args.gpu):
+        got = "--fast" if args.fast else f"--gpu {args.gpu}, which is estimated"
+        raise check.error("--alone", got, "a compilation", "drop one of them")
     if not 0 < args.mfu <= 1:
         raise check.error("--mfu", args.mfu, "a share of the peak in (0, 1]", "write 0.4, say")
 
@@ -90,17 +97,18 @@ def _plan(args: argparse.Namespace) -> int:
     import pathlib
 
     from vlp.core.config import load
-    from vlp.train import plan, workdir
+    from vlp.train import compiled, fit, plan, workdir
 
     config = load(args.config, args.overrides)
+    target = None  # before anything is traced, which starts JAX
+    if args.topology or args.devices or args.gpu is not None:
+        target = compiled.target(args.topology, args.slices, args.devices, args.gpu)
     plans = plan.stages(config)
     print(plan.table(plans))
     fits = True
-    if args.topology or args.devices or args.gpu:
-        from vlp.train import compiled, fit
-
-        target = compiled.target(args.topology, args.slices, args.devices, args.gpu)
-        found = fit.check(config, target, args.stage, fast=args.fast, alone=args.alone)
+    if target:
+        fast = args.fast or bool(target.stands_for)
+        found = fit.check(config, target, args.stage, fast=fast, alone=args.alone)
         print(fit.report(found, args.mfu))
         fits = all(row["fits"] is not False for row in found)
         plans = [row | more for row, more in zip(plans, found)] if not args.stage else found

@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,14 +26,18 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to compile for: a TPU topology, simulated CPU devices, or those of this machine."""
+    """Devices to compile for: a TPU topology, simulated CPU devices, or those of this machine.
+
+    stands_for: the kind of device that these are in place of, if any; then there is nothing to compile for.
+    """
 
     name: str
     devices: Sequence[Any]
+    stands_for: str = ""
 
     @property
     def kind(self) -> str:
-        return self.devices[0].device_kind
+        return self.stands_for or self.devices[0].device_kind
 
     @property
     def hbm_bytes(self) -> int | None:
@@ -62,8 +66,12 @@ def topology(name: str, slices: int = 1) -> Target:
     return Target(name if slices == 1 else f"{slices} × {name}", devices)
 
 
-def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpu: bool = False) -> Target:
-    """The devices that a plan is for. Called before JAX has started anything."""
+def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpus: str | None = None) -> Target:
+    """The devices that a plan is for. Called before JAX has started anything.
+
+    gpus: "" for those of this machine (where it has none, for a node of H100), or "H100:8": so many of a kind,
+    which need not be here.
+    """
     if slices < 1 or num_cpu < 0:
         raise check.error("--slices, --devices", (slices, num_cpu), "1 or more", "change it")
     if name:
@@ -71,10 +79,25 @@ def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpu: bool = False)
     if num_cpu:
         jax.config.update("jax_num_cpu_devices", num_cpu)
         return Target(f"{num_cpu} CPU devices", jax.devices("cpu"))
-    if gpu and jax.default_backend() != "gpu":
-        do = "run it where the GPU is (pip install 'vlp[cuda]'), or use --devices"
-        raise check.error("--gpu", f"{jax.default_backend()} devices", "a GPU", do)
+    imagined = _imagined(gpus or "H100:8")
+    if gpus or jax.default_backend() != "gpu":
+        return imagined()
     return Target(f"{jax.device_count()} GPUs", jax.devices())
+
+
+def _imagined(gpus: str) -> Callable[[], Target]:
+    """GPUs that are not here, as "H100:8": CPU devices in their place, whose number is set before JAX starts."""
+    name, _, count = gpus.partition(":")
+    known = [kind for kind in CHIPS if "TPU" not in kind]
+    kinds = [kind for kind in known if name.lower() in kind.lower()]
+    if not name or not kinds:
+        raise check.unknown("--gpu", name, known)
+    num = int(count or 1) if (count or "1").isdecimal() else 0
+    if num < 1:
+        raise check.error("--gpu", repr(gpus), "a kind and a number, as H100:8", "write it so")
+    jax.config.update("jax_num_cpu_devices", num)
+    name = f"{num} × {kinds[0]} (imagined)"
+    return lambda: Target(name, jax.devices("cpu"), stands_for=kinds[0])
 
 
 # What XLA leaves a program: measured by what the TPU compiler says it refuses.
