@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 
+from vlp.core import check
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -20,6 +22,7 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
+    check.output_file("--json", args.json)
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     from vlp.core import mesh as meshes
     from vlp.train import compiled
@@ -66,4 +69,4 @@ def measure(mesh, args, num: int, kernel: str) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    check.run(main)

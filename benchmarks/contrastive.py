@@ -23,6 +23,8 @@ import os
 import re
 import time
 
+from vlp.core import check
+
 IMPLS = ("naive", "local", "chunked")
 MB = 2**20
 
@@ -40,18 +42,16 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="run it too (CPU devices)")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
+    check.output_file("--json", args.json)
+    if args.width < 1:
+        raise check.error("--width", args.width, "1 or more", "change it")
     os.environ.setdefault("PJRT_NPROC", "32")
     if args.topology:
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    import jax
 
-    if args.topology:
-        from jax.experimental import topologies
+    from vlp.train import compiled
 
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
-    else:
-        jax.config.update("jax_num_cpu_devices", args.devices)
-        devices = jax.devices()
+    devices = compiled.target(args.topology, num_cpu=args.devices).devices
     if args.step:
         rows = [
             whole_step(devices, batch, impl, args)
@@ -115,6 +115,7 @@ def measure(devices, batch, impl, args) -> dict:
     from vlp.core import mesh as meshes
 
     mesh = meshes.make(meshes.MeshShape(), devices)
+    meshes.check_batch(batch, mesh, where="--batch")
     rows, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     z = jax.ShapeDtypeStruct((batch, args.width), jnp.bfloat16, sharding=rows)
     s = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
@@ -216,4 +217,4 @@ def table(rows) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    check.run(main)

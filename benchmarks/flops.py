@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlp.core import check
 from vlp.core import config as configs
 from vlp.optim import make as optimisers
 from vlp.train import stages, state
@@ -212,6 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows there")
     args = parser.parse_args()
+    check.output_file("--json", args.json)
     rows = flip() + coca() + clipa()
     print(table(rows))
     if args.json:
@@ -219,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    check.run(main)

@@ -32,6 +32,8 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from vlp.core import check
+
 SIZES = {500: (375, 500), 1024: (768, 1024)}
 BATCH, TEXT_LEN, IMAGE_PX, PER_SHARD = 100, 77, 224, 500
 WORDS = "a the red green old small dog cat house tree on in near street photo of two people with sky".split()
@@ -222,6 +224,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--serve", nargs=2, metavar=("LOADER", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    check.output_file("--json", args.json)
     if args.serve:
         return serve(*args.serve, args.num)
     rows = []
@@ -241,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    check.run(main)

@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny towers and made-up shapes")
     parser.add_argument("--json", default="", metavar="FILE", help="write the table as JSON")
     args = parser.parse_args(argv)
+    check.output_file("--json", args.json)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     chosen = [m.strip() for m in args.only.split(",") if m.strip()] if args.only else list(METHODS)
     compilation_cache()
@@ -218,4 +219,4 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    check.run(main)

@@ -13,6 +13,8 @@ import json
 import os
 import pathlib
 
+from vlp.core import check
+
 ROOT = pathlib.Path(__file__).parents[1]
 GiB = 2**30
 FULL = ("model.image_tower.remat=full", "model.text_tower.remat=full")
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--write", default="", metavar="FILE", help="the table, as Markdown")
     args = parser.parse_args()
+    check.output_file("--json", args.json)
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -122,4 +125,4 @@ given; at −1 the compiler is several times as fast and packs memory less well.
 
 
 if __name__ == "__main__":
-    main()
+    check.run(main)

@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 
+from vlp.core import check
+
 MB = 2**20
 COLUMNS = {
     "peak MB": lambda r: r["peak_bytes"] / MB,
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
+    check.output_file("--json", args.json)
     os.environ.setdefault("PJRT_NPROC", "32")
     if args.topology:
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
@@ -102,4 +105,4 @@ def show(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    check.run(main)

@@ -36,6 +36,8 @@ from typing import Any
 
 import numpy as np
 
+from vlp.core import check
+
 
 def tower(width: int, depth: int, heads: int, **more: Any) -> dict[str, Any]:
     return dict(width=width, depth=depth, heads=heads, **more)
@@ -112,6 +114,10 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without open_clip")
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
+    check.output_file("--json", args.json)
+    for name in ("batch", "repeats"):
+        if getattr(args, name) < 1:
+            raise check.error(f"--{name}", getattr(args, name), "1 or more", "change it")
     rows = [row for name in args.models for mask in args.mask for row in measure(name, mask, args)]
     table(rows)
     if args.json:
@@ -295,4 +301,4 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    check.run(main)

@@ -13,6 +13,8 @@ import re
 
 from contrastive import MB
 
+from vlp.core import check
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -23,17 +25,13 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=64_000)
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
+    check.output_file("--json", args.json)
     if args.topology:
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    import jax
 
-    if args.topology:
-        from jax.experimental import topologies
+    from vlp.train import compiled
 
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
-    else:
-        jax.config.update("jax_num_cpu_devices", 8)
-        devices = jax.devices()
+    devices = compiled.target(args.topology, num_cpu=8).devices
     rows = [
         measure(devices, args, impl, chunk) for impl, chunk in (("plain", 0), ("chunked", 1024))
     ]
@@ -58,6 +56,7 @@ def measure(devices, args, impl: str, chunk: int) -> dict:
     from vlp.losses import caption
 
     mesh = meshes.make(meshes.MeshShape(), devices)
+    meshes.check_batch(args.batch, mesh, where="--batch")
     rows = meshes.batch_sharding(mesh)
     kernel = (args.width, args.vocab)
     table = NamedSharding(mesh, meshes.spec(("embed", "vocab"), kernel, mesh))
@@ -84,4 +83,4 @@ def measure(devices, args, impl: str, chunk: int) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    check.run(main)

@@ -18,3 +18,25 @@ def test_one_line_that_says_where_what_and_what_to_do():
 def test_unknown_names_list_the_known_ones(got, hint):
     error = check.unknown("objective.name", got, ["siglip", "clip"])
     assert str(error) == f"objective.name: got {got!r}, expected one of ['clip', 'siglip']; {hint}"
+
+
+def test_a_script_ends_with_one_line(capsys):
+    def main():
+        raise check.error("--batch", 7, "a multiple of 8", "change it")
+
+    with pytest.raises(SystemExit) as end:
+        check.run(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "--batch: got 7, expected a multiple of 8; change it\n"
+    with pytest.raises(SystemExit) as end:
+        check.run(lambda: 76)
+    assert end.value.code == 76
+
+
+def test_files_to_write(tmp_path):
+    check.output_file("--json", "")
+    check.output_file("--json", tmp_path / "rows.json")
+    with pytest.raises(check.UserError, match="^--json: got the directory"):
+        check.output_file("--json", str(tmp_path))
+    with pytest.raises(check.UserError, match="^--json: got .*, expected a file in an existing"):
+        check.output_file("--json", str(tmp_path / "none" / "rows.json"))

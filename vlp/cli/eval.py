@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):
         if label not in evals:
             raise check.unknown("--evals", label, evals)
-    if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
-        raise check.error("--json", repr(args.json), "a file in an existing directory", "make it")
+    check.output_file("--json", args.json)
     split = {"split": args.split} if args.split else {}
     chosen = {label: dataclasses.replace(evals[label], **split) for label in labels}
     write = lambda name, value: workdir.write_json(

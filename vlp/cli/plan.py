@@ -70,15 +70,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError for options that do not go together."""
-    import pathlib
-
     from vlp.core import check
 
     target = args.topology or args.devices or args.gpu is not None
-    if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
-        raise check.error("--json", repr(args.json), "a file in an existing directory", "make it")
-    if args.json and pathlib.Path(args.json).is_dir():
-        raise check.error("--json", f"the directory {args.json!r}", "a file", "name one in it")
+    check.output_file("--json", args.json)
     if args.slices != 1 and not args.topology:
         raise check.error("--slices", args.slices, "a --topology beside it", "add it")
     do = "add --topology v5e:16x16, --devices 8 or --gpu"

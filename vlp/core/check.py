@@ -5,12 +5,32 @@ crash (exit code 1, with its traceback).
 """
 
 import difflib
+import pathlib
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake in a config, a command or a file; its message says what to do."""
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Ends a script with its main's exit code; with 2 and one line for a mistake of the user's."""
+    try:
+        sys.exit(main())
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        sys.exit(2)
+
+
+def output_file(where: str, path: str | pathlib.Path | None) -> None:
+    """Raises UserError unless `path` can be a file to write ("" or None: there is none), before work is done for it."""
+    if path and pathlib.Path(path).is_dir():
+        raise error(where, f"the directory {str(path)!r}", "a file", "name one in it")
+    if path and not pathlib.Path(path).absolute().parent.is_dir():
+        raise error(where, repr(str(path)), "a file in an existing directory", "make it")
 
 
 def error(where: str, got: object, expected: object, do: str) -> UserError:
