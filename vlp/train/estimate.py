@@ -31,7 +31,8 @@ FUSED = frozenset({
     "squeeze", "stop_gradient", "sub", "tanh", "transpose", "concatenate", "optimization_barrier", "name",
     "sharding_constraint", "reduce_precision", "split", "dynamic_slice",
 })  # fmt: skip
-GROWING = ("scan", "while", "pallas_call")  # their results are there while they work
+LOOPS = ("scan", "while")
+GROWING = (*LOOPS, "pallas_call")  # their results are there while they work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,12 @@ def peak(parts: Parts, mesh: Mesh) -> Estimate:
     tiled = mesh.devices.flat[0].platform == "tpu"
     device = mesh.abstract_mesh.abstract_device  # by which kernels are chosen
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        per_example, constant = _of_step(parts, tiled)
+        jaxpr = _gradient(parts)
+    own = {x.shape for x in jax.tree.leaves(parts.abstract.params)}
     rows = stage.batch // stage.micro_batches / meshes.batch_ways(mesh)
-    weights = constant / max(1, mesh.shape["tensor"])
+    size = functools.partial(_size, own, tiled, rows / PRIME, 1 / mesh.shape["tensor"])
     grads = compiled.shard_bytes(parts.abstract.params)
-    held = round(per_example * rows + weights)
+    held = round(max(_walk(jaxpr, size)))
     state = sum(compiled.state_bytes(parts).values())
     return Estimate(state + grads + held, grads + held)
 
@@ -65,8 +67,8 @@ def measure(parts: Parts, mesh: Mesh, target: compiled.Target) -> dict[str, Any]
     return row | {"peak_bytes": found.peak_bytes, "fits": fits}
 
 
-def _of_step(parts: Parts, tiled: bool) -> tuple[float, float]:
-    """Of the step at its fullest: bytes per example of a micro-batch, and bytes that no batch changes."""
+def _gradient(parts: Parts) -> Any:
+    """The jaxpr of the step's gradient, for PRIME examples of each micro-batch."""
     stage = parts.stage
     num = PRIME * stage.micro_batches
     small = dataclasses.replace(stage, batch=num)
@@ -79,27 +81,23 @@ def _of_step(parts: Parts, tiled: bool) -> tuple[float, float]:
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(bare, parts.abstract.params)
     grad = jax.grad(lambda p, b: compiled.loss(small, stage.model, p, b, stage.micro_batches))
-    jaxpr = jax.make_jaxpr(grad)(params, batch).jaxpr
-    size = functools.partial(_size, {x.shape for x in jax.tree.leaves(params)}, tiled)
-    best = max(_walk(jaxpr, size), key=lambda m: m[0] * 1.0)
-    return best[0] / PRIME, best[1]
+    return jax.make_jaxpr(grad)(params, batch).jaxpr
 
 
-def _size(own: set, tiled: bool, aval: Any, rows: bool = False) -> tuple[float, float]:
-    """Bytes of an array: those that a batch divides, and others; none for parameters and gradients in shards.
-
-    rows: its last dimension is the minor one, as a kernel's operands have it, however narrow.
-    """
+def _size(
+    own: set, tiled: bool, rows: float, whole: float, aval: Any, minor: bool = False
+) -> float:
+    """Bytes of an array on a device, which has the shares `rows` of those that the batch divides and `whole` of
+    others; none for parameters and gradients in shards. minor: its last dimension is, as in a kernel's operands."""
     if not hasattr(aval, "shape") or not aval.shape:
-        return 0.0, 0.0
-    item = getattr(aval.dtype, "itemsize", 4)
+        return 0.0
     shape = aval.shape
     if tiled:
-        shape = (*shape[:-1], -(-shape[-1] // 128) * 128) if rows else _padded(shape)
-    num = math.prod(shape) * item
+        shape = (*shape[:-1], -(-shape[-1] // 128) * 128) if minor else _padded(shape)
+    num = math.prod(shape) * getattr(aval.dtype, "itemsize", 4)
     if any(d and d % PRIME == 0 for d in aval.shape):
-        return float(num), 0.0
-    return 0.0, 0.0 if aval.shape in own else float(num)
+        return num * rows
+    return 0.0 if aval.shape in own else num * whole
 
 
 def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -121,7 +119,7 @@ def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*rest, up(minor, 128))
 
 
-def _walk(jaxpr: Any, size: Callable[..., tuple[float, float]]) -> list[tuple[float, float]]:
+def _walk(jaxpr: Any, size: Callable[..., float]) -> list[float]:
     """What is alive after each equation, beside the jaxpr's inputs."""
     Literal = jax_core.Literal
     roots: dict[Any, frozenset] = {}  # variable → the arrays that it is a view of
@@ -143,37 +141,41 @@ def _walk(jaxpr: Any, size: Callable[..., tuple[float, float]]) -> list[tuple[fl
     for v in jaxpr.outvars:
         for root in views(v):
             last[root] = len(jaxpr.eqns)
-    live: dict[Any, tuple[float, float]] = {}
-    seen = [(0.0, 0.0)]
+    live: dict[Any, float] = {}
+    seen = [0.0]
     for i, eqn in enumerate(jaxpr.eqns):
-        inner = _inner(eqn, size)
         outs = {v: size(v.aval) for v in eqn.outvars if v not in roots and v in last}
         if (
             eqn.primitive.name == "pallas_call"
-        ):  # its work is on the chip, its operands and results are not
-            outs = {v: size(v.aval, rows=True) for v in eqn.outvars}
-            read = [size(v.aval, rows=True) for v in eqn.invars]
-            inner = [(sum(r[0] for r in read), sum(r[1] for r in read))]
+        ):  # works on the chip, with operands in its own layout
+            outs = {v: size(v.aval, minor=True) for v in eqn.outvars}
+            inner = [sum(size(v.aval, minor=True) - size(v.aval) for v in eqn.invars)]
+        else:
+            inner = _inner(eqn, size)
+        if eqn.primitive.name in LOOPS:  # what it takes apart is an array by then
+            apart = [
+                v
+                for v in eqn.invars
+                if not isinstance(v, Literal) and roots.get(v, {None}) <= inputs
+            ]
+            inner = [moment + sum(size(v.aval) for v in apart) for moment in inner]
         # a loop's results grow beside what one turn works with; a call's are what it leaves behind
         during = live if inner and eqn.primitive.name not in GROWING else live | outs
         live |= outs
-        for alive, more in ((live, (0.0, 0.0)), *((during, moment) for moment in inner)):
-            total = [sum(v[k] for v in alive.values()) + more[k] for k in (0, 1)]
-            seen.append((total[0], total[1]))
+        seen.append(sum(live.values()))
+        seen += [sum(during.values()) + moment for moment in inner]
         for v in [v for v in live if last.get(v, -1) <= i]:
             del live[v]
     assert not inputs & live.keys()
     return seen
 
 
-def _inner(eqn: Any, size: Callable[..., tuple[float, float]]) -> list[tuple[float, float]]:
+def _inner(eqn: Any, size: Callable[..., float]) -> list[float]:
     """The fullest moment of each of an equation's own jaxprs; none for a plain one."""
     found = []
-    if eqn.primitive.name == "pallas_call":
-        return found
     for value in eqn.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                found.append(max(_walk(inner, size), key=lambda m: m[0]))
+                found.append(max(_walk(inner, size)))
     return found
