@@ -149,7 +149,7 @@ def _walk(jaxpr: Any, size: Callable[..., float]) -> list[float]:
             eqn.primitive.name == "pallas_call"
         ):  # works on the chip, with operands in its own layout
             outs = {v: size(v.aval, minor=True) for v in eqn.outvars}
-            inner = [sum(size(v.aval, minor=True) - size(v.aval) for v in eqn.invars)]
+            inner = [sum((size(v.aval, minor=True) - size(v.aval) for v in eqn.invars), 0.0)]
         else:
             inner = _inner(eqn, size)
         if eqn.primitive.name in LOOPS:  # what it takes apart is an array by then
@@ -162,7 +162,7 @@ def _walk(jaxpr: Any, size: Callable[..., float]) -> list[float]:
         # a loop's results grow beside what one turn works with; a call's are what it leaves behind
         during = live if inner and eqn.primitive.name not in GROWING else live | outs
         live |= outs
-        seen.append(sum(live.values()))
+        seen.append(sum(live.values(), 0.0))
         seen += [sum(during.values()) + moment for moment in inner]
         for v in [v for v in live if last.get(v, -1) <= i]:
             del live[v]
