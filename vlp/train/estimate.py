@@ -22,7 +22,7 @@ from vlp.core import mesh as meshes
 from vlp.train import compiled
 from vlp.train.parts import Parts, leaves
 
-PRIME = 1021  # examples of a traced micro-batch
+PRIME = 251  # examples of a traced micro-batch
 # Without arrays of their own: a compiler computes them where they are read.
 FUSED = frozenset({
     "abs", "add", "add_any", "and", "broadcast_in_dim", "convert_element_type", "copy", "div", "eq", "erf", "exp",
@@ -31,8 +31,7 @@ FUSED = frozenset({
     "squeeze", "stop_gradient", "sub", "tanh", "transpose", "concatenate", "optimization_barrier", "name",
     "sharding_constraint", "reduce_precision", "split", "dynamic_slice",
 })  # fmt: skip
-LOOPS = ("scan", "while")
-GROWING = (*LOOPS, "pallas_call")  # their results are there while they work
+GROWING = ("scan", "while", "pallas_call")  # their results are there while they work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +151,6 @@ def _walk(jaxpr: Any, size: Callable[..., float]) -> list[float]:
             inner = [sum((size(v.aval, minor=True) - size(v.aval) for v in eqn.invars), 0.0)]
         else:
             inner = _inner(eqn, size)
-        if eqn.primitive.name in LOOPS:  # what it takes apart is an array by then
-            apart = [
-                v
-                for v in eqn.invars
-                if not isinstance(v, Literal) and roots.get(v, {None}) <= inputs
-            ]
-            inner = [moment + sum(size(v.aval) for v in apart) for moment in inner]
         # a loop's results grow beside what one turn works with; a call's are what it leaves behind
         during = live if inner and eqn.primitive.name not in GROWING else live | outs
         live |= outs
