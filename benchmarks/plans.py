@@ -121,6 +121,9 @@ FLOPs ×: matrix products of the step over those of one in which nothing is comp
 recomputation counts as such). A v5e chip has 15.75 GiB for a program, a v6e chip 31.25, a v5p chip 95.7. Compile
 times are of two shared cores with other work on them. Effort: XLA's `exec_time_optimization_effort`, 0 where none is
 given; at −1 the compiler is several times as fast and packs memory less well.
+
+From 256 image tokens on, as here, attention is the Splash kernel ([attention.md](attention.md)). Giant's optimiser is
+Adafactor, as in the paper. Giant's pod of 128 chips takes two micro-batches, base's of 16 chips four.
 """
 
 
