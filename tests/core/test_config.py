@@ -118,6 +118,26 @@ def test_overrides(path):
     )
 
 
+def test_overrides_that_every_stage_replaces(tmp_path):
+    (tmp_path / "c.py").write_text(
+        """
+def get_config(arg):
+    return dict(
+        name="run", batch=8, steps=10, model=dict(width=1, depth=2), objective=dict(name="clip", keep=0.5), seed=1,
+        stages=[dict(name="a", batch=4, steps=5, model=dict(depth=3), objective=dict(name="cap")),
+                dict(name="b", batch=2, samples=64, objective=dict(name="clip", keep=1.0))],
+    )
+"""
+    )
+    load = lambda *items: config.load(str(tmp_path / "c.py"), items)
+    for item in ("batch=16", "steps=3", "samples=3", "objective.keep=0.1"):
+        name = item.partition("=")[0]
+        refused(f"config.{name}: got a value that each stage replaces", load, item)
+    for item in ("model.width=3", "model.depth=4", "seed=2", "eval.x=1"):
+        load(item)  # reaches a stage, or what stages have none of
+    assert load("stages.0.batch=16")["stages"][0]["batch"] == 16
+
+
 def test_plain_is_json_and_a_copy():
     section = ml_collections.ConfigDict(dict(a=dict(b=(1, 2)), c=None))
     plain = config.plain(section)

@@ -75,6 +75,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = plain(module.get_config(arg or None))
     for item in overrides:
         _override(config, item)
+    for key in (item.partition("=")[0] for item in overrides):
+        stages = config.get("stages")
+        if stages and all(_replaces(stage, config, key.split(".")) for stage in stages):
+            do = f"write --config.stages.0.{key}=… for the first"
+            raise check.error(f"config.{key}", "a value that each stage replaces", "a stage's", do)
     return config
 
 
@@ -190,6 +195,20 @@ def _override(config: dict[str, Any], item: str) -> None:
         raise check.error(
             "config." + ".".join(parents), repr(node), "a section", "shorten the path"
         )
+
+
+def _replaces(stage: Any, base: Any, path: Sequence[str]) -> bool:
+    """Whether a stage's overlay leaves nothing of the base's value at a path."""
+    for depth, part in enumerate(path):
+        if not isinstance(stage, Mapping) or not isinstance(base, Mapping):
+            return True
+        if depth and stage.get("name", base.get("name")) != base.get("name"):
+            return True  # a section of another kind
+        same = {"steps", "samples"} if part in ("steps", "samples") else {part}
+        if not same & stage.keys():
+            return False
+        stage, base = stage.get(part), base.get(part)
+    return True
 
 
 def _index(part: str, node: list, where: str) -> int:
