@@ -352,3 +352,11 @@ def test_two_processes_are_one(tmp_path, port):
     assert_close(tmp_path / "run", tmp_path / "whole", 1e-3)
     assert "retrieval" in html.write(tmp_path / "run").read_text()
     assert runs.vlp("eval", "--workdir", tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("secs", ["nan", "0", "-1", "inf"])
+def test_a_wait_is_a_number_of_seconds(tmp_path, capsys, secs):
+    argv = ("train", "--config", runs.TOY, "--workdir", tmp_path / "run", f"--wait-secs={secs}")
+    assert runs.vlp(*argv) == 2
+    assert capsys.readouterr().err.startswith("vlp: --wait-secs: got ")
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """`vlp train`: trains or continues a run."""
 
 import argparse
+import math
 import pathlib
 import time
 
@@ -35,9 +36,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
+    from vlp.core import check
     from vlp.core.config import load
     from vlp.train import hosts, loop, profile, stages, workdir
 
+    secs = hosts.SECS if args.wait_secs is None else args.wait_secs
+    if not 0 < secs < math.inf:
+        raise check.error("--wait-secs", secs, "a number of seconds above 0", "change it")
     config = load(args.config, args.overrides)
     steps = profile.parse(args.profile) if args.profile else None
     compilation_cache()
@@ -49,6 +54,6 @@ def run(args: argparse.Namespace) -> int:
         "profile": args.profile,
         "versions": workdir.code_versions(),
     }
-    left = (args.wait_secs or hosts.SECS) - (time.monotonic() - began)  # imports may take long
+    left = secs - (time.monotonic() - began)  # imports may take long
     with hosts.joined(place, facts, pathlib.Path(args.workdir).absolute(), max(left, 1.0)):
         return loop.run(config, args.workdir, steps)
