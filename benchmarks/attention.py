@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
     check.output_file("--json", args.json)
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from vlp.core import mesh as meshes
     from vlp.train import compiled
 

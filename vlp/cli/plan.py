@@ -51,15 +51,6 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     if args.gpu != "":  # no accelerator is touched, whatever this machine has
         os.environ["JAX_PLATFORMS"] = "cpu"
-        quiet = {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_STDERR_LOG_LEVEL": "3",
-        }
-        for name, value in quiet.items():  # the compiler is used where no TPU is
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("PJRT_NPROC", "32")
     gc.disable()  # traces make millions of small objects that live on: a quarter of an estimate's time
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,10 +45,22 @@ class Target:
         return CHIPS[self.kind].hbm_bytes if self.kind in CHIPS else None
 
 
+# libtpu as a compiler where no TPU is: it asks nobody for one, may be loaded by several processes, and is quiet.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
+
+
 def topology(name: str, slices: int = 1) -> Target:
     """A TPU pod that is not here: "v5e:16x16", or several slices of it. Needs libtpu, no TPU."""
     from jax.experimental import topologies
 
+    for variable, value in _NO_TPU.items():
+        os.environ.setdefault(variable, value)
     try:
         kwargs = {"num_slices": slices} if slices > 1 else {}
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **kwargs)
