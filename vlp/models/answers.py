@@ -8,6 +8,7 @@ import math
 from collections.abc import Set
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -63,6 +64,7 @@ def with_fields(module: Any, **values: Any) -> Any:
     return dataclasses.replace(module, **changes)
 
 
+@functools.lru_cache(maxsize=16)
 def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
     """The model's optional methods, "bias" if its logits have one, and every leaf of what `image` and `text` return.
 
@@ -71,23 +73,20 @@ def answers(model: Any, image_px: int, text_len: int) -> frozenset[str]:
     out = {name for name in ("decode", "head", "scale_bias") if hasattr(model, name)}
     if getattr(model, "bias", None) is not None:
         out.add("bias")
-    for method, answer in zip(("image", "text"), _initialised(model, image_px, text_len)[0]):
-        out |= {f"{method}.{name}" for name in answer}
+    variables = {"params": nn.unbox(abstract_params(model, image_px, text_len))}
+    for method, x in zip(("image", "text"), _inputs(image_px, text_len)):
+        answer = functools.partial(model.apply, method=method)
+        out |= {f"{method}.{name}" for name in jax.eval_shape(answer, variables, x)}
     return frozenset(out)
 
 
+@functools.lru_cache(maxsize=16)  # a trace of the whole model, asked for often
 def abstract_params(model: Any, image_px: int, text_len: int) -> Any:
     """Shapes of the parameters, still carrying the names of their axes. Costs no memory and no compilation."""
-    return _initialised(model, image_px, text_len)[1]["params"]
-
-
-@functools.lru_cache(maxsize=16)  # a trace of the whole model, asked for often
-def _initialised(model: Any, image_px: int, text_len: int) -> Any:
-    """(what `image` and `text` answer, the variables), as shapes."""
-    init = lambda *x: model.init_with_output(
+    init = lambda *x: model.init(
         jax.random.key(0), *x
-    )  # traced: a mesh may be of no devices
-    return jax.eval_shape(init, *_inputs(image_px, text_len))
+    )  # a key of its own: the mesh may be of no devices
+    return jax.eval_shape(init, *_inputs(image_px, text_len))["params"]
 
 
 def _inputs(image_px: int, text_len: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

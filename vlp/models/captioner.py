@@ -91,15 +91,14 @@ class Captioner(nn.Module):
             self.unembedding = self.param("unembedding", init, (text.width, text.vocab))
         self.extra_heads = {name: parts.Head(spec) for name, spec in (self.heads or {}).items()}
 
-    def __call__(self, image: Array, text: Array) -> tuple[Any, Any]:
-        """What `image` and `text` answer; touches every parameter, for initialisation."""
-        seen, read = self.image(image), self.text(text)
-        self.decode(read["tokens"], seen["feats"])
+    def __call__(self, image: Array, text: Array) -> None:
+        """Touches every parameter (initialisation)."""
+        feats = self.image(image)["feats"]
+        self.decode(self.text(text)["tokens"], feats)
         if self.contrastive:
             self.scale_bias()
         for name, spec in (self.heads or {}).items():
             self.head(name, jnp.zeros((1, spec.width_in)))
-        return seen, read
 
     def image(
         self,

@@ -48,13 +48,13 @@ class Dual(nn.Module):
         self.temperature = parts.ScaleBias(self.scale, self.bias)
         self.extra_heads = {name: parts.Head(spec) for name, spec in (self.heads or {}).items()}
 
-    def __call__(self, image: Array, text: Array) -> tuple[Any, Any]:
-        """What `image` and `text` answer; touches every parameter, for initialisation."""
-        seen, read = self.image(image), self.text(text)
+    def __call__(self, image: Array, text: Array) -> None:
+        """Touches every parameter (initialisation)."""
+        self.image(image)
+        self.text(text)
         self.scale_bias()
         for name, spec in (self.heads or {}).items():
             self.head(name, jnp.zeros((1, spec.width_in)))
-        return seen, read
 
     def image(
         self,

@@ -101,15 +101,14 @@ class Mammut(nn.Module):
         self.unembedding = self.param("unembedding", init, (width, self.text_tower.vocab))
         self.extra_heads = {name: parts.Head(spec) for name, spec in (self.heads or {}).items()}
 
-    def __call__(self, image: Array, text: Array) -> tuple[Any, Any]:
-        """What `image` and `text` answer; touches every parameter: the captioning run first, which has them all."""
-        seen = self.image(image)
-        self.decode(self.text_tower.words(text), seen["feats"])
-        read = self.text(text)
+    def __call__(self, image: Array, text: Array) -> None:
+        """Touches every parameter (initialisation): the captioning run first, which has them all."""
+        feats = self.image(image)["feats"]
+        self.decode(self.text_tower.words(text), feats)
+        self.text(text)
         self.scale_bias()
         for name, spec in (self.heads or {}).items():
             self.head(name, jnp.zeros((1, spec.width_in)))
-        return seen, read
 
     def image(
         self,
