@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
     check.output_file("--json", args.json)
+    check.counts(vars(args))
     os.environ["JAX_PLATFORMS"] = "cpu"
     from vlp.core import mesh as meshes
     from vlp.train import compiled

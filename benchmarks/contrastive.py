@@ -43,8 +43,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
     check.output_file("--json", args.json)
-    if args.width < 1:
-        raise check.error("--width", args.width, "1 or more", "change it")
+    check.counts(vars(args), "chunk")
     os.environ.setdefault("PJRT_NPROC", "32")
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"

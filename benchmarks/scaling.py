@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
     check.output_file("--json", args.json)
+    check.counts(vars(args))
     os.environ.setdefault("PJRT_NPROC", "32")
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"

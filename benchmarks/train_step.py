@@ -115,9 +115,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
     check.output_file("--json", args.json)
-    for name in ("batch", "repeats"):
-        if getattr(args, name) < 1:
-            raise check.error(f"--{name}", getattr(args, name), "1 or more", "change it")
+    check.counts(vars(args), "depth")
     rows = [row for name in args.models for mask in args.mask for row in measure(name, mask, args)]
     table(rows)
     if args.json:

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     args = parser.parse_args()
     check.output_file("--json", args.json)
+    check.counts(vars(args))
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -40,3 +40,11 @@ def test_files_to_write(tmp_path):
         check.output_file("--json", str(tmp_path))
     with pytest.raises(check.UserError, match="^--json: got .*, expected a file in an existing"):
         check.output_file("--json", str(tmp_path / "none" / "rows.json"))
+
+
+def test_counts():
+    check.counts({"batch": [1, 2], "chunk": 0, "name": "x", "time": False, "mask": [0.0]}, "chunk")
+    with pytest.raises(check.UserError, match="^--batch: got 0, expected 1 or more"):
+        check.counts({"batch": [1, 0]})
+    with pytest.raises(check.UserError, match="^--text-len: got -1, expected 0 or more"):
+        check.counts({"text_len": -1}, "text_len")

@@ -17,9 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="GEN:GRID",
         help="a TPU pod, as v5e:16x16 (needs vlp[tpu])",
     )
-    target.add_argument(
-        "--devices", type=int, default=0, metavar="N", help="N simulated CPU devices"
-    )
+    target.add_argument("--devices", type=int, metavar="N", help="N simulated CPU devices")
     target.add_argument(
         "--gpu",
         nargs="?",
@@ -65,6 +63,8 @@ def _check(args: argparse.Namespace) -> None:
 
     target = args.topology or args.devices or args.gpu is not None
     check.output_file("--json", args.json)
+    if args.devices is not None and args.devices < 1:
+        raise check.error("--devices", args.devices, "1 or more", "change it")
     if args.slices != 1 and not args.topology:
         raise check.error("--slices", args.slices, "a --topology beside it", "add it")
     do = "add --topology v5e:16x16, --devices 8 or --gpu"
@@ -88,7 +88,7 @@ def _plan(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
     target = None  # before anything is traced, which starts JAX
     if args.topology or args.devices or args.gpu is not None:
-        target = compiled.target(args.topology, args.slices, args.devices, args.gpu)
+        target = compiled.target(args.topology, args.slices, args.devices or 0, args.gpu)
     plans = plan.stages(config)
     print(plan.table(plans))
     fits = True

@@ -33,6 +33,15 @@ def output_file(where: str, path: str | pathlib.Path | None) -> None:
         raise error(where, repr(str(path)), "a file in an existing directory", "make it")
 
 
+def counts(options: Mapping[str, object], *may_be_zero: str) -> None:
+    """Raises UserError for a whole number among a script's options (or in a list of them) that is below 1."""
+    for name, value in options.items():
+        for num in value if isinstance(value, list) else [value]:
+            least = 0 if name in may_be_zero else 1
+            if isinstance(num, int) and not isinstance(num, bool) and num < least:
+                raise error(f"--{name.replace('_', '-')}", num, f"{least} or more", "change it")
+
+
 def error(where: str, got: object, expected: object, do: str) -> UserError:
     """Returns (does not raise) the error `where: got X, expected Y; do Z`."""
     return UserError(f"{where}: got {got}, expected {expected}; {do}")

@@ -85,7 +85,7 @@ def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpus: str | None =
     gpus: "" for those of this machine (where it has none, for a node of H100), or "H100:8": so many of a kind,
     which need not be here.
     """
-    if slices < 1 or num_cpu < 0:
+    if slices < 1 or num_cpu < 0 or not (name or num_cpu or gpus is not None):
         raise check.error("--slices, --devices", (slices, num_cpu), "1 or more", "change it")
     if name:
         return topology(name, slices)
