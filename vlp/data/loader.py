@@ -65,6 +65,16 @@ class CaptionSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class Begin:
+    """Where a dataset's order begins: a position of the stream, the samples that each of its parts
+    (itself, if it is no mixture) had given by then, and what is added to the seed for each."""
+
+    position: int = 0
+    given: tuple[int, ...] = ()  # () = none
+    orders: tuple[int, ...] = ()  # () = 0, 1, …
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What is read and how it is prepared."""
 
@@ -376,19 +386,19 @@ class Dataset:
       record  u32[b, 2]      its record id, likewise (`order.join_words` joins them)
     """
 
-    def __init__(self, data: Data, source, tokenizer: tokenizers.Tokenizer):
-        self.data, self.source, self.tokenizer = data, source, tokenizer
+    def __init__(self, data: Data, source, tokenizer: tokenizers.Tokenizer, begin: Begin = Begin()):
+        self.data, self.source, self.tokenizer, self.begin = data, source, tokenizer, begin
         self.num_records: int = len(source)
         self.fingerprint: str = source.fingerprint
         self.tally = Tally()
-        self._mixture = _mixture(data, source) if data.mixture else None
+        self._mixture = _mixture(data, source, begin) if data.mixture else None
         self._groups = self._group(data.group_by) if data.group_by else None
         self._cache: dict[int, dict] = {}
         self._cache_left = data.cache_mb * 10**6 if data.cache_decoded else 0
         self._lock = threading.Lock()
 
     def __reduce__(self):  # the cache stays behind; workers fill their own
-        return Dataset, (self.data, self.source, self.tokenizer)
+        return Dataset, (self.data, self.source, self.tokenizer, self.begin)
 
     def _group(self, field: str) -> order.Groups:
         """Reads that field of every record: meant for data that is read in seconds."""
@@ -411,17 +421,37 @@ class Dataset:
         shuffle = order.Shuffle.of(self.data)
         if self._mixture:
             return self._mixture.record_ids(start, count, seed, shuffle)
+        start += sum(self.begin.given) - self.begin.position
+        seed += sum(self.begin.orders)
         epoch_b = np.arange(start, start + count, dtype=np.int64) // self.epoch_len
         if self._groups:
             return self._groups.record_ids(start, count, seed, shuffle), epoch_b
         return order.record_ids(start, count, self.num_records, seed, shuffle), epoch_b
 
-    def source_counts(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` of the stream each part of the mixture gave, by name."""
-        if not self._mixture:
-            return {}
+    def beginning(self, begin: Begin) -> "Dataset":
+        """Returns the same data with another beginning of its order."""
+        out = object.__new__(Dataset)
+        out.__dict__ |= self.__dict__ | {"begin": begin}
+        out._mixture = _mixture(self.data, self.source, begin) if self.data.mixture else None
+        return out
+
+    def given(self, position: int) -> tuple[int, ...]:
+        """How many of the samples before a stream position each part gave, since the run began."""
+        if self._mixture:
+            return tuple(self._mixture.counts(position).tolist())
+        return (sum(self.begin.given) + position - self.begin.position,)
+
+    def source_counts(self, position: int) -> dict[str, int]:
+        """`given` by the names of a mixture's parts; {} for other data."""
         names = (p.name for p in self.data.mixture)
-        return dict(zip(names, self._mixture.counts(samples).tolist()))
+        return dict(zip(names, self.given(position)))
+
+    def laws(self) -> tuple[tuple, ...]:
+        """Of each part, what decides the order of its records, beside the seed; all different."""
+        parts = self.source.parts if isinstance(self.source, Concatenated) else (self.source,)
+        names = [part.fingerprint for part in parts]
+        how = (order.Shuffle.of(self.data), self.data.group_by)
+        return tuple((name, names[:k].count(name), *how) for k, name in enumerate(names))
 
     def record(self, record_id: int) -> dict:
         """Returns a record with its image decoded: u8[H, W, 3]. Do not write into it."""
@@ -680,8 +710,41 @@ class _Bad(Exception):
         self.reason = reason
 
 
-def _mixture(data: Data, source: Concatenated) -> order.Mixture:
-    starts, weights = [0], [[p.weight for p in data.mixture]]
+def in_stages(stages: Sequence[tuple[Dataset, int, int]]) -> list[Dataset]:
+    """The datasets of a stream, one for each stage, such that each goes on where it was left.
+
+    stages: dataset, position of its first sample in the stream, number of samples. Data that stays
+    as it is continues as if the stages were one. Where the data or the weights change, what was
+    read before goes on with its next record, wherever it stands in a mixture, and what is new
+    begins with its first epoch.
+    """
+    out: list[Dataset] = []
+    given: dict[tuple, int] = {}  # by law
+    orders: dict[tuple, int] = {}
+    for dataset, position, num in stages:
+        laws = dataset.laws()
+        if out and _same(out[-1], dataset, position):
+            begin = out[-1].begin
+        else:
+            own = tuple(orders.setdefault(law, k) for k, law in enumerate(laws))
+            begin = Begin(position, tuple(given.get(law, 0) for law in laws), own)
+        out.append(dataset.beginning(begin))
+        given |= dict(zip(laws, out[-1].given(position + num)))
+    return out
+
+
+def _same(a: Dataset, b: Dataset, position: int) -> bool:
+    """Whether the order of b at a position of the stream is that of a."""
+
+    def law(d: Dataset) -> tuple:
+        changes = (r for r in d.data.reweight if r.samples <= position)
+        return d.laws(), tuple(p.weight for p in d.data.mixture), tuple(changes)
+
+    return law(a) == law(b)
+
+
+def _mixture(data: Data, source: Concatenated, begin: Begin) -> order.Mixture:
+    starts, weights = [begin.position], [[p.weight for p in data.mixture]]
     for k, change in enumerate(data.reweight):
         where = f"config.data.reweight.{k}"
         if change.samples <= starts[-1]:
@@ -692,7 +755,7 @@ def _mixture(data: Data, source: Concatenated) -> order.Mixture:
         starts.append(change.samples)
         weights.append(list(change.weights))
     shares = tuple(order.whole_shares(w, "config.data.mixture") for w in weights)
-    return order.Mixture(source.sizes, shares, tuple(starts))
+    return order.Mixture(source.sizes, shares, tuple(starts), begin.given, begin.orders)
 
 
 def _train_sample(

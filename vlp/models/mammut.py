@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         """Token and position embeddings; zero where there is padding."""
         init = logical(nn.initializers.normal(0.01), "tokens", "embed")
         pos = self.param("pos", init, (text.shape[1], self.width))
-        x = rows(self.embedding, text, self.dtype)
+        x: Any = rows(self.embedding, text, self.dtype)
         x += spread(pos, x.shape, x.dtype)
         return jnp.where((text != self.pad_id)[..., None], x, jnp.zeros((), x.dtype))
 

@@ -79,7 +79,7 @@ class Text(nn.Module):
         )
         mask_BL = text != self.pad_id
         seen_BL = jnp.ones_like(mask_BL) if self.see_pads else mask_BL
-        x = rows(self.embedding, text, self.dtype)
+        x: Any = rows(self.embedding, text, self.dtype)
         x += spread(pos, x.shape, x.dtype)
         x = jnp.where(
             seen_BL[..., None], x, jnp.zeros((), x.dtype)

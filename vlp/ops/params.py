@@ -1,4 +1,4 @@
-"""Parameters in the type of computation, with gradients summed in their own: an addend for every example, a table's rows.
+"""Parameters in the type of computation, whose gradients are summed in float32: addends of every example, table rows.
 
 A parameter that is cast first and then broadcast (or looked up) has its gradient summed over batch and tokens in half
 precision: the more rows, the more of each is lost to rounding.

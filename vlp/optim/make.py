@@ -64,9 +64,10 @@ class Optim:
     """p ← p − lr · (u + weight_decay · p): the decay is decoupled, and u is the direction of `name`.
 
     "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101): m̂/(√v̂ + eps). "adafactor" (Shazeer & Stern 2018,
-    arXiv:1804.04235) as Zhai et al. 2022 (arXiv:2106.04560, §3.4) and CoCa have it: v is factored where two dimensions of
-    a block's parameter reach 32, β2 rises as 1 − t^−0.8 up to b2, g/√v is clipped to RMS 1 per leaf and block (Shazeer & Stern's d; the released code
-    of Zhai et al. leaves that out), then averaged by b1 without bias correction; no relative step sizes. "lion" (Chen
+    arXiv:1804.04235) as Zhai et al. 2022 (arXiv:2106.04560, §3.4) and CoCa have it: v is factored where two dimensions
+    reach 32, β2 rises as 1 − t^−0.8 up to b2, g/√v is clipped to RMS 1 per leaf (Shazeer & Stern's d; the released code
+    of Zhai et al. leaves that out), then averaged by b1 without bias correction; no relative step sizes; each block of
+    a stack is a leaf of its own. "lion" (Chen
     et al. 2023, arXiv:2302.06675): sign(b1 · m + (1 − b1) · g); its lr wants to be 3–10 times smaller than AdamW's, its
     weight_decay as much larger.
     b2 None: the papers' (B2). mu_dtype: of the first moment, "bfloat16" halves it; None: the parameters'. clip_norm:
@@ -112,9 +113,7 @@ def direction(o: Optim) -> optax.GradientTransformation:
         return jnp.minimum(b2, 1.0 - (step + 1.0) ** -power)
 
     return optax.chain(
-        _by_layer(
-            optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=decay_rate)
-        ),
+        _by_layer(optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=decay_rate)),
         optax.stateless(_clipped),
         optax.ema(o.b1, debias=False, accumulator_dtype=o.mu_dtype),
     )
@@ -131,7 +130,7 @@ def _by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
     def every(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(f) if stacked(name) else f
 
-    def gather(leaves: PyTree, count: jax.Array) -> optax.FactoredState:
+    def gather(leaves: PyTree, count: Any) -> optax.FactoredState:
         pick = lambda i: jax.tree.map(lambda x: x[i], leaves, is_leaf=lambda x: type(x) is tuple)
         return optax.FactoredState(count, pick(0), pick(1), pick(2))
 
@@ -144,14 +143,15 @@ def _by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
         return gather(leaves, jnp.zeros((), jnp.int32))
 
     def update(
-        grads: PyTree, state: Any, params: PyTree | None = None
+        updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, optax.FactoredState]:
         def one(g: Any, *moments: Any) -> tuple[Any, ...]:
-            u, new = inner.update(g, optax.FactoredState(state.count, *moments), g)
+            found: Any = inner.update(g, optax.FactoredState(state.count, *moments), g)
+            u, new = found
             return new.v_row, new.v_col, new.v, u
 
         moments = (state.v_row, state.v_col, state.v)
-        leaves = tree.map_named(lambda name, *x: every(name, one)(*x), grads, *moments)
+        leaves = tree.map_named(lambda name, *x: every(name, one)(*x), updates, *moments)
         updates = jax.tree.map(lambda x: x[3], leaves, is_leaf=lambda x: type(x) is tuple)
         return updates, gather(leaves, optax.safe_increment(state.count))
 
