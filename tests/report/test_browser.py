@@ -31,7 +31,8 @@ def _measure(tmp_path, text: str, width: int) -> dict:
     (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{copy}</body>")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900",
                "--allow-file-access-from-files", "--virtual-time-budget=3000",
-               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'frame.html'}"]  # fmt: skip
+               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+               f"file://{tmp_path / 'frame.html'}"]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     return json.loads(re.search(r"measured (\{.*?\})", dom)[1])
 

@@ -126,7 +126,7 @@ def test_many_artefacts_are_cut(tmp_path):
 
 
 def test_a_line_without_end_and_keys_without_number_are_cut(tmp_path):
-    many = {f"k{i}": i for i in range(5000)}
+    many = {f"k{i}": i for i in range(600)}
     long = '{"kind": "train", "step": 2, "stage": "' + "x" * (2 << 20) + '"}'
     run = _run(tmp_path / "r", _train(1, loss=2.0), long, _train(3, loss=1.0, **many))
     assert [row.step for row in run.train] == [1, 3]
