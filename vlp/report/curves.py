@@ -98,13 +98,13 @@ def is_curve(key: str) -> bool:
 
 def stages(run: load.Run) -> tuple[traces.Band, ...]:
     """Returns where each stage lies, in samples seen; none for a run of a single stage, or of very many."""
-    bands: list[traces.Band] = []
-    for row in run.train:
-        if not bands or bands[-1].label != row.stage:
-            start = bands[-1].end if bands else min(0.0, float(row.samples))
-            bands.append(traces.Band(row.stage, start, float(row.samples)))
-        bands[-1] = dataclasses.replace(bands[-1], end=float(row.samples))
-    return tuple(bands) if 1 < len(bands) <= MAX_BANDS else ()
+    starts = [i for i, row in enumerate(run.train) if not i or row.stage != run.train[i - 1].stage]
+    if not 1 < len(starts) <= MAX_BANDS:
+        return ()
+    ends = [float(run.train[i - 1].samples) for i in (*starts[1:], len(run.train))]
+    begins = [min(0.0, float(run.train[0].samples)), *ends]
+    labels = [run.train[i].stage for i in starts]
+    return tuple(traces.Band(*band) for band in zip(labels, begins, ends))
 
 
 def column(rows: Iterable[load.Row], key: str) -> tuple[np.ndarray, np.ndarray]:

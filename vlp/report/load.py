@@ -111,11 +111,12 @@ def _unreadable(workdir: Path, name: str, most: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """A row as read: the keys under which it has text, and whether something in it is plainly broken."""
+    """A row as read: the keys under which it has text, whether something in it is plainly broken, or was left out."""
 
     row: Row
     texts: frozenset[str]
     broken: bool
+    cut: bool
 
 
 def _rows(workdir: Path, notes: list[str]) -> list[Row]:
@@ -168,7 +169,7 @@ def _rows(workdir: Path, notes: list[str]) -> list[Row]:
 def _lines(path: Path) -> tuple[int, list[_Line], bool]:
     """Returns the number of lines that are not empty, those that are rows, and whether names of metrics were cut."""
     total, size, found = 0, 0, []
-    names: dict[str, str] = {}  # one string for a name that every row repeats
+    names: dict[str, str] = {}
     cut = False
     with path.open("rb") as file:
         while data := file.readline(MAX_LINE_BYTES):
@@ -180,18 +181,12 @@ def _lines(path: Path) -> tuple[int, list[_Line], bool]:
             if not data.strip():
                 continue
             total += 1
-            line = _line(data)
+            line = _line(data, names)
             if line is None:
                 continue
-            for key in line.row.values:
-                if key not in names and len(names) < MAX_KEYS:
-                    names[key] = key
-            values = {names[k]: v for k, v in line.row.values.items() if k in names}
-            cut = cut or len(values) < len(line.row.values)
-            found.append(
-                dataclasses.replace(line, row=dataclasses.replace(line.row, values=values))
-            )
-            size += 10 + len(values)
+            cut = cut or line.cut
+            found.append(line)
+            size += 10 + len(line.row.values)
             if size > MAX_NUMBERS:
                 got = f"more than {numbers.si(float(MAX_NUMBERS))} numbers"
                 do = "keep every tenth line, say, in a copy of the workdir"
@@ -203,8 +198,11 @@ _TEXTS = ("stage", "eval", "split", "fingerprint")
 _NAMES = {"step", "samples", "kind", *_TEXTS}
 
 
-def _line(data: bytes) -> _Line | None:
-    """Reads one line; None if it is no row at all: no JSON, no whole step, no number."""
+def _line(data: bytes, names: dict[str, str]) -> _Line | None:
+    """Reads one line; None if it is no row at all: no JSON, no whole step, no number.
+
+    names: of metrics, up to MAX_KEYS; new ones are added. All rows share these strings.
+    """
     try:
         raw = json.loads(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -219,22 +217,31 @@ def _line(data: bytes) -> _Line | None:
     if not all(isinstance(value, str | None) for value in texts.values()):
         return None
     is_eval = raw.get("kind") == "eval" or "eval" in raw
-    values = {k: number(v) for k, v in raw.items() if k not in _NAMES}
-    lost = [k for k, v in values.items() if v is None]
-    words = frozenset(k for k in lost if isinstance(raw[k], str))
-    if len(lost) == len(values):
+    values, lost, cut = {}, [], False
+    for key in raw:
+        if key in _NAMES:
+            continue
+        value = number(raw[key])
+        if value is None:
+            lost.append(key)
+        elif key in names or len(names) < MAX_KEYS:
+            values[names.setdefault(key, key)] = value
+        else:
+            cut = True
+    if not values:
         return None
+    words = frozenset(key for key in lost if isinstance(raw[key], str))
     row = Row(
         step=step,
         samples=samples,
         stage=texts["stage"] or "",
-        values={k: v for k, v in values.items() if v is not None},
+        values=values,
         eval=(texts["eval"] or "eval") if is_eval else "",
         split=(texts["split"] or "") if is_eval else "",
         data=(texts["fingerprint"] or "") if is_eval else "",
     )
     # Evaluations say in words where they come from; a row of training has numbers only.
-    return _Line(row, words, broken=bool(lost) and not (is_eval and len(words) == len(lost)))
+    return _Line(row, words, bool(lost) and not (is_eval and len(words) == len(lost)), cut)
 
 
 def _is_count(value: object) -> TypeGuard[int]:
