@@ -38,6 +38,18 @@ def test_tick_labels_never_repeat(low, high, log, percent):
         assert all(len(label) <= 13 for label in labels), labels
 
 
+@pytest.mark.parametrize("log", [None, True])
+@pytest.mark.parametrize("low, high", [*RANGES, (2, 640), (1, 1e30), (3, 12)])
+def test_tick_labels_do_not_overlap(low, high, log):
+    y, x = np.linspace(low, high, 5), np.linspace(0, max(high, 4), 5).round()
+    text = svg.figure(svg.Chart("a", (traces.Series("a", x, y),), log=log))
+    places = re.findall(r'class="tick" x="([^"]*)" y="([^"]*)" text-anchor="(\w+)">([^<]*)<', text)
+    ys = [float(y) for _, y, anchor, _ in places if anchor == "end"]
+    assert np.abs(np.diff(ys)).min() >= 11  # the size of the letters
+    xs = [(float(x), len(label) * 6.5 / 2) for x, _, anchor, label in places if anchor == "middle"]
+    assert all(a + wide < b - narrow for (a, wide), (b, narrow) in zip(xs, xs[1:]))
+
+
 def test_samples_are_whole_numbers_on_the_axis():
     chart = svg.Chart("a", (traces.Series("a", np.arange(1.0, 5.0), np.arange(4.0)),))
     assert _ticks(chart, "middle") == ["0", "1", "2", "3", "4"]

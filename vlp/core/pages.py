@@ -154,6 +154,7 @@ main > section { margin-top: 26px; padding-top: 18px; border-top: 1px solid var(
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
 .stack { columns: 320px 3; column-gap: 14px; margin-bottom: 0; }
 .stack > .card { break-inside: avoid; }
+.stack .numbers thead th { white-space: normal; }
 .stack > .card + .card { margin-top: 14px; }
 .cards + .cards, .cards + details, details + .cards { margin-top: 14px; }
 .card { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px;

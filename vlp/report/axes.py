@@ -21,7 +21,7 @@ class Axis:
 
     def ticks(self, *, num: int = 6, whole: bool = False) -> list[float]:
         """Returns round numbers along the axis; evenly spaced where a logarithmic one is short. whole: no fractions."""
-        if self.log and len(found := log_ticks(self.low, self.high)) > 2:
+        if self.log and len(found := log_ticks(self.low, self.high)) > 1:
             return found
         return ticks(self.low, self.high, num=num, whole=whole)
 
@@ -40,7 +40,7 @@ def ticks(low: float, high: float, *, num: int = 6, whole: bool = False) -> list
 def log_ticks(low: float, high: float) -> list[float]:
     """Returns up to about ten round numbers in [low, high], at even steps of the logarithm."""
     decades = math.log10(high / low)
-    steps = (1,) if decades > 2.5 else (1, 3) if decades > 1.2 else (1, 2, 5)
+    steps = (1,) if decades > 3 else (1, 3) if decades > 1.2 else (1, 2, 5)
     stride = max(1, math.ceil(decades / 6))
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1, stride)
     return [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high]
