@@ -13,8 +13,7 @@ from vlp.report import html, load
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 MEASURE = """<script>addEventListener("load", () => {
   const top = document.querySelector("#retrieval, footer.end").getBoundingClientRect().top;
-  const said = {wide: document.documentElement.scrollWidth, top: top + scrollY};
-  document.documentElement.innerHTML = "<p>measured " + JSON.stringify(said) + "</p>";
+  parent.postMessage({wide: document.documentElement.scrollWidth, top: top + scrollY}, "*");
 });</script>"""
 
 
@@ -26,11 +25,11 @@ def _measure(tmp_path, text: str, width: int) -> dict:
     text = re.sub(r"<meta http-equiv=.Content-Security-Policy[^>]*>", "", text)
     (tmp_path / "page.html").write_text(text.replace("</body>", MEASURE + "</body>"))
     frame = f"<iframe src='page.html' style='border:0;width:{width}px;height:800px'></iframe>"
-    copy = """<script>setTimeout(() => document.body.append(
-      document.querySelector("iframe").contentDocument.body.textContent), 300)</script>"""
-    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{copy}</body>")
+    hear = """<script>addEventListener("message", (said) =>
+      document.body.append("measured " + JSON.stringify(said.data)))</script>"""
+    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{hear}{frame}</body>")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900",
-               "--allow-file-access-from-files", "--virtual-time-budget=3000",
+               "--allow-file-access-from-files", "--virtual-time-budget=10000",
                f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
                f"file://{tmp_path / 'frame.html'}"]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
@@ -38,10 +37,15 @@ def _measure(tmp_path, text: str, width: int) -> dict:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser here")
-@pytest.mark.parametrize("kind", ["run", "runs"])
+@pytest.mark.parametrize("kind", ["run", "many evaluations", "runs"])
 def test_pages_fit(tmp_path, kind):
     runs = [fake_run.write(tmp_path / f"run-with-a-long-name-{i}", num_rows=60, seed=i) for i in range(3)]  # fmt: skip
-    if kind == "run":
+    if kind == "many evaluations":
+        path = runs[0] / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows += [r | {"eval": f"other_{i}"} for r in rows for i in range(8) if "i2t/R@1" in r]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if kind != "runs":
         text = html.page(load.load(runs[0]))
     else:
         text = html.comparison([load.load(run) for run in runs])

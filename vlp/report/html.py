@@ -124,6 +124,7 @@ def _evaluations(run: load.Run) -> str:
     rows = [[row for row in run.evals if (row.eval, row.split) == kind] for kind in kinds]
     rows.sort(key=lambda found: len(found[-1].values))  # short tables share a column
     charts = [c for kind in kinds for c in curves.eval_charts(run, *kind) if svg.is_curve(c)]
+    most = MAX_CARDS if len(rows) <= MAX_CARDS // 2 else MAX_CARDS // 2
     hint = ""
     if any(len(found) > 1 for found in rows):
         hint = (
@@ -133,7 +134,7 @@ def _evaluations(run: load.Run) -> str:
     return (
         hint
         + _cards([tables.evaluation(found) for found in rows], "evaluations", layout="stack")
-        + _cards([svg.figure(chart) for chart in charts], "curves")
+        + _cards([svg.figure(chart) for chart in charts], "curves", most)
     )
 
 
