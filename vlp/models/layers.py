@@ -76,7 +76,7 @@ class Linear(nn.Module):
         if self.bias:
             init = logical(nn.initializers.zeros, *self.names[num_in:])
             bias = self.param("bias", init, self.shape_out)
-            y += spread(jnp.asarray(bias), y.shape, y.dtype)
+            y += spread(bias, y.shape, y.dtype)
         return y
 
 

@@ -10,27 +10,30 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from vlp.core.mesh import constrain
 
 
-def spread(x: Float[Array, "*s"], shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "*b"]:
+def spread(
+    x: Float[Array | np.ndarray, "*s"], shape: tuple[int, ...], dtype: DTypeLike
+) -> Float[Array, "*b"]:
     """`x` broadcast to `shape`, in `dtype`. Its gradient is summed in float32 or wider."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.broadcast_to(wide, shape).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rows(
-    table_VD: Float[Array, "V D"], ids: Int[Array, "*b"], dtype: DTypeLike
+    table_VD: Float[Array | np.ndarray, "V D"], ids: Int[Array, "*b"], dtype: DTypeLike
 ) -> Float[Array, "*b D"]:
     """The rows `ids` of a table, in `dtype`. The gradient is summed in the table's type.
 
     The table travels between devices in `dtype`.
     """
-    return constrain(table_VD.astype(dtype), "vocab", None)[ids]
+    return constrain(jnp.asarray(table_VD).astype(dtype), "vocab", None)[ids]
 
 
 def _rows_forward(
