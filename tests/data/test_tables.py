@@ -131,6 +131,17 @@ def test_rows_in_are_rows_out(made):
             assert texts(sources.open_path(path)) == [[t.strip()] for t in wanted], out.getvalue()
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_empty_lines_and_a_byte_order_mark_are_nothing(made, ending, quote):
+    separator = {"csv": ",", "tsv": "\t"}[ending]
+    lines = [("caption", "path"), (f"the {quote}sign", "0.jpg"), ("x", "1.jpg"), ("y", "2.jpg")]
+    content = "\n\r\n\n".join(separator.join(cells) for cells in lines)
+    source = sources.open_path(made(f"a.{ending}", f"\ufeff{content}\n\n"))
+    assert texts(source) == [[t] for t, _ in lines[1:]]
+    assert [source.place(i)["line"] for i in range(3)] == [4, 7, 10]
+
+
 def test_a_bad_row_keeps_its_file_and_line(made, tmp_path):
     content = 'path,caption\n0.jpg,"a\nb"\n\n1.jpg,x,y\n2.jpg,caf\xe9\n3.jpg,good\n'
     _, left_out = converted(made("a.csv", content.encode("latin-1")), tmp_path / "out")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import time
 
 from vlp.core import check
@@ -168,6 +169,8 @@ def _convert(args: argparse.Namespace) -> int:
     from vlp.data import convert, sources
 
     begin = time.monotonic()
+    if not args.input:
+        raise check.error("PATH", "''", "a directory, a shard or a table", "name one")
     existed = _exists(args.out)
     job = convert.Job(
         args.input,
@@ -180,16 +183,15 @@ def _convert(args: argparse.Namespace) -> int:
     )
     for split in job.splits:
         source = job.source(split)
-        kind, _ = sources.find(args.input, split)
+        kind, found = sources.find(args.input, split)
         shown = convert.shown(source, job.given)
         note = f" {how}" if (how := getattr(source, "how", "")) else ""
         num_rows = getattr(source, "num_rows", len(source))
         print(f"{split}: {num_rows} rows of {kind}, {shown}{note}")
-        if num_rows > len(source):
-            print(
-                f"{split}: {num_rows} rows are {len(source)} images: one record each, with all "
-                "captions (--no-group: one record a row)"
-            )
+        if told := sources.grouped(source):
+            print(f"{split}: {told} (--no-group: one record a row)")
+        if os.path.isdir(args.input) and (beside := sources.unread(kind, found)):
+            print(f"{split}: not read beside them, by ending: {beside}")
     manifest = convert.run(
         job, workers=args.workers, runner=args.runner, runner_args=args.runner_args
     )
@@ -232,7 +234,10 @@ def _verify(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace, split: str):
     from vlp.data import sources
 
-    return sources.open_path(args.input, split, given=_fields(args))
+    source = sources.open_path(args.input, split, given=_fields(args))
+    if told := sources.grouped(source):
+        print(f"{split}: {told} (--no-group: one record a row)", file=sys.stderr)
+    return source
 
 
 def _write_new(path: str, data: bytes) -> None:

@@ -3,6 +3,7 @@ a CSV, TSV, JSONL or JSON table, or a folder of images."""
 
 import collections
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ SPLITS = {  # usual names of splits, and what else they are called
     "test": ("testing",),
     "dev": (),
 }
+log = logging.getLogger(__name__)
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
@@ -30,7 +32,18 @@ def open_data(data) -> records.Source:
     given = fields.Fields(
         group=None if data.group_rows else False, allow_outside=data.allow_outside
     )
-    return open_path(data.path, data.split, strict=data.bad_records == "error", given=given)
+    source = open_path(data.path, data.split, strict=data.bad_records == "error", given=given)
+    if told := grouped(source):
+        log.warning("%s: %s (config.data.group_rows, .captions)", data.path, told)
+    return source
+
+
+def grouped(source: Any) -> str:
+    """Says how many rows became how many records; "" if each is its own."""
+    num_rows = getattr(source, "num_rows", len(source))
+    if num_rows == len(source):
+        return ""
+    return f"{num_rows} rows are {len(source)} images: one record each, with all captions"
 
 
 def open_path(
@@ -102,6 +115,28 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
         if inner := _inner(f"{path.rstrip('/')}/{name}") if name in names else []:
             return _in_directory(f"{path.rstrip('/')}/{name}", inner, split, named=True)
     return _in_directory(path, entries, split, named=False)
+
+
+def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
+    """Counts, by ending, files beside the tars, Parquet files or table `found` that are not read.
+
+    Not counted: files of the same kind (other splits), and what img2dataset writes beside shards.
+    """
+    if kind not in ("tar", "parquet", "table") or not os.path.isfile(found[0]):
+        return {}
+    where = os.path.dirname(found[0]) or "."
+    stems = {os.path.splitext(f)[0] for f in found} | {TOKENIZER, "README"}
+    counts: collections.Counter = collections.Counter()
+    for file in _inner(where):
+        stem, ending = os.path.splitext(_name(file))
+        own = stem.removesuffix("_stats")
+        if kind == "table" and ending.lower() in files.EXTENSIONS:
+            continue  # the table's own images
+        beside = os.path.join(where, own) in stems or own in stems or _name(file) == TOKENIZER
+        if stem.startswith(".") or beside or _kind(file) == kind or not os.path.isfile(file):
+            continue
+        counts[ending.lower() or "no ending"] += 1
+    return dict(sorted(counts.items()))
 
 
 def names_of(split: str) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def sniff(
     nested: the known paths into columns, if all are known. Raises: `UserError` on unknown columns,
     and if there are neither captions nor a label.
     """
-    columns, nested = list(columns), {n.replace("/", ".") for n in nested}
+    columns, nested = list(columns), list(nested)
     by_name = {c.lower(): c for c in reversed(columns)}
 
     def first(names: Iterable[str]) -> str:
@@ -99,16 +99,12 @@ def sniff(
         getattr(given, part) or (type(found)() if part in given.off else found)
     )
     texts = [by_name[c] for c in CAPTION if c in by_name]
-    objects = {c: n for c in texts for n in sorted(nested) if n.startswith(f"{c}.")}
-    if (
-        objects
-        and len(objects) == len(texts)
-        and not given.captions
-        and "captions" not in given.off
-    ):
-        name, field = next(iter(objects.items()))
-        do = f"name one of its fields, as in --captions {field}"
-        raise check.error(f"{where}: column {name!r}", "objects", "texts", do)
+    objects = {c: inner for c in texts if (inner := [n for n in nested if n.startswith(f"{c}.")])}
+    if objects and len(objects) == len(texts) and guess("captions", "guessed") == "guessed":
+        name, inner = next(iter(objects.items()))
+        like = [n for n in inner if n.rsplit(".", 1)[-1] in ("raw", *CAPTION)]
+        do = f"name one, as in --captions {(like or inner)[0]}"
+        raise check.error(f"{where}: column {name!r}", f"objects with {inner}", "texts", do)
     found = dataclasses.replace(
         given,
         key=guess("key", first(KEY)),

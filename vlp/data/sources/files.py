@@ -49,8 +49,9 @@ class FolderSource:
         self.path, self.fields, self._root, self._tokenizer = path, fields, root or path, tokenizer
         self.real_root = os.path.realpath(self._root)
         self.left_out: list[dict[str, str]] = []
-        if found[0] is not None:  # in a worker, by another process
-            self.files, self.fingerprint, self._classes = found
+        known, self.fingerprint, self._classes = found
+        if known is not None:  # in a worker, by another process
+            self.files = known
             return
         images, texts = [], False
         for directory, names in _walk(path, self.real_root, fields.allow_outside, self.left_out):

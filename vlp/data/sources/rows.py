@@ -102,7 +102,9 @@ def digest(data: bytes) -> bytes:
 
 def same_path(directory: str, name: str) -> bytes:
     """Returns what the paths of one file share: without "." and doubled "/"; ".." may cross a link."""
-    path = str(pathlib.PurePosixPath(directory, name))
+    path = name if name.startswith("/") else f"{directory}/{name}"
+    if "./" in path or "//" in path:
+        path = str(pathlib.PurePosixPath(path))
     return path.encode("utf-8", "surrogatepass")
 
 

@@ -108,12 +108,14 @@ class TableSource:
     def _rows(self) -> Iterator[tuple[int, dict | None]]:
         """Yields the number and columns of every row, None for one that does not parse."""
         with open(self._file, "rb") as f:
-            for i in range(self.num_rows):
-                f.seek(int(self._offsets[i]))
-                try:
-                    yield i, self._parsed(f.read(int(self._offsets[i + 1] - self._offsets[i])), i)
-                except ValueError:
-                    yield i, None
+            f.seek(int(self._offsets[0]))
+            for first in range(0, self.num_rows, 65536):
+                sizes = np.diff(self._offsets[first : first + 65537]).tolist()
+                for i, size in enumerate(sizes, start=first):
+                    try:
+                        yield i, self._parsed(f.read(size), i)
+                    except ValueError:
+                        yield i, None
 
     @property
     def num_rows(self) -> int:
@@ -129,13 +131,13 @@ class TableSource:
         return self._parsed(reads.read(self._file, begin, stop - begin), i)
 
     def _parsed(self, data: bytes, i: int) -> dict:
-        text = data.decode("utf-8" if self._offsets[i] else "utf-8-sig")
+        text = data.decode("utf-8" if i else "utf-8-sig")  # of a JSONL; a table has a header first
         if not self.separator:
             return _json_object(text)
         if self.quoted:
             cells = next(csv.reader(io.StringIO(text, newline="\n"), delimiter=self.separator))
         else:
-            cells = _line(text).split(self.separator)
+            cells = _line(text.partition("\n")[0]).split(self.separator)  # empty lines may follow
         if len(cells) != len(self.columns):
             raise ValueError(f"{len(cells)} cells under {len(self.columns)} columns")
         return dict(zip(self.columns, cells))

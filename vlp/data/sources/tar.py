@@ -7,6 +7,7 @@ are counted and skipped. Not here: compressed tars (no random access) and downlo
 
 import bisect
 import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -262,13 +263,20 @@ class TarSource:
             text = parts["cls"].decode("utf-8-sig").strip()
             row["cls"] = int(text) if text.isdecimal() else text
         fields = self.fields
-        lang = fields.lang or next((n for n in fields_lib.LANG if n in row), "")
-        label = fields.label or next((n for n in fields_lib.LABEL if n in row), "")
+        first = lambda part, names: (
+            getattr(fields, part)
+            or ("" if part in fields.off else next((n for n in names if n in row), ""))
+        )
+        found = dataclasses.replace(
+            fields,
+            captions=self._columns,
+            lang=first("lang", fields_lib.LANG),
+            label=first("label", fields_lib.LABEL),
+        )
         return {
-            "key": str(row.get(fields.key, key)) if fields.key else key,
+            "key": fields_lib.key(row, fields.key, key, strict=True) if fields.key else key,
             "image": image,
-            "captions": fields_lib.captions(row, self._columns, lang, fields.default_lang),
-            **fields_lib.label(row, label),
+            **fields_lib.parts(row, found, fields, fields_lib.Notes()),
         }
 
     def inputs(self) -> Sequence[str]:
