@@ -54,6 +54,9 @@ def test_folders_without_texts_are_classes(tmp_path):
     assert [r["label"] for r in rows] == ["cat", "cat", "dog"]
     pairs(tmp_path / "set" / "val" / "dog" / "old", range(3, 4))  # one text: no classes
     assert all("label" not in sources.open_path(tmp_path / "set", "val")[i] for i in range(4))
+    pairs(tmp_path / "deep" / "all" / "cat", range(1), None)  # the level at which paths part
+    pairs(tmp_path / "deep" / "all" / "dog" / "x", range(1), None)
+    assert [sources.open_path(tmp_path / "deep")[i]["label"] for i in range(2)] == ["cat", "dog"]
     off = fields.Fields(off=("label",))
     assert "label" not in sources.open_path(tmp_path / "set", given=off)[0]
 
@@ -105,11 +108,12 @@ def test_every_ending_that_can_be_decoded(tmp_path):
         (tmp_path / f"{i}.{'TXT' if i % 2 else 'txt'}").write_text(ending)
     (tmp_path / "lonely.caption").write_text("no image")
     (tmp_path / "README.md").write_text("of the folder")
+    (tmp_path / os.fsdecode(b"a.\xff")).touch()
     rows, left_out = converted(tmp_path, tmp_path.parent / f"{tmp_path.name}o", "--check-images")
     assert {r["captions"][0]["text"] for r in rows} == {*kinds} - {"heic", "svg"}
     counts = sorted(x["reason"] for x in left_out)
-    assert counts == [*["no image beside it"] * 3, "not read (.heic)", "not read (.md)",
-                      "not read (.svg)"]  # fmt: skip
+    assert counts == [*["no image beside it"] * 3, "not read (.\\xff)", "not read (.heic)",
+                      "not read (.md)", "not read (.svg)"]  # fmt: skip
 
 
 def test_compound_endings_in_a_folder(tmp_path):
@@ -148,6 +152,18 @@ def test_what_a_folder_must_not_open(tmp_path):
     ]
     with pytest.raises(check.UserError, match=r"train\.csv: got no regular file"):
         sources.open_path(root / "train.csv")
+
+
+def test_a_bad_row_of_a_tar_has_its_file_and_key(tmp_path):
+    (tmp_path / "in").mkdir()
+    formats.tar(tmp_path / "in" / "a.tar", formats.rows(2), text="json")  # no JSON
+    meta = {"caption": "x", "label": [1, 2], "lang": 7}
+    row = formats.rows(3)[2]
+    formats.tar(tmp_path / "in" / "b.tar", [row | {"caption": json.dumps(meta)}], text="json")
+    rows, left_out = converted(tmp_path / "in", tmp_path / "out")
+    assert [(r["key"], "label" in r) for r in rows] == [("id002", False)]
+    assert [(x["file"], x["key"], x["reason"]) for x in left_out] == [
+        ("a.tar", "id000", "bad row"), ("a.tar", "id001", "bad row")]  # fmt: skip
 
 
 def test_a_bad_text_has_its_file(tmp_path, capsys):
@@ -193,7 +209,7 @@ def test_val_is_validation(tmp_path, asked, there, capsys):
         out = tmp_path / f"{name}.out"
         argv = ("convert", tmp_path / name, "--splits", "train", asked, "--out", out)
         assert test_cli_data.run(*argv) == 0
-        assert len(records.open_split(out, asked)) == 3
+        assert len(records.open_split(out, asked)) == len(sources.open_path(out, there)) == 3
     assert "not asked for" not in capsys.readouterr().out
 
 

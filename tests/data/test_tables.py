@@ -80,7 +80,9 @@ QUOTING = {
     "tsv, header in quotes": ("a.tsv", '"path"\t"caption"\n0.jpg\t"one"\n1.jpg\ttwo\n',
                               ["one", "two"]),
     "tsv, doubled": ("a.tsv", 'path\tcaption\n0.jpg\t"a ""b"""\n1.jpg\ttwo\n', ['a "b"', "two"]),
-    "tsv, separators within": ("a.tsv", 'path\tcaption\n0.jpg\t"a\tb\nc"\n1.jpg\ttwo\n',
+    "tsv, a separator within": ("a.tsv", 'path\tcaption\n0.jpg\t"a\tb"\n1.jpg\ttwo\n',
+                                ["a\tb", "two"]),
+    "tsv, lines within": ("a.tsv", 'path\tcaption\n0.jpg\t"a\tb\nc"\n1.jpg\ttwo\n',
                                ["a\tb\nc", "two"]),
 }  # fmt: skip
 

@@ -14,12 +14,6 @@ from vlp.data import reads, records
 from vlp.data.sources import fields, files, parquet, tables, tar, tfds
 
 TOKENIZER = records.TOKENIZER
-SPLITS = {  # usual names of splits, and what else they are called
-    "train": ("training",),
-    "val": ("validation", "valid"),
-    "test": ("testing",),
-    "dev": (),
-}
 log = logging.getLogger(__name__)
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
@@ -62,7 +56,8 @@ def open_path(
     path, given = os.fspath(path).removeprefix("file://"), given or fields.Fields()
     kind, found = find(path, split)
     if kind == "records":
-        return records.open_split(path, split)
+        there = records.read_manifest(path)["splits"]
+        return records.open_split(path, fields.existing(split, there))
     root = os.path.dirname(path) if found == [path] and kind != "folder" else path.rstrip("/")
     beside = f"{root or '.'}/{TOKENIZER}"
     if kind == "tar":
@@ -111,7 +106,7 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
         raise check.error(path, got, "Parquet, tars, a table or images", do)
     if "dataset_info.json" in names:
         return "tfds", []
-    for name in names_of(split):
+    for name in fields.names_of(split):
         if inner := _inner(f"{path.rstrip('/')}/{name}") if name in names else []:
             return _in_directory(f"{path.rstrip('/')}/{name}", inner, split, named=True)
     return _in_directory(path, entries, split, named=False)
@@ -135,14 +130,8 @@ def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
         beside = os.path.join(where, own) in stems or own in stems or _name(file) == TOKENIZER
         if stem.startswith(".") or beside or _kind(file) == kind or not os.path.isfile(file):
             continue
-        counts[ending.lower() or "no ending"] += 1
+        counts[files.as_text(ending.lower()) or "no ending"] += 1
     return dict(sorted(counts.items()))
-
-
-def names_of(split: str) -> tuple[str, ...]:
-    """Returns a split's name and what else it may be called: "val" and "validation" are one."""
-    group = next(((s, *more) for s, more in SPLITS.items() if split in (s, *more)), ())
-    return (split, *(n for n in group if n != split))
 
 
 def others(path: str, splits: Sequence[str]) -> list[str]:
@@ -150,11 +139,12 @@ def others(path: str, splits: Sequence[str]) -> list[str]:
     path = path.removeprefix("file://")
     names = {_name(e) for e in reads.listing(path)}
     if records.MANIFEST in names:
-        return [s for s in records.read_manifest(path)["splits"] if s not in splits]
+        asked = {n for s in splits for n in fields.names_of(s)}
+        return [s for s in records.read_manifest(path)["splits"] if s not in asked]
     if "data" in names:
         names |= {_name(e) for e in _inner(f"{path.rstrip('/')}/data")}
-    asked = {n for s in splits for n in names_of(s)}
-    return [s for s in SPLITS if s not in asked and any(_is_named(n, s) for n in names)]
+    asked = {n for s in splits for n in fields.names_of(s)}
+    return [s for s in fields.SPLITS if s not in asked and any(_is_named(n, s) for n in names)]
 
 
 def _find_file(path: str, split: str) -> tuple[str, list[str]]:
@@ -225,13 +215,15 @@ def _of_split(where: str, kind: str, found: list[str], split: str) -> list[str]:
 
 
 def _rest(split: str) -> list[str]:
-    return [s for s in SPLITS if s not in names_of(split)]
+    return [s for s in fields.SPLITS if s not in fields.names_of(split)]
 
 
 def _is_named(name: str, split: str, *, anywhere: bool = True) -> bool:
     """True if a file or directory is called after a split: train-0.tar, captions_val2017.json."""
     begin = "(^|[-_.])" if anywhere else "^"
-    return any(re.search(rf"{begin}{re.escape(n)}(?![A-Za-z])", name) for n in names_of(split))
+    return any(
+        re.search(rf"{begin}{re.escape(n)}(?![A-Za-z])", name) for n in fields.names_of(split)
+    )
 
 
 def _check_local(path: str) -> None:
@@ -261,7 +253,7 @@ def _kinds(
         if found:
             yield kind, found
     has_images = any(e.lower().endswith(files.EXTENSIONS) for e in entries)
-    stems = ("metadata", *names_of(split))  # metadata: Hugging Face's imagefolder
+    stems = ("metadata", *fields.names_of(split))  # metadata: Hugging Face's imagefolder
     found = [e for e in entries if _kind(e) == "table" and tables.stem(e) in stems]
     if has_images:  # a .json beside images is one's text
         found = [e for e in found if tables.stem_ending(e) != ".json"]

@@ -19,6 +19,12 @@ CAPTION = (
     "report short_caption long_caption synthetic_caption"
 ).split()
 LANG, LABEL = ("lang", "language"), ("label", "cls", "class")
+SPLITS = {  # usual names of splits, and what else they are called
+    "train": ("training",),
+    "val": ("validation", "valid"),
+    "test": ("testing",),
+    "dev": (),
+}
 GUESSED = ("key", "captions", "lang", "label")
 
 
@@ -51,6 +57,17 @@ class Notes:
 
     parts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     rows: list[dict] = dataclasses.field(default_factory=list)
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """Returns a split's name and what else it may be called: "val" and "validation" are one."""
+    group = next(((s, *more) for s, more in SPLITS.items() if split in (s, *more)), ())
+    return (split, *(n for n in group if n != split))
+
+
+def existing(split: str, splits: Iterable[str]) -> str:
+    """Returns the name that a split has among `splits`; itself if it has none."""
+    return next((n for n in names_of(split) if n in splits), split)
 
 
 def column(columns: Iterable[str], path: str) -> str:

@@ -44,7 +44,7 @@ class FolderSource:
         fields: fields_lib.Fields = fields_lib.Fields(),
         root: str = "",
         tokenizer: str = "",
-        found: tuple["Names | None", str, bool] = (None, "", False),
+        found: tuple["Names | None", str, int] = (None, "", -1),
     ):
         self.path, self.fields, self._root, self._tokenizer = path, fields, root or path, tokenizer
         self.real_root = os.path.realpath(self._root)
@@ -63,7 +63,7 @@ class FolderSource:
             counts = f" ({self.counts})" if self.left_out else ""
             raise check.error(path, f"no image{counts}", expected, "check the path")
         self.files = Names(sorted(images))
-        self._classes = not texts and "label" not in fields.off
+        self._classes = -1 if texts or "label" in fields.off else _class_level(self.files)
         digest = hashlib.sha256(b"folder\0")
         for i, name in enumerate(self.files):
             image = os.path.join(path, name)
@@ -100,8 +100,9 @@ class FolderSource:
             if name == records.TOKENIZER or self._is_sidecar(os.path.join(directory, name)):
                 continue
             ending = os.path.splitext(name)[1].lower()
-            reason = "no image beside it" if endings else f"not read ({ending or 'no ending'})"
-            self.left_out.append({"file": _text(os.path.join(directory, name)), "reason": reason})
+            reason = f"not read ({as_text(ending) or 'no ending'})"
+            reason = "no image beside it" if endings else reason
+            self.left_out.append({"file": as_text(os.path.join(directory, name)), "reason": reason})
         return [os.path.normpath(os.path.join(directory, n)) for n in images], texts
 
     def _is_sidecar(self, name: str) -> bool:
@@ -126,7 +127,7 @@ class FolderSource:
         return out
 
     def _read(self, path: str) -> bytes:
-        allowed, where = self.fields.allow_outside, _text(os.path.relpath(path, self.path))
+        allowed, where = self.fields.allow_outside, as_text(os.path.relpath(path, self.path))
         try:
             return rows.read_file(
                 path, self.real_root, where=where, key=None, allow_outside=allowed
@@ -152,7 +153,7 @@ class FolderSource:
 
     def place(self, i: int) -> dict:
         """Says what record i is: {row, file}."""
-        return {"row": i, "file": _text(self.files[i])}
+        return {"row": i, "file": as_text(self.files[i])}
 
     def __getitem__(self, i: int) -> dict:
         return self.read(i)[0]
@@ -164,7 +165,7 @@ class FolderSource:
         notes, given, name = fields_lib.Notes(), self.fields, self.files[i]
         row: dict = {}
         for file, ending in self._beside(i).items():
-            what = _text(os.path.basename(file))
+            what = as_text(os.path.basename(file))
             text = fields_lib.text(self._read(file), what).removeprefix("\ufeff")
             if ending == "json":
                 row = {**_json(text, what), **row}
@@ -184,16 +185,17 @@ class FolderSource:
             label=first("label", fields_lib.LABEL),
             default_lang=given.default_lang,
         )
-        key = _text(self._stem(name).replace(os.sep, "/"))
+        key = as_text(self._stem(name).replace(os.sep, "/"))
         if given.key:
             key = fields_lib.key(row, given.key, key, strict=True, notes=notes)
         record = {"key": key, **fields_lib.parts(row, found, given, notes)}
-        if self._classes and "label" not in record and os.sep in name:
-            record["label"] = _text(name.split(os.sep)[0])
+        folders = name.split(os.sep)[:-1]
+        if "label" not in record and 0 <= self._classes < len(folders):
+            record["label"] = as_text(folders[self._classes])
         record["image"] = rows.read_file(
             os.path.join(self.path, name),
             self.real_root,
-            where=_text(name),
+            where=as_text(name),
             key=record["key"],
             allow_outside=given.allow_outside,
         )
@@ -253,7 +255,7 @@ def _walk(
             elif os.path.realpath(target) in seen:
                 why = "a linked folder that was read already"
             if why:
-                left_out.append({"file": _text(inner), "reason": why})
+                left_out.append({"file": as_text(inner), "reason": why})
                 continue
         real = os.path.realpath(os.path.join(path, inner))
         if real in seen:
@@ -265,7 +267,7 @@ def _walk(
                 visible = (e for e in entries if not e.name.startswith("."))
                 found = sorted(visible, key=lambda e: e.name)
         except PermissionError:
-            left_out.append({"file": _text(inner), "reason": "a folder without permission"})
+            left_out.append({"file": as_text(inner), "reason": "a folder without permission"})
             continue
         for entry in found:
             name = os.path.join(inner, entry.name)
@@ -276,6 +278,17 @@ def _walk(
             else:
                 todo.append(name)
         yield inner, files
+
+
+def _class_level(names: Sequence[str]) -> int:
+    """Returns at which level folders are classes: where paths part, or the last if all are in one."""
+    common = os.path.dirname(names[0]).split(os.sep) if os.sep in names[0] else []
+    for name in names:
+        folders = name.split(os.sep)[:-1]
+        level = next((k for k, (a, b) in enumerate(zip(common, folders)) if a != b), len(folders))
+        common = common[:level]
+    only = all(len(name.split(os.sep)) - 1 == len(common) for name in names)
+    return len(common) - only
 
 
 def _is_dir(entry: os.DirEntry) -> bool:
@@ -295,6 +308,6 @@ def _json(text: str, what: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _text(name: str) -> str:
+def as_text(name: str) -> str:
     """A file name as text: bytes that are not UTF-8 as \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -358,7 +358,9 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
     elif not quoted.wrong and len(quoted.lines) < len(plain.lines):
         use_quotes = quoted.ragged < plain.ragged
     elif not quoted.wrong:
-        use_quotes = quoted.ragged <= plain.ragged and bool(evidence or not is_tsv)
+        use_quotes = quoted.ragged < plain.ragged or bool(
+            quoted.ragged == plain.ragged and (evidence or not is_tsv)
+        )
     else:
         use_quotes = False
     if quoted.wrong and full and not (is_tsv and not plain.ragged):

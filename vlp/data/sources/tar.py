@@ -253,6 +253,13 @@ class TarSource:
         parts = {m: data[o - begin : o - begin + n] for m, (o, n) in members.items()}
         return self._record(key, parts)
 
+    def place(self, i: int) -> dict:
+        """Says what record i is: {row, file, key}."""
+        shard = bisect.bisect_right(self._ends, i)
+        samples = self._indices[shard]["samples"]
+        key = samples[i - self._ends[shard] + len(samples)][0]
+        return {"row": i, "file": self.files[shard].rsplit("/", 1)[-1], "key": key}
+
     def _record(self, key: str, parts: dict[str, bytes]) -> dict:
         image = next(parts[m] for m in IMAGES if m in parts)
         row: dict = {m: parts[m].decode("utf-8-sig") for m in TEXTS if m in parts}

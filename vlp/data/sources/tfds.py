@@ -45,7 +45,9 @@ class TfdsSource:
             raise check.error(
                 path, f"{type(e).__name__} ({e!s:.120})", expected, "prepare it again"
             ) from None
-        if split.split("[")[0] not in builder.info.splits:
+        name, bracket, part = split.partition("[")
+        split = fields_lib.existing(name, builder.info.splits) + bracket + part
+        if split.partition("[")[0] not in builder.info.splits:
             raise check.unknown(f"split of {path}", split, builder.info.splits)
         features = list(builder.info.features or {})
         self.fields = fields_lib.sniff(features, fields, where=path)
