@@ -309,26 +309,27 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
     """Reads a CSV or TSV in one pass in two ways, with quoting and without, and takes what fits."""
     quoted, plain = _Reading(), _Reading()
     digest, at, number = hashlib.sha256(), 0, 0
-    full = doubled = rows_full = 0  # cells in quotes, those with a doubled quote, rows with one
-    marks = False  # any quote at all
+    # lines with a quote, with two in a row, with a cell in quotes, with such a one that has two in it
+    marks = {"any": 0, "pairs": 0, "full": 0, "doubled": 0}
     joined = 0  # the first line on which a quoted row goes on to the next
 
     def lines(f: IO[bytes]) -> Iterator[str]:  # for the reader that quotes; counts for the other
-        nonlocal at, number, full, doubled, rows_full, marks
+        nonlocal at, number
         for data in f:
             text = data.decode("utf-8", "surrogateescape") if at else data.decode("utf-8-sig")
             begin, at, number = at, at + len(data), number + 1
             digest.update(data)
-            marks = marks or '"' in text
+            marks["any"] += '"' in text
             if bare := _line(text):
                 if not plain.columns:
                     plain.columns = bare.split(separator)
                 else:
                     plain.add(bare.count(separator) + 1, begin, number)
                     if '"' in bare:
-                        found = [c for c in bare.split(separator) if _is_quoted(c)]
-                        full, rows_full = full + len(found), rows_full + bool(found)
-                        doubled += any('""' in c[1:-1] for c in found)
+                        full = [c for c in bare.split(separator) if _is_quoted(c)]
+                        marks["full"] += bool(full)
+                        marks["doubled"] += any('""' in c[1:-1] for c in full)
+                        marks["pairs"] += '""' in bare
             yield text
 
     with open(file, "rb") as f:
@@ -347,34 +348,43 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
             quoted.wrong = f"{reason} (the row on line {line})"
             for _ in each:  # the other way goes on
                 pass
-    evidence = (
-        doubled or quoted.columns != plain.columns or (rows_full and rows_full == len(plain.lines))
-    )
-    is_tsv = separator == "\t"
-    if not quoted.wrong and len(quoted.lines) < len(plain.lines) and not plain.ragged:
-        if full and not is_tsv:  # both read well, to different rows
-            quoted.wrong = f"a quote that joins whole lines (the row on line {joined})"
-        use_quotes = False
-    elif not quoted.wrong and len(quoted.lines) < len(plain.lines):
-        use_quotes = quoted.ragged < plain.ragged
-    elif not quoted.wrong:
-        use_quotes = quoted.ragged < plain.ragged or bool(
-            quoted.ragged == plain.ragged and (evidence or not is_tsv)
-        )
-    else:
-        use_quotes = False
-    if quoted.wrong and full and not (is_tsv and not plain.ragged):
-        if "new-line" in quoted.wrong:
-            raise csv.Error(quoted.wrong)
+    use_quotes = _use_quotes(quoted, plain, marks, joined, is_tsv=separator == "\t")
+    if isinstance(use_quotes, str):
+        if "new-line" in use_quotes:
+            raise csv.Error(use_quotes)
         expected = "quotes in pairs around whole cells, or none that quote"
-        raise check.error(path, quoted.wrong, expected, "close or double the quote")
+        raise check.error(path, use_quotes, expected, "close or double the quote")
     found = quoted if use_quotes else plain
     if twice := sorted({c for c in found.columns if c and found.columns.count(c) > 1}):
         raise check.error(path, f"columns {twice} twice", "one of each name", "rename them")
     found.offsets.append(at)
-    facts = {"columns": found.columns, "quoted": use_quotes, "quotes": marks}
+    facts = {"columns": found.columns, "quoted": use_quotes, "quotes": marks["any"] > 0}
     facts["digest"] = digest.hexdigest()
     return facts, found.offsets, found.lines
+
+
+def _use_quotes(
+    quoted: _Reading, plain: _Reading, marks: dict[str, int], joined: int, *, is_tsv: bool
+) -> bool | str:
+    """Returns whether a file is read with quoting, or why it cannot be told.
+
+    What reads fewer ragged rows is right. Where both ways read well, a CSV quotes, a TSV only if it
+    shows that its writer did: a header in quotes, doubled quotes, or quotes on every line.
+    """
+    header = quoted.columns != plain.columns
+    if quoted.wrong:
+        as_text = not header and (not marks["full"] or (is_tsv and not plain.ragged))
+        return False if as_text else quoted.wrong
+    if header:
+        return True
+    if len(quoted.lines) < len(plain.lines):  # quotes join lines
+        if plain.ragged:
+            return quoted.ragged < plain.ragged
+        both = marks["pairs" if is_tsv else "full"]
+        return f"a quote that joins whole lines (the row on line {joined})" if both else False
+    if quoted.ragged != plain.ragged:
+        return quoted.ragged < plain.ragged
+    return not is_tsv or bool(marks["doubled"]) or marks["full"] == len(plain.lines) > 0
 
 
 def _is_quoted(cell: str) -> bool:
