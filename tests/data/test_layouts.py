@@ -43,7 +43,7 @@ def test_folders_in_folders_are_read(tmp_path):
     assert len(rows) == 6 and all("label" not in r for r in rows)
 
 
-def test_folders_without_texts_are_classes(tmp_path):
+def test_folders_without_texts_are_classes(tmp_path, capsys):
     for split in ("train", "val"):
         pairs(tmp_path / "set" / split / "cat", range(2), None)
         pairs(tmp_path / "set" / split / "dog" / "old", range(2, 3), None)
@@ -52,6 +52,7 @@ def test_folders_without_texts_are_classes(tmp_path):
         ("cat", []), ("cat", []), ("dog", [])]  # fmt: skip
     rows, _ = converted(tmp_path / "set", tmp_path / "out")
     assert [r["label"] for r in rows] == ["cat", "cat", "dog"]
+    assert "classes=folders" in capsys.readouterr().out
     pairs(tmp_path / "set" / "val" / "dog" / "old", range(3, 4))  # one text: no classes
     assert all("label" not in sources.open_path(tmp_path / "set", "val")[i] for i in range(4))
     pairs(tmp_path / "deep" / "all" / "cat", range(1), None)  # the level at which paths part
@@ -321,6 +322,14 @@ def test_labels_of_parquet_that_are_none(tmp_path):
         labels = [r.get("label") for r in rows]
         assert not left_out and labels == ([0, 1, None, 1, 0] if name == "nan" else [None] * 5)
         assert len(converted(tmp_path / name, tmp_path / f"{name}.off", "--label", "")[0]) == 5
+
+
+def test_a_label_of_parquet_alone(tmp_path):
+    table = {"image": images(3), "label": [0, 1, None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "test-0.parquet")
+    rows, left_out = converted(tmp_path, tmp_path.parent / f"{tmp_path.name}out", split="test")
+    assert [(r["label"], r["captions"]) for r in rows] == [(0, []), (1, [])]
+    assert [x["reason"] for x in left_out] == ["no text"]
 
 
 def test_text_of_parquet_that_is_not_utf8(tmp_path):

@@ -41,9 +41,9 @@ def texts(source):
     return [[c["text"] for c in source[i]["captions"]] for i in range(len(source))]
 
 
-def converted(path, out, *flags):
-    assert test_cli_data.run("convert", path, "--out", out, *flags) == 0
-    source = records.open_split(out, "train")
+def converted(path, out, *flags, split="train"):
+    assert test_cli_data.run("convert", path, "--out", out, "--splits", split, *flags) == 0
+    source = records.open_split(out, split)
     left_out = [json.loads(x) for x in (out / convert.LEFT_OUT).read_text().splitlines()]
     return [source[i] for i in range(len(source))], left_out
 
@@ -382,7 +382,7 @@ def test_json_of_coco_and_karpathy_and_lists(tmp_path):
 
 def test_a_label_alone_is_a_record(made, tmp_path, capsys):
     path = made("test.csv", "file,class\n0.jpg,cat\n1.jpg,dog\n2.jpg,\n")
-    rows_, left_out = converted(path, tmp_path / "out", "--splits", "train")
+    rows_, left_out = converted(path, tmp_path / "out")
     assert [(r["label"], r["captions"]) for r in rows_] == [("cat", []), ("dog", [])]
     assert [(x["line"], x["reason"]) for x in left_out] == [(4, "no text")]
     assert "label=class captions=-" in capsys.readouterr().out

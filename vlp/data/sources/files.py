@@ -136,6 +136,11 @@ class FolderSource:
             raise ValueError(f"{e!s:.200}") from None  # a text, no image
 
     @property
+    def how(self) -> str:
+        """What the labels are, where they are not in a file."""
+        return "classes=folders" if self._classes >= 0 else ""
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many files are not read, by reason."""
         return dict(sorted(collections.Counter(x["reason"] for x in self.left_out).items()))
