@@ -262,6 +262,7 @@ def test_rows_of_an_image_are_one_record(made, tmp_path, capsys):
     assert [[c["text"] for c in r["captions"]] for r in rows_] == wanted
     assert [r["image"] for r in rows_] == [formats.jpeg(i) for i in (2, 0, 1)]
     assert "15 rows are 3 images: one record each" in capsys.readouterr().out
+    assert records.read_manifest(tmp_path / "out")["info"]["rows"] == {"train": 15}
     assert len(converted(path, tmp_path / "apart", *flags, "--no-group")[0]) == 15
     source = sources.open_path(path, given=fields.Fields(captions=("comment",)))
     copy = pickle.loads(pickle.dumps(source))
@@ -432,7 +433,7 @@ def test_paths_that_lead_out_are_bad_rows_unless_asked_for(tmp_path, capsys):
     assert len(rows_) == 4 and {r["image"] for r in rows_} == {formats.jpeg(0)}
     reasons = [(x["line"], x["reason"]) for x in left_out]
     assert reasons == [(6, "image missing"), *((n, "image outside") for n in range(7, 14))]
-    assert "row 5, line 7, has '../secret.jpg', which leads out of" in left_out[1]["detail"]
+    assert "row 5, line 7: '../secret.jpg' leads out of" in left_out[1]["detail"]
     assert "--allow-outside" in left_out[1]["detail"]
     rows_, _ = converted(root / "train.csv", tmp_path / "b", "--allow-outside", "--no-group")
     assert len(rows_) >= 9

@@ -47,8 +47,9 @@ class Job:
         return os.path.join(head, f".{tail}.convert")
 
     def source(self, split: str) -> records.Source:
-        """Returns the opened input (opened once per process)."""
-        return _opened(self.path, split, self.strict, self.given)
+        """Returns the opened input (opened once per process); it compares images of any size."""
+        given = dataclasses.replace(self.given, group=self.given.group is not False)
+        return _opened(self.path, split, self.strict, given)
 
 
 @functools.lru_cache(maxsize=8)
@@ -257,16 +258,18 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     if parts:
         info["parts_left_out"] = dict(sorted(parts.items()))
     for split in job.splits:
-        source = job.source(split)
+        source: Any = job.source(split)
+        if sources.grouped(source):
+            info.setdefault("rows", {})[split] = source.num_rows
         is_tar = isinstance(source, tar.TarSource)
-        if is_tar or isinstance(source, files.FolderSource):
-            shards = source.files if is_tar else source.shards  # of img2dataset
-            info.setdefault("tar" if is_tar else "folder", {})[split] = source.counts
-            failures = []
-            if shards:
-                info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(shards)
-                failures = tar.img2dataset_failures(shards, job.given.key)
-            left_out += [{"split": split, **r} for r in (*source.left_out, *failures)]
+        if not is_tar and not isinstance(source, files.FolderSource):
+            continue
+        info.setdefault("tar" if is_tar else "folder", {})[split] = source.counts
+        left_out += [{"split": split, **r} for r in source.left_out]
+        if shards := source.files if is_tar else source.shards:  # of img2dataset
+            info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(shards)
+            failures = tar.img2dataset_failures(shards, job.given.key)
+            left_out += [{"split": split, **r} for r in failures]
     lines = "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in left_out)
     manifest = records.write_manifest(
         final, os.path.basename(job.out), info, splits, {LEFT_OUT: lines.encode()}

@@ -245,7 +245,7 @@ class ParquetSource:
         return rows.read_file(
             os.path.join(os.path.dirname(self.files[file]), fields_lib.text(name, where)),
             self.real_root,
-            where=f"{where} has {name!r}, which",
+            where=f"{where}: {name!r}",
             key=key,
             allow_outside=self.fields.allow_outside,
         )

@@ -185,7 +185,7 @@ class TableSource:
         return {"key": key, "image": fields_lib.value(row, self.fields.image), **parts}
 
     def _image(self, value: Any, place: dict, key: str) -> bytes:
-        where = f"row {place['row']}" + (f", line {place['line']}," if "line" in place else "")
+        where = f"row {place['row']}" + (f", line {place['line']}" if "line" in place else "")
         if isinstance(value, dict) and isinstance(value.get("base64"), str):
             return base64.b64decode(value["base64"])
         if isinstance(value, dict) and isinstance(value.get("path"), str):
@@ -199,7 +199,7 @@ class TableSource:
         return rows.read_file(
             self._beside(name),
             self.real_root,
-            where=f"{where} has {name!r}, which",
+            where=f"{where}: {name!r}",
             key=key,
             allow_outside=self.fields.allow_outside,
         )

@@ -183,7 +183,8 @@ class TarSource:
     ):
         self.files, self.fields, self.strict = tuple(files), fields, strict
         self._tokenizer = tokenizer
-        self._columns = tuple(dict.fromkeys(fields.captions or (*TEXTS, *fields_lib.CAPTION)))
+        guess = () if "captions" in fields.off else (*TEXTS, *fields_lib.CAPTION)
+        self._columns = tuple(dict.fromkeys(fields.captions or guess))
         self._indices = [index(f) for f in self.files]
         self.counts = _count(entry for x in self._indices for entry in x["left_out"])
         self._check()
