@@ -297,7 +297,7 @@ def test_the_index_is_kept_and_made_again_where_it_is_damaged(made, tmp_path, mo
     again = sources.open_path(path)
     assert not built and again.fingerprint == first.fingerprint and texts(again) == texts(first)
     for file in (tmp_path.parent).glob("cache*/table-index/*/facts.json"):
-        file.write_text("{")
+        file.write_text("{}")
     assert texts(sources.open_path(path)) == texts(first) and built
 
 
@@ -325,6 +325,14 @@ def test_a_path_into_a_column_reaches_the_captions(made, tmp_path):
     dotted = made("b.csv", f"my.img,my.text\n{lines}")
     named = fields.Fields(image="my.img", captions=("my.text",))
     assert texts(sources.open_path(dotted, given=named)) == [["w0"], ["w1"], ["w2"]]
+
+
+def test_names_of_columns_without_the_space_around_them(made, tmp_path):
+    lines = "".join(f"{i}.jpg| {k}| words {k} of {i} .\n" for i in range(2) for k in range(5))
+    path = made("results.csv", "image_name| comment_number| comment\n" + lines)  # Flickr30k's
+    rows_, _ = converted(path, tmp_path / "out", "--captions", "comment")
+    assert [len(r["captions"]) for r in rows_] == [5, 5]
+    assert rows_[1]["captions"][2]["text"] == "words 2 of 1 ."
 
 
 def test_tables_under_gzip(made):

@@ -22,7 +22,9 @@ SUMS = ("reduce_sum", "scatter-add", "cumsum", "cumlogsumexp", "reduce_window_su
 
 
 def loss(params, batch, model, objective, num_micro=1):
-    return objective(Ctx(Apply(model, params), batch, jax.random.key(0), num_micro=num_micro)).loss()
+    return objective(
+        Ctx(Apply(model, params), batch, jax.random.key(0), num_micro=num_micro)
+    ).loss()
 
 
 def sums_in_half(jaxpr):

@@ -238,9 +238,10 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
             counts = dict(collections.Counter(r["reason"] for r in left_out))
             shutil.rmtree(job.work)  # of no use to a mended input
             got = f"0 records ({counts}{_first_detail(left_out)})"
-            raise check.error(
-                f"split {split!r} of {job.path}", got, "at least one", "check the input"
-            )
+            do = "check the input"
+            if set(counts) == {"no text"}:
+                do += ", or keep labels alone by --captions ''"
+            raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
         shards = []
         for i, (number, x) in enumerate(whole):
             name = f"{split}-{i:05d}-of-{len(whole):05d}.arrayrecord"

@@ -75,7 +75,9 @@ class ViT(nn.Module):
         draw_keys = fold(keys, 0)
         if kept is None and keep < 1 and draw_keys is not None:
             kept = masking.keep_ids(draw_keys, num, keep)
-        if kept is not None:  # dropping before the linear map equals dropping after it, and costs less
+        if (
+            kept is not None
+        ):  # dropping before the linear map equals dropping after it, and costs less
             patches_BNP = jnp.take_along_axis(patches_BNP, kept[..., None], axis=1)
         x = patches_BNP.astype(jnp.float32) / (255.0 if image.dtype == jnp.uint8 else 1.0)
         mean, std = (

@@ -112,9 +112,7 @@ def direction(o: Optim) -> optax.GradientTransformation:
         return jnp.minimum(b2, 1.0 - (step + 1.0) ** -power)
 
     return optax.chain(
-        _by_layer(
-            optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=decay_rate)
-        ),
+        _by_layer(optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=decay_rate)),
         optax.stateless(_clipped),
         optax.ema(o.b1, debias=False, accumulator_dtype=o.mu_dtype),
     )

@@ -13,7 +13,9 @@ from vlp.core import check
 
 KEY = ("key", "id", "image_id", "sample_id", "uid", "uuid")
 IMAGE = ("image", "image_bytes", "jpg", "jpeg", "png", "webp", "img", "bytes")
-PATH = ("image_path", "filepath", "file_path", "path", "file_name", "filename", "file")
+PATH = (
+    "image_path filepath file_path path file_name filename file image_name image_file img_path"
+).split()
 CAPTION = (
     "caption captions text texts txt title alt alt_text description sentence sentences "
     "report short_caption long_caption synthetic_caption"

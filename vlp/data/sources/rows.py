@@ -33,7 +33,7 @@ def cached(kind: str, what: str, num_bytes: int, build: Callable[[], Index]) -> 
     directory = os.path.join(reads.cache_dir(kind), name)
     try:
         return _load(directory)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
         facts, arrays = build()
     part = f"{directory}.{os.getpid()}.part"
     try:

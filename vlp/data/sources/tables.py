@@ -355,6 +355,7 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
         expected = "quotes in pairs around whole cells, or none that quote"
         raise check.error(path, use_quotes, expected, "close or double the quote")
     found = quoted if use_quotes else plain
+    found.columns = [c.strip() for c in found.columns]  # "image| comment", as Flickr30k has it
     if twice := sorted({c for c in found.columns if c and found.columns.count(c) > 1}):
         raise check.error(path, f"columns {twice} twice", "one of each name", "rename them")
     found.offsets.append(at)
