@@ -139,6 +139,7 @@ def test_filter_counts_by_rule(tmp_path, capsys):
     counts = json.loads(capsys.readouterr().out.splitlines()[0])
     assert {k: counts.get(k, 0) for k in filter_lib.RULES} == {
         "image_unreadable": 0,
+        "row_unreadable": 0,
         "image_small": 1,
         "image_aspect": 1,
         "image_many_texts": 0,

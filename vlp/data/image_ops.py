@@ -26,7 +26,7 @@ Image.init()  # all of Pillow's plugins, so that the next line's names are known
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 FORMATS = tuple(f for f in _WANTED if f in Image.OPEN)  # none that runs another program (EPS)
 MAX_PIXELS = 89_478_485  # Pillow's own limit (268 MB decoded): larger files are taken for bombs
-REASONS = ("missing", "empty", "not_an_image", "too_large", "truncated", "corrupt")
+REASONS = ("missing", "outside", "empty", "not_an_image", "too_large", "truncated", "corrupt")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"BM")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _MARGIN = (

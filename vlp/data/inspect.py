@@ -212,7 +212,14 @@ def verify(path: str) -> tuple[list[str], list[dict], int]:
             continue
         keys = set()
         for i in range(len(source)):
-            record = source[i]
+            try:
+                record = source[i]
+            except ValueError as e:  # no msgpack, or strings that are not UTF-8
+                problems.append(f"{split} record {i}: {e!s:.200}")
+                bad.append({"split": split, "record": i, "key": "", "reason": "record"})
+                bad[-1]["fingerprint"] = source.fingerprint
+                keys.add(i)
+                continue
             keys.add(record["key"])
             try:
                 records.encode(record)

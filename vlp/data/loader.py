@@ -86,6 +86,8 @@ class Data:
     shuffle: bool = True
     shuffle_block: int = 0  # slow media: runs of so many records stay together (0: each for itself)
     shuffle_window: int = 8  # … of which so many runs are mixed at a time
+    group_rows: bool = True  # a table's rows of one image are one record, with all their captions
+    allow_outside: bool = False  # follow a table's or a link's paths out of the dataset's directory
     group_by: str = ""  # a field of the records: an epoch visits each of its values once
     image_px: int = 64
     text_len: int = 16  # tokens, with bos and eos
@@ -601,9 +603,11 @@ class Dataset:
         return -(-self.num_records // batch)
 
     def eval_iter(
-        self, batch: int, rows: Sequence[range] | None = None
+        self, batch: int, rows: Sequence[range] | None = None, *, texts: bool = True
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields one pass in record order, without augmentation; "uniform" captions become "first".
+
+        Without `texts`, captions are not looked at (records may have only a label): texts are empty.
 
         Every host yields equally many full batches of its rows (default: all): rows past the end
         repeat the last record and have mask False.
@@ -612,10 +616,11 @@ class Dataset:
         quiet = dataclasses.replace(
             self.data, workers=0
         )  # starting processes costs more than one pass
-        return _iterate(_EvalBatch(self, batch, blocks), self.num_eval_batches(batch), quiet)
+        make = _EvalBatch(self, batch, blocks, texts)
+        return _iterate(make, self.num_eval_batches(batch), quiet)
 
     def eval_batch(
-        self, number: int, batch: int, rows: range | None = None
+        self, number: int, batch: int, rows: range | None = None, *, texts: bool = True
     ) -> dict[str, np.ndarray]:
         """Returns rows of evaluation batch `number`: what `eval_iter` yields."""
         rows = range(batch) if rows is None else rows
@@ -623,7 +628,8 @@ class Dataset:
         positions_b = np.arange(first, first + len(rows))
         ids_b = np.minimum(positions_b, self.num_records - 1)
         zeros = np.zeros_like(ids_b)
-        out = self._collate(first, ids_b, zeros, _eval_sample, 0, carry=False)
+        prepare = _eval_sample if texts else _eval_image
+        out = self._collate(first, ids_b, zeros, prepare, 0, carry=False)
         out["mask"][:] = positions_b < self.num_records
         return out
 
@@ -814,6 +820,15 @@ def _eval_sample(
     return [(t, False) for t in texts]
 
 
+def _eval_image(
+    record: dict, data: Data, place: tuple[int, int], out: np.ndarray
+) -> list[tuple[str, bool]]:
+    """Fills `out` like `_eval_sample`; returns empty captions."""
+    del place
+    image_ops.eval_image(record["image"], data.image_px, resize=data.resize, out=out)
+    return [("", False)] * (data.num_captions if data.captions == "all" else 1)
+
+
 def _texts(record: dict, data: Data, policy: str, rng: np.random.Generator | None) -> list[str]:
     return text_ops.choose(
         record.get("captions"),
@@ -873,9 +888,11 @@ class _EvalBatch:
     dataset: Dataset
     batch: int
     blocks: tuple[range, ...]
+    texts: bool = True
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        return _joined([self.dataset.eval_batch(int(number), self.batch, b) for b in self.blocks])
+        make = functools.partial(self.dataset.eval_batch, int(number), self.batch)
+        return _joined([make(b, texts=self.texts) for b in self.blocks])
 
 
 def _blocks(rows: Sequence[range] | None, batch: int) -> tuple[range, ...]:
