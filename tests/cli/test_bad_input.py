@@ -98,6 +98,11 @@ MISTAKES = {
         "the same tokens for 'circle' and 'square'",
     ),
     "items": (zeroshot(items=-1), "items: got -1, expected at least 0"),
+    "a name for a section": ({"objective": "clip"}, "write config.objective.name=clip"),
+    "a word for a model": ({"model": "dual"}, "write config.model.name=dual"),
+    "no evaluators": ({"evals": None}, "config.evals: got None, expected a section of evaluators"),
+    "a number for stages": ({"stages": 3}, "config.stages: got 3, expected a list of dicts"),
+    "hang_secs": ({"hang_secs": -1.0}, "config.hang_secs: got -1.0, expected at least 0"),
     "no such data": ({"data": {"path": "/nowhere", "image_px": 16}}, "/nowhere"),
 }
 
@@ -128,6 +133,49 @@ def test_overrides_and_files(tmp_path, capsys):
     assert "none.py" in refused(capsys, *argv)
     argv = ["plan", "--config", f"{runs.ROOT / 'configs' / 'coca.py'}:szie=base"]
     assert "did you mean 'size'" in refused(capsys, *argv)
+
+
+FILES = {
+    "it raises": ("def get_config(arg):\n    raise KeyError('x')\n", "got KeyError ('x') in line 2"),
+    "it returns nothing": ("def get_config(arg):\n    pass\n", "got None from get_config"),
+    "no Python": ("syntax error here\n", "got SyntaxError (invalid syntax"),
+    "an import": ("import nosuch\n", "got ModuleNotFoundError (No module named 'nosuch') in line 1"),
+    "no function": ("get_config = 3\n", "got get_config = 3, expected def get_config(arg)"),
+    "no argument": ("def get_config():\n    return {}\n", "the argument 'x' for get_config()"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", FILES)
+def test_config_files(mistake, tmp_path, capsys):
+    text, message = FILES[mistake]
+    (tmp_path / "c.py").write_text(text)
+    argv = ["train", "--config", f"{tmp_path / 'c.py'}:x", "--workdir", tmp_path / "run"]
+    assert message in refused(capsys, *argv)
+
+
+def test_a_function_without_an_argument(tmp_path):
+    (tmp_path / "c.conf").write_text(f"def get_config():\n    return {runs.CLIP!r}\n")
+    assert runs.vlp("plan", "--config", tmp_path / "c.conf") == 0
+
+
+def test_the_command_line(tmp_path, capsys):
+    config = ("--config", f"{runs.ROOT / 'configs' / 'clip.py'}:smoke")
+    run = ("train", *config, "--workdir", tmp_path / "run")
+    assert "expected --config.batch=64" in refused(capsys, *run, "--config.batch", "64")
+    assert "an empty name" in refused(capsys, *run, "--config..batch=3")
+    assert "--devices: got 100000000" in refused(capsys, "plan", *config, "--devices", 10**8)
+    assert "--gpu: got" in refused(capsys, "plan", *config, "--gpu", "H100:100000000")
+    for argv in ([], ["plan"], ["plan", "--confg=x"], ["trian"], ["eval", "--workdir"]):
+        assert runs.vlp(*argv) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1, argv
+
+
+def test_a_plan_refuses_what_training_refuses(tmp_path, capsys):
+    for name in ("keep", "captions of a dual encoder", "rule without leaf", "no bias", "resize"):
+        changes = MISTAKES[name][0] if name in MISTAKES else {"data.resize": "bilinaer"}
+        argv = runs.arguments(changed(CLIP, **changes), tmp_path / "run")
+        message = MISTAKES[name][1] if name in MISTAKES else "did you mean 'bilinear'"
+        assert message in refused(capsys, "plan", *argv[1:-2]), name
 
 
 def test_foreign_workdir(tmp_path, capsys):

@@ -3,6 +3,8 @@
 import argparse
 import os
 
+MAX_DEVICES = 4096  # simulated ones take memory and threads
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     about = "count a config's parameters; compile its step for devices that you do not have yet"
@@ -63,8 +65,8 @@ def _check(args: argparse.Namespace) -> None:
 
     target = args.topology or args.devices or args.gpu is not None
     check.output_file("--json", args.json)
-    if args.devices is not None and args.devices < 1:
-        raise check.error("--devices", args.devices, "1 or more", "change it")
+    if args.devices is not None and not 1 <= args.devices <= MAX_DEVICES:
+        raise check.error("--devices", args.devices, f"1 or more, up to {MAX_DEVICES}", "change it")
     if args.slices != 1 and not args.topology:
         raise check.error("--slices", args.slices, "a --topology beside it", "add it")
     do = "add --topology v5e:16x16, --devices 8 or --gpu"

@@ -11,10 +11,13 @@ dicts, lists and scalars (JSON-able); `ml_collections.ConfigDict` is what config
 import ast
 import copy
 import dataclasses
+import importlib.machinery
 import importlib.util
+import inspect
 import json
 import pathlib
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -60,27 +63,51 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise check.error(
             "--config", repr(path), "a Python file with get_config(arg)", "check the path"
         )
-    module_spec = importlib.util.spec_from_file_location("vlp_config", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(pathlib.Path(path).resolve().parent))  # `import common` beside it
-    try:
-        module_spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, "get_config"):
-        raise check.error(
-            f"--config {path}", "no get_config", "def get_config(arg)", "add the function"
-        )
-    config = plain(module.get_config(arg or None))
+    config = plain(_returned(path, arg))
+    if not isinstance(config, dict):
+        got, do = f"{config!r:.60} from get_config", "return an ml_collections.ConfigDict"
+        raise check.error(f"--config {path}", got, "a config", do)
     for item in overrides:
         _override(config, item)
     for key in (item.partition("=")[0] for item in overrides):
         stages = config.get("stages")
-        if stages and all(_replaces(stage, config, key.split(".")) for stage in stages):
+        if not isinstance(stages, list) or not stages:
+            continue
+        if all(_replaces(stage, config, key.split(".")) for stage in stages):
             do = f"write --config.stages.0.{key}=… for the first"
             raise check.error(f"config.{key}", "a value that each stage replaces", "a stage's", do)
     return config
+
+
+def _returned(path: str, arg: str) -> Any:
+    """What the file's get_config(arg) returns. Raises UserError, with file and line, for whatever the file raises."""
+    where = f"--config {path}"
+    loader = importlib.machinery.SourceFileLoader("vlp_config", path)  # whatever its ending
+    module_spec = importlib.util.spec_from_loader("vlp_config", loader)
+    assert module_spec is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, str(pathlib.Path(path).resolve().parent))  # `import common` beside it
+    try:
+        loader.exec_module(module)
+        function = getattr(module, "get_config", None)
+        if not callable(function):
+            got = "no get_config" if function is None else f"get_config = {function!r:.40}"
+            raise check.error(where, got, "def get_config(arg)", "add the function")
+        if inspect.signature(function).parameters:
+            return function(arg or None)
+        if arg:
+            do = "write def get_config(arg), or drop the argument"
+            raise check.error(where, f"the argument {arg!r} for get_config()", "none", do)
+        return function()
+    except check.UserError:
+        raise
+    except Exception as e:
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+        line = getattr(e, "lineno", None) or (frames[-1].lineno if frames else 0)
+        got = f"{type(e).__name__} ({' '.join(str(e).split())[:160]}) in line {line}"
+        raise check.error(where, got, "a config", "correct the file") from e
+    finally:
+        sys.path.pop(0)
 
 
 def plain(value: Any) -> Any:
@@ -140,9 +167,12 @@ def build(cls: type[T], section: Any, where: str) -> T:
 
 
 def build_named(
-    table: Mapping[str, type], section: Mapping[str, Any], where: str, default: str = ""
+    table: Mapping[str, type], section: Any, where: str, default: str = ""
 ) -> Any:
     """Builds the component of `table` that `section["name"]` names (or `default`) from the rest of it."""
+    if not isinstance(section, Mapping):
+        do = f"write {where}.name={section}" if section in table else f"name one of {list(table)}"
+        raise check.error(where, repr(section), "a section", do)
     rest = dict(section)
     name = rest.pop("name", default)
     if name not in table:
@@ -176,8 +206,11 @@ def _literal(text: str) -> Any:
 def _override(config: dict[str, Any], item: str) -> None:
     key, eq, text = item.partition("=")
     if not eq:
-        raise check.error(f"--config.{key}", "no value", f"--config.{key}=value", "add the value")
+        do = "write it with ="
+        raise check.error(f"--config.{key}", "no value", f"--config.{key}=value", do)
     *parents, last = key.split(".")
+    if not all((*parents, last)):
+        raise check.error(f"--config.{key}", "an empty name", "section.key", "correct it")
     node: Any = config
     for i, part in enumerate(parents):
         where = "config" + "".join(f".{p}" for p in parents[:i])

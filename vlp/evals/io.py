@@ -43,11 +43,16 @@ class IO:
 def check_ready(evaluator: Evaluator, model: Any, mesh: Mesh, io: IO, where: str) -> None:
     """Raises UserError for whatever would stop the evaluator after hours of training."""
     meshes.check_batch(evaluator.batch, mesh, where=f"{where}.batch")
-    do = "drop this evaluation or change config.model"
-    check_needs(model, evaluator.needs, io.data.image_px, io.data.text_len, where, do)
+    check_answers(evaluator, model, io.data, where)
     io.open(evaluator.split)
     if (more := getattr(evaluator, "check", None)) is not None:
         more(io, where)
+
+
+def check_answers(evaluator: Evaluator, model: Any, data: Data, where: str) -> None:
+    """Raises UserError unless the model answers what the evaluator asks."""
+    do = "drop this evaluation or change config.model"
+    check_needs(model, evaluator.needs, data.image_px, data.text_len, where, do)
 
 
 @functools.lru_cache(maxsize=8)

@@ -66,7 +66,7 @@ def topology(name: str, slices: int = 1) -> Target:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **kwargs)
     except Exception as e:
         text = str(e).splitlines()[0][:120]
-        if "libtpu" in text or "No module" in text or "platform" in text:
+        if any(w in text for w in ("libtpu", "No module", "platform", "not installed")):
             do = "pip install 'vlp[tpu]'"
             raise check.error("--topology", text, "the TPU compiler (libtpu)", do) from None
         do = "write a generation and a grid, as v5e:16x16, v5p:8x8x8 or v6e:16x16"
@@ -106,8 +106,9 @@ def _imagined(gpus: str) -> Callable[[], Target]:
     if not name or not kinds:
         raise check.unknown("--gpu", name, known)
     num = int(count or 1) if (count or "1").isdecimal() else 0
-    if num < 1:
-        raise check.error("--gpu", repr(gpus), "a kind and a number, as H100:8", "write it so")
+    if not 1 <= num <= 4096:
+        do = "write it so"
+        raise check.error("--gpu", repr(gpus), "a kind and a number up to 4096, as H100:8", do)
     jax.config.update("jax_num_cpu_devices", num)
     name = f"{num} × {kinds[0]} (imagined)"
     return lambda: Target(name, jax.devices("cpu"), stands_for=kinds[0])

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.data.loader import Dataset, check_data, in_stages, leaves, open_dataset
-from vlp.evals.io import IO, check_ready
+from vlp.evals.io import IO, check_answers, check_ready
 from vlp.models.answers import check_needs
 from vlp.optim import make as optimisers
 from vlp.train import state as states
@@ -83,6 +83,8 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     do = "change config.objective or config.model"
     px, length = stage.data.image_px, stage.data.text_len
     check_needs(stage.model, needs, px, length, "config.objective", do)
+    for label, evaluator in stage.evals.items():
+        check_answers(evaluator, stage.model, stage.data, f"config.evals.{label}")
     batch = abstract_batch(stage, mesh)
     if not hasattr(stage.objective, "reads"):
         got, do = f"{type(stage.objective).__name__} without reads", "name the batch leaves it uses"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 
+from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.models.answers import abstract_params
+from vlp.train.parts import assemble
 from vlp.train.stages import parse
 
 
 def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One flat row per stage: name, batch, steps, samples, and parameters by group (`parameters/image` …)."""
     rows = []
-    for stage in parse(config)[1]:
+    settings, built = parse(config)
+    alone = dataclasses.replace(settings, mesh=meshes.MeshShape())
+    mesh = meshes.make(alone.mesh, devices=jax.devices("cpu")[:1])
+    for stage in built:
+        with jax.set_mesh(mesh):
+            assemble(stage, alone, mesh)  # refuses what training would refuse
         counts = parameters(stage.model, stage.data.image_px, stage.data.text_len)
         rows.append({
             "stage": stage.name,

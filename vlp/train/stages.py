@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,6 +126,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
         if key not in run_keys | stage_keys | {"stages"}:
             raise check.unknown("config", key, run_keys | stage_keys | {"stages"})
     run = build(Run, {k: v for k, v in config.items() if k in run_keys}, "config")
+    check.bounds("config", run, {"hang_secs": (0 <= run.hang_secs < math.inf, "at least 0")})
     for key in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
         if getattr(run, key) < 1:
             raise check.error(f"config.{key}", getattr(run, key), "1 or more", "change it")
@@ -176,6 +178,9 @@ def _build(
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
         section[key] = build_named(table, section[key], f"config.{key}")
     check_fields(section["model"], "config.model")
+    if not isinstance(section.get("evals", {}), Mapping):
+        do = "write {} for none"
+        raise check.error("config.evals", repr(section["evals"]), "a section of evaluators", do)
     section["evals"] = {
         k: build_named(EVALS, v, f"config.evals.{k}", default=k)
         for k, v in section.get("evals", {}).items()
