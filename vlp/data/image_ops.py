@@ -157,8 +157,9 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
+    height, width = int(height), int(width)
     good = colors in ("YCbCr", "RGB", "Gray") and height * width <= MAX_PIXELS
-    return (int(height), int(width)) if good else None
+    return (height, width) if good else None
 
 
 # orientation 1 … 8 → whether rows and columns come in reverse; from 5 on they were exchanged before

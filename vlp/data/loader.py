@@ -478,7 +478,7 @@ class Dataset:
 
     def reference(self, record_id: int) -> str:
         """The caption that evaluations compare with: the first in the wanted languages."""
-        return _texts(self.record(record_id), self.data, "first", None)[0]
+        return _texts(self.record(record_id), self.data, "first", None, self.tokenizer)[0]
 
     def keys(self, record_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the keys of the records."""
@@ -498,7 +498,7 @@ class Dataset:
 
     def _train_batch(self, first: int, count: int, seed: int, carry: bool = True) -> dict:
         ids_b, epochs_b = self._records(first, count, seed)
-        prepare = functools.partial(_train_sample, seed)
+        prepare = functools.partial(_train_sample, seed, self.tokenizer)
         return self._collate(first, ids_b, epochs_b, prepare, seed, carry)
 
     def train_iter(
@@ -593,7 +593,8 @@ class Dataset:
         positions_b = np.arange(first, first + len(rows))
         ids_b = np.minimum(positions_b, self.num_records - 1)
         zeros = np.zeros_like(ids_b)
-        out = self._collate(first, ids_b, zeros, _eval_sample, 0, carry=False)
+        prepare = functools.partial(_eval_sample, self.tokenizer)
+        out = self._collate(first, ids_b, zeros, prepare, 0, carry=False)
         out["mask"][:] = positions_b < self.num_records
         return out
 
@@ -696,7 +697,12 @@ def _mixture(data: Data, source: Concatenated) -> order.Mixture:
 
 
 def _train_sample(
-    seed: int, record: dict, data: Data, place: tuple[int, int], out: np.ndarray
+    seed: int,
+    tokenizer: tokenizers.Tokenizer,
+    record: dict,
+    data: Data,
+    place: tuple[int, int],
+    out: np.ndarray,
 ) -> list[tuple[str, bool]]:
     """Fills `out` with the training image at a place (stream position, epoch); returns the captions,
     each with whether it was shortened.
@@ -707,7 +713,7 @@ def _train_sample(
     position, epoch = place
     drawn = data.captions in ("uniform", "weighted")
     rng = order.sample_rng(seed, f"caption:{record.get('key')}", epoch) if drawn else None
-    texts = _texts(record, data, data.captions, rng)
+    texts = _texts(record, data, data.captions, rng, tokenizer)
     augmented(record["image"], data, order.sample_rng(seed, "image", position), out)
     if data.shorten == "truncate":  # which the tokenizer does
         return [(t, False) for t in texts]
@@ -742,16 +748,26 @@ def augmented(
 
 
 def _eval_sample(
-    record: dict, data: Data, place: tuple[int, int], out: np.ndarray
+    tokenizer: tokenizers.Tokenizer,
+    record: dict,
+    data: Data,
+    place: tuple[int, int],
+    out: np.ndarray,
 ) -> list[tuple[str, bool]]:
     """Fills `out` with a record's image as evaluations see it; returns the captions."""
     del place  # nothing is drawn
-    texts = _texts(record, data, "all" if data.captions == "all" else "first", None)
+    texts = _texts(record, data, "all" if data.captions == "all" else "first", None, tokenizer)
     image_ops.eval_image(record["image"], data.image_px, resize=data.resize, out=out)
     return [(t, False) for t in texts]
 
 
-def _texts(record: dict, data: Data, policy: str, rng: np.random.Generator | None) -> list[str]:
+def _texts(
+    record: dict,
+    data: Data,
+    policy: str,
+    rng: np.random.Generator | None,
+    tokenizer: tokenizers.Tokenizer,
+) -> list[str]:
     return text_ops.choose(
         record.get("captions"),
         policy=policy,
@@ -759,6 +775,7 @@ def _texts(record: dict, data: Data, policy: str, rng: np.random.Generator | Non
         sources={c.name: c.weight for c in data.caption_sources},
         num=data.num_captions,
         rng=rng,
+        is_blank=tokenizer.is_blank,
         where=f"record {record.get('key')!r}",
     )
 
