@@ -1,14 +1,16 @@
 """Imported tokenizers keep their pieces and get our ids."""
 
+import dataclasses
 import gzip
 import json
 import pickle
 
+import numpy as np
 import pytest
 import test_cli_data
 
 from vlp.core import check
-from vlp.data import imported, tokenizer
+from vlp.data import imported, loader, order, tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -226,3 +228,46 @@ def test_blank_and_impossible_texts():
     assert not tok.is_blank("a") and not tok.is_blank("<!>")
     with pytest.raises(check.UserError, match="text: got .*expected text that UTF-8 can hold"):
         tok.encode("a \udcff", 8)
+
+
+class Captioned:
+    """Records of one picture, with these captions."""
+
+    fingerprint = "captioned"
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i):
+        captions = [{"text": t, "lang": "en"} for t in self.texts[i]]
+        return {"key": str(i), "image": np.full((8, 8, 3), i, np.uint8), "captions": captions}
+
+
+def test_what_the_tokenizer_normalises_to_nothing_is_no_caption():
+    """By its own rules: counted, replaced as the stream position says, and never [bos][eos]."""
+    t = made("unigram")
+    strip = tokenizers.normalizers.Replace(tokenizers.Regex(r"[^a-zA-Z0-9 ]"), "")
+    t.normalizer = strip
+    tok = tokenizer.Tokenizer(t.to_str().encode())
+    texts = [["what"], ["…!"], ["猫", "10"], ["now !! 10"], ["\u3164"], ["means"]]
+    data = loader.Data(
+        image_px=8, text_len=8, bad_records="replace", max_bad_frac=1.0, shorten="random",
+        shuffle=False, read_threads=0, min_area_frac=1.0,
+    )  # fmt: skip
+    dataset = loader.Dataset(data, Captioned(texts), tok)
+    (batch,) = dataset.train_iter(start=0, batch=6, num_batches=1, seed=0)
+    assert dataset.tally.bad == {"no_caption": 2}
+    used = order.join_words(batch["record"])
+    assert (used[[0, 2, 3, 5]] == [0, 2, 3, 5]).all() and not {1, 4} & set(used)
+    assert (batch["text"][:, 1] >= 3).all() and tok.decode(batch["text"][2]) == "10"
+    np.testing.assert_array_equal(dataset.batch_at(4, 1, 0)["record"], batch["record"][4:5])
+    short = loader.Dataset(dataclasses.replace(data, text_len=3), Captioned(texts), tok)
+    for start in range(0, 60, 6):
+        assert (short.batch_at(start, 6, 0)["text"][:, 1] >= 3).all()
+    strict = dataclasses.replace(data, bad_records="error")
+    with pytest.raises(check.UserError, match="one with text"):
+        loader.Dataset(strict, Captioned(texts), tok).batch_at(1, 1, 0)
+    assert loader.Dataset(data, Captioned(texts), tok).reference(2) == "10"

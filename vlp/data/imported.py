@@ -40,13 +40,15 @@ class Pieces:
 
     Control tokens (the four roles' and all that the file calls special) have ids and no text: the
     library gets the file without them, and so a caption that spells one is split like any other.
-    `old_ids` are the file's ids of ours; -1: the file has none.
+    `old_ids` are the file's ids of ours; -1: the file has none. `roles`: its tokens for pad, bos,
+    eos, unk, where it has them.
     """
 
     def __init__(self, model: bytes, where: str):
         library = _library(where)
         spec = _spec(model, where)
         old, roles = _old_ids(spec), _roles(spec, where)
+        self.roles = {r: roles[r] for r in ROLES if r in roles}
         special = [old[roles[r]] if r in roles else -1 for r in ROLES]
         controls = {*roles.values(), *_special(spec), *filter(None, [_model_unk(spec)])}
         self.old_ids: list[int] = special + sorted(set(old.values()) - set(special))
@@ -123,7 +125,8 @@ def _spec(model: bytes, where: str) -> dict:
     """The file as JSON, if its parts are those of a tokenizer.json."""
     try:
         spec = json.loads(model)
-        _old_ids(spec), _special(spec), _bracket(spec.get("post_processor"))
+        for part in (_old_ids, _special, _told):  # raise where something is not as expected
+            part(spec)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise _no_tokenizer(where, e) from None
     return spec
@@ -226,13 +229,13 @@ def _roles(spec: dict, where: str) -> dict[str, str]:
 
 def _without(spec: dict, controls: set[str]) -> dict:
     """The file without its control tokens: in the model, their names become ones that no text has."""
-    model = dict(spec["model"])
+    model: dict[str, Any] = dict(spec["model"])
     names = {t: f"\0control {i}\0" for i, t in enumerate(sorted(controls))}
     if isinstance(model["vocab"], list):
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
-    if model.get("unk_token"):
+    if isinstance(model["vocab"], dict) and model.get("unk_token"):
         model["unk_token"] = names[model["unk_token"]]
         model["vocab"].setdefault(model["unk_token"], 1 + max(model["vocab"].values(), default=-1))
     if model.get("merges"):

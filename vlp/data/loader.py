@@ -720,6 +720,7 @@ def _train_sample(
     rng = order.sample_rng(seed, "shorten", position)
     num_words = data.text_len - 2  # beside bos and eos
     short = [text_ops.shorten(t, num_words, data.shorten, rng) for t in texts]
+    short = [old if tokenizer.is_blank(new) else new for old, new in zip(texts, short)]
     return [(new, new is not old) for old, new in zip(texts, short)]
 
 

@@ -1,6 +1,7 @@
 """Which of a record's captions a sample uses, and how a long one is shortened."""
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +45,10 @@ def is_invisible(text: str) -> bool:
 
 def is_utf8(text: str) -> bool:
     """Whether UTF-8 can hold a text: no lone surrogates."""
+    if text.isascii():
+        return True
     try:
-        text.isascii() or text.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -72,26 +75,29 @@ def choose(
     """
     if policy not in POLICIES:
         raise check.unknown("config.data.captions", policy, POLICIES)
-    if not isinstance(captions, list | tuple) or not all(map(_is_caption, captions)):
+    if not isinstance(captions, list | tuple) or not all(map(is_caption, captions)):
         error = check.error(where, f"captions {captions!r:.80}", "{text, lang, …}", "repair it")
         raise BadCaption("bad_caption", error)
-    left = [
+    wanted = [
         c
         for c in captions
-        if not is_blank(c["text"])
-        and (not langs or c["lang"] in langs)
-        and (not sources or c.get("source") in sources)
+        if (not langs or c["lang"] in langs) and (not sources or c.get("source") in sources)
     ]
+    most = {"first": 1, "all": num}.get(policy)  # no more are looked at
+    left = list(itertools.islice((c for c in wanted if not is_blank(c["text"])), most))
+    if wanted and not left:
+        got = f"blank captions {[c['text'] for c in wanted]!a:.80}"
+        raise BadCaption("no_caption", check.error(where, got, "one with text", "repair it"))
     weights = _weights(left, sources) if policy == "weighted" else np.ones(len(left))
     if not weights.sum() > 0:
         found = sorted({c["lang"] for c in captions})
         got, field = f"captions only in {found}", "langs"
-        wanted = f"one in {list(langs)}" if langs else "one with text"
+        expected = f"one in {list(langs)}" if langs else "one with text"
         if sources:
             got += f" from {sorted({str(c.get('source')) for c in captions})}"
-            wanted += f" from {list(sources)}"
+            expected += f" from {list(sources)}"
             field = "langs or caption_sources"
-        error = check.error(where, got, wanted, f"change config.data.{field}")
+        error = check.error(where, got, expected, f"change config.data.{field}")
         raise BadCaption("no_caption", error)
     texts = [c["text"] for c in left]
     if policy == "first":
@@ -115,7 +121,8 @@ def _weights(captions: Sequence[dict], sources: Mapping[str, float] | None) -> n
     return np.array([sources[tag] for tag in tags]) * own / np.where(sums > 0, sums, 1.0)
 
 
-def _is_caption(caption: Any) -> bool:
+def is_caption(caption: Any) -> bool:
+    """Whether it is a dict with a text that UTF-8 can hold, a language, and a weight from 0 on if any."""
     return (
         isinstance(caption, dict)
         and isinstance(caption.get("text"), str)

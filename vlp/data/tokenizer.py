@@ -35,6 +35,7 @@ class Tokenizer:
         else:
             self._sp = _sentencepiece(self._model, where)
         self.vocab_size: int = self._sp.vocab_size()
+        self.roles: dict[str, str] = getattr(self._sp, "roles", {})  # of a tokenizer.json's tokens
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = PAD, BOS, EOS, UNK
         self.sha256: str = hashlib.sha256(self._model).hexdigest()
         self.lower: bool = self._sp.encode("A") == self._sp.encode("a") != [UNK]
@@ -145,7 +146,8 @@ def _controls(model: bytes) -> bytes:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    proto: Any = sentencepiece_model_pb2.ModelProto.FromString(model)
+    made: Any = sentencepiece_model_pb2  # its classes are made at import
+    proto = made.ModelProto.FromString(model)
     spec = proto.trainer_spec
     if [spec.pad_id, spec.bos_id, spec.eos_id] != [PAD, BOS, EOS]:
         return b""
