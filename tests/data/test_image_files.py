@@ -1,11 +1,14 @@
 """Metadata costs no picture and turns none twice: the same pixels whatever stands beside them, in every format."""
 
 import io
+import json
 import struct
 import zlib
 
+import formats
 import numpy as np
 import pytest
+import test_cli_data
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from vlp.data import image_files, image_ops
@@ -262,6 +265,18 @@ def test_tiff_metadata(recwarn):
     at = data.index(b"".join(entries)) + 12 * len(entries)  # the next directory
     check_same(data[:at] + struct.pack("<I", 10**9) + data[at + 4 :])
     assert not recwarn.list
+
+
+def test_inspect_and_filter_see_what_is_decoded(tmp_path, capsys):
+    files = [*bad_png_metadata().values(), *METADATA.values()]
+    pairs = [{"key": f"k{i}", "jpg": d, "caption": f"this is {i}"} for i, d in enumerate(files)]
+    formats.tar(tmp_path / "a.tar", pairs)
+    assert test_cli_data.run("inspect", tmp_path / "a.tar") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shorter_side_px"]["max"] == HEIGHT and "image header" not in str(found)
+    loose = ("--min-side-px", 0, "--min-words", 1, "--out", tmp_path / "out")
+    assert test_cli_data.run("filter", tmp_path / "a.tar", *loose) == 0
+    assert f'"records_kept": {len(files)},' in capsys.readouterr().out
 
 
 def test_metadata_takes_no_memory(monkeypatch):

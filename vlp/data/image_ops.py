@@ -89,14 +89,15 @@ def _unread(data: bytes) -> BadImage:
 class Picture:
     """An encoded image whose header was read: its size is known, its pixels are decoded when asked for.
 
-    `size` is (height, width) of the picture as it is shown, that is of `pixels()`.
+    `size` is (height, width) of the picture as it is shown, that is of `pixels()`; `format` one of
+    `FORMATS`.
     Raises: `BadImage`, at once for what the header tells and in `pixels` for the rest.
     """
 
     def __init__(self, data: bytes):
         self._data = data
         self._image = None  # Pillow's, opened where libjpeg-turbo alone will not do
-        stored = None
+        self.format, stored = "JPEG", None
         if data.startswith(image_files.JPEG):
             stored, self._orientation = _jpeg_size(data), image_files.jpeg(data)[1]
         if stored is None:
@@ -108,7 +109,8 @@ class Picture:
         try:
             plain, self._orientation = image_files.without_metadata(self._data)
             self._image = Image.open(io.BytesIO(plain), formats=FORMATS)
-            if self._image.format == "AVIF":  # what its transforms say, in Pillow's words
+            self.format = self._image.format or "unknown"
+            if self.format == "AVIF":  # what its transforms say, in Pillow's words
                 exif = self._image.info.get("exif", b"")
                 self._orientation = image_files.exif_orientation(exif)
             width, height = self._image.size
