@@ -50,7 +50,7 @@ def jpeg(data: bytes) -> tuple[list[tuple[int, int]], int]:
     while at + 4 <= len(data):
         marker = data[at + 1]
         if data[at] != 0xFF or marker == 0xFF:  # stray bytes and fill bytes
-            at += 1
+            at = found if (found := data.find(b"\xff", at + 1)) > 0 else len(data)
             continue
         if marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
             at += 2
