@@ -67,8 +67,11 @@ def parquet(path, pairs, *, row_group_size=5) -> None:
     pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
 
 
-def tfds(directory, pairs) -> str:
-    """Prepares an ArrayRecord TFDS dataset; returns the directory of its version."""
+def tfds(directory, pairs, captions=None) -> str:
+    """Prepares an ArrayRecord TFDS dataset; returns the directory of its version.
+
+    captions: its feature of captions, by default one text a row.
+    """
     import tensorflow_datasets as tfds_lib
 
     with tfds_lib.core.registered.skip_registration():  # a second test may define it again
@@ -82,7 +85,7 @@ def tfds(directory, pairs) -> str:
                     {
                         "key": tfds_lib.features.Text(),
                         "image": tfds_lib.features.Image(encoding_format="jpeg"),
-                        "caption": tfds_lib.features.Text(),
+                        "caption": captions or tfds_lib.features.Text(),
                     }
                 )
                 return self.dataset_info_from_configs(features=features)

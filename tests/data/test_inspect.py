@@ -10,7 +10,7 @@ import pytest
 import test_cli_data
 from PIL import Image
 
-from vlp.core import check
+from vlp.core import check, pages
 from vlp.data import filter as filter_lib
 from vlp.data import inspect, loader, records, tokenizer
 
@@ -57,7 +57,43 @@ def test_images_that_were_padded_are_flagged(tmp_path):
     source = records.open_split(tmp_path / "set", "train")
     found = inspect.numbers(source)
     assert found["uniform_borders"] == "2 of 3 looked at"
-    assert inspect.page(source, found, title="t").count("uniform border<br>") == 2
+    assert inspect.page(source, found, title="t").count(">uniform border<") == 2
+
+
+def test_the_page_asks_nothing_and_shows_hostile_names_harmlessly(tmp_path):
+    evil = '"><script>alert(1)</script><img src=http://x.example/ onerror=alert(1)>'
+    controls = "\x1b[31mred\x1b]0;t\x07 \x7f \x9b31m \u202egpj.exe"
+    rows = [record("1", [evil, controls]), record("2", ["x" * 9_000])]
+    rows[1]["key"] = evil + controls
+    rows.append(record("3", ["y"], b"<html>", lang=evil))
+    records.write(tmp_path / "set", {"train": rows}, name="n", info={})
+    source = records.open_split(tmp_path / "set", "train")
+    found = inspect.numbers(source)
+    text = inspect.page(source, found, title=evil + controls)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
+    assert pages.CSS in text  # the style of `vlp report`
+    assert "<script" not in text and "<img src=http" not in text
+    assert "&lt;script&gt;" in text and "␛[31mred" in text and "x" * 201 not in text
+    assert not set(text) & set("\x07\x1b\x7f\x9b\u202e")
+    text.encode()
+
+
+def test_the_page_shows_every_number_in_words(tmp_path):
+    records.write(tmp_path / "set", {"train": [record("1", ["a b"])]}, name="n", info={})
+    source = records.open_split(tmp_path / "set", "train")
+    found = {**inspect.numbers(source), "new_count": 12_345, "new_kinds": {"a_b": 3}}
+    text = inspect.page(source, found, title="t")
+    for words in (
+        "new count",
+        "12,345",
+        "New kinds",
+        "a_b",
+        "Shorter side, px",
+        "Languages",
+        "repeated keys",
+    ):
+        assert words in text
+    assert "new_kinds" not in text and "new_count" not in text
 
 
 def test_uniform_borders():
@@ -103,6 +139,7 @@ def test_filter_counts_by_rule(tmp_path, capsys):
     counts = json.loads(capsys.readouterr().out.splitlines()[0])
     assert {k: counts.get(k, 0) for k in filter_lib.RULES} == {
         "image_unreadable": 0,
+        "row_unreadable": 0,
         "image_small": 1,
         "image_aspect": 1,
         "image_many_texts": 0,

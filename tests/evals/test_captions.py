@@ -95,6 +95,19 @@ def test_losses(batch, mesh, num_devices):
     assert values["caption_loss_shuffled"] == pytest.approx(oracle(logits, text_NL, 1), rel=1e-6)
 
 
+def test_the_error_of_the_difference_is_that_of_drawing_records():
+    """Against the bootstrap: how much the difference varies if the records are drawn anew."""
+    logits = np.random.default_rng(0).normal(size=(NUM, 16, 128)) * 2
+    values, _ = evaluate(logits)
+    text_NL = open_data()[1]["text"]
+    count_N = (text_NL[:, 1:] != PAD).sum(axis=1)
+    one = lambda i, shift: oracle(np.roll(logits, -shift, axis=0)[i : i + 1], text_NL[i : i + 1], 0)
+    gap_N = np.array([one(i, 1) - one(i, 0) for i in range(NUM)]) * count_N
+    drawn = np.random.default_rng(1).integers(NUM, size=(20_000, NUM))
+    spread = (gap_N[drawn].sum(axis=1) / count_N[drawn].sum(axis=1)).std()
+    assert values["caption_gap_se"] == pytest.approx(spread, rel=0.1)
+
+
 def test_perfect():
     dataset, rows = open_data()
     values, kept = evaluate(said(rows["text"]))

@@ -2,17 +2,19 @@
 
 import collections
 import dataclasses
+import io as io_lib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
-from vlp.data import emoji
+from vlp.data import emoji, records
 from vlp.data.loader import Data, open_dataset
 from vlp.evals import io as ios
 from vlp.evals import zeroshot as zs
@@ -157,3 +159,32 @@ def test_tones_are_balanced():
     counts = collections.Counter(emoji.tone_of(key, keys) for key in keys)
     assert len({counts[tone] for tone in emoji.TONES}) == 1
     assert counts["none"] <= counts["light"] < 1.1 * counts["none"]
+
+
+def test_records_of_labels_alone(tmp_path):
+    """Images and classes without captions: the same results as with captions, and no text in the report."""
+    source = open_dataset(DATA).source
+    results = []
+    for name in ("with", "without"):
+        rows = []
+        for i in range(16):
+            pixels = Image.fromarray(source[i]["image"])
+            pixels.save(out := io_lib.BytesIO(), "PNG")
+            captions = [{"text": "words", "source": "s", "lang": "en"}] * (name == "with")
+            label = source[i]["shape"]
+            rows.append(
+                {"key": f"{i}", "image": out.getvalue(), "label": label, "captions": captions}
+            )
+        records.write(tmp_path / name, {"test": rows}, name="n", info={})
+        data = Data(path=str(tmp_path / name), image_px=8, text_len=16, read_threads=0)
+        kept = {}
+        io = ios.IO(data, open_dataset(DATA).tokenizer, kept.__setitem__)
+        classes = tuple(sorted({r["label"] for r in rows}))
+        evaluator = zs.Zeroshot("label", classes, batch=8)
+        mesh = meshes.make(meshes.MeshShape())
+        with jax.set_mesh(mesh):
+            evaluator.check(io, "config.evals.shapes")
+            results.append([r.value for r in evaluator(Apply(Random(), params()), mesh, io)])
+        (artefact,) = kept.values()
+        assert {x["caption"] for x in artefact["items"]} == {"words" * (name == "with")}
+    assert results[0] == results[1]

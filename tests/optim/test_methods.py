@@ -123,3 +123,24 @@ def test_user_errors():
         Optim("adam")
     with pytest.raises(UserError, match="config.optim.mu_dtype: got float16, expected 'float32'"):
         Optim(mu_dtype="float16")
+
+
+@pytest.mark.parametrize("depth", [2, 40])
+def test_adafactor_takes_each_block_on_its_own(depth):
+    """A stack of any depth is updated as so many separate models are: moments, clipping and average."""
+    rng = np.random.default_rng(1)
+    shapes = {"kernel": (32, 48), "heads": (36, 3, 2, 33), "bias": (40,), "scale": (5,)}
+    draw = lambda: {
+        # blocks whose gradients differ in size by far: a shared clip would show
+        k: (rng.normal(size=(depth, *s)).T * 10.0 ** rng.uniform(-3, 3, depth)).T.astype(np.float32)
+        for k, s in shapes.items()
+    }
+    params, *grads = ({"encoder": {"blocks": draw()}} for _ in range(4))
+    optim = Optim("adafactor", rules=EVERY, clip_norm=None)
+    got, _ = train(optim, params, grads)
+    block = lambda tree, k: jax.tree.map(lambda x: x[k], tree["encoder"]["blocks"])
+    for k in (0, depth // 2, depth - 1):
+        alone, _ = train(optim, block(params, k), [block(g, k) for g in grads])
+        for ours, own in zip(got, alone, strict=True):
+            for name in shapes:
+                np.testing.assert_allclose(block(ours, k)[name], own[name], rtol=2e-5, atol=1e-6)

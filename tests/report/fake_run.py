@@ -143,6 +143,8 @@ def _rows(rng: np.random.Generator, i: int, num: int, two_stages: bool) -> list[
             "eval": "captions",
             "caption_loss": float(cap + 0.12),
             "caption_loss_shuffled": float(cap + 0.12 + 2.4 * quality),
+            "caption_gap_se": 0.04,
+            "num": 1000,
             "exact_match": 0.38 * quality,
         },
     ]

@@ -35,7 +35,7 @@ def test_page(workdirs, tmp_path, capsys):
 
 def test_numbers_and_lines(workdirs):
     runs = [load.load(path) for path in workdirs]
-    loss = next(c for c in compare.training(runs) if c.title == "loss")
+    loss = next(c for c in compare.training(runs) if c.title == "Loss")
     assert [s.label for s in loss.series] == ["first", "second", "third"]
     for run, series in zip(runs, loss.series):
         assert series.y.tolist() == [row.values["loss"] for row in run.train]

@@ -1,6 +1,7 @@
 """Stages: what one hands to the next, and what starts anew."""
 
 import contextlib
+import dataclasses
 import types
 from unittest import mock
 
@@ -14,7 +15,7 @@ from vlp.data import order
 from vlp.infer.load import load
 from vlp.ops import posembed
 from vlp.optim.schedules import Schedule
-from vlp.train import loop
+from vlp.train import loop, stages
 
 AT_ENTRY = [{"name": "one", "steps": 3}, {"name": "two", "steps": 2}]
 
@@ -164,6 +165,145 @@ def test_init_leaves_its_source_alone(toy, tmp_path):
     assert (at_end["params/words"] != on_disk["params/words"]).any()
 
 
+def test_init_acts_where_training_begins(toy, tmp_path):
+    """A later stage keeps what the earlier one learned, unless it has an `init` of its own."""
+    assert runs.train(runs.TOY, tmp_path / "other") == 0
+    source = part(runs.saved(tmp_path / "other"), "params")
+    config = runs.changed(runs.TOY, steps=0, stages=AT_ENTRY, init=str(tmp_path / "other"))
+    with watched() as seen:
+        assert runs.train(config, tmp_path / "run") == 0
+    first, second = seen
+    np.testing.assert_equal(part(first.after, "params"), source)
+    assert (part(second.before, "params")["words"] != source["words"]).any()
+    np.testing.assert_equal(part(second.after, "params"), part(second.before, "params"))
+    again = {"stages.1.init": str(tmp_path / "other"), "stages.1.init_match": "words"}
+    with watched() as seen:
+        assert runs.train(runs.changed(config, **again), tmp_path / "again") == 0
+    before, after = part(seen[1].before, "params"), part(seen[1].after, "params")
+    np.testing.assert_array_equal(after["words"], source["words"])
+    np.testing.assert_array_equal(after["colour"], before["colour"])
+
+
+# What a stage without a word of its own about it has, given the base's: {} the base's own value.
+INHERITED = {
+    "batch": 4, "model": {"name": "toy", "embed": 3}, "objective": {"name": "toy", "power": 4},
+    "data": runs.DATA | {"image_px": 8}, "optim": {"b1": 0.5}, "schedule": {"lr": 0.5},
+    "samples": 0, "steps": 7, "micro_batches": 2, "micro_remat": "blocks",
+    "streams": {"more": {"data": runs.DATA, "batch": 2}}, "teachers": {"ema": {"decay": 0.5}},
+    "evals": {"retrieval": {"batch": 2}}, "eval_params": "ema", "carry_optimizer": True,
+}  # fmt: skip
+NOT_INHERITED = {"init": "/a/run", "init_match": "colour"}
+
+
+def test_what_stages_inherit(toy):
+    """Every setting of a stage: had from above the stages, or acting once, where training begins."""
+    own = {"name", "index", "start_step", "start_samples"}
+    fields = {f.name for f in dataclasses.fields(stages.Stage)} - own
+    assert fields == INHERITED.keys() | NOT_INHERITED.keys()
+    config = runs.TOY | INHERITED | NOT_INHERITED | {"stages": [{"name": "one"}, {"name": "two"}]}
+    _, (first, second) = stages.parse(config)
+    alone = stages.parse(runs.TOY | INHERITED)[1][0]
+    for name in INHERITED:
+        at = lambda stage, name=name: str(getattr(stage, name)).replace(
+            "start_samples=14", "start_samples=0"
+        )
+        assert at(first) == at(second) == at(alone), name
+    assert (first.init, first.init_match) == ("/a/run", "colour")
+    assert (second.init, second.init_match) == ("", ".*")
+
+
+MIXED = runs.DATA | {
+    "mixture": [
+        {"name": "a", "weight": 1, "num_records": 13},
+        {"name": "b", "weight": 3, "num_records": 7, "split": "val"},
+    ],
+}  # fmt: skip
+
+
+def test_a_stage_with_other_weights_reads_on(toy, tmp_path):
+    """Each part's records come in its own order over the whole run; counters equal what was read."""
+    weights = lambda *w: {"mixture": [p | {"weight": x} for p, x in zip(MIXED["mixture"], w)]}
+    config = runs.changed(
+        runs.TOY, steps=0, log_every_steps=1, data=MIXED,
+        stages=[
+            {"name": "one", "steps": 5},
+            {"name": "same", "steps": 2, "batch": 16},
+            {"name": "more of a", "steps": 4, "data": weights(5, 1)},
+            {"name": "a alone", "steps": 3, "data": {"mixture": [], "num_records": 13}},
+            {"name": "back", "steps": 3, "data": weights(1, 1)},
+        ],
+    )  # fmt: skip
+    ids, feed = [], loop.feed
+
+    def watch(parts, *args):
+        for batch in feed(parts, *args):
+            found = order.join_words(np.asarray(batch["record"]))
+            ids.append(found)
+            yield batch
+
+    with mock.patch.object(loop, "feed", watch):
+        assert runs.train(config, tmp_path / "run") == 0
+    rows = [row for row in runs.rows(tmp_path / "run") if row["kind"] == "train"]
+    counts = {"a": 0, "b": 0}
+    for found, row in zip(ids, rows, strict=True):
+        counts["b"] += int((found >= 13).sum())
+        counts["a"] += int((found < 13).sum())
+        if row["stage"] != "a alone":
+            assert {k: row[f"data/samples_{k}"] for k in counts} == counts, row["step"]
+    ids = np.concatenate(ids)
+    a, b = ids[ids < 13], ids[ids >= 13] - 13
+    np.testing.assert_array_equal(a, order.record_ids(0, len(a), 13, 0))
+    np.testing.assert_array_equal(b, order.record_ids(0, len(b), 7, 1))
+    one = runs.changed(config, stages=[{"name": "one", "steps": 5}, {"name": "two", "steps": 4}])
+    both = runs.changed(one, stages=[{"name": "all", "steps": 9}])
+    assert runs.train(one, tmp_path / "halves") == 0 and runs.train(both, tmp_path / "whole") == 0
+    counts = lambda name: [r["data/samples_a"] for r in runs.rows(tmp_path / name)]
+    assert counts("halves") == counts("whole")
+
+
+def test_a_stage_of_other_data_begins_with_its_first_epoch(toy, tmp_path):
+    config = runs.changed(runs.TOY, steps=0, stages=[
+        {"name": "one", "steps": 1},
+        {"name": "two", "samples": 16, "data": {"num_records": 16, "split": "val"}},
+        {"name": "one again", "steps": 1},
+    ])  # fmt: skip
+    ids, feed = [], loop.feed
+
+    def watch(*args):
+        for batch in feed(*args):
+            ids.append(order.join_words(np.asarray(batch["record"])))
+            yield batch
+
+    with mock.patch.object(loop, "feed", watch):
+        assert runs.train(config, tmp_path / "run") == 0
+    assert sorted(np.concatenate(ids[1:3]).tolist()) == list(range(16))
+    np.testing.assert_array_equal(np.concatenate([ids[0], ids[3]]), order.record_ids(0, 16, 21, 0))
+
+
+def test_counters_of_a_second_stream(toy, tmp_path, monkeypatch):
+    """They are of the stream's own batches, over all stages that have it."""
+    stream = {"data": MIXED, "batch": 4}
+    config = runs.changed(runs.TOY, steps=0, streams={"more": stream}, stages=[
+        {"name": "one", "steps": 3},
+        {"name": "two", "steps": 2, "batch": 16, "streams": {"more": {"batch": 12}}},
+    ])  # fmt: skip
+    counts, seen, feed = {"a": 0, "b": 0}, [], loop.feed
+
+    def watch(*args):
+        for batch in feed(*args):
+            found = order.join_words(np.asarray(batch["more.record"]))
+            counts["a"] += int((found < 13).sum())
+            counts["b"] += int((found >= 13).sum())
+            seen.append(dict(counts))
+            yield batch
+
+    with mock.patch.object(loop, "feed", watch):
+        assert runs.train(config, tmp_path / "run") == 0
+    rows = runs.rows(tmp_path / "run")
+    got = [{k: row[f"data/more.samples_{k}"] for k in counts} for row in rows]
+    assert got == seen
+
+
 REFUSED = {
     "another width": ({"stages.1.model": {"embed": 5}}, "stage 'two': colour: got shape (3, 4)"),
     "optimiser of a frozen model": (
@@ -178,6 +318,10 @@ REFUSED = {
         "config.teachers.big: got decay and path, expected one of them",
     ),
     "evaluating nobody": ({"eval_params": "emma"}, "expected one of ['student']"),
+    "moments of other parameters": (
+        {"stages.1.init": "/a/run", "stages.1.carry_optimizer": True},
+        "config.stages.1.carry_optimizer: got True beside init",
+    ),
     "words for stages": ({"stages": "(dict(steps=3),)"}, "config.stages: got '(dict(steps=3),)'"),
     "two of a name": ({"stages.1.name": "one"}, "name 'one' twice"),
 }  # fmt: skip
@@ -209,3 +353,35 @@ def test_a_broken_evaluation_costs_no_training(toy, tmp_path):
         with pytest.raises(ZeroDivisionError):
             runs.train(config, tmp_path / "run")
     assert runs.saved(tmp_path / "run")["rest/step"] == 3
+
+
+OPEN = [{"match": ".*", "decay": 0.0}]
+SCALES = {
+    "a start above it": (
+        {"model.scale": 112.0},
+        "stage 'stage0': temperature/logit_scale: got 4.718 (its exponential is 112)",
+    ),
+    "a stage without a clamp before it": (
+        {"steps": 0, "stages": [AT_ENTRY[0] | {"optim": {"rules": OPEN}}, AT_ENTRY[1]]},
+        "stage 'two': temperature/logit_scale: got -inf … inf from the stage before",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", SCALES)
+def test_a_scale_that_its_clamp_would_move_at_once(tmp_path, capsys, mistake):
+    changes, message = SCALES[mistake]
+    with mock.patch.object(loop, "open_session", side_effect=AssertionError("too late")):
+        assert runs.train(runs.changed(runs.CLIP, **changes), tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert message in err and "[0, 4.605]" in err
+
+
+def test_a_given_scale_outside_of_the_clamp(clip_run, tmp_path, capsys):
+    """SigLIP's published models end at 112; the default rules would set it to 100 without a word."""
+    at_112 = {"temperature/logit_scale": np.float32(np.log(112.0))}
+    config = runs.changed(runs.CLIP, init=str(clip_run))
+    with mock.patch("vlp.train.enter.initial", lambda stage: at_112):
+        with mock.patch.object(loop, "open_session", side_effect=AssertionError("too late")):
+            assert runs.train(config, tmp_path / "run") == 2
+    assert "(its exponential is 112) from stage 'stage0': init from" in capsys.readouterr().err

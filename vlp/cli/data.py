@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import json
 import os
+import sys
 import time
 
 from vlp.core import check
@@ -88,16 +89,35 @@ def _add_input(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     parser.add_argument("input", metavar="PATH", nargs=nargs, help="a directory, shard or table")
     parser.add_argument("--splits", nargs="+", default=["train"], help="default: train")
     for name in ("key", "image", "lang", "label"):
-        parser.add_argument(f"--{name}", default="", metavar="COLUMN")
-    parser.add_argument("--captions", nargs="+", default=[], metavar="COLUMN")
+        off = "" if name == "image" else "; '' for none, whatever the columns are called"
+        words = f'column, or a path into one ("a.b"){off}'
+        parser.add_argument(f"--{name}", default=None, metavar="COLUMN", help=words)
+    parser.add_argument("--captions", nargs="+", default=None, metavar="COLUMN", help="likewise")
     parser.add_argument("--default-lang", default="und", help="where no column says it")
+    parser.add_argument(
+        "--no-group", action="store_true", help="one record a row, though rows have the same image"
+    )
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="follow a table's or a link's paths out of the dataset's directory",
+    )
 
 
 def _fields(args: argparse.Namespace):
     from vlp.data.sources import fields
 
+    named = {name: getattr(args, name) for name in fields.GUESSED}
     return fields.Fields(
-        args.key, args.image, tuple(args.captions), args.lang, args.label, args.default_lang
+        key=args.key or "",
+        image=args.image or "",
+        captions=tuple(filter(None, args.captions or ())),
+        lang=args.lang or "",
+        label=args.label or "",
+        default_lang=args.default_lang,
+        off=tuple(n for n, v in named.items() if v in ("", [""])),
+        group=not args.no_group,
+        allow_outside=args.allow_outside,
     )
 
 
@@ -150,6 +170,8 @@ def _convert(args: argparse.Namespace) -> int:
     from vlp.data import convert, sources
 
     begin = time.monotonic()
+    if not args.input:
+        raise check.error("PATH", "''", "a directory, a shard or a table", "name one")
     existed = _exists(args.out)
     job = convert.Job(
         args.input,
@@ -162,11 +184,15 @@ def _convert(args: argparse.Namespace) -> int:
     )
     for split in job.splits:
         source = job.source(split)
-        kind, _ = sources.find(args.input, split)
+        kind, found = sources.find(args.input, split)
         shown = convert.shown(source, job.given)
-        separator = getattr(source, "separator", "")
-        note = f" separator={separator!r}" if separator else ""
-        print(f"{split}: {len(source)} rows of {kind}, {shown}{note}")
+        note = f" {how}" if (how := getattr(source, "how", "")) else ""
+        num_rows = getattr(source, "num_rows", len(source))
+        print(f"{split}: {num_rows} rows of {kind}, {shown}{note}")
+        if told := sources.grouped(source):
+            print(f"{split}: {told} (--no-group: one record a row)")
+        if os.path.isdir(args.input) and (beside := sources.unread(kind, found)):
+            print(f"{split}: not read beside them, by ending: {beside}")
     manifest = convert.run(
         job, workers=args.workers, runner=args.runner, runner_args=args.runner_args
     )
@@ -175,7 +201,9 @@ def _convert(args: argparse.Namespace) -> int:
     _tell_others(args)
     info = manifest["info"]
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
-    for kind in ("tar", "img2dataset"):
+    if parts := info.get("parts_left_out"):
+        print(f"parts that do not fit, left out of records: {parts}")
+    for kind in ("tar", "folder", "img2dataset"):
         if counts := {s: c for s, c in info.get(kind, {}).items() if c}:
             print(f"{kind}: {counts}")
     print(f"{args.out}: {_SAME if existed else 'written'}, {time.monotonic() - begin:.1f} s")
@@ -207,7 +235,10 @@ def _verify(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace, split: str):
     from vlp.data import sources
 
-    return sources.open_path(args.input, split, given=_fields(args))
+    source = sources.open_path(args.input, split, given=_fields(args))
+    if told := sources.grouped(source):
+        print(f"{split}: {told} (--no-group: one record a row)", file=sys.stderr)
+    return source
 
 
 def _write_new(path: str, data: bytes) -> None:

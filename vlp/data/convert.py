@@ -22,7 +22,7 @@ from typing import Any
 
 from vlp.core import check
 from vlp.data import image_ops, processes, records, sources
-from vlp.data.sources import fields, tar
+from vlp.data.sources import fields, files, tar
 
 LEFT_OUT = "left_out.jsonl"
 INPUTS = ".inputs"  # in the output, unknown to its manifest: what the input files looked like
@@ -47,8 +47,9 @@ class Job:
         return os.path.join(head, f".{tail}.convert")
 
     def source(self, split: str) -> records.Source:
-        """Returns the opened input (opened once per process)."""
-        return _opened(self.path, split, self.strict, self.given)
+        """Returns the opened input (opened once per process); it compares images of any size."""
+        given = dataclasses.replace(self.given, group=self.given.group is not False)
+        return _opened(self.path, split, self.strict, given)
 
 
 @functools.lru_cache(maxsize=8)
@@ -95,48 +96,61 @@ def make_shard(job: Job, task: tuple[str, int]) -> None:
     split, number = task
     source, path = job.source(split), _shard(job, split, number)
     first = number * job.rows_per_shard
-    rows, left_out = [], []
+    rows, left_out, parts = [], [], collections.Counter()
     for i in range(first, min(first + job.rows_per_shard, len(source))):
-        record, reason, detail = _row(job, source, i)
+        record, reason, detail, notes = _row(job, source, i)
         if reason:
-            entry = {"split": split, "row": i, "key": record.get("key"), "reason": reason}
-            left_out.append(entry | ({"detail": detail} if detail else {}))
+            entry = {"split": split, "row": i} | _place(source, i)
+            entry |= {"key": record["key"]} if record.get("key") else {}
+            left_out.append(entry | {"reason": reason} | ({"detail": detail} if detail else {}))
         else:
             rows.append(record)
+            parts.update(part for part, _ in notes.parts)
+            left_out += [{"split": split, **row, "key": record["key"]} for row in notes.rows]
     part = f"{path}.{os.getpid()}.part"
     records.write_shard(part, rows)
     entry = {"records": len(rows), **records.file_entry(part)}
     os.replace(part, path)
-    text = json.dumps({"entry": entry, "keys": [r["key"] for r in rows], "left_out": left_out})
+    keys = [r["key"] for r in rows]
+    text = json.dumps({"entry": entry, "keys": keys, "left_out": left_out, "parts": parts})
     with open(part, "w", encoding="utf-8") as f:
         f.write(text)
     os.replace(part, f"{path}.json")
 
 
-def _row(job: Job, source: records.Source, i: int) -> tuple[dict, str, str]:
-    """Returns (record, "", "") or (what is known of it, the reason why it is left out, detail)."""
+def _row(job: Job, source: records.Source, i: int) -> tuple[dict, str, str, fields.Notes]:
+    """Returns (record, "", "", what of it is left out) or (what is known of it, why it is left out,
+    detail, …)."""
+    notes = fields.Notes()
     try:
-        record = source[i]
+        read = getattr(source, "read", None)  # of our own records, nothing is left out
+        record, notes = read(i) if read else (source[i], notes)
     except image_ops.BadImage as e:
-        return {"key": e.key}, f"image {e.reason}", f"{e!s:.200}"
+        return {"key": e.key}, f"image {e.reason}", f"{e!s:.200}", notes
     except check.UserError:
         raise  # a file that cannot be read is no property of the row
     except ValueError as e:
-        return {}, "bad row", f"{e!s:.200}"
-    if not record["captions"]:
-        return record, "no text", ""
+        return {}, "bad row", f"{e!s:.200}", notes
+    if not record["captions"] and not fields.is_label_alone(record, source):
+        return record, "no text", "", notes
     if not record["image"]:
-        return record, "image empty", ""
+        return record, "image empty", "", notes
     if job.check_images:
         try:
             image_ops.decode(record["image"])
         except image_ops.BadImage as e:
-            return record, f"image {e.reason}", f"{e!s:.200}"
+            return record, f"image {e.reason}", f"{e!s:.200}", notes
     try:
         records.encode(record)
     except check.UserError as e:
-        return record, "bad record", f"{e!s:.200}"
-    return record, "", ""
+        return record, "bad record", f"{e!s:.200}", notes
+    return record, "", "", notes
+
+
+def _place(source: records.Source, i: int) -> dict:
+    """Says where record i comes from, if its source can: row, file, line."""
+    place = getattr(source, "place", None)
+    return place(i) if place else {}
 
 
 def shown(source: records.Source, given: fields.Fields) -> str:
@@ -212,17 +226,22 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     final = os.path.join(job.work, "dataset")
     shutil.rmtree(final, ignore_errors=True)
     os.makedirs(final)
-    splits, left_out, duplicates = {}, [], {}
+    splits, left_out, duplicates, parts = {}, [], {}, collections.Counter()
     for split in job.splits:
         found = [_finished(job, t) for t in tasks if t[0] == split]
         left_out += [row for x in found for row in x["left_out"]]
+        for x in found:
+            parts.update(x["parts"])
         whole = [(n, x) for n, x in enumerate(found) if x["entry"]["records"]]
         keys = [k for x in found for k in x["keys"]]
         if not keys:
             counts = dict(collections.Counter(r["reason"] for r in left_out))
             shutil.rmtree(job.work)  # of no use to a mended input
             got = f"0 records ({counts}{_first_detail(left_out)})"
-            raise check.error(f"split {split!r}", got, "at least one", "check the input")
+            do = "check the input"
+            if set(counts) == {"no text"}:
+                do += ", or keep labels alone by --captions ''"
+            raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
         shards = []
         for i, (number, x) in enumerate(whole):
             name = f"{split}-{i:05d}-of-{len(whole):05d}.arrayrecord"
@@ -237,12 +256,21 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
         "left_out": dict(sorted(collections.Counter(r["reason"] for r in left_out).items())),
         "repeated_keys": duplicates,
     }
+    if parts:
+        info["parts_left_out"] = dict(sorted(parts.items()))
     for split in job.splits:
-        if isinstance(source := job.source(split), tar.TarSource):
-            info.setdefault("tar", {})[split] = source.counts
-            info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(source.files)
-            failures = tar.img2dataset_failures(source.files, job.given.key)
-            left_out += [{"split": split, **r} for r in (*source.left_out, *failures)]
+        source: Any = job.source(split)
+        if sources.grouped(source):
+            info.setdefault("rows", {})[split] = source.num_rows
+        is_tar = isinstance(source, tar.TarSource)
+        if not is_tar and not isinstance(source, files.FolderSource):
+            continue
+        info.setdefault("tar" if is_tar else "folder", {})[split] = source.counts
+        left_out += [{"split": split, **r} for r in source.left_out]
+        if shards := source.files if is_tar else source.shards:  # of img2dataset
+            info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(shards)
+            failures = tar.img2dataset_failures(shards, job.given.key)
+            left_out += [{"split": split, **r} for r in failures]
     lines = "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in left_out)
     manifest = records.write_manifest(
         final, os.path.basename(job.out), info, splits, {LEFT_OUT: lines.encode()}

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 
 from vlp.core import check
 from vlp.data import image_ops, records
+from vlp.data.sources import fields
 
 RULES = (
     "image_unreadable",
+    "row_unreadable",
     "image_small",
     "image_aspect",
     "image_many_texts",
@@ -74,7 +76,7 @@ def survey(source: records.Source, rules: Rules) -> Seen:
     grams: collections.Counter = collections.Counter()
     for i in range(len(source)):
         record = _read(source, i)
-        if record is None:
+        if isinstance(record, str):
             continue
         images[_digest(record["image"])] += len(record["captions"])
         texts.update({_text_digest(c["text"]) for c in record["captions"]})
@@ -95,8 +97,8 @@ def apply(
     for i in range(len(source)):
         record = _read(source, i)
         counts["records"] += 1
-        rule = "image_unreadable" if record is None else _image_rule(record, seen, rules)
-        if record is None or rule:
+        rule = record if isinstance(record, str) else _image_rule(record, seen, rules)
+        if isinstance(record, str) or rule:
             counts[rule] += 1
             continue
         captions = []
@@ -105,8 +107,9 @@ def apply(
             counts["texts"] += 1
             counts[rule or "texts_kept"] += 1
             captions += [] if rule else [caption]
-        counts["records_kept" if captions else "no_text"] += 1
-        if captions:
+        kept = captions or fields.is_label_alone(record, source)
+        counts["records_kept" if kept else "no_text"] += 1
+        if kept:
             yield record | {"captions": captions}
 
 
@@ -147,8 +150,13 @@ def _text_digest(text: str) -> bytes:
     return _digest(" ".join(words(text)).encode("utf-8", "surrogatepass"))
 
 
-def _read(source: records.Source, i: int) -> dict | None:
+def _read(source: records.Source, i: int) -> dict | str:
+    """Returns a record, or the rule by which it is dropped."""
     try:
         return source[i]
-    except ValueError:  # a BadImage, or a row that does not parse
-        return None
+    except image_ops.BadImage:
+        return "image_unreadable"
+    except check.UserError:
+        raise  # a file that cannot be read is no property of the row
+    except ValueError:  # a row that does not parse, a text that is none
+        return "row_unreadable"

@@ -30,7 +30,7 @@ _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 FORMATS = tuple(f for f in _WANTED if f in Image.OPEN)  # none that runs another program (EPS)
 MAX_PIXELS = 89_478_485  # Pillow's own limit (268 MB decoded): larger files are taken for bombs
 REASONS = (
-    *("missing", "empty", "not_an_image", "unsupported"),
+    *("missing", "outside", "empty", "not_an_image", "unsupported"),
     *("too_large", "truncated", "corrupt", "value_range"),
 )
 # in what decoders say of files that end too early, and of what they cannot decode

@@ -6,9 +6,7 @@ Reads every record once; images are decoded only by `verify`, and a hundred of t
 import base64
 import collections
 import hashlib
-import html
 import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,15 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlp.core import check
+from vlp.core import check, pages
 from vlp.data import image_ops, records
 
 THUMBNAIL_PX = 160
-_PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:14px sans-serif;margin:2em}}figure{{display:inline-block;width:180px;margin:6px;
-vertical-align:top}}figcaption{{font-size:12px;overflow-wrap:anywhere}}</style>
-<h1>{title}</h1><pre>{numbers}</pre>{figures}
-"""
 
 
 def numbers(source: records.Source) -> dict[str, Any]:
@@ -85,27 +78,74 @@ def _spread(values: Sequence[int]) -> list[int]:
 
 def page(source: records.Source, found: dict, *, title: str, num_images: int = 60) -> str:
     """Returns an HTML page of one file: the numbers, and images at equal steps with their texts."""
-    figures = []
-    for i, record, image in _samples(source, num_images):
-        if isinstance(image, ValueError):
-            figures.append(
-                f"<figure>record {i}<figcaption>{html.escape(str(image))}</figcaption></figure>"
-            )
-            continue
+    figures = "".join(_figure(*sample) for sample in _samples(source, num_images))
+    return pages.document(
+        kind="vlp dataset",
+        title=title,
+        path="",
+        sections=[
+            ("numbers", "Numbers", _counts(found)),
+            ("records", "Records, at equal steps", f'<div class="pictures">{figures}</div>'),
+        ],
+        end="<p>Written by <code>vlp data inspect</code>. This file asks nothing of the network.</p>",
+    )
+
+
+_WORDS = {"langs": "languages", "shorter_side_px": "shorter side, px"}
+
+
+def _counts(found: dict) -> str:
+    """What `numbers` found, by its shape: single numbers, spreads, and counts by kind."""
+    tiles, spreads, kinds = [], [], []
+    for key, value in found.items():
+        name = _WORDS.get(key, pages.words(key))
+        heading = pages.text(pages.title(name))
+        if isinstance(value, dict):
+            total = sum(value.values()) or 1
+            lines = [(k, f"{n:,}", f"{100 * n / total:.1f} %") for k, n in value.items()]
+            kinds += [f'<div class="card"><h3>{heading}</h3>{_table(lines)}</div>'] * bool(lines)
+        elif isinstance(value, list):
+            spreads += [(pages.title(name), *(f"{n:,}" for n in value))] * bool(value)
+        elif isinstance(value, str):
+            words = value.split()
+            tiles.append((name, " ".join(words[:3]), " ".join(words[3:]), ""))
+        else:
+            share = key.startswith("repeated_")
+            tiles.append((name, f"{100 * value:.4g} %" if share else f"{value:,}", "", ""))
+    heads = ("", "least", "25 %", "median", "75 %", "most")
+    spread = f'<div class="card wide">{_table(spreads, heads)}</div>' if spreads else ""
+    return f'{pages.tiles(tiles)}<h3>Sizes, lengths and kinds</h3>{spread}<div class="stack">{"".join(kinds)}</div>'
+
+
+def _table(lines: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
+    top = "".join(f"<th>{head}</th>" for head in heads)
+    body = "".join(
+        f"<tr><th>{pages.text(first or '–', 80)}</th>{''.join(f'<td>{c}</td>' for c in rest)}</tr>"
+        for first, *rest in lines
+    )
+    top = f"<thead><tr>{top}</tr></thead>" if top else ""
+    return f'<div class="scroll"><table class="numbers">{top}<tbody>{body}</tbody></table></div>'
+
+
+def _figure(i: int, record: dict, image: np.ndarray | ValueError) -> str:
+    """One record: its image, or why there is none; its key and captions."""
+    lines = [f"<p><code>{pages.text(record.get('key', f'record {i}'), 200)}</code></p>"]
+    if isinstance(image, ValueError):
+        shown = f'<span class="no-image">{pages.text(image, 300)}</span>'
+    else:
         small = Image.fromarray(image)
         small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         out = io.BytesIO()
         small.save(out, "JPEG", quality=80)
         data = base64.b64encode(out.getvalue()).decode()
-        lines = [record["key"], *("uniform border" for _ in range(has_uniform_border(image)))]
-        lines += [f"[{c['source']}, {c['lang']}] {c['text'][:200]}" for c in record["captions"][:5]]
-        text = "<br>".join(html.escape(x) for x in lines)
-        figures.append(
-            f'<figure><img alt="" src="data:image/jpeg;base64,{data}">'
-            f"<figcaption>{text}</figcaption></figure>"
-        )
-    table = html.escape(json.dumps(found, indent=1, ensure_ascii=False))
-    return _PAGE.format(title=html.escape(title), numbers=table, figures="\n".join(figures))
+        shown = f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{data}">'
+        if has_uniform_border(image):
+            lines.append('<p class="note">uniform border</p>')
+    for caption in record.get("captions", ())[:5]:
+        tag = f"{caption['source']}, {caption['lang']}"
+        words = pages.text(caption["text"], 200)
+        lines.append(f'<p><bdi>{words}</bdi> <span class="tag">{pages.text(tag, 80)}</span></p>')
+    return f"<figure>{shown}<figcaption>{''.join(lines)}</figcaption></figure>"
 
 
 def _samples(
@@ -172,7 +212,14 @@ def verify(path: str) -> tuple[list[str], list[dict], int]:
             continue
         keys = set()
         for i in range(len(source)):
-            record = source[i]
+            try:
+                record = source[i]
+            except ValueError as e:  # no msgpack, or strings that are not UTF-8
+                problems.append(f"{split} record {i}: {e!s:.200}")
+                bad.append({"split": split, "record": i, "key": "", "reason": "record"})
+                bad[-1]["fingerprint"] = source.fingerprint
+                keys.add(i)
+                continue
             keys.add(record["key"])
             try:
                 records.encode(record)

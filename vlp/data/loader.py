@@ -65,6 +65,16 @@ class CaptionSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class Begin:
+    """Where a dataset's order begins: a position of the stream, the samples that each of its parts
+    (itself, if it is no mixture) had given by then, and what is added to the seed for each."""
+
+    position: int = 0
+    given: tuple[int, ...] = ()  # () = none
+    orders: tuple[int, ...] = ()  # () = 0, 1, …
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What is read and how it is prepared."""
 
@@ -76,6 +86,8 @@ class Data:
     shuffle: bool = True
     shuffle_block: int = 0  # slow media: runs of so many records stay together (0: each for itself)
     shuffle_window: int = 8  # … of which so many runs are mixed at a time
+    group_rows: bool = True  # a table's rows of one image are one record, with all their captions
+    allow_outside: bool = False  # follow a table's or a link's paths out of the dataset's directory
     group_by: str = ""  # a field of the records: an epoch visits each of its values once
     image_px: int = 64
     text_len: int = 16  # tokens, with bos and eos
@@ -376,19 +388,19 @@ class Dataset:
       record  u32[b, 2]      its record id, likewise (`order.join_words` joins them)
     """
 
-    def __init__(self, data: Data, source, tokenizer: tokenizers.Tokenizer):
-        self.data, self.source, self.tokenizer = data, source, tokenizer
+    def __init__(self, data: Data, source, tokenizer: tokenizers.Tokenizer, begin: Begin = Begin()):
+        self.data, self.source, self.tokenizer, self.begin = data, source, tokenizer, begin
         self.num_records: int = len(source)
         self.fingerprint: str = source.fingerprint
         self.tally = Tally()
-        self._mixture = _mixture(data, source) if data.mixture else None
+        self._mixture = _mixture(data, source, begin) if data.mixture else None
         self._groups = self._group(data.group_by) if data.group_by else None
         self._cache: dict[int, dict] = {}
         self._cache_left = data.cache_mb * 10**6 if data.cache_decoded else 0
         self._lock = threading.Lock()
 
     def __reduce__(self):  # the cache stays behind; workers fill their own
-        return Dataset, (self.data, self.source, self.tokenizer)
+        return Dataset, (self.data, self.source, self.tokenizer, self.begin)
 
     def _group(self, field: str) -> order.Groups:
         """Reads that field of every record: meant for data that is read in seconds."""
@@ -411,17 +423,37 @@ class Dataset:
         shuffle = order.Shuffle.of(self.data)
         if self._mixture:
             return self._mixture.record_ids(start, count, seed, shuffle)
+        start += sum(self.begin.given) - self.begin.position
+        seed += sum(self.begin.orders)
         epoch_b = np.arange(start, start + count, dtype=np.int64) // self.epoch_len
         if self._groups:
             return self._groups.record_ids(start, count, seed, shuffle), epoch_b
         return order.record_ids(start, count, self.num_records, seed, shuffle), epoch_b
 
-    def source_counts(self, samples: int) -> dict[str, int]:
-        """How many of the first `samples` of the stream each part of the mixture gave, by name."""
-        if not self._mixture:
-            return {}
+    def beginning(self, begin: Begin) -> "Dataset":
+        """Returns the same data with another beginning of its order."""
+        out = object.__new__(Dataset)
+        out.__dict__ |= self.__dict__ | {"begin": begin}
+        out._mixture = _mixture(self.data, self.source, begin) if self.data.mixture else None
+        return out
+
+    def given(self, position: int) -> tuple[int, ...]:
+        """How many of the samples before a stream position each part gave, since the run began."""
+        if self._mixture:
+            return tuple(self._mixture.counts(position).tolist())
+        return (sum(self.begin.given) + position - self.begin.position,)
+
+    def source_counts(self, position: int) -> dict[str, int]:
+        """`given` by the names of a mixture's parts; {} for other data."""
         names = (p.name for p in self.data.mixture)
-        return dict(zip(names, self._mixture.counts(samples).tolist()))
+        return dict(zip(names, self.given(position)))
+
+    def laws(self) -> tuple[tuple, ...]:
+        """Of each part, what decides the order of its records, beside the seed; all different."""
+        parts = self.source.parts if isinstance(self.source, Concatenated) else (self.source,)
+        names = [part.fingerprint for part in parts]
+        how = (order.Shuffle.of(self.data), self.data.group_by)
+        return tuple((name, names[:k].count(name), *how) for k, name in enumerate(names))
 
     def record(self, record_id: int) -> dict:
         """Returns a record with its image decoded: u8[H, W, 3]. Do not write into it."""
@@ -571,9 +603,11 @@ class Dataset:
         return -(-self.num_records // batch)
 
     def eval_iter(
-        self, batch: int, rows: Sequence[range] | None = None
+        self, batch: int, rows: Sequence[range] | None = None, *, texts: bool = True
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields one pass in record order, without augmentation; "uniform" captions become "first".
+
+        Without `texts`, captions are not looked at (records may have only a label): texts are empty.
 
         Every host yields equally many full batches of its rows (default: all): rows past the end
         repeat the last record and have mask False.
@@ -582,10 +616,11 @@ class Dataset:
         quiet = dataclasses.replace(
             self.data, workers=0
         )  # starting processes costs more than one pass
-        return _iterate(_EvalBatch(self, batch, blocks), self.num_eval_batches(batch), quiet)
+        make = _EvalBatch(self, batch, blocks, texts)
+        return _iterate(make, self.num_eval_batches(batch), quiet)
 
     def eval_batch(
-        self, number: int, batch: int, rows: range | None = None
+        self, number: int, batch: int, rows: range | None = None, *, texts: bool = True
     ) -> dict[str, np.ndarray]:
         """Returns rows of evaluation batch `number`: what `eval_iter` yields."""
         rows = range(batch) if rows is None else rows
@@ -593,7 +628,8 @@ class Dataset:
         positions_b = np.arange(first, first + len(rows))
         ids_b = np.minimum(positions_b, self.num_records - 1)
         zeros = np.zeros_like(ids_b)
-        prepare = functools.partial(_eval_sample, self.tokenizer)
+        prepare = _eval_sample if texts else _eval_image
+        prepare = functools.partial(prepare, self.tokenizer)
         out = self._collate(first, ids_b, zeros, prepare, 0, carry=False)
         out["mask"][:] = positions_b < self.num_records
         return out
@@ -681,8 +717,41 @@ class _Bad(Exception):
         self.reason = reason
 
 
-def _mixture(data: Data, source: Concatenated) -> order.Mixture:
-    starts, weights = [0], [[p.weight for p in data.mixture]]
+def in_stages(stages: Sequence[tuple[Dataset, int, int]]) -> list[Dataset]:
+    """The datasets of a stream, one for each stage, such that each goes on where it was left.
+
+    stages: dataset, position of its first sample in the stream, number of samples. Data that stays
+    as it is continues as if the stages were one. Where the data or the weights change, what was
+    read before goes on with its next record, wherever it stands in a mixture, and what is new
+    begins with its first epoch.
+    """
+    out: list[Dataset] = []
+    given: dict[tuple, int] = {}  # by law
+    orders: dict[tuple, int] = {}
+    for dataset, position, num in stages:
+        laws = dataset.laws()
+        if out and _same(out[-1], dataset, position):
+            begin = out[-1].begin
+        else:
+            own = tuple(orders.setdefault(law, k) for k, law in enumerate(laws))
+            begin = Begin(position, tuple(given.get(law, 0) for law in laws), own)
+        out.append(dataset.beginning(begin))
+        given |= dict(zip(laws, out[-1].given(position + num)))
+    return out
+
+
+def _same(a: Dataset, b: Dataset, position: int) -> bool:
+    """Whether the order of b at a position of the stream is that of a."""
+
+    def law(d: Dataset) -> tuple:
+        changes = (r for r in d.data.reweight if r.samples <= position)
+        return d.laws(), tuple(p.weight for p in d.data.mixture), tuple(changes)
+
+    return law(a) == law(b)
+
+
+def _mixture(data: Data, source: Concatenated, begin: Begin) -> order.Mixture:
+    starts, weights = [begin.position], [[p.weight for p in data.mixture]]
     for k, change in enumerate(data.reweight):
         where = f"config.data.reweight.{k}"
         if change.samples <= starts[-1]:
@@ -693,7 +762,7 @@ def _mixture(data: Data, source: Concatenated) -> order.Mixture:
         starts.append(change.samples)
         weights.append(list(change.weights))
     shares = tuple(order.whole_shares(w, "config.data.mixture") for w in weights)
-    return order.Mixture(source.sizes, shares, tuple(starts))
+    return order.Mixture(source.sizes, shares, tuple(starts), begin.given, begin.orders)
 
 
 def _train_sample(
@@ -762,6 +831,19 @@ def _eval_sample(
     return [(t, False) for t in texts]
 
 
+def _eval_image(
+    tokenizer: tokenizers.Tokenizer,
+    record: dict,
+    data: Data,
+    place: tuple[int, int],
+    out: np.ndarray,
+) -> list[tuple[str, bool]]:
+    """Fills `out` like `_eval_sample`; returns empty captions."""
+    del place, tokenizer
+    image_ops.eval_image(record["image"], data.image_px, resize=data.resize, out=out)
+    return [("", False)] * (data.num_captions if data.captions == "all" else 1)
+
+
 def _texts(
     record: dict,
     data: Data,
@@ -828,9 +910,11 @@ class _EvalBatch:
     dataset: Dataset
     batch: int
     blocks: tuple[range, ...]
+    texts: bool = True
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        return _joined([self.dataset.eval_batch(int(number), self.batch, b) for b in self.blocks])
+        make = functools.partial(self.dataset.eval_batch, int(number), self.batch)
+        return _joined([make(b, texts=self.texts) for b in self.blocks])
 
 
 def _blocks(rows: Sequence[range] | None, batch: int) -> tuple[range, ...]:

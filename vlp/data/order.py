@@ -161,13 +161,16 @@ class Mixture:
 
     At every prefix of the stream each source's count is within 1 of its share (Tijdeman 1980, "The
     chairman assignment problem"), and within a source the epochs are as in `record_ids`. From the
-    k-th of `starts` on (positions in the stream; the first is 0) the k-th of `shares` holds; what
-    came before counts towards nobody's debt.
+    k-th of `starts` on (positions in the stream) the k-th of `shares` holds; earlier samples do not
+    affect the new shares. `given`: how many samples each source gave before the first of `starts`;
+    `orders`: what is added to the seed for the order of each.
     """
 
     sizes: tuple[int, ...]  # records of each source; ids of the mixture run through them in order
     shares: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...] = (0,)
+    given: tuple[int, ...] = ()  # () = none
+    orders: tuple[int, ...] = ()  # () = 0, 1, …
 
     @functools.cached_property
     def _periods(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -181,7 +184,7 @@ class Mixture:
 
     def counts(self, position: int) -> np.ndarray:
         """Returns i64[K]: how many of the samples before `position` each source gave."""
-        total = np.zeros(len(self.sizes), np.int64)
+        total = np.array(self.given or [0] * len(self.sizes), np.int64)
         for phase, start in enumerate(self.starts):
             end = self.starts[phase + 1] if phase + 1 < len(self.starts) else position
             slots = self._periods[phase][0]
@@ -215,7 +218,8 @@ class Mixture:
             here = np.flatnonzero(source_b == k)
             if here.size:  # a source's numbers are consecutive: one window of its own stream
                 low = int(number_b[here[0]])
-                ids[here] = first + record_ids(low, here.size, size, seed + k, shuffle)
+                own = seed + (self.orders[k] if self.orders else k)
+                ids[here] = first + record_ids(low, here.size, size, own, shuffle)
             first += size
         return ids, number_b // np.asarray(self.sizes, np.int64)[source_b]
 

@@ -3,7 +3,8 @@
 A record is a dict:
   key         str, unique in its split
   image       bytes, an encoded file
-  captions    [{text, source, lang, weight}, …], one or more; weight is optional and counts as 1
+  captions    [{text, source, lang, weight}, …], one or more, or none beside a label (classification);
+              weight is optional and counts as 1
   boxes       optional [{box: [x0, y0, x1, y1], text}, …]: shares of width and height in [0, 1]
   negatives   optional [str, …]: texts that do not describe the image
   embeddings  optional {teacher: f16/f32 vector or matrix}, as numpy arrays
@@ -68,6 +69,8 @@ def encode(record: Mapping) -> bytes:
             raise _bad(record, f"{got} of type {type(record[field]).__name__}", expected)
     for caption in record["captions"]:
         _check_caption(record, caption)
+    if not record["captions"] and "label" not in record:
+        raise _bad(record, "captions [] and no label", "a list of one or more captions, or a label")
     try:
         packed = msgpack.packb(dict(record), use_bin_type=True, default=_pack_array)
     except (TypeError, ValueError, OverflowError) as e:  # ValueError: a lone surrogate, say
@@ -116,7 +119,7 @@ REQUIRED = ("key", "image", "captions")
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "key": (lambda x: isinstance(x, str) and x != "", "a string that is not empty"),
     "image": (lambda x: isinstance(x, bytes), "the bytes of an image file"),
-    "captions": (lambda x: isinstance(x, list) and len(x) > 0, "a list of one or more captions"),
+    "captions": (lambda x: isinstance(x, list), "a list of one or more captions"),
     "boxes": (
         lambda x: isinstance(x, list) and all(map(_is_box, x)),
         "a list of {box: [x0, y0, x1, y1] in [0, 1], text}",

@@ -91,13 +91,14 @@ def choose(
     weights = _weights(left, sources) if policy == "weighted" else np.ones(len(left))
     if not weights.sum() > 0:
         found = sorted({c["lang"] for c in captions})
-        got, field = f"captions only in {found}", "langs"
+        got, field = f"captions only in {found}" if captions else "no caption", "langs"
         expected = f"one in {list(langs)}" if langs else "one with text"
         if sources:
             got += f" from {sorted({str(c.get('source')) for c in captions})}"
             expected += f" from {list(sources)}"
             field = "langs or caption_sources"
-        error = check.error(where, got, expected, f"change config.data.{field}")
+        do = f"change config.data.{field}" if captions else "leave the record out"
+        error = check.error(where, got, expected, do)
         raise BadCaption("no_caption", error)
     texts = [c["text"] for c in left]
     if policy == "first":

@@ -23,8 +23,9 @@ from vlp.ops import decoding
 class Captions:
     """caption_loss: nats per real token; caption_loss_shuffled: each text with the image of the record after its own.
 
-    If the two are alike, the decoder ignores the image. exact_match: greedy captions that equal the reference;
-    distinct: share of different captions among those generated. items: how many the report shows.
+    If the two are alike, the decoder ignores the image; caption_gap_se is the standard error of their difference.
+    exact_match: greedy captions that equal the reference; distinct: share of different captions among those
+    generated. items: how many the report shows.
     """
 
     needs: ClassVar = frozenset({"image.feats", "text.tokens", "decode"})
@@ -42,7 +43,7 @@ class Captions:
         losses = apply.jit(_losses)
         length, vocab_size = dataset.data.text_len, dataset.tokenizer.vocab_size
         generate = apply.jit(decoding.captions, length=length, vocab_size=vocab_size)
-        sums = {"true": 0.0, "shuffled": 0.0, "count": 0.0}
+        found: dict[str, list[np.ndarray]] = {"true": [], "shuffled": [], "count": []}
         generated: list[str] = []
         for i, (rows, mask_B) in enumerate(ios.batches(dataset, self.batch, mesh)):
             after = (
@@ -52,19 +53,29 @@ class Captions:
             other_B = np.arange(self.batch) + 1
             other_B[mask_B.sum() - 1] = self.batch
             out = losses(rows["image"], rows["text"], after_1RRC, other_B)
-            for name in sums:
-                sums[name] += float(meshes.to_host(out[name])[mask_B].sum(dtype=np.float64))
+            for name, parts in found.items():
+                parts.append(meshes.to_host(out[name])[mask_B].astype(np.float64))
             tokens = meshes.to_host(generate(rows["image"]))[mask_B]
             generated += [dataset.tokenizer.decode(row) for row in tokens]
         where = io.provenance(dataset)
         truth = [normal(dataset, i) for i in range(dataset.num_records)]
         exact = np.mean([a == b for a, b in zip(generated, truth, strict=True)])
-        yield Result("caption_loss", sums["true"] / sums["count"], where)
-        yield Result("caption_loss_shuffled", sums["shuffled"] / sums["count"], where)
+        true_N, shuffled_N, count_N = (np.concatenate(parts) for parts in found.values())
+        yield Result("caption_loss", float(true_N.sum() / count_N.sum()), where)
+        yield Result("caption_loss_shuffled", float(shuffled_N.sum() / count_N.sum()), where)
+        if len(count_N) > 1:
+            yield Result("caption_gap_se", ratio_error(shuffled_N - true_N, count_N), where)
         yield Result("exact_match", float(exact), where)
         yield Result("distinct", len(set(generated)) / len(generated), where)
         if self.items:
             io.write(f"captions_{self.split}", _items(dataset, generated, truth, self.items))
+
+
+def ratio_error(total_N: np.ndarray, count_N: np.ndarray) -> float:
+    """Standard error of Σ total / Σ count over N > 1 independent records (the delta method)."""
+    num, ratio = len(count_N), total_N.sum() / count_N.sum()
+    variance = ((total_N - ratio * count_N) ** 2).sum() * num / (num - 1)
+    return float(np.sqrt(variance) / count_N.sum())
 
 
 def normal(dataset: Any, record: int) -> str:

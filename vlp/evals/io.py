@@ -56,12 +56,15 @@ def _open(data: Data, tokenizer: Tokenizer) -> Dataset:
 
 
 def batches(
-    dataset: Dataset, batch: int, mesh: Mesh
+    dataset: Dataset, batch: int, mesh: Mesh, *, texts: bool = True
 ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
-    """One pass: (global device batch, mask over its rows on the host). The last batch is filled up and masked."""
+    """One pass: (global device batch, mask over its rows on the host). The last batch is filled up and masked.
+
+    Without `texts`, records need no captions, and their texts are empty.
+    """
     meshes.check_batch(batch, mesh, where="config.evals: batch")
     mine = local.rows(batch, mesh)
-    for i, leaves in enumerate(dataset.eval_iter(batch, mine)):
+    for i, leaves in enumerate(dataset.eval_iter(batch, mine, texts=texts)):
         mask_B = np.arange(i * batch, (i + 1) * batch) < dataset.num_records
         yield meshes.to_global(leaves, mesh), mask_B
 

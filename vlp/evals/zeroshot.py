@@ -157,7 +157,7 @@ def embed_images(apply: Apply, dataset: Any, batch: int, mesh: Mesh) -> Float[np
     run = apply.jit(_image)
     found = [
         meshes.to_host(run(rows["image"]))[mask_B]
-        for rows, mask_B in ios.batches(dataset, batch, mesh)
+        for rows, mask_B in ios.batches(dataset, batch, mesh, texts=False)
     ]
     return np.concatenate(found)
 
@@ -202,8 +202,8 @@ def _items(
         dataset, record = shown[n]
         best = int(scores_NC[n].argmax())
         items.append({
-            "image": ios.data_uri(dataset.eval_batch(record, 1)["image"][0]),
-            "caption": dataset.reference(record),
+            "image": ios.data_uri(dataset.eval_batch(record, 1, texts=False)["image"][0]),
+            "caption": dataset.reference(record) if dataset.source[record]["captions"] else "",
             "key": dataset.keys([record])[0],
             "truth": zeroshot.classes[int(truth_N[n])],
             "answer": zeroshot.classes[best],

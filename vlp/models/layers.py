@@ -20,6 +20,7 @@ from vlp.core.mesh import constrain, gather, logical
 from vlp.core.types import KEPT
 from vlp.ops.attention import attend
 from vlp.ops.norm import layer_norm
+from vlp.ops.params import spread
 
 REMAT = {
     "none": None,
@@ -75,7 +76,7 @@ class Linear(nn.Module):
         if self.bias:
             init = logical(nn.initializers.zeros, *self.names[num_in:])
             bias = self.param("bias", init, self.shape_out)
-            y += jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+            y += spread(bias, y.shape, y.dtype)
         return y
 
 
@@ -132,7 +133,7 @@ class Attention(nn.Module):
                 (width_kv,), (2, *head), ("embed", None, *names), dtype=self.dtype, name="kv"
             )(kv_BSC)
             k, v = kv[:, :, 0], kv[:, :, 1]
-            q = jnp.broadcast_to(q, (k.shape[0], *q.shape[1:]))
+            q = spread(q, (k.shape[0], *q.shape[1:]), q.dtype)
         q, k, v = (constrain(a, "batch", None, "heads", None) for a in (q, k, v))
         y = attend(q, k, v, mask_BTS, causal=causal, kernel=self.kernel)
         return Linear(head, (self.width,), (*names, "embed"), dtype=self.dtype, name="out")(y)

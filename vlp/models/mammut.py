@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from vlp.core import check
-from vlp.core.mesh import constrain, logical
+from vlp.core.mesh import logical
 from vlp.models import heads as parts
 from vlp.models.layers import Norm, Stack, fold
 from vlp.models.text import attention_mask
 from vlp.models.vit import ViT
+from vlp.ops.params import rows, spread
 
 
 class Decoder(nn.Module):
@@ -53,8 +54,8 @@ class Decoder(nn.Module):
         """Token and position embeddings; zero where there is padding."""
         init = logical(nn.initializers.normal(0.01), "tokens", "embed")
         pos = self.param("pos", init, (text.shape[1], self.width))
-        table = constrain(self.embedding.astype(self.dtype), "vocab", None)
-        x = table[text] + pos[None].astype(self.dtype)
+        x: Any = rows(self.embedding, text, self.dtype)
+        x += spread(pos, x.shape, x.dtype)
         return jnp.where((text != self.pad_id)[..., None], x, jnp.zeros((), x.dtype))
 
     def __call__(

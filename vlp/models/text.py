@@ -12,6 +12,7 @@ from vlp.core import check
 from vlp.core.mesh import constrain, logical
 from vlp.models.heads import MapPool
 from vlp.models.layers import Norm, Stack, fold
+from vlp.ops.params import rows, spread
 
 POOLS = ("cls", "first", "eos", "last", "mean", "map", "none")
 
@@ -78,13 +79,13 @@ class Text(nn.Module):
         )
         mask_BL = text != self.pad_id
         seen_BL = jnp.ones_like(mask_BL) if self.see_pads else mask_BL
-        table = constrain(self.embedding.astype(self.dtype), "vocab", None)
-        x = table[text] + pos[None].astype(self.dtype)
+        x: Any = rows(self.embedding, text, self.dtype)
+        x += spread(pos, x.shape, x.dtype)
         x = jnp.where(
             seen_BL[..., None], x, jnp.zeros((), x.dtype)
         )  # what the PAD row holds cannot leak
         if self.pool == "cls":
-            cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], 1, self.width))
+            cls = spread(self.cls, (x.shape[0], 1, self.width), x.dtype)
             x = jnp.concatenate([x, cls], axis=1)
         x = constrain(x, "batch", None, None)
         mask_BTS = attention_mask(seen_BL, causal=self.causal, cls=self.pool == "cls")

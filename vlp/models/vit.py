@@ -13,6 +13,7 @@ from vlp.core.mesh import constrain, logical
 from vlp.models.heads import MapPool
 from vlp.models.layers import Linear, Norm, Stack, fold, rematerialised
 from vlp.ops import masking, posembed
+from vlp.ops.params import spread
 
 POOLS = ("none", "cls", "mean", "map")
 
@@ -74,11 +75,10 @@ class ViT(nn.Module):
         draw_keys = fold(keys, 0)
         if kept is None and keep < 1 and draw_keys is not None:
             kept = masking.keep_ids(draw_keys, num, keep)
-        if kept is None:
-            pos_BND = pos_ND[None]
-        else:  # dropping before the linear map equals dropping after it, and costs less
+        if (
+            kept is not None
+        ):  # dropping before the linear map equals dropping after it, and costs less
             patches_BNP = jnp.take_along_axis(patches_BNP, kept[..., None], axis=1)
-            pos_BND = pos_ND[kept]
         x = patches_BNP.astype(jnp.float32) / (255.0 if image.dtype == jnp.uint8 else 1.0)
         mean, std = (
             jnp.tile(jnp.asarray(v, jnp.float32), (1, 1, self.patch**2))
@@ -88,7 +88,8 @@ class ViT(nn.Module):
         embed = Linear(
             x.shape[-1:], (self.width,), names, bias=self.patch_bias, dtype=self.dtype, name="patch"
         )
-        x = embed((x - mean) / std) + pos_BND.astype(self.dtype)
+        x = embed((x - mean) / std)
+        x += spread(pos_ND, x.shape, x.dtype) if kept is None else pos_ND[kept].astype(x.dtype)
         x = constrain(self._add_learned(x), "batch", None, None)
         if self.pre_norm:
             x = Norm(self.dtype, name="norm_pre")(x)
@@ -118,7 +119,7 @@ class ViT(nn.Module):
         if self.cls or self.pool == "cls":
             init = logical(nn.initializers.normal(0.02), "embed")
             front.append(self.param("cls", init, (self.width,))[None])
-        tokens = [jnp.broadcast_to(f.astype(x.dtype), (x.shape[0], *f.shape)) for f in front]
+        tokens = [spread(f, (x.shape[0], *f.shape), x.dtype) for f in front]
         return jnp.concatenate([*tokens, x], axis=1)
 
     def _positions(self, num: int) -> Float[Array, "N D"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,7 +66,8 @@ class Optim:
     "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101): m̂/(√v̂ + eps). "adafactor" (Shazeer & Stern 2018,
     arXiv:1804.04235) as Zhai et al. 2022 (arXiv:2106.04560, §3.4) and CoCa have it: v is factored where two dimensions
     reach 32, β2 rises as 1 − t^−0.8 up to b2, g/√v is clipped to RMS 1 per leaf (Shazeer & Stern's d; the released code
-    of Zhai et al. leaves that out), then averaged by b1 without bias correction; no relative step sizes. "lion" (Chen
+    of Zhai et al. leaves that out), then averaged by b1 without bias correction; no relative step sizes; each block of
+    a stack is a leaf of its own. "lion" (Chen
     et al. 2023, arXiv:2302.06675): sign(b1 · m + (1 − b1) · g); its lr wants to be 3–10 times smaller than AdamW's, its
     weight_decay as much larger.
     b2 None: the papers' (B2). mu_dtype: of the first moment, "bfloat16" halves it; None: the parameters'. clip_norm:
@@ -112,10 +113,59 @@ def direction(o: Optim) -> optax.GradientTransformation:
         return jnp.minimum(b2, 1.0 - (step + 1.0) ** -power)
 
     return optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=decay_rate),
-        optax.clip_by_block_rms(1.0),
+        _by_layer(optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=decay_rate)),
+        optax.stateless(_clipped),
         optax.ema(o.b1, debias=False, accumulator_dtype=o.mu_dtype),
     )
+
+
+def stacked(name: str) -> bool:
+    """Whether a leaf holds the parameters of several blocks, one after the other on its first axis."""
+    return "/blocks/" in f"/{name}"
+
+
+def _by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` (factored RMS), for each block on its own: layers are no dimension to factor over."""
+
+    def every(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.vmap(f) if stacked(name) else f
+
+    def gather(leaves: PyTree, count: Any) -> optax.FactoredState:
+        pick = lambda i: jax.tree.map(lambda x: x[i], leaves, is_leaf=lambda x: type(x) is tuple)
+        return optax.FactoredState(count, pick(0), pick(1), pick(2))
+
+    def init(params: PyTree) -> optax.FactoredState:
+        def one(p: Any) -> tuple[Any, ...]:
+            state: Any = inner.init(p)
+            return state.v_row, state.v_col, state.v
+
+        leaves = tree.map_named(lambda name, p: every(name, one)(p), params)
+        return gather(leaves, jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.FactoredState]:
+        def one(g: Any, *moments: Any) -> tuple[Any, ...]:
+            found: Any = inner.update(g, optax.FactoredState(state.count, *moments), g)
+            u, new = found
+            return new.v_row, new.v_col, new.v, u
+
+        moments = (state.v_row, state.v_col, state.v)
+        leaves = tree.map_named(lambda name, *x: every(name, one)(*x), updates, *moments)
+        updates = jax.tree.map(lambda x: x[3], leaves, is_leaf=lambda x: type(x) is tuple)
+        return updates, gather(leaves, optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _clipped(updates: PyTree, params: PyTree | None = None) -> PyTree:
+    """Each leaf, or each block of a stack, divided by its root mean square where that is over 1."""
+
+    def one(name: str, u: jax.Array) -> jax.Array:
+        axes = tuple(range(int(stacked(name)), u.ndim))
+        return u / jnp.maximum(1.0, jnp.sqrt(jnp.square(u).mean(axes, keepdims=True)))
+
+    return tree.map_named(one, updates)
 
 
 def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
@@ -126,7 +176,7 @@ def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
         for i, rule in enumerate(rules):
             if re.fullmatch(rule.match, name):
                 used.add(i)
-                if rule.layer_decay != 1 and "/blocks/" not in f"/{name}":
+                if rule.layer_decay != 1 and not stacked(name):
                     expected = "leaves of stacked blocks under a rule with layer_decay"
                     do = "match '.*/blocks/.*', and give the others an lr"
                     raise check.error("config.optim.rules", name, expected, do)
@@ -198,7 +248,7 @@ class Updater:
     def update(
         self, grads: PyTree, opt: PyTree, params: PyTree, lr: jax.Array
     ) -> tuple[PyTree, PyTree, jax.Array]:
-        """Next trainable parameters, next state, and the norm of the change. Trees without the frozen leaves."""
+        """Next trainable parameters, next state, and the norm of the change, clamps included. No frozen leaves."""
         directions, opt = self.transform.update(grads, opt, params)
         rules = tree.where(self.trainable, self.rules)
 
@@ -213,9 +263,12 @@ class Updater:
         def clamp(rule: Rule, p: jax.Array) -> jax.Array:
             return jnp.clip(p, *rule.clamp) if rule.clamp else p
 
+        def applied(rule: Rule, u: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
+            return q - p if rule.clamp else u
+
         changes = jax.tree.map(change, rules, directions, params)
         new = jax.tree.map(clamp, rules, optax.apply_updates(params, changes))
-        return new, opt, tree.norm(changes)
+        return new, opt, tree.norm(jax.tree.map(applied, rules, changes, params, new))
 
 
 def make(optim: Optim, params: PyTree) -> Updater:

@@ -1,7 +1,7 @@
 """Which metrics share a chart, and what it is called. First pattern that matches a key wins.
 
-A key that no pattern knows still gets a chart of its own, under its own name: a new objective
-needs no line here.
+A key that no pattern knows still gets a chart of its own, called as names.py calls it: a new
+objective needs no line here.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vlp.report import load, svg, traces
+from vlp.core import pages
+from vlp.report import load, names, svg, traces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +26,22 @@ class Group:
 
 
 TRAIN = (
-    Group(r"(.*)/retrieval@\d+", "In-batch retrieval", percent=True),
+    Group(r"(.*)/retrieval@\d+", "Retrieval in the batch", percent=True),
     Group(r"(.*)/(accuracy|token_accuracy|acc@?\d*)", "Accuracy", percent=True),
-    Group(r"(.*)/minus_log_batch", "Loss − ln(batch); 0 is chance"),
     Group(r"grad_norm", "Gradient norm"),
+    Group(r"lr", "Learning rate"),
+    Group(r"logit_scale|scale", "Logit scale"),
+    Group(r"(.*)/minus_log_batch", "Loss − ln(batch); 0 is chance"),
     Group(r"update_norm", "Update norm"),
     Group(r"param_norm", "Parameter norm"),
-    Group(r"logit_scale|scale", "Logit scale"),
     Group(r"logit_bias|bias", "Logit bias"),
-    Group(r"lr", "Learning rate"),
 )
 TIME = (
     Group(r"time/examples_per_s", "Examples per second"),
     Group(r"time/data_wait_frac", "Time spent waiting for data", percent=True),
     Group(r"time/(.*\.)?input_share_.*", "Where the loader's time goes", percent=True),
     Group(r"time/(.*\.)?input_truncated_frac", "Texts cut to the text length", percent=True),
+    Group(r"time/mfu", "Model FLOPs utilization", percent=True),
     Group(r"time/(.*\.)?input_read_bytes", "Bytes read since the start"),
     Group(r"time/(.*\.)?input_read_.*", "Reads since the start"),
     Group(r"time/(.*\.)?(input_worker_)?rss_mb", "Resident memory of a process, MB"),
@@ -53,26 +55,16 @@ EVAL = (
     Group(r"(.*)exact_match", "Exact captions", percent=True),
     Group(r"(.*/)?(accuracy|top[15]|mean_per_class|acc@?\d*)", "Accuracy", percent=True),
 )
+MAX_BANDS = 40
 # Not curves: they say how the row came about.
-_NOT_CURVES = re.compile(r"time/elapsed_s|num(_.*)?")
-LABELS = {"i2t": "image → text", "t2i": "text → image"}
-METRIC_LABELS = {
-    "median_rank": "median rank",
-    "caption_loss": "true image",
-    "caption_loss_shuffled": "shuffled image",
-    "exact_match": "exact captions",
-    "mean_per_class": "mean of classes",
-    "top5": "top 5",
-    "num": "candidates:",
-    "minus_log_batch": "− ln(batch)",
-}
+_NOT_CURVES = re.compile(r"time/(elapsed|eval)_s|num(_.*)?|caption_gap_se")
 
 
 def train_charts(run: load.Run) -> list[svg.Chart]:
     """Returns the training curves: losses first, then quality, then the optimiser's."""
     keys = _unhidden(run, [key for key in _keys(run.train) if not key.startswith("time/")])
-    known = [re.compile(group.pattern) for group in TRAIN]
-    losses = [k for k in keys if "/" not in k and not any(p.fullmatch(k) for p in known)]
+    losses = sorted((k for k in keys if order(k) <= 1), key=order)
+    keys.sort(key=order)
     loss = Group("|".join(map(re.escape, losses)), "Loss")
     marks = tuple(sorted({float(row.samples) for row in run.evals}))
     charts = _charts(run.train, keys, (loss, *TRAIN), stages(run))
@@ -86,31 +78,33 @@ def time_charts(run: load.Run) -> list[svg.Chart]:
 
 
 def eval_charts(run: load.Run, name: str, split: str) -> list[svg.Chart]:
-    """Returns the curves of one evaluation over the run; none where it ran only once."""
+    """Returns the curves of one evaluation over the run."""
     rows = [row for row in run.evals if (row.eval, row.split) == (name, split)]
-    if len(rows) < 2:
-        return []
-    keys = [key for key in _keys(rows) if not key.startswith("time/")]
-    charts = _charts(rows, keys, EVAL, stages(run))
-    num = rows[-1].values.get("num", np.nan)
-    return [dataclasses.replace(c, dots=True, levels=_chance(c, num)) for c in charts]
+    charts = _charts(rows, _keys(rows), EVAL, stages(run))
+    num, of = rows[-1].values.get("num", np.nan), names.evaluation(name, split)
+    return [dataclasses.replace(c, of=of, dots=True, levels=_chance(c, num)) for c in charts]
+
+
+def order(key: str) -> int:
+    """Returns the place of a metric of training: the loss, its terms, then as TRAIN has them, then all others."""
+    found = (i for i, group in enumerate(TRAIN, 2) if re.fullmatch(group.pattern, key))
+    return 0 if key == "loss" else next(found, len(TRAIN) + 2 if "/" in key else 1)
+
+
+def is_curve(key: str) -> bool:
+    """Whether a metric is drawn over the run: not what says how its row came about."""
+    return not _NOT_CURVES.fullmatch(key)
 
 
 def stages(run: load.Run) -> tuple[traces.Band, ...]:
-    """Returns where each stage lies, in samples seen; none for a run of a single stage."""
-    bands: list[traces.Band] = []
-    for row in run.train:
-        if not bands or bands[-1].label != row.stage:
-            start = bands[-1].end if bands else min(0.0, float(row.samples))
-            bands.append(traces.Band(row.stage, start, float(row.samples)))
-        bands[-1] = dataclasses.replace(bands[-1], end=float(row.samples))
-    return tuple(bands) if len(bands) > 1 else ()
-
-
-def label(key: str) -> str:
-    """Returns a key in words: "i2t/R@5" as "image → text R@5"."""
-    parts = [METRIC_LABELS.get(part, LABELS.get(part, part)) for part in key.split("/")]
-    return " ".join(parts)
+    """Returns where each stage lies, in samples seen; none for a run of a single stage, or of very many."""
+    starts = [i for i, row in enumerate(run.train) if not i or row.stage != run.train[i - 1].stage]
+    if not 1 < len(starts) <= MAX_BANDS:
+        return ()
+    ends = [float(run.train[i - 1].samples) for i in (*starts[1:], len(run.train))]
+    begins = [min(0.0, float(run.train[0].samples)), *ends]
+    labels = [run.train[i].stage for i in starts]
+    return tuple(traces.Band(*band) for band in zip(labels, begins, ends))
 
 
 def column(rows: Iterable[load.Row], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +116,7 @@ def column(rows: Iterable[load.Row], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _keys(rows: Iterable[load.Row]) -> list[str]:
     keys = dict.fromkeys(key for row in rows for key in row.values)
-    return [key for key in keys if not _NOT_CURVES.fullmatch(key)]
+    return list(filter(is_curve, keys))
 
 
 def _unhidden(run: load.Run, keys: list[str]) -> list[str]:
@@ -143,14 +137,17 @@ def _charts(
     groups: tuple[Group, ...],
     bands: tuple[traces.Band, ...],
 ) -> list[svg.Chart]:
-    """Returns a chart for each group that takes any key, in order, then one for each key left."""
+    """Returns a chart for each group that takes any key, in order, then one for each key left.
+
+    A chart takes as many lines as can be told apart; the others get a chart each.
+    """
     rows = tuple(rows)
     left, charts = list(keys), []
     for group in groups:
-        taken = [key for key in left if re.fullmatch(group.pattern, key)]
+        taken = [key for key in left if re.fullmatch(group.pattern, key)][: svg.STYLES]
         left = [key for key in left if key not in taken]
         charts += [_chart(rows, taken, group, bands)] if taken else []
-    rest = [Group("", label(key).replace("time ", "", 1), "@" in key) for key in left]
+    rest = [Group("", names.label(key), names.metric(key).percent) for key in left]
     charts += [_chart(rows, [k], g, bands) for k, g in zip(left, rest, strict=True)]
     return charts
 
@@ -160,9 +157,8 @@ def _chart(
 ) -> svg.Chart:
     series = tuple(traces.Series(_short(key, keys), *column(rows, key)) for key in keys)
     return svg.Chart(
-        title=group.title,
+        title=pages.title(group.title),
         series=series,
-        keys=keys[0] if len(keys) == 1 else "",
         percent=group.percent,
         log=group.log,
         bands=bands,
@@ -171,12 +167,12 @@ def _chart(
 
 def _short(key: str, keys: list[str]) -> str:
     """Returns the label without the part that all of `keys` share: "R@5" among i2t/R@…"""
-    heads = {k.rpartition("/")[0] for k in keys}
-    tails = {k.rpartition("/")[2] for k in keys}
-    head, _, tail = key.rpartition("/")
+    heads, tails = {names.head(k) for k in keys}, {names.metric(k).label for k in keys}
     if len(keys) > 1 and len(heads) == 1:
-        return label(tail)
-    return label(head) if len(tails) == 1 and head and len(keys) > 1 else label(key)
+        return names.metric(key).label
+    if len(keys) > 1 and len(tails) == 1 and names.head(key):
+        return names.head(key)
+    return names.label(key)
 
 
 def _chance(chart: svg.Chart, num: float) -> tuple[tuple[str, float], ...]:

@@ -6,15 +6,17 @@ left out, so that the page never asks the network. Ranks count from 1.
 
 import difflib
 import re
-from html import escape
 from typing import Any
 
 import numpy as np
 
-from vlp.report import numbers
+from vlp.core import pages
+from vlp.report import load, numbers
 
 MAX_ITEMS = 60
 MAX_HEAT = 24
+MAX_FOUND = 10  # answers to a query
+MAX_TEXT = 500  # characters of a caption
 _IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+")
 _RIGHT = '<span class="right"><span aria-hidden="true">✓</span> right</span>'
 
@@ -40,10 +42,10 @@ def heat(queries: list[dict[str, Any]], similarity: object) -> str:
     """Returns the queries' captions (rows) against their images (columns) as a heat map; "" without the numbers."""
     try:
         cosine_NN = np.array(similarity, np.float64)  # image × caption
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ""
     num = len(queries)
-    if not num or cosine_NN.shape != (num, num) or not np.isfinite(cosine_NN).all():
+    if not num or cosine_NN.shape != (num, num) or not (np.abs(cosine_NN) < 1e15).all():
         return ""
     shown = min(num, MAX_HEAT)
     cosine_NN, queries = cosine_NN[:shown, :shown], queries[:shown]
@@ -54,19 +56,21 @@ def heat(queries: list[dict[str, Any]], similarity: object) -> str:
     for j, query in enumerate(queries):
         cells = "".join(
             f'<td class="heat{" diagonal" * (i == j)}" style="--share:{share_NN[i, j]:.3f}">'
-            f"{cosine_NN[i, j]:.2f}</td>"
+            f"{numbers.fixed(cosine_NN[i, j], 2)}</td>"
             for i in range(shown)
         )
-        body += f"<tr><th>{escape(str(query.get('caption', '')))}</th>{cells}</tr>"
+        body += f"<tr><th>{pages.text(query.get('caption', ''), MAX_TEXT)}</th>{cells}</tr>"
     first = int((cosine_NN.argmax(axis=1) == np.arange(shown)).sum())
     words = (
-        f"Cosine similarity of {shown} of these captions (rows) and images (columns), {low:.2f} to {high:.2f}; "
+        f"Cosine similarity of {shown} of these captions (rows) and images (columns), "
+        f"{numbers.fixed(low, 2)} to {numbers.fixed(high, 2)}; "
         f"outlined: pairs. Among these, {first} images are nearest to their own caption."
     )
     return (
-        f'<h4>Image × caption similarity</h4><p class="hint">{words}</p><div class="scroll">'
+        f'<details class="more"><summary>Image × caption similarity</summary><p class="hint">{words}</p>'
+        f'<div class="card wide"><div class="scroll">'
         f'<table class="numbers confusion similarity"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div></div></details>"
     )
 
 
@@ -88,23 +92,23 @@ def captions(name: str, artefact: dict[str, Any]) -> str:
 
 
 def _query(query: dict[str, Any], hit: tuple[bool, bool]) -> str:
-    texts = "".join(_text(found) for found in _dicts(query.get("top_texts")))
-    images = "".join(_thumb(found) for found in _dicts(query.get("top_images")))
-    caption = escape(str(query.get("caption", "")))
+    texts = "".join(_text(found) for found in _dicts(query.get("top_texts"))[:MAX_FOUND])
+    images = "".join(_thumb(found) for found in _dicts(query.get("top_images"))[:MAX_FOUND])
+    caption = pages.text(query.get("caption", ""), MAX_TEXT)
     return (
-        f'<article class="query {"hit" if all(hit) else "missed"}">'
+        f'<article class="card query {"hit" if all(hit) else "missed"}">'
         f'<section><h4>Image → text {_rank(query.get("rank_i2t"))}</h4><div class="ask">'
         f"{_image(query.get('image'), query.get('caption'))}<ol>{texts}</ol></div></section>"
         f"<section><h4>Text → image {_rank(query.get('rank_t2i'))}</h4>"
         f'<blockquote>{caption}</blockquote><ol class="thumbs">{images}</ol></section>'
-        f"<footer><code>{escape(str(query.get('key', '')))}</code></footer></article>"
+        f"<footer><code>{pages.text(query.get('key', ''), MAX_TEXT)}</code></footer></article>"
     )
 
 
 def _text(found: dict[str, Any]) -> str:
     right = bool(found.get("right"))
     return (
-        f"<li{' class=is-right' if right else ''}><span>{escape(str(found.get('caption', '')))} "
+        f"<li{' class=is-right' if right else ''}><span>{pages.text(found.get('caption', ''), MAX_TEXT)} "
         f"{_RIGHT if right else ''}</span>{_score(found)}</li>"
     )
 
@@ -116,13 +120,13 @@ def _thumb(found: dict[str, Any]) -> str:
 
 
 def _score(found: dict[str, Any]) -> str:
-    score = found.get("score")
-    return f'<span class="score">{score:.3f}</span>' if isinstance(score, int | float) else ""
+    score = load.number(found.get("score"))
+    return "" if score is None else f'<span class="score">{numbers.fixed(score, 3)}</span>'
 
 
 def _rank(rank: object) -> str:
     """Returns a chip that says where the right one came; ranks count from 1."""
-    if not isinstance(rank, int):
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 10**12:
         return ""
     if rank == 1:
         return '<span class="chip good">✓ first</span>'
@@ -140,7 +144,7 @@ def _hit(query: dict[str, Any]) -> tuple[bool, bool]:
 
 def _filter(name: str) -> str:
     """Returns the choice all / missed / right; plain CSS acts on it."""
-    group = escape(f"show-{name}")
+    group = pages.text(f"show-{name}")
     choices = (("all", "all"), ("missed", "missed"), ("hit", "right both ways"))
     labels = [
         f'<label><input type="radio" name="{group}" value="{value}"'
@@ -155,15 +159,15 @@ def _filter(name: str) -> str:
 
 def _captioned(item: dict[str, Any]) -> str:
     exact = _exact(item)
-    true, generated = str(item.get("caption", "")), str(item.get("generated", ""))
+    true, generated = (pages.visible(item.get(k, ""), MAX_TEXT) for k in ("caption", "generated"))
     mark = (
         '<span class="chip good">✓ exact</span>' if exact else '<span class="chip">differs</span>'
     )
     return (
-        f'<article class="captioned">{_image(item.get("image"), true)}<div>{mark}<dl>'
-        f"<dt>true</dt><dd>{escape(true)}</dd><dt>generated</dt>"
-        f"<dd>{escape(generated) if exact else _differences(true, generated)}</dd></dl>"
-        f"<code>{escape(str(item.get('key', '')))}</code></div></article>"
+        f'<article class="card captioned">{_image(item.get("image"), true)}<div>{mark}<dl>'
+        f"<dt>true</dt><dd>{pages.text(true)}</dd><dt>generated</dt>"
+        f"<dd>{pages.text(generated) if exact else _differences(true, generated)}</dd></dl>"
+        f"<code>{pages.text(item.get('key', ''), MAX_TEXT)}</code></div></article>"
     )
 
 
@@ -175,7 +179,7 @@ def _differences(true: str, generated: str) -> str:
     words = generated.split()
     out = []
     for op, _, _, start, end in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        text = escape(" ".join(words[start:end]))
+        text = pages.text(" ".join(words[start:end]))
         if text:
             out.append(text if op == "equal" else f"<mark>{text}</mark>")
     return " ".join(out)
@@ -192,7 +196,7 @@ def _exact(item: dict[str, Any]) -> bool:
 def _image(uri: object, caption: object) -> str:
     if not isinstance(uri, str) or not _IMAGE.fullmatch(uri):
         return '<span class="no-image">no image</span>'
-    text = escape(str(caption or ""))
+    text = pages.text(caption or "", MAX_TEXT)
     return f'<img src="{uri}" alt="{text}" title="{text}" width="96" height="96" decoding="async">'
 
 
@@ -203,7 +207,7 @@ def _of(shown: int, num: int, one: str, many: str) -> str:
 
 def _step(artefact: dict[str, Any]) -> str:
     step = artefact.get("step")
-    return numbers.count(step) if isinstance(step, int) else "?"
+    return numbers.count(step) if isinstance(step, int) and not isinstance(step, bool) else "?"
 
 
 def _dicts(value: object) -> list[dict[str, Any]]:

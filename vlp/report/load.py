@@ -1,16 +1,31 @@
 """Reads a workdir into a `Run`: rows of numbers, artefacts, config, versions.
 
 Nothing here draws, and a file that is missing or broken (a half-written last line, a truncated
-JSON) costs its own section and a note, never the report. Only metrics.jsonl must be there.
+JSON) costs its own section and a note, never the report. Only metrics.jsonl must be there. Sizes are
+looked at before anything is read, and nothing is read through a link that leaves the workdir.
 """
 
 import dataclasses
 import json
 import math
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlp.core import check
+from vlp.report import numbers
+
+# Far more than runs write; what is over costs one line.
+MAX_METRICS_BYTES = 128 << 20
+MAX_LINE_BYTES = 1 << 20
+MAX_NUMBERS = 10_000_000
+MAX_KEYS = 400
+MAX_EVALS = 60
+MAX_JSON_BYTES = 8 << 20
+MAX_ARTEFACT_BYTES = 96 << 20  # of all files of evals/ together
+MAX_ARTEFACTS = 100
+MAX_DEPTH = 40
+_HUGE = 1e100
 
 # How metrics that JSON cannot hold are written, in lower case and without their sign.
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
@@ -26,6 +41,7 @@ class Row:
     values: dict[str, float]
     eval: str = ""
     split: str = ""
+    data: str = ""  # fingerprint of what was evaluated on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +71,15 @@ def load(workdir: Path) -> Run:
         do = "give the folder that `vlp train --workdir` wrote"
         raise check.error("report.workdir", f"{str(workdir)!r}", "an existing folder", do)
     notes: list[str] = []
-    rows = _rows(workdir / "metrics.jsonl", notes)
-    config = _json(workdir / "config.json", notes)
-    versions = _json(workdir / "versions.json", notes)
+    rows = _rows(workdir, notes)
+    config = _json(workdir, "config.json", MAX_JSON_BYTES, notes)
+    versions = _json(workdir, "versions.json", MAX_JSON_BYTES, notes)
     return Run(
         name=str(config.get("name") or workdir.resolve().name),
         path=workdir,
         train=tuple(row for row in rows if not row.eval),
         evals=tuple(row for row in rows if row.eval),
-        artefacts=_artefacts(workdir / "evals", notes),
+        artefacts=_artefacts(workdir, notes),
         config=config,
         versions=versions,
         attribution=tuple(dict.fromkeys(_attribution([config, versions]))),
@@ -71,76 +87,229 @@ def load(workdir: Path) -> Run:
     )
 
 
-def _rows(path: Path, notes: list[str]) -> list[Row]:
-    """Reads metrics.jsonl; of rows about one step the last wins (a resumed run repeats some)."""
-    if not path.is_file():
-        do = "train first, or give another folder"
-        raise check.error("report.workdir", f"no metrics.jsonl in {str(path.parent)!r}", "one", do)
-    lines = [line for line in path.read_text("utf-8", "replace").split("\n") if line.strip()]
-    parsed = [_row(line) for line in lines]
-    rows = {(row.eval, row.split, row.step): row for row in parsed if row is not None}
-    if not rows:
-        got = f"{len(lines)} lines and no readable row"
-        raise check.error(str(path), got, "at least one row", "train first, or give another folder")
-    if bad := parsed.count(None):
-        notes.append(
-            f"metrics.jsonl: {bad} of {len(lines)} lines could not be read and were skipped"
-        )
-    return sorted(rows.values(), key=lambda row: row.step)
+def _unreadable(workdir: Path, name: str, most: int) -> str:
+    """Says why a file of the workdir must not be read; "" if it may be. Raises: FileNotFoundError.
 
-
-def _row(line: str) -> Row | None:
+    A workdir may be another person's: a link in it must not bring a file of the reader's onto the page.
+    """
+    path = workdir / name
     try:
-        raw = json.loads(line)
-        step = int(raw["step"])
-        samples = int(raw.get("samples", step))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        if not path.resolve().is_relative_to(workdir.resolve()):
+            return "a link to outside the workdir"
+        info = path.stat()
+    except RuntimeError:  # Python 3.11 on links in a circle
+        return "a link to itself"
+    if not stat.S_ISREG(info.st_mode):
+        return "no regular file"
+    if info.st_size > most:
+        return f"a file of {numbers.si(float(info.st_size))} bytes"
+    return ""
+
+
+# --- metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A row as read: the keys under which it has text, whether something in it is plainly broken, or was left out."""
+
+    row: Row
+    texts: frozenset[str]
+    broken: bool
+    cut: bool
+
+
+def _rows(workdir: Path, notes: list[str]) -> list[Row]:
+    """Reads metrics.jsonl; of rows about one step the last wins (a resumed run repeats some).
+
+    A damaged row never takes the place of a good one: what it still says is used only if there is no other.
+    """
+    where, do = "report.workdir", "train first, or give another folder"
+    path = workdir / "metrics.jsonl"
+    try:
+        if problem := _unreadable(workdir, path.name, MAX_METRICS_BYTES):
+            got = f"{str(path)!r}, {problem}"
+            expected = (
+                f"a file in the workdir of up to {numbers.si(float(MAX_METRICS_BYTES))} bytes"
+            )
+            raise check.error(where, got, expected, "copy what is to be shown into a new folder")
+        total, lines, cut = _lines(path)
+    except FileNotFoundError:
+        raise check.error(where, f"no metrics.jsonl in {str(workdir)!r}", "one", do) from None
+    except OSError as e:
+        raise check.error(where, f"{str(path)!r} ({e})", "a readable file", do) from e
+    numeric: dict[str, set[str]] = {}
+    for line in lines:
+        numeric.setdefault(line.row.eval, set()).update(line.row.values)
+    damaged = [line.broken or bool(line.texts & numeric[line.row.eval]) for line in lines]
+    whole, partly = (
+        {(x.row.eval, x.row.split, x.row.step): x.row for x, d in zip(lines, damaged) if d == part}
+        for part in (False, True)
+    )
+    partly = {key: row for key, row in partly.items() if key not in whole}
+    rows = partly | whole
+    lost = total - damaged.count(False) - len(partly)
+    if not rows:
+        got = f"{total} lines and no readable row"
+        raise check.error(str(path), got, "at least one row", do)
+    if lost:
+        notes.append(f"metrics.jsonl: {lost} of {total} lines could not be read and were skipped")
+    if partly:
+        notes.append(f"metrics.jsonl: {partly} of {total} lines could be read in part only")
+    if cut:
+        notes.append(f"metrics.jsonl: only the first {MAX_KEYS} names of metrics are shown")
+    kinds = list(dict.fromkeys((e, split) for e, split, _ in rows if e))
+    if len(kinds) > MAX_EVALS:
+        notes.append(f"metrics.jsonl: only the first {MAX_EVALS} of {len(kinds)} evaluations shown")
+    hidden = set(kinds[MAX_EVALS:])
+    shown = [row for row in rows.values() if (row.eval, row.split) not in hidden]
+    return sorted(shown, key=lambda row: row.step)
+
+
+def _lines(path: Path) -> tuple[int, list[_Line], bool]:
+    """Returns the number of lines that are not empty, those that are rows, and whether names of metrics were cut."""
+    total, size, found = 0, 0, []
+    names: dict[str, str] = {}
+    cut = False
+    with path.open("rb") as file:
+        while data := file.readline(MAX_LINE_BYTES):
+            whole = data.endswith(b"\n") or len(data) < MAX_LINE_BYTES
+            while not whole:
+                rest = file.readline(MAX_LINE_BYTES)
+                whole = rest.endswith(b"\n") or len(rest) < MAX_LINE_BYTES
+                data = b"[]"  # too long to be a row
+            if not data.strip():
+                continue
+            total += 1
+            line = _line(data, names)
+            if line is None:
+                continue
+            cut = cut or line.cut
+            found.append(line)
+            size += 10 + len(line.row.values)
+            if size > MAX_NUMBERS:
+                got = f"more than {numbers.si(float(MAX_NUMBERS))} numbers"
+                do = "keep every tenth line, say, in a copy of the workdir"
+                raise check.error(str(path), got, "fewer", do)
+    return total, found, cut
+
+
+_TEXTS = ("stage", "eval", "split", "fingerprint")
+_NAMES = {"step", "samples", "kind", *_TEXTS}
+
+
+def _line(data: bytes, names: dict[str, str]) -> _Line | None:
+    """Reads one line; None if it is no row at all: no JSON, no whole step, no number.
+
+    names: of metrics, up to MAX_KEYS; new ones are added. All rows share these strings.
+    """
+    try:
+        raw = json.loads(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(raw, dict) or raw.get("kind", "train") not in ("train", "eval"):
+        return None
+    step = raw.get("step")
+    samples = raw.get("samples", step)
+    if not _is_count(step) or not _is_count(samples):
+        return None
+    texts = {key: raw.get(key) for key in _TEXTS}
+    if not all(isinstance(value, str | None) for value in texts.values()):
         return None
     is_eval = raw.get("kind") == "eval" or "eval" in raw
-    values = {k: number(v) for k, v in raw.items() if k not in ("step", "samples")}
-    return Row(
+    values, lost, cut = {}, [], False
+    for key in raw:
+        if key in _NAMES:
+            continue
+        value = number(raw[key])
+        if value is None:
+            lost.append(key)
+        elif key in names or len(names) < MAX_KEYS:
+            values[names.setdefault(key, key)] = value
+        else:
+            cut = True
+    if not values:
+        return None
+    words = frozenset(key for key in lost if isinstance(raw[key], str))
+    row = Row(
         step=step,
         samples=samples,
-        stage=str(raw.get("stage") or ""),
-        values={k: v for k, v in values.items() if v is not None},
-        eval=str(raw.get("eval") or "eval") if is_eval else "",
-        split=str(raw.get("split") or "") if is_eval else "",
+        stage=texts["stage"] or "",
+        values=values,
+        eval=(texts["eval"] or "eval") if is_eval else "",
+        split=(texts["split"] or "") if is_eval else "",
+        data=(texts["fingerprint"] or "") if is_eval else "",
     )
+    # Evaluations say in words where they come from; a row of training has numbers only.
+    return _Line(row, words, bool(lost) and not (is_eval and len(words) == len(lost)), cut)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def number(value: object) -> float | None:
-    """Returns a metric as a float: null and "NaN" are NaN, "-Infinity" −inf; other text is None."""
+    """Returns a metric as a float: null and "NaN" are NaN, "-Infinity" −inf; other text is None.
+
+    What no metric reaches is brought into a range in which an axis can be computed: over 1e100 is infinite.
+    """
     if value is None:
         return math.nan
     if isinstance(value, bool | int | float):
-        try:
-            return float(value)
-        except OverflowError:
+        if abs(value) > _HUGE:
             return math.inf if value > 0 else -math.inf
+        return float(value) if not abs(value) < 1 / _HUGE else 0.0
     if isinstance(value, str):
         size = _NOT_FINITE.get(value.strip().lower().lstrip("+-"))
         return -size if size is not None and value.strip().startswith("-") else size
     return None
 
 
-def _artefacts(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+# --- the other files
+
+
+def _artefacts(workdir: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
     """Reads evals/<name>_<split>.json, keyed by the file's stem."""
-    found = {path.stem: _json(path, notes) for path in sorted(folder.glob("*.json"))}
-    return {name: artefact for name, artefact in found.items() if artefact}
+    names = sorted(path.name for path in (workdir / "evals").glob("*.json"))
+    if len(names) > MAX_ARTEFACTS:
+        notes.append(f"evals: only the first {MAX_ARTEFACTS} of {len(names)} files are shown")
+    found, left = {}, MAX_ARTEFACT_BYTES
+    for name in names[:MAX_ARTEFACTS]:
+        if artefact := _json(workdir, f"evals/{name}", left, notes):
+            found[name.removesuffix(".json")] = artefact
+            left -= (workdir / "evals" / name).stat().st_size
+    return found
 
 
-def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+def _json(workdir: Path, name: str, most: int, notes: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8", "replace"))
+        problem = _unreadable(workdir, name, most)
+        value = {} if problem else json.loads((workdir / name).read_text("utf-8", "replace"))
     except FileNotFoundError:
         return {}
     except (ValueError, OSError, RecursionError) as e:
-        notes.append(f"{path.name}: could not be read and was left out ({e})")
-        return {}
-    if not isinstance(value, dict):
-        notes.append(f"{path.name}: holds a {type(value).__name__}, not a table; left out")
+        problem, value = f"could not be read ({e})", {}
+    if not problem and not isinstance(value, dict):
+        problem = f"holds a {type(value).__name__}, not a table"
+    if not problem and _is_deep(value):
+        problem = f"is nested over {MAX_DEPTH} deep"
+    if problem:
+        notes.append(f"{name}: {problem}; left out")
         return {}
     return value
+
+
+def _is_deep(value: object) -> bool:
+    """Whether tables and lists lie deeper in each other than the page's recursions go."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for box in level
+            if isinstance(box, dict | list)
+            for item in (box.values() if isinstance(box, dict) else box)
+        ]
+    return bool(level)
 
 
 def _attribution(value: object) -> list[str]:

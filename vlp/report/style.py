@@ -1,229 +1,120 @@
-"""The page's CSS and JavaScript as text. Light, dark, paper; charts answer pointer and arrow keys.
+"""What the report adds to the shared style (vlp/core/pages.py), and its script. Charts answer pointer and arrow keys.
 
 Without the script the page loses the readouts and the search box, nothing else.
 """
 
 CSS = """
-:root {
-  --page: #f4f5f8; --card: #ffffff; --ink: #1a2130; --soft: #596275; --line: #dfe3ea;
-  --accent: #2459c4; --good: #0a6b4b; --good-bg: #e1f4ea; --chip-bg: #edf0f5; --mark: #b04a06;
-  --band0: #eaf0fb; --band1: #fbf0e2; --bad: #b3261e;
-  --shadow: 0 1px 2px #1a213014, 0 4px 14px #1a21300d;
-  --s0: #2459c4; --s1: #c2540a; --s2: #0b7a60; --s3: #8a3db6; --s4: #b01c54; --s5: #67660a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #10131a; --card: #191e28; --ink: #e7eaf1; --soft: #9ba5b8; --line: #2d3443;
-    --accent: #86b1ff; --good: #6fdcae; --good-bg: #16382b; --chip-bg: #262d3b; --mark: #ffae70;
-    --band0: #1d2738; --band1: #2b2622; --bad: #ff8a80; --shadow: 0 0 0 1px #262d3b;
-    --s0: #78a9ff; --s1: #ff9e58; --s2: #43d0a6; --s3: #cf97f3; --s4: #ff85a5; --s5: #cfcb55;
-  }
-}
-* { box-sizing: border-box; }
-html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system,
-  "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", Arial, sans-serif; }
-header, main, footer.end { max-width: 1180px; margin: 0 auto; padding: 0 20px; }
-header { padding-top: 40px; }
-code { font: .86em ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace;
-  overflow-wrap: anywhere; }
-h1 { font-size: 2.1rem; line-height: 1.15; margin: 0; letter-spacing: -.02em;
-  overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; letter-spacing: -.01em; margin: 0 0 14px; }
-h3 { font-size: 1.02rem; margin: 22px 0 10px; }
-h2 + h3 { margin-top: 0; }
-h4 { font-size: .84rem; margin: 0 0 10px; color: var(--soft); font-weight: 600; }
-.kind { margin: 0 0 4px; color: var(--accent); font-weight: 650; font-size: .84rem;
-  letter-spacing: .06em;
-  text-transform: uppercase; }
-.path { color: var(--soft); margin: 6px 0 0; }
-nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 18px 0 0; padding-bottom: 14px;
-  border-bottom: 1px solid var(--line); font-size: .92rem; }
-a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
-main > section { padding-top: 30px; }
-.lead { font-size: 1.1rem; line-height: 1.6; max-width: 76ch; margin: 0 0 22px; }
-.hint, .note, .missing { color: var(--soft); font-size: .88rem; }
-.missing { border-left: 3px solid var(--line); padding-left: 10px; margin: 0 0 8px; }
-.hint { margin: 8px 0 14px; max-width: 86ch; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-
-.tiles { list-style: none; margin: 0; padding: 0; display: grid; gap: 14px;
-  grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); }
-.tiles li { background: var(--card); border-radius: 12px; box-shadow: var(--shadow);
-  padding: 14px 16px 12px;
-  display: flex; flex-direction: column; min-height: 122px; }
-.tiles .what { color: var(--soft); font-size: .84rem; }
-.tiles b { font-size: 1.75rem; line-height: 1.2; letter-spacing: -.02em; font-weight: 650;
-  font-variant-numeric: tabular-nums; }
-.tiles .than { color: var(--soft); font-size: .8rem; }
-.spark { width: 100%; height: 24px; margin-top: auto; padding-top: 4px; display: block; }
-.spark polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; opacity: .75;
+.spark { width: 100%; max-width: 230px; height: 22px; margin-top: 4px; display: block; }
+.spark polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; opacity: .7;
   vector-effect: non-scaling-stroke; }
-
-.charts { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.charts > figure:only-child { max-width: 640px; }
-.chart { margin: 0; background: var(--card); border-radius: 12px; box-shadow: var(--shadow);
-  padding: 14px 16px 8px; min-width: 0; display: flex; flex-direction: column; }
-.chart figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 12px;
-  margin-bottom: 6px; }
-.chart figcaption code { color: var(--soft); }
+.chart { padding-bottom: 6px; display: flex; flex-direction: column; }
+.chart figcaption { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 12px;
+  margin-bottom: 4px; font-size: .93rem; line-height: 1.4; }
+.chart strong { font-weight: 650; }
+.chart .of { color: var(--soft); font-size: .82rem; }
 .chart .note { font-size: .78rem; margin-left: auto; }
-.legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 14px;
-  font-size: .84rem; }
-.swatch { width: 26px; height: 8px; margin-right: 6px; vertical-align: middle; }
+.legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 12px;
+  font-size: .8rem; flex-basis: 100%; }
+.legend li { overflow-wrap: anywhere; }
+.swatch { width: 20px; height: 8px; margin-right: 5px; vertical-align: middle; }
 .plot { position: relative; margin-top: auto; }
 .plot svg { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
 .grid { stroke: var(--line); stroke-width: 1; }
-.axis { stroke: var(--soft); stroke-width: 1; opacity: .7; }
-.tick, .label, text.band, text.level { font-size: 11.5px; fill: var(--soft); }
+.axis { stroke: var(--soft); stroke-width: 1; opacity: .6; }
+.tick, .label, text.band { font-size: 11px; fill: var(--soft); }
 text.tick { font-variant-numeric: tabular-nums; }
-text.band { font-size: 11px; font-weight: 600; }
+text.band { font-size: 10.5px; font-weight: 600; }
 rect.b0 { fill: var(--band0); } rect.b1 { fill: var(--band1); }
-.mark { fill: var(--soft); }
-line.level { stroke: var(--soft); stroke-dasharray: 2 4; }
+.mark { fill: var(--soft); opacity: .75; }
+.level { fill: none; stroke: var(--soft); stroke-dasharray: 2 4; }
 .lost { stroke: var(--bad); stroke-width: 2; fill: none; }
-.line, .raw { fill: none; stroke-linejoin: round; stroke-linecap: round; stroke-width: 2; }
+.line, .raw { fill: none; stroke-linejoin: round; stroke-linecap: round; stroke-width: 1.75; }
 .raw { stroke-width: 1; opacity: .28; stroke-dasharray: none !important; }
-.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); stroke-dasharray: 7 4;
-  } .s2 { stroke: var(--s2); stroke-dasharray: 1.5 4; }
-.s3 { stroke: var(--s3); stroke-dasharray: 10 3 2 3; } .s4 { stroke: var(--s4);
-  stroke-dasharray: 3 3; }
-.s5 { stroke: var(--s5); stroke-dasharray: 12 5; }
-.dot { fill: var(--card); stroke-width: 2; stroke-dasharray: none; }
+.s0 { stroke: var(--s0); }
+.s1 { stroke: var(--s1); stroke-dasharray: 6 3.5; }
+.s2 { stroke: var(--s2); stroke-dasharray: 1.5 3.5; }
+.s3 { stroke: var(--s3); stroke-dasharray: 9 3 2 3; }
+.s4 { stroke: var(--s4); stroke-dasharray: 3 3; }
+.s5 { stroke: var(--s5); stroke-dasharray: 11 5; }
+.dot { fill: var(--card); stroke-width: 1.75; stroke-dasharray: none; }
+.chart details > summary { font-size: .76rem; padding: 0; }
 .cursor line { stroke: var(--ink); stroke-width: 1; opacity: .45; }
 .cursor circle { stroke-width: 2; stroke-dasharray: none; fill: var(--card); }
 .tip { position: absolute; top: 6%; pointer-events: none; background: var(--ink);
-  color: var(--card);
-  padding: 6px 10px; border-radius: 8px; font-size: .8rem; line-height: 1.4; white-space: nowrap;
-  z-index: 2;
-  font-variant-numeric: tabular-nums; }
-.tip b { font-weight: 650; }
+  color: var(--card); padding: 5px 9px; border-radius: 6px; font-size: .78rem; line-height: 1.4;
+  white-space: nowrap; z-index: 2; font-variant-numeric: tabular-nums; }
 .tip div:first-child { opacity: .75; }
-details > summary { cursor: pointer; color: var(--soft); font-size: .84rem; padding: 4px 0;
-  width: fit-content; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-.numbers { font-variant-numeric: tabular-nums; }
-.numbers th, .numbers td { text-align: right; padding: 5px 14px 5px 0;
-  border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-.numbers th:first-child { text-align: left; font-weight: 500; }
-.numbers thead th { color: var(--soft); font-weight: 500; font-size: .84rem; }
-section > .scroll > .numbers, section > .scroll > .settings { background: var(--card);
-  border-radius: 12px; }
-section > .scroll { background: var(--card); border-radius: 12px; box-shadow: var(--shadow);
-  padding: 8px 18px;
-  width: fit-content; max-width: 100%; }
-section > .scroll tr:last-child > *, .settings tr:last-child > * { border-bottom: 0; }
-.confusion .heat { text-align: center; padding: 6px 10px;
-  background: color-mix(in srgb, var(--accent) calc(var(--share) * 75%), transparent); }
-.confusion .diagonal { font-weight: 650; box-shadow: inset 0 0 0 1px var(--line); }
-.similarity img { width: 36px; height: 36px; display: block; margin: 0 auto; }
+span.near { text-decoration: underline dotted; text-underline-offset: 3px; }
+.confusion .heat { text-align: center; padding: 5px 9px;
+  background: color-mix(in srgb, var(--accent) calc(var(--share) * 60%), transparent); }
+.confusion .diagonal { font-weight: 650; box-shadow: inset 0 0 0 1px var(--soft); }
+.similarity img, .similarity .no-image { width: 36px; height: 36px; display: block; margin: 0 auto;
+  font-size: 0; }
 .similarity .heat { padding: 6px 4px; font-size: 12px; }
-.similarity .diagonal { box-shadow: inset 0 0 0 1.5px var(--ink); }
 .settings { width: 100%; }
 .settings th, .settings td { text-align: left; vertical-align: top; padding: 4px 26px 4px 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-.settings th { font-weight: 400; color: var(--soft); }
-.config { background: var(--card); border-radius: 12px; box-shadow: var(--shadow);
-  padding: 10px 18px; }
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; font-weight: 400; }
+.settings th { color: var(--soft); }
 .config > summary { font-size: .95rem; color: var(--ink); }
-.config input { width: min(100%, 360px); margin: 8px 0 10px; padding: 8px 12px; font: inherit;
-  color: inherit;
-  background: var(--page); border: 1px solid var(--line); border-radius: 8px; }
-[hidden] { display: none !important; }
+.config input { width: min(100%, 360px); margin: 8px 0 10px; padding: 7px 11px; font: inherit;
+  color: inherit; background: var(--page); border: 1px solid var(--line); border-radius: 6px; }
 
-.filter { border: 0; margin: 0 0 14px; padding: 0; display: flex; flex-wrap: wrap; gap: 4px 16px;
+.filter { border: 0; margin: 0 0 12px; padding: 0; display: flex; flex-wrap: wrap; gap: 4px 16px;
   font-size: .9rem; }
 .filter legend { float: left; color: var(--soft); margin-right: 12px; padding: 0; }
 .filter input { accent-color: var(--accent); }
 .gallery:has(input[value=missed]:checked) .hit, .gallery:has(input[value=hit]:checked) .missed {
   display: none; }
 .queries { display: grid; gap: 14px; }
-.query { background: var(--card); border-radius: 12px; box-shadow: var(--shadow);
-  padding: 16px 18px 10px;
-  display: grid; grid-template-columns: 1fr 1fr; gap: 4px 30px; }
-.query > footer { grid-column: 1 / -1; color: var(--soft); font-size: .82rem; text-align: right; }
+.query { display: grid; grid-template-columns: 1fr 1fr; gap: 4px 30px; }
+.query > footer { grid-column: 1 / -1; color: var(--soft); font-size: .8rem; text-align: right; }
 .query > section { min-width: 0; }
-img, .no-image { border-radius: 8px; background: #fff; object-fit: contain; display: block;
-  width: 96px; height: 96px;
-  border: 1px solid var(--line); }
-.no-image { display: grid; place-items: center; background: var(--chip-bg); color: var(--soft);
-  font-size: .75rem; }
 .ask { display: flex; gap: 16px; align-items: flex-start; }
 .ask > img, .ask > .no-image { width: 128px; height: 128px; flex: none; }
 .query ol { margin: 0; padding: 0; list-style: none; }
 .ask ol { flex: 1; min-width: 0; counter-reset: rank; }
 .ask li { counter-increment: rank; display: flex; gap: 10px; justify-content: space-between;
-  padding: 3px 8px;
-  border-left: 3px solid transparent; font-size: .92rem; line-height: 1.4; }
+  padding: 3px 8px; border-left: 3px solid transparent; font-size: .9rem; line-height: 1.4; }
 .ask li > span:first-child { overflow-wrap: anywhere; }
 .ask li > span:first-child::before { content: counter(rank) ". "; color: var(--soft); }
 .ask li.is-right { border-left-color: var(--good); background: var(--good-bg);
   border-radius: 0 6px 6px 0; }
 .score { color: var(--soft); font-size: .8rem; font-variant-numeric: tabular-nums; flex: none; }
-.right { color: var(--good); font-weight: 650; font-size: .82rem; white-space: nowrap; }
-blockquote { margin: 0 0 10px; padding: 0; font-size: 1rem; overflow-wrap: anywhere; }
+.right { color: var(--good); font-weight: 650; font-size: .8rem; white-space: nowrap; }
+blockquote { margin: 0 0 10px; padding: 0; overflow-wrap: anywhere; }
 blockquote::before { content: "\\201C"; } blockquote::after { content: "\\201D"; }
 .thumbs { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 8px; }
 .thumbs li { display: flex; flex-direction: column; align-items: center; gap: 2px; padding: 5px;
-  border-radius: 10px; }
-.thumbs li.is-right { background: var(--good-bg); box-shadow: inset 0 0 0 2px var(--good); }
+  border-radius: 8px; min-width: 0; }
+.thumbs li.is-right { background: var(--good-bg); box-shadow: inset 0 0 0 1.5px var(--good); }
 .thumbs img, .thumbs .no-image { width: 100%; height: auto; max-width: 96px; aspect-ratio: 1; }
-.chip { display: inline-block; font-size: .76rem; font-weight: 600; padding: 1px 9px;
-  border-radius: 99px;
-  background: var(--chip-bg); color: var(--soft); margin-left: 4px; white-space: nowrap; }
+.chip { display: inline-block; font-size: .75rem; font-weight: 600; padding: 1px 9px;
+  border-radius: 99px; background: var(--chip-bg); color: var(--soft); margin-left: 4px;
+  white-space: nowrap; }
 .chip.good { background: var(--good-bg); color: var(--good); }
 .captions { display: grid; gap: 14px;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
-.captioned { background: var(--card); border-radius: 12px; box-shadow: var(--shadow);
-  padding: 14px 16px;
-  display: flex; gap: 16px; }
-.captioned img, .captioned .no-image { flex: none; width: 104px; height: 104px; }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
+.captioned { display: flex; gap: 14px; }
+.captioned img, .captioned .no-image { flex: none; width: 96px; height: 96px; }
 .captioned > div { min-width: 0; flex: 1; }
 .captioned .chip { margin: 0 0 6px; }
-.captioned dl { margin: 0 0 4px; font-size: .92rem; line-height: 1.4; overflow-wrap: anywhere; }
+.captioned dl { margin: 0 0 4px; font-size: .9rem; line-height: 1.4; overflow-wrap: anywhere; }
 .captioned dt { color: var(--soft); font-size: .75rem; }
 .captioned dd { margin: 0 0 4px; }
 .captioned code { color: var(--soft); font-size: .74rem; }
 mark { background: none; color: var(--mark); text-decoration: underline;
-  text-decoration-thickness: 2px;
-  text-underline-offset: 3px; }
+  text-decoration-thickness: 1.5px; text-underline-offset: 3px; }
 .attribution { white-space: pre-line; font-size: .9rem; max-width: 86ch; margin: 0 0 8px;
   overflow-wrap: anywhere; }
-footer.end { margin-top: 40px; padding-top: 14px; padding-bottom: 40px; color: var(--soft);
-  font-size: .84rem; }
-footer.end p { margin: 0 0 6px; }
 
 @media (max-width: 760px) {
-  header { padding-top: 24px; }
-  header, main, footer.end { padding-left: 14px; padding-right: 14px; }
-  h1 { font-size: 1.6rem; }
-  .tiles { grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 10px; }
-  .query { grid-template-columns: 1fr; gap: 18px; padding: 14px; }
-  .chart { padding: 12px 12px 6px; }
-  .tick, .label, text.level { font-size: 16px; }
-  text.band { font-size: 15px; }
+  .query { grid-template-columns: minmax(0, 1fr); gap: 18px; }
   .ask > img, .ask > .no-image { width: 88px; height: 88px; }
   .ask { gap: 8px; }
 }
 @media print {
-  :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --accent: #2459c4;
-    --good: #0a6b4b;
-    --good-bg: #fff; --chip-bg: #fff; --band0: #f0f3fa; --band1: #faf3ea; --mark: #b04a06;
-    --bad: #b3261e;
-    --shadow: 0 0 0 1px #ccc; --s0: #2459c4; --s1: #c2540a; --s2: #0b7a60; --s3: #8a3db6;
-    --s4: #b01c54; --s5: #67660a; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { font-size: 11pt; }
-  header { padding-top: 0; }
-  nav, .filter, .chart details, .config input { display: none; }
-  .charts { grid-template-columns: 1fr 1fr; }
-  .chart, .query, .captioned, .tiles li { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  .filter, .chart details, .config input { display: none; }
+  .cards { grid-template-columns: 1fr 1fr; }
 }
 """
 

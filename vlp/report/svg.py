@@ -9,14 +9,15 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from html import escape
 
 import numpy as np
 
+from vlp.core import pages
 from vlp.report import axes, numbers, traces
 
-WIDTH, HEIGHT = 560, 270  # user units: the drawing scales with the page
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 26, 39
+WIDTH, HEIGHT = 360, 190  # user units: about the pixels of a card, on a wide page as on a phone
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 34
+MIN_POINTS = 3  # finite values of a line; fewer are told as numbers
 STYLES = 6  # line styles s0 … s5 in style.py
 _WIDE_RATIO = 50  # max/median from which values, all positive, get a log axis
 
@@ -27,7 +28,7 @@ class Chart:
 
     title: str
     series: tuple[traces.Series, ...]
-    keys: str = ""
+    of: str = ""  # what the numbers are of: an evaluation
     x_label: str = "samples seen"
     percent: bool = False
     dots: bool = False
@@ -42,28 +43,31 @@ def figure(chart: Chart) -> str:
     x_axis, y_axis = _x_axis(chart), _y_axis(chart)
     whole = [s if chart.dots else traces.mean(s, chart.bands) for s in chart.series]
     lines = [traces.thin(s) for s in whole]
-    width = max((traces.window(s) for s in chart.series), default=1)
-    notes = [f"bold: mean of {width} rows"] if width > 1 and not chart.dots else []
-    notes += ["log scale"] if y_axis.log else []
+    notes = ["log scale"] if y_axis.log else []
     lost = sum(int((~np.isfinite(s.y)).sum()) for s in chart.series)
     notes += [f"✕ {lost} value{'s' * (lost > 1)} not finite"] if lost else []
     drawn = [
         _bands(chart, x_axis),
         _grid(chart, x_axis, y_axis),
-        *(_level(label, y, y_axis) for label, y in chart.levels),
+        *(_level(y, y_axis) for _, y in chart.levels),
         *(_line(chart, i, line, x_axis, y_axis) for i, line in enumerate(lines)),
         _lost(chart, x_axis),
     ]
-    hover = escape(json.dumps(_hover(chart, lines, x_axis, y_axis), separators=(",", ":")))
+    hover = pages.text(json.dumps(_hover(chart, lines, x_axis, y_axis), separators=(",", ":")))
     return (
-        f'<figure class="chart" data-chart="{hover}">'
-        f"<figcaption><strong>{escape(chart.title)}</strong>{_keys(chart)}"
+        f'<figure class="card chart" data-chart="{hover}">'
+        f"<figcaption><strong>{pages.text(chart.title)}</strong>{_of(chart)}"
         f"{_legend(chart)}{_notes(notes)}</figcaption>"
         f'<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
-        f'aria-label="{escape(_aria(chart))}">{"".join(drawn)}'
+        f'aria-label="{pages.text(_aria(chart))}">{"".join(drawn)}'
         f'<g class="cursor"></g></svg><div class="tip" aria-live="polite" hidden></div></div>'
         f"{_table(chart)}</figure>"
     )
+
+
+def is_curve(chart: Chart) -> bool:
+    """Whether a chart has a line of at least MIN_POINTS finite values: two points are no curve."""
+    return any(np.isfinite(s.y).sum() >= MIN_POINTS for s in chart.series)
 
 
 def spark(y: np.ndarray) -> str:
@@ -115,24 +119,24 @@ def _y_axis(chart: Chart) -> axes.Axis:
 
 
 def _grid(chart: Chart, x_axis: axes.Axis, y_axis: axes.Axis) -> str:
-    y_ticks = (axes.log_ticks if y_axis.log else axes.ticks)(y_axis.low, y_axis.high)
-    out = []
-    for value in y_ticks:
+    out, y_ticks = [], y_axis.ticks(num=5)
+    y_labels = numbers.labels(y_ticks, as_percent=chart.percent)
+    for value, label in zip(y_ticks, y_labels, strict=True):
         y = y_axis(value)
         out.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        label = _y_text(chart, value)
         out.append(
-            f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
         )
     base = HEIGHT - BOTTOM
     out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    for value in axes.ticks(x_axis.low, x_axis.high):
+    x_ticks = x_axis.ticks(num=5, whole=True)
+    for value, label in zip(x_ticks, numbers.labels(x_ticks), strict=True):
         x = x_axis(value)
         out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
         out.append(
-            f'<text class="tick" x="{x:.1f}" y="{base + 17}" text-anchor="middle">{numbers.si(value)}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{base + 16}" text-anchor="middle">{label}</text>'
         )
     for mark in chart.marks:
         x = x_axis(mark)
@@ -142,7 +146,7 @@ def _grid(chart: Chart, x_axis: axes.Axis, y_axis: axes.Axis) -> str:
         )
     out.append(
         f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">'
-        f"{'▲ evaluation · ' if chart.marks else ''}{escape(chart.x_label)}</text>"
+        f"{'▲ evaluation · ' if chart.marks else ''}{pages.text(chart.x_label)}</text>"
     )
     return "".join(out)
 
@@ -151,24 +155,28 @@ def _bands(chart: Chart, x_axis: axes.Axis) -> str:
     out = []
     for i, band in enumerate(chart.bands):
         start, end = x_axis(max(band.start, x_axis.low)), x_axis(min(band.end, x_axis.high))
-        room = int((end - start - 8) / 7)  # letters that fit
-        name = band.label if len(band.label) <= room else band.label[: max(0, room - 1)] + "…"
-        text = f'<text class="band" x="{start + 5:.1f}" y="{TOP - 9}">{escape(name)}</text>'
+        room = int((end - start - 6) / 6)  # letters that fit
+        name = pages.visible(band.label, max(0, room - 1)) if len(band.label) > room else band.label
+        x, anchor = start + 4, "start"
+        if len(band.label) > room and i == len(chart.bands) - 1 and i:
+            before = chart.bands[i - 1]
+            if (
+                start - x_axis(max(before.start, x_axis.low))
+                > 6 * len(before.label + band.label) + 16
+            ):
+                name, room, x, anchor = band.label, len(band.label), end - 2, "end"
+        text = f'<text class="band" x="{x:.1f}" y="{TOP - 7}" text-anchor="{anchor}">{pages.text(name)}</text>'
         out.append(
-            f'<g><title>stage: {escape(band.label)}</title><rect class="band b{i % 2}" '
-            f'x="{start:.1f}" y="{TOP - 22}" width="{max(end - start, 0):.1f}" '
-            f'height="{HEIGHT - BOTTOM - TOP + 22}"/>{text if room > 2 else ""}</g>'
+            f'<g><title>stage: {pages.text(band.label)}</title><rect class="band b{i % 2}" '
+            f'x="{start:.1f}" y="{TOP - 18}" width="{max(end - start, 0):.1f}" '
+            f'height="{HEIGHT - BOTTOM - TOP + 18}"/>{text if room > 2 else ""}</g>'
         )
     return "".join(out)
 
 
-def _level(label: str, value: float, y_axis: axes.Axis) -> str:
+def _level(value: float, y_axis: axes.Axis) -> str:
     y = y_axis(value)
-    return (
-        f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="level" x="{WIDTH - RIGHT - 3}" y="{y - 4:.1f}" text-anchor="end">'
-        f"{escape(label)}</text>"
-    )
+    return f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
 # --- lines
@@ -185,7 +193,7 @@ def _line(chart: Chart, i: int, line: traces.Series, x_axis: axes.Axis, y_axis: 
     for x, y in zip(line.x, line.y, strict=True):
         if alone and _drawable(y, y_axis):
             out += (
-                f'<circle class="dot {style}" cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3.2"/>'
+                f'<circle class="dot {style}" cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="2.6"/>'
             )
     return out
 
@@ -218,31 +226,23 @@ def _lost(chart: Chart, x_axis: axes.Axis) -> str:
 # --- words around the drawing
 
 
-def _y_text(chart: Chart, value: float) -> str:
-    return (
-        numbers.percent(value, 0 if abs(value) >= 0.1 or not value else 1)
-        if chart.percent
-        else numbers.si(value)
-    )
-
-
-def _keys(chart: Chart) -> str:
-    return f" <code>{escape(chart.keys)}</code>" if chart.keys else ""
+def _of(chart: Chart) -> str:
+    return f'<span class="of">{pages.text(chart.of)}</span>' if chart.of else ""
 
 
 def _legend(chart: Chart) -> str:
-    if len(chart.series) < 2:
-        return ""
+    lines = [(f"line s{i % STYLES}", s.label) for i, s in enumerate(chart.series)]
+    lines = lines if len(lines) > 1 else []
     items = [
-        f'<li><svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><path class="line '
-        f's{i % STYLES}" d="M1 4H25"/></svg>{escape(s.label)}</li>'
-        for i, s in enumerate(chart.series)
+        f'<li><svg class="swatch" viewBox="0 0 20 8" aria-hidden="true"><path class="{style}" '
+        f'd="M1 4H19"/></svg>{pages.text(label)}</li>'
+        for style, label in (*lines, *(("level", label) for label, _ in chart.levels))
     ]
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    return f'<ul class="legend">{"".join(items)}</ul>' if items else ""
 
 
 def _notes(notes: list[str]) -> str:
-    return f'<span class="note">{escape(" · ".join(notes))}</span>' if notes else ""
+    return f'<span class="note">{pages.text(" · ".join(notes))}</span>' if notes else ""
 
 
 def _aria(chart: Chart) -> str:
@@ -258,7 +258,7 @@ def _hover(
     show: Callable[[float], str] = numbers.percent if chart.percent else _four
     series = [
         {
-            "label": s.label,
+            "label": pages.visible(s.label),
             "x": [round(x_axis(x), 1) for x in s.x],
             "y": [round(y_axis(y), 1) if _drawable(y, y_axis) else None for y in s.y],
             "text": [show(float(y)) for y in s.y],
@@ -283,7 +283,7 @@ def _table(chart: Chart, *, num: int = 12) -> str:
         xs = [xs[round(i * (len(xs) - 1) / (num - 1))] for i in range(num)]
     show: Callable[[float], str] = numbers.percent if chart.percent else _four
     at = [dict(zip(s.x.tolist(), s.y.tolist(), strict=True)) for s in chart.series]
-    head = "".join(f"<th>{escape(s.label)}</th>" for s in chart.series)
+    head = "".join(f"<th>{pages.text(s.label)}</th>" for s in chart.series)
     rows = [
         f"<tr><th>{_four(x)}</th>"
         + "".join(f"<td>{show(y[x]) if x in y else ''}</td>" for y in at)
@@ -292,6 +292,6 @@ def _table(chart: Chart, *, num: int = 12) -> str:
     ]
     return (
         "<details><summary>as a table</summary><div class=scroll><table class=numbers><thead><tr>"
-        f"<th>{escape(chart.x_label)}</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        f"<th>{pages.text(chart.x_label)}</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
         "</table></div></details>"
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlp.ckpt import init_from
 from vlp.core import check, tree
@@ -45,14 +47,44 @@ def check_start(
                 raise check.error(
                     where, "an optimiser state of other shapes", "the stage before's", do
                 )
+        given = initial(stage) if stage.init else {}
+        check_clamps(previous, parts, given)
         if stage.init:
-            given = initial(stage)
             init_from.check_fits(given, parts.abstract.params, source(stage))
             check_frozen(parts, given)
         elif stage.init_match != ".*":
             do = "set config.init to that run's workdir"
             expected = "config.init, a run to take these parameters from"
             raise check.error("config.init_match", repr(stage.init_match), expected, do)
+
+
+def check_clamps(previous: Parts | None, parts: Parts, given: Mapping[str, Any]) -> None:
+    """Raises UserError for a parameter that may start outside of its clamp, where the first update would move it."""
+    rules = tree.named(parts.updater.rules)
+    before = {} if previous is None else tree.named(previous.updater.rules)
+    start = getattr(parts.stage.model, "scale", None)
+    for name, rule in rules.items():
+        if rule.freeze or rule.clamp is None:
+            continue
+        low, high = rule.clamp
+        if name in given:
+            what, values = (
+                source(parts.stage),
+                (float(np.min(given[name])), float(np.max(given[name]))),
+            )
+        elif name in before:
+            what, values = "the stage before", before[name].clamp or (-math.inf, math.inf)
+        elif name.endswith("logit_scale") and start is not None:
+            what, values = "config.model.scale", (math.log(start), math.log(start))
+        else:
+            continue
+        if values[0] < low - 1e-6 or values[1] > high + 1e-6:
+            got = f"{values[0]:.4g} … {values[1]:.4g} from {what}"
+            if values[0] == values[1]:
+                got = f"{values[0]:.4g} (its exponential is {math.exp(values[0]):.4g}) from {what}"
+            do = "give config.optim.rules one for it with a wider clamp, or None"
+            expected = f"a start in the clamp of its rule, [{low:.4g}, {high:.4g}]"
+            raise check.error(f"stage {parts.stage.name!r}: {name}", got, expected, do)
 
 
 def check_frozen(parts: Parts, given: Mapping[str, Any]) -> None:

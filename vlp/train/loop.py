@@ -28,7 +28,7 @@ from vlp.train.clock import Clock
 from vlp.train.compiled import own_flops
 from vlp.train.enter import check_start, enter
 from vlp.train.interval import FINITE, Interval, Sums, values
-from vlp.train.parts import Parts, prepare
+from vlp.train.parts import Parts, in_order, prepare
 from vlp.train.profile import check_range
 from vlp.train.session import Session, description_of_data, last_meta, open_session, save
 from vlp.train.sinks import check_sinks
@@ -63,7 +63,7 @@ def run(
         total = stages[-1].start_step + stages[-1].num_steps
         with hosts.together("config.data") as said:
             check_range(profile, position["step"], total)
-            all_parts = [prepare(stage, settings, mesh) for stage in stages]
+            all_parts = in_order([prepare(stage, settings, mesh) for stage in stages])
             check_start(all_parts, position, meta)
             said |= {parts.stage.name: description_of_data(parts) for parts in all_parts}
         session = open_session(
@@ -209,7 +209,7 @@ def write_step(session: Session, parts: Parts, done: Done, clock: Clock, bar: An
     if done.sums is None:
         return
     averages = values(done.sums)
-    times = clock.read() | input_metrics(parts, seen)
+    times = clock.read() | input_metrics(parts, number)
     session.metrics.write(row | averages | times)
     rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
     if wait > 0.05:
@@ -226,8 +226,9 @@ def write_step(session: Session, parts: Parts, done: Done, clock: Clock, bar: An
         )  # fmt: skip
 
 
-def input_metrics(parts: Parts, seen: int) -> dict[str, float]:
-    """The loaders' tallies so far, how many samples each source gave, and this process's memory."""
+def input_metrics(parts: Parts, num_steps: int) -> dict[str, float]:
+    """The loaders' tallies, how many samples each source gave the run by a step of the stage, and this
+    process's memory."""
     out = {"time/rss_mb": round(resident_mb(), 1)}
     for name, data in parts.datasets.items():
         where = f"data/{name}." if name else "data/"
@@ -235,9 +236,9 @@ def input_metrics(parts: Parts, seen: int) -> dict[str, float]:
         # of this process's life, not of the run's: like all under time/, no two runs agree on it
         measured = f"time/{name}.input_" if name else "time/input_"
         out |= {f"{measured}{k}": v for k, v in data.tally.metrics().items()}
-        first = parts.stage.start_samples
-        here = seen if not name else seen - first
-        out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(here).items()}
+        stream = parts.stage.streams[name] if name else parts.stage
+        position = stream.start_samples + num_steps * stream.batch
+        out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(position).items()}
     return out
 
 

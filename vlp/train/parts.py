@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
-from vlp.data.loader import Dataset, check_data, leaves, open_dataset
+from vlp.data.loader import Dataset, check_data, in_stages, leaves, open_dataset
 from vlp.evals.io import IO, check_ready
 from vlp.models.answers import check_needs
 from vlp.optim import make as optimisers
@@ -56,6 +56,21 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
         io = IO(stage.data, datasets[""].tokenizer)
         check_ready(evaluator, stage.model, mesh, io, f"config.evals.{label}")
     return dataclasses.replace(parts, datasets=datasets)
+
+
+def in_order(all_parts: Sequence[Parts]) -> list[Parts]:
+    """The stages, each stream's data going on in one where the stages before left it (`loader.in_stages`)."""
+    datasets: list[dict[str, Dataset]] = [{} for _ in all_parts]
+    for name in sorted({name for parts in all_parts for name in parts.datasets}):
+        here = [i for i, parts in enumerate(all_parts) if name in parts.datasets]
+        found = []
+        for parts in (all_parts[i] for i in here):
+            stream = parts.stage.streams[name] if name else parts.stage
+            num = parts.stage.num_steps * stream.batch
+            found.append((parts.datasets[name], stream.start_samples, num))
+        for i, dataset in zip(here, in_stages(found)):
+            datasets[i][name] = dataset
+    return [dataclasses.replace(parts, datasets=own) for parts, own in zip(all_parts, datasets)]
 
 
 def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:

@@ -33,6 +33,8 @@ LOCAL = (
     "data.cache_mb",
     "data.path",
 )
+# What acts where it is said: a later stage does not have it from the config above the stages.
+ONCE = ("init", "init_match")
 FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "micro_remat", "platform",
         "hang_secs", "sinks", *LOCAL)  # fmt: skip
 
@@ -91,7 +93,9 @@ class Stage:
     teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
     evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eval_params: str = "student"  # or the name of a teacher ("ema")
-    init: str = ""  # workdir whose parameters the stage starts from
+    init: str = (
+        ""  # workdir whose parameters the run starts from; a later stage, where it says so itself
+    )
     init_match: str = ".*"  # … those whose names match in full ("image_tower/.*")
     carry_optimizer: bool = False
     index: int = 0
@@ -136,7 +140,8 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
         for key in patch:
             if key not in stage_keys | {"name"}:
                 raise check.unknown(where, key, stage_keys | {"name"})
-        section = overlay(base, patch)
+        inherited = {k: v for k, v in base.items() if not (i and k in ONCE)}
+        section = overlay(inherited, patch)
         if "steps" in patch or "samples" in patch:  # a stage's own length replaces the base's
             for key in {"steps", "samples"} - set(patch):
                 section.pop(key, None)
@@ -207,6 +212,10 @@ def _build(
         rules = {"every_steps": (every, "at least 0 (0: at the end of a stage)")}
         check.bounds(f"config.evals.{key}", evaluator, rules)
     check.pattern("config.init_match", stage.init_match)
+    if index and stage.init and stage.carry_optimizer:
+        do = "drop carry_optimizer, or init"
+        got = "True beside init, whose parameters these moments do not belong to"
+        raise check.error(f"config.stages.{index}.carry_optimizer", got, "one of them", do)
     known = ("student", *(k for k, t in stage.teachers.items() if t.decay is not None))
     if stage.eval_params not in known:
         raise check.unknown("config.eval_params", stage.eval_params, known)

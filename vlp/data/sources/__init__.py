@@ -1,7 +1,9 @@
 """Opens whatever `config.data.path` holds: our records, tar shards, Parquet, a TFDS dataset,
-a CSV, TSV or JSONL table, or a folder of images."""
+a CSV, TSV, JSONL or JSON table, or a folder of images."""
 
+import collections
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -9,10 +11,11 @@ from typing import Any
 
 from vlp.core import check
 from vlp.data import reads, records
-from vlp.data.sources import fields, files, parquet, tar, tfds
+from vlp.data.sources import fields, files, parquet, tables, tar, tfds
 
 TOKENIZER = records.TOKENIZER
-SPLITS = ("train", "val", "test", "dev")
+log = logging.getLogger(__name__)
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
 def open_data(data) -> records.Source:
@@ -20,7 +23,21 @@ def open_data(data) -> records.Source:
 
     bad_records="error" also refuses tars with anything left out of them.
     """
-    return open_path(data.path, data.split, strict=data.bad_records == "error")
+    given = fields.Fields(
+        group=None if data.group_rows else False, allow_outside=data.allow_outside
+    )
+    source = open_path(data.path, data.split, strict=data.bad_records == "error", given=given)
+    if told := grouped(source):
+        log.warning("%s: %s (config.data.group_rows, .captions)", data.path, told)
+    return source
+
+
+def grouped(source: Any) -> str:
+    """Says how many rows became how many records; "" if each is its own."""
+    num_rows = getattr(source, "num_rows", len(source))
+    if num_rows == len(source):
+        return ""
+    return f"{num_rows} rows are {len(source)} images: one record each, with all captions"
 
 
 def open_path(
@@ -33,22 +50,25 @@ def open_path(
     """Opens one split of `path`, after a look at what it holds.
 
     A directory has its splits in sub-directories (train/…) or in the file names (train-00000.tar,
-    train.csv); with neither, it is all "train", as is a single file unless its name says otherwise.
+    train.csv), "val" also as "validation"; with neither, it is all "train", as is a single file
+    unless its name says otherwise.
     """
     path, given = os.fspath(path).removeprefix("file://"), given or fields.Fields()
     kind, found = find(path, split)
     if kind == "records":
-        return records.open_split(path, split)
+        there = records.read_manifest(path)["splits"]
+        return records.open_split(path, fields.existing(split, there))
     root = os.path.dirname(path) if found == [path] and kind != "folder" else path.rstrip("/")
     beside = f"{root or '.'}/{TOKENIZER}"
     if kind == "tar":
         return tar.TarSource(found, fields=given, strict=strict, tokenizer=beside)
     if kind == "parquet":
-        return parquet.ParquetSource(found, fields=given, tokenizer=beside)
+        return parquet.ParquetSource(found, fields=given, root=root, tokenizer=beside)
     if kind == "table":
-        return files.TableSource(found[0], fields=given, tokenizer=beside)
+        root = "" if found == [path] else root
+        return tables.TableSource(found[0], fields=given, split=split, root=root, tokenizer=beside)
     if kind == "folder":
-        return files.FolderSource(found[0], fields=given, tokenizer=beside)
+        return files.FolderSource(found[0], fields=given, root=root, tokenizer=beside)
     return tfds.TfdsSource(path, split, fields=given, tokenizer=beside)
 
 
@@ -69,43 +89,49 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
 
     kind: "records" or "tfds" (which know their splits), "tar" or "parquet" (files), "table" (one
     file), "folder" (one directory); the last two are read from a disk only. Raises: `UserError` if
-    there is no such split.
+    there is no such split, and for what cannot be read, with the cause.
     """
     path = path.removeprefix("file://")
     if not path:
         records.read_manifest(path)  # says how to get data
-    ending = os.path.splitext(path)[1].lower()
-    if ending in (".tar", ".parquet", *files.TABLES) and not os.path.isdir(path):
-        if not reads.exists(path):
-            raise check.error(path, "no file", "a shard or a table", "check the path")
-        if split != "train" and not os.path.basename(path).startswith(split):
-            do = f"name it {split}… or give that split as a path of its own"
-            raise check.error(f"split {split!r}", f"the one file {path}", "'train'", do)
-        if ending in files.TABLES:
-            _check_local(path)
-        return "table" if ending in files.TABLES else ending[1:], [path]
     entries = reads.listing(path)
+    if not entries and (reads.is_remote(path) or not os.path.isdir(path)):
+        return _find_file(path, split)
     names = {_name(e) for e in entries}
     if records.MANIFEST in names:
         return "records", []
+    saved = "state.json" in names and any(n.endswith(".arrow") for n in names)
+    if saved or "dataset_dict.json" in names:
+        got, do = "a Hugging Face dataset saved to disk (Arrow)", "write it by `to_parquet`"
+        raise check.error(path, got, "Parquet, tars, a table or images", do)
     if "dataset_info.json" in names:
         return "tfds", []
-    inner = reads.listing(f"{path.rstrip('/')}/{split}") if split in names else []
-    where = f"{path.rstrip('/')}/{split}" if inner else path
-    for kind, found in _kinds(where, inner or entries, split):
-        named = [f for f in found if kind != "folder" and _name(f).startswith(split)]
-        if not inner and not named and split != "train":
-            got, do = f"none in {path}", "use 'train' for all files"
-            raise check.error(f"split {split!r}", got, "a sub-directory or files of that name", do)
-        found = found if inner else named or found
-        if kind in ("table", "folder"):
-            _check_local(path)
-        if kind == "table" and len(found) > 1:
-            got = f"{[_name(f) for f in found]} in {where}"
-            raise check.error(f"split {split!r}", got, "one table", "give its path")
-        return kind, found
-    records.read_manifest(path)  # raises, and says how to get data
-    raise AssertionError("a manifest that the listing did not show")
+    for name in fields.names_of(split):
+        if inner := _inner(f"{path.rstrip('/')}/{name}") if name in names else []:
+            return _in_directory(f"{path.rstrip('/')}/{name}", inner, split, named=True)
+    return _in_directory(path, entries, split, named=False)
+
+
+def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
+    """Counts, by ending, files beside the tars, Parquet files or table `found` that are not read.
+
+    Not counted: files of the same kind (other splits), and what img2dataset writes beside shards.
+    """
+    if kind not in ("tar", "parquet", "table") or not os.path.isfile(found[0]):
+        return {}
+    where = os.path.dirname(found[0]) or "."
+    stems = {os.path.splitext(f)[0] for f in found} | {TOKENIZER, "README"}
+    counts: collections.Counter = collections.Counter()
+    for file in _inner(where):
+        stem, ending = os.path.splitext(_name(file))
+        own = stem.removesuffix("_stats")
+        if kind == "table" and ending.lower() in files.EXTENSIONS:
+            continue  # the table's own images
+        beside = os.path.join(where, own) in stems or own in stems or _name(file) == TOKENIZER
+        if stem.startswith(".") or beside or _kind(file) == kind or not os.path.isfile(file):
+            continue
+        counts[files.as_text(ending.lower()) or "no ending"] += 1
+    return dict(sorted(counts.items()))
 
 
 def others(path: str, splits: Sequence[str]) -> list[str]:
@@ -113,29 +139,173 @@ def others(path: str, splits: Sequence[str]) -> list[str]:
     path = path.removeprefix("file://")
     names = {_name(e) for e in reads.listing(path)}
     if records.MANIFEST in names:
-        return [s for s in records.read_manifest(path)["splits"] if s not in splits]
-    seems = lambda split, name: re.match(rf"{split}(idation)?([-_.]|$)", name)
-    return [s for s in SPLITS if s not in splits and any(seems(s, n) for n in names)]
+        asked = {n for s in splits for n in fields.names_of(s)}
+        return [s for s in records.read_manifest(path)["splits"] if s not in asked]
+    if "data" in names:
+        names |= {_name(e) for e in _inner(f"{path.rstrip('/')}/data")}
+    asked = {n for s in splits for n in fields.names_of(s)}
+    return [s for s in fields.SPLITS if s not in asked and any(_is_named(n, s) for n in names)]
+
+
+def _find_file(path: str, split: str) -> tuple[str, list[str]]:
+    """What a single file is taken for."""
+    kind = _kind(path)
+    if not reads.exists(path):
+        got = "no file" if kind or reads.is_remote(path) else "no such file or directory"
+        got = "no regular file" if not reads.is_remote(path) and os.path.exists(path) else got
+        raise check.error(path, got, "a directory, a shard or a table", "check the path")
+    if not kind:
+        got, expected, do = _unread(path)
+        raise check.error(path, got, expected, do)
+    own_splits = kind == "table" and tables.stem_ending(path) == ".json"  # perhaps: it says so
+    if split != "train" and not own_splits and not _is_named(_name(path), split):
+        do = f"name it {split}… or give that split as a path of its own"
+        raise check.error(f"split {split!r}", f"the one file {path}", "'train'", do)
+    if kind == "table":
+        _check_local(path)
+    return kind, [path]
+
+
+def _in_directory(
+    where: str, entries: list[str], split: str, *, named: bool
+) -> tuple[str, list[str]]:
+    """What the directory of a split (`named`), or of all, is taken for."""
+    for kind, found in _kinds(where, entries, split):
+        if not named:
+            found = _of_split(where, kind, found, split)
+        if kind in ("table", "folder"):
+            _check_local(where)
+        if kind == "table" and len(found) > 1:
+            got = f"{[_name(f) for f in found]} in {where}"
+            raise check.error(f"split {split!r}", got, "one table", "give its path")
+        return kind, found
+    folders = [e for e in entries if not _name(e).startswith(".") and _is_directory(e)]
+    holding = [d for d in folders if any(_kinds(d, _inner(d), split, images=False))]
+    data = [d for d in holding if _name(d) == "data"]  # as on the Hugging Face hub
+    if len(holding) == 1 or data:
+        inner = (data or holding)[0]
+        return _in_directory(inner, _inner(inner), split, named=named)
+    if holding:
+        got = f"shards or tables in {[_name(d) for d in holding][:8]}"
+        raise check.error(where, got, "one directory of them", "give its path")
+    if folders and not reads.is_remote(where) and files.has_images(where):
+        other = [_name(d) for d in folders if any(_is_named(_name(d), s) for s in _rest(split))]
+        if not named and (split != "train" or other):
+            got = f"none in {where}" + (f", which has {other}" if other else "")
+            expected, do = "a sub-directory of that name", "name the split, or give its path"
+            raise check.error(f"split {split!r}", got, expected, do)
+        return "folder", [where]
+    raise _nothing(where, entries)
+
+
+def _of_split(where: str, kind: str, found: list[str], split: str) -> list[str]:
+    """Those of the files that are of a split by their names."""
+    mine = [f for f in found if kind != "folder" and _is_named(_name(f), split)]
+    if starting := [f for f in mine if _is_named(_name(f), split, anywhere=False)]:
+        mine = starting
+    if mine or kind == "folder" and split == "train":
+        return mine or found
+    of_others = [f for f in found if any(_is_named(_name(f), s) for s in _rest(split))]
+    rest = [f for f in found if f not in of_others]
+    if split != "train" or not rest:
+        has = f", which has {[_name(f) for f in found][:4]}" if kind != "folder" else ""
+        got, do = f"none in {where}{has}", "use 'train' for files without a split's name"
+        raise check.error(f"split {split!r}", got, "a sub-directory or files of that name", do)
+    return rest
+
+
+def _rest(split: str) -> list[str]:
+    return [s for s in fields.SPLITS if s not in fields.names_of(split)]
+
+
+def _is_named(name: str, split: str, *, anywhere: bool = True) -> bool:
+    """True if a file or directory is called after a split: train-0.tar, captions_val2017.json."""
+    begin = "(^|[-_.])" if anywhere else "^"
+    return any(
+        re.search(rf"{begin}{re.escape(n)}(?![A-Za-z])", name) for n in fields.names_of(split)
+    )
 
 
 def _check_local(path: str) -> None:
     if reads.is_remote(path):
-        got, do = "image files in a store", "copy it to a disk, convert it there"
+        got, do = "image files in a store", "copy it to a disk first"
         raise check.error(path, got, "records, tars or Parquet", do)
 
 
-def _kinds(where: str, entries: list[str], split: str) -> Iterator[tuple[str, list[str]]]:
+def _kind(path: str) -> str:
+    """What a file is taken for by its ending; "" if for nothing."""
+    name = path.lower()
+    endings = {"tar": (".tar",), "parquet": (".parquet",), "table": tables.ENDINGS}
+    return next((k for k, ends in endings.items() if name.endswith(ends)), "")
+
+
+def _kinds(
+    where: str, entries: list[str], split: str, *, images: bool = True
+) -> Iterator[tuple[str, list[str]]]:
     """What a directory may be taken for, most telling first, with its files (a folder: itself)."""
-    for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside its tars
-        if found := [e for e in entries if e.lower().endswith(f".{kind}") and not os.path.isdir(e)]:
+    local = not reads.is_remote(where)
+    # by their names alone, in a store; never a FIFO, which would keep whoever opens it waiting
+    entries = [e for e in entries if not _name(e).startswith(".") and (not local or _is_file(e))]
+    for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside tars and folders
+        found = [e for e in entries if _kind(e) == kind]
+        if kind == "parquet" and local:
+            found = [e for e in found if not os.path.isdir(os.path.splitext(e)[0])]
+        if found:
             yield kind, found
-    stems = ("metadata", split)  # metadata: Hugging Face's imagefolder
-    tables = [e for e in entries if e.lower().endswith(files.TABLES) and not os.path.isdir(e)]
-    if found := [e for e in tables if os.path.splitext(_name(e))[0] in stems]:
+    has_images = any(e.lower().endswith(files.EXTENSIONS) for e in entries)
+    stems = ("metadata", *fields.names_of(split))  # metadata: Hugging Face's imagefolder
+    found = [e for e in entries if _kind(e) == "table" and tables.stem(e) in stems]
+    if has_images:  # a .json beside images is one's text
+        found = [e for e in found if tables.stem_ending(e) != ".json"]
+    if found:
         yield "table", found
-    if any(e.lower().endswith(files.EXTENSIONS) for e in entries):
+    if images and has_images:
         yield "folder", [where]
 
 
+def _is_file(path: str) -> bool:
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
+
+
+def _is_directory(path: str) -> bool:
+    return os.path.isdir(path) if not reads.is_remote(path) else "." not in _name(path)
+
+
+def _inner(path: str) -> list[str]:
+    try:
+        return reads.listing(path)
+    except PermissionError:
+        return []
+
+
+def _unread(path: str) -> tuple[str, str, str]:
+    """Returns (got, expected, do) for a file that is no dataset."""
+    name = path.lower()
+    if packed := next((e for e in PACKED if name.endswith(e)), ""):
+        got, expected = (
+            f"a packed archive ({packed})",
+            "a plain .tar: records are read in any order",
+        )
+        return got, expected, "unpack it (a .tar.gz: gunzip)"
+    ending = os.path.splitext(name)[1]
+    expected = f"a directory, .tar, .parquet or one of {list(tables.ENDINGS)}"
+    got = "one image" if name.endswith(files.EXTENSIONS) else f"a file ending in {ending!r}"
+    return got, expected, "give the directory around it, or write it in one of these"
+
+
+def _nothing(where: str, entries: list[str]) -> check.UserError:
+    """The error for a directory in which nothing can be read: says what it holds."""
+    found = collections.Counter(
+        "directories" if _is_directory(e) else os.path.splitext(e)[1].lower() or "no ending"
+        for e in entries
+    )
+    kinds = ", ".join(f"{n} {k}" for k, n in found.most_common(6)) or "nothing"
+    expected = "records, tars, Parquet, images, or a table called metadata or like the split"
+    do = "give the path of the file itself, or correct the path"
+    if packed := next((e for e in entries if e.lower().endswith(PACKED)), ""):
+        do = f"unpack the archives ({_name(packed)}, …) first"
+    return check.error(where, f"a directory with {kinds}", expected, do)
+
+
 def _name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
+    return path.rstrip("/").rsplit("/", 1)[-1]

@@ -1,122 +1,40 @@
-"""Images as files: a folder with texts beside them, or a CSV, TSV or JSONL table with their paths.
+"""A folder of images, each with its texts beside it: a .txt, .caption, .text, .cls or .json.
 
-A table's rows are found by byte offset, so it is never held in memory as a whole. An image that is
-not there is a `BadImage`, like one that cannot be decoded. Not here: remote folders.
+Folders in it are read too; where no image has a text, they are its classes. An image that is not
+there is a `BadImage`, like one that cannot be decoded. Not here: remote folders, tables (tables.py).
 """
 
-import base64
-import csv
+import collections
 import functools
 import hashlib
-import io
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from vlp.core import check
-from vlp.data import image_ops, reads
+from vlp.data import image_ops, records
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
+from vlp.data.sources import rows
 
-TABLES = (".csv", ".tsv", ".jsonl")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SEPARATORS = (",", "\t", ";", "|")
-csv.field_size_limit(2**27)
-
-
-class TableSource:
-    """The rows of one table, first row the header: a `records.Source`, picklable.
-
-    Image paths are relative to the table's directory. `separator` is the most frequent candidate in
-    the header.
-    """
-
-    def __init__(
-        self, path: str, *, fields: fields_lib.Fields = fields_lib.Fields(), tokenizer: str = ""
-    ):
-        self.path, self._given, self._tokenizer = path, fields, tokenizer
-        self.separator = "" if path.lower().endswith(".jsonl") else _separator(path)
-        try:
-            self._offsets, self.columns, digest = _row_offsets(path, self.separator)
-        except (csv.Error, UnicodeDecodeError) as e:
-            wanted = "UTF-8 text with lines that end in \\n or \\r\\n"
-            raise check.error(path, e, wanted, "convert it") from None
-        self.fields = fields_lib.sniff(self.columns, fields, where=path)
-        if not self.fields.image:
-            known = f"a column of image paths such as {list(fields_lib.PATH[:3])}"
-            do = "name it with --image; download a list of URLs with img2dataset first"
-            raise check.error(path, f"columns {self.columns}", known, do)
-        self.fingerprint = hashlib.sha256(f"table:{digest}:{self.fields}".encode()).hexdigest()
-
-    def __reduce__(self):
-        make = functools.partial(TableSource, fields=self._given, tokenizer=self._tokenizer)
-        return make, (self.path,)
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def row(self, i: int) -> dict:
-        """Returns the columns of row i. Raises: ValueError if it does not parse."""
-        begin, stop = self._offsets[i], self._offsets[i + 1]
-        text = reads.read(self.path, int(begin), int(stop - begin)).decode("utf-8-sig")
-        if not self.separator:
-            row = json.loads(text)
-            if not isinstance(row, dict):
-                raise ValueError(f"no JSON object: {text:.40}")
-            return row
-        cells = next(csv.reader(io.StringIO(text, newline="\n"), delimiter=self.separator))
-        if len(cells) != len(self.columns):
-            raise ValueError(f"{len(cells)} cells under {len(self.columns)} columns")
-        return dict(zip(self.columns, cells))
-
-    def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {len(self)}")
-        row, fields = self.row(i), self.fields
-        key = row.get(fields.key) if fields.key else None
-        key = str(key) if key is not None else f"{i:09d}"
-        value = row.get(fields.image)
-        if isinstance(value, dict) and isinstance(value.get("base64"), str):
-            image = base64.b64decode(value["base64"])
-        elif not isinstance(value, str) or not value:
-            raise image_ops.BadImage("missing", f"row {i} names no image", key)
-        else:
-            image = _image_file(self._beside(value), key)
-        return {
-            "key": key,
-            "image": image,
-            "captions": fields_lib.captions(row, fields.captions, fields.lang, fields.default_lang),
-            **fields_lib.label(row, fields.label),
-        }
-
-    def _beside(self, name: str) -> str:
-        return os.path.join(os.path.dirname(self.path), name)
-
-    def inputs(self) -> Iterator[str]:
-        """Yields the paths of all files behind it: the table, then the image of each row."""
-        yield self.path
-        for i in range(len(self)):
-            try:
-                value = self.row(i).get(self.fields.image)
-            except ValueError:
-                continue
-            if isinstance(value, str) and value:
-                yield self._beside(value)
-
-    def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that lies beside the table."""
-        return tokenizers.load(self._tokenizer)
+EXTENSIONS = tuple(
+    sorted(e for e, kind in Image.registered_extensions().items() if kind in image_ops.FORMATS)
+)
+TEXTS = ("txt", "caption", "text")
+BESIDE = ("json", *TEXTS, "cls")
 
 
 class FolderSource:
-    """The images under a folder in path order, each with a .txt or .json beside it.
+    """The images under a folder in path order, each with texts beside it.
 
     The key is the path without its ending; the fingerprint covers names, texts and the images'
     sizes. A .json counts with its caption fields. A text that is not UTF-8, or a .json that does
-    not parse, is a bad row (ValueError).
+    not parse, is a bad row (ValueError). With `fields.image`, images are the files of that ending
+    ("seg.png"); with `fields.captions`, texts those of these endings ("alt.txt") or fields of the
+    .json. Linked folders are followed where they stay in `root` and were not read already.
     """
 
     def __init__(
@@ -124,164 +42,277 @@ class FolderSource:
         path: str,
         *,
         fields: fields_lib.Fields = fields_lib.Fields(),
+        root: str = "",
         tokenizer: str = "",
-        found: tuple[list[str], str] = ([], ""),
+        found: tuple["Names | None", str, int] = (None, "", -1),
     ):
-        self.path, self.fields, self._tokenizer = path, fields, tokenizer
-        self.files, self.fingerprint = found
-        if self.files:  # in a worker, by another process
+        self.path, self.fields, self._root, self._tokenizer = path, fields, root or path, tokenizer
+        self.real_root = os.path.realpath(self._root)
+        self.left_out: list[dict[str, str]] = []
+        known, self.fingerprint, self._classes = found
+        if known is not None:  # in a worker, by another process
+            self.files = known
             return
-        self.files = sorted(_images_under(path))
-        if not self.files:
-            raise check.error(
-                path, "no image", f"files ending in {list(EXTENSIONS)}", "check the path"
-            )
+        images, texts = [], False
+        for directory, names in _walk(path, self.real_root, fields.allow_outside, self.left_out):
+            inner, some = self._look(directory, names)
+            images += inner
+            texts = texts or some
+        if not images:
+            expected = f"files ending in {list(EXTENSIONS)}"
+            counts = f" ({self.counts})" if self.left_out else ""
+            raise check.error(path, f"no image{counts}", expected, "check the path")
+        self.files = Names(sorted(images))
+        self._classes = -1 if texts or "label" in fields.off else _class_level(self.files)
         digest = hashlib.sha256(b"folder\0")
-        for name, (image, *texts) in zip(self.files, _triples(self.inputs())):
+        for i, name in enumerate(self.files):
+            image = os.path.join(path, name)
             size = os.path.getsize(image) if os.path.isfile(image) else -1
             digest.update(os.fsencode(name) + f"\0{size}\0".encode())
-            for text in filter(os.path.isfile, texts):
-                with open(text, "rb") as f:
-                    digest.update(hashlib.sha256(f.read()).digest())
+            for file in self._beside(i):
+                try:
+                    digest.update(hashlib.sha256(self._read(file)).digest())
+                except ValueError:
+                    digest.update(b"unreadable")
         self.fingerprint = digest.hexdigest()
 
     def __reduce__(self):
-        found = (self.files, self.fingerprint)
+        found = (self.files, self.fingerprint, self._classes)
         make = functools.partial(
-            FolderSource, fields=self.fields, tokenizer=self._tokenizer, found=found
+            FolderSource,
+            fields=self.fields,
+            root=self._root,
+            tokenizer=self._tokenizer,
+            found=found,
         )
         return make, (self.path,)
+
+    def _look(self, directory: str, names: list[str]) -> tuple[list[str], bool]:
+        """Returns the images of a directory and whether one has a text; lists what is neither."""
+        wanted = f".{self.fields.image.lower()}" if self.fields.image else EXTENSIONS
+        images = [n for n in names if n.lower().endswith(wanted)]
+        stems, texts = {self._stem(n) for n in images}, False
+        for name in sorted({*names} - {*images}):
+            endings = [e for e in self._endings() if name.lower().endswith(f".{e.lower()}")]
+            if any(name[: -len(e) - 1] in stems for e in endings):
+                texts = True
+                continue
+            if name == records.TOKENIZER or self._is_sidecar(os.path.join(directory, name)):
+                continue
+            ending = os.path.splitext(name)[1].lower()
+            reason = f"not read ({as_text(ending) or 'no ending'})"
+            reason = "no image beside it" if endings else reason
+            self.left_out.append({"file": as_text(os.path.join(directory, name)), "reason": reason})
+        return [os.path.normpath(os.path.join(directory, n)) for n in images], texts
+
+    def _is_sidecar(self, name: str) -> bool:
+        """True for what img2dataset writes beside a folder of its images."""
+        stem = next((e for e in ("_stats.json", ".parquet") if name.endswith(e)), "")
+        return bool(stem) and os.path.isdir(os.path.join(self.path, name.removesuffix(stem)))
+
+    def _endings(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*BESIDE, *self.fields.captions)))
+
+    def _stem(self, name: str) -> str:
+        ending = self.fields.image
+        return name[: -len(ending) - 1] if ending else os.path.splitext(name)[0]
+
+    def _beside(self, i: int) -> dict[str, str]:
+        """Returns the files beside an image (path: ending)."""
+        stem, out = os.path.join(self.path, self._stem(self.files[i])), {}
+        for ending in self._endings():
+            paths = (f"{stem}.{e}" for e in dict.fromkeys((ending, ending.upper(), ending.lower())))
+            if (file := next(filter(os.path.isfile, paths), "")) and file not in out:
+                out[file] = ending
+        return out
+
+    def _read(self, path: str) -> bytes:
+        allowed, where = self.fields.allow_outside, as_text(os.path.relpath(path, self.path))
+        try:
+            return rows.read_file(
+                path, self.real_root, where=where, key=None, allow_outside=allowed
+            )
+        except image_ops.BadImage as e:
+            raise ValueError(f"{e!s:.200}") from None  # a text, no image
+
+    @property
+    def how(self) -> str:
+        """What the labels are, where they are not in a file."""
+        return "classes=folders" if self._classes >= 0 else ""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many files are not read, by reason."""
+        return dict(sorted(collections.Counter(x["reason"] for x in self.left_out).items()))
+
+    @property
+    def shards(self) -> list[str]:
+        """Returns what img2dataset would call its shards, whose _stats.json and .parquet lie beside
+        the folders that it wrote."""
+        found = {name.split(os.sep)[0] for name in self.files if os.sep in name}
+        paths = (os.path.join(self.path, name) for name in sorted(found))
+        return [f"{p}.tar" for p in paths if os.path.isfile(f"{p}.parquet")]
 
     def __len__(self) -> int:
         return len(self.files)
 
+    def place(self, i: int) -> dict:
+        """Says what record i is: {row, file}."""
+        return {"row": i, "file": as_text(self.files[i])}
+
     def __getitem__(self, i: int) -> dict:
+        return self.read(i)[0]
+
+    def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
+        """Returns record i, and what of it was left out."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
-        stem = os.path.join(self.path, os.path.splitext(self.files[i])[0])
+        notes, given, name = fields_lib.Notes(), self.fields, self.files[i]
         row: dict = {}
-        if os.path.isfile(f"{stem}.json"):
-            with open(f"{stem}.json", encoding="utf-8-sig") as f:
-                found = json.load(f)
-            row |= found if isinstance(found, dict) else {}
-        if os.path.isfile(f"{stem}.txt"):
-            with open(f"{stem}.txt", encoding="utf-8-sig") as f:
-                row = {"txt": f.read()} | row
-        key = _text(os.path.splitext(self.files[i])[0].replace(os.sep, "/"))
-        fields, names = self.fields, self.fields.captions or ("txt", *fields_lib.CAPTION)
-        return {
-            "key": key,
-            "image": _image_file(os.path.join(self.path, self.files[i]), key),
-            "captions": fields_lib.captions(row, names, fields.lang, fields.default_lang),
-            **fields_lib.label(row, fields.label),
-        }
+        for file, ending in self._beside(i).items():
+            what = as_text(os.path.basename(file))
+            text = fields_lib.text(self._read(file), what).removeprefix("\ufeff")
+            if ending == "json":
+                row = {**_json(text, what), **row}
+            elif ending == "cls":
+                text = text.strip()
+                row["cls"] = int(text) if text.isdecimal() and len(text) < 19 else text
+            else:
+                row[ending] = text
+        first = lambda part, names: (
+            getattr(given, part)
+            or ("" if part in given.off else next((n for n in names if n in row), ""))
+        )
+        names = given.captions or (() if "captions" in given.off else (*TEXTS, *fields_lib.CAPTION))
+        found = fields_lib.Fields(
+            captions=tuple(dict.fromkeys(names)),
+            lang=first("lang", fields_lib.LANG),
+            label=first("label", fields_lib.LABEL),
+            default_lang=given.default_lang,
+        )
+        key = as_text(self._stem(name).replace(os.sep, "/"))
+        if given.key:
+            key = fields_lib.key(row, given.key, key, strict=True, notes=notes)
+        record = {"key": key, **fields_lib.parts(row, found, given, notes)}
+        folders = name.split(os.sep)[:-1]
+        if "label" not in record and 0 <= self._classes < len(folders):
+            record["label"] = as_text(folders[self._classes])
+        record["image"] = rows.read_file(
+            os.path.join(self.path, name),
+            self.real_root,
+            where=as_text(name),
+            key=record["key"],
+            allow_outside=given.allow_outside,
+        )
+        return record, notes
 
     def inputs(self) -> Iterator[str]:
-        """Yields the paths of all files behind it, and of those that may come to an image's side."""
-        for file in self.files:
-            stem = os.path.join(self.path, os.path.splitext(file)[0])
-            yield from (os.path.join(self.path, file), f"{stem}.json", f"{stem}.txt")
+        """Yields the paths of all files behind it."""
+        for i, name in enumerate(self.files):
+            yield from (os.path.join(self.path, name), *self._beside(i))
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies in the folder."""
         return tokenizers.load(self._tokenizer)
 
 
-def _triples(paths: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    paths = iter(paths)
-    return zip(paths, paths, paths)
+class Names(Sequence):
+    """File names as two arrays: a tenth of what as many strings take."""
+
+    def __init__(self, names: Sequence[str]):
+        encoded = [os.fsencode(n) for n in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        begin = int(self._ends[i - 1]) if i else 0
+        return os.fsdecode(self._bytes[begin : int(self._ends[i])])
 
 
-def _text(name: str) -> str:
+def has_images(path: str) -> bool:
+    """True if an image lies anywhere under a directory; stops at the first."""
+    walk = _walk(path, os.path.realpath(path), False, [])
+    return any(n.lower().endswith(EXTENSIONS) for _, names in walk for n in names)
+
+
+def _walk(
+    path: str, root: str, allow_outside: bool, left_out: list[dict[str, str]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (directory relative to `path`, its files) of all that is not hidden.
+
+    Links to folders come last, each if it stays in `root` and was not read already.
+    """
+    todo, links, seen = [""], collections.deque(), set()
+    while todo or links:
+        if todo:
+            inner = todo.pop()
+        else:
+            inner = links.popleft()
+            target = os.path.join(path, inner)
+            why = ""
+            if not allow_outside and not rows.is_inside(target, root):
+                why = "a linked folder outside (--allow-outside follows it)"
+            elif os.path.realpath(target) in seen:
+                why = "a linked folder that was read already"
+            if why:
+                left_out.append({"file": as_text(inner), "reason": why})
+                continue
+        real = os.path.realpath(os.path.join(path, inner))
+        if real in seen:
+            continue
+        seen.add(real)
+        files = []
+        try:
+            with os.scandir(os.path.join(path, inner)) as entries:
+                visible = (e for e in entries if not e.name.startswith("."))
+                found = sorted(visible, key=lambda e: e.name)
+        except PermissionError:
+            left_out.append({"file": as_text(inner), "reason": "a folder without permission"})
+            continue
+        for entry in found:
+            name = os.path.join(inner, entry.name)
+            if not _is_dir(entry):
+                files.append(entry.name)
+            elif entry.is_symlink():
+                links.append(name)
+            else:
+                todo.append(name)
+        yield inner, files
+
+
+def _class_level(names: Sequence[str]) -> int:
+    """Returns at which level folders are classes: where paths part, or the last if all are in one."""
+    common = os.path.dirname(names[0]).split(os.sep) if os.sep in names[0] else []
+    for name in names:
+        folders = name.split(os.sep)[:-1]
+        level = next((k for k, (a, b) in enumerate(zip(common, folders)) if a != b), len(folders))
+        common = common[:level]
+    only = all(len(name.split(os.sep)) - 1 == len(common) for name in names)
+    return len(common) - only
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _json(text: str, what: str) -> dict:
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{what}: JSON nested too deep") from None
+    except ValueError as e:
+        raise ValueError(f"{what}: {e}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def as_text(name: str) -> str:
     """A file name as text: bytes that are not UTF-8 as \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _image_file(path: str, key: str) -> bytes:
-    try:
-        with open(path, "rb") as f:
-            data = f.read()
-    except OSError as e:
-        raise image_ops.BadImage("missing", f"{path} ({type(e).__name__})", key) from None
-    reads.note(len(data))
-    return data
-
-
-def _images_under(path: str) -> Iterator[str]:
-    for directory, folders, files in os.walk(path):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for file in files:
-            if file.lower().endswith(EXTENSIONS):
-                yield os.path.relpath(os.path.join(directory, file), path)
-
-
-def _separator(path: str) -> str:
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        header = f.readline()
-    return max(SEPARATORS, key=re.sub('"[^"]*"', "", header).count)
-
-
-def _row_offsets(path: str, separator: str) -> tuple[np.ndarray, list[str], str]:
-    """Returns i64[rows + 1] byte offsets of the rows, the columns, and a digest of the bytes."""
-    digest = hashlib.sha256()
-    at = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal at
-        with open(path, "rb") as f:
-            for line in f:
-                text = line.decode("utf-8-sig", "replace" if at else "strict")
-                at += len(line)
-                digest.update(line)
-                yield text
-
-    offsets, columns = [], []
-    if separator:
-        begin = 0
-        for cells in csv.reader(lines(), delimiter=separator):
-            if not columns:
-                columns = cells
-                if twice := sorted({c for c in cells if c and cells.count(c) > 1}):
-                    raise check.error(
-                        path, f"columns {twice} twice", "one of each name", "rename them"
-                    )
-            elif cells:
-                offsets.append(begin)
-            begin = at
-        if offsets:
-            _check_closed(path, separator, offsets[-1])
-    else:
-        begin = 0
-        for line in lines():
-            if line.strip():
-                offsets.append(begin)
-                if not columns:
-                    first = _json_object(path, line)
-                    columns = list(first)
-            begin = at
-    if not offsets:
-        raise check.error(path, "no rows", "a header and rows", "check the file")
-    return np.array([*offsets, at], np.int64), columns, digest.hexdigest()
-
-
-def _check_closed(path: str, separator: str, begin: int) -> None:
-    """Refuses a last row whose quote is never closed: every line after it has become its text."""
-    with open(path, "rb") as f:
-        f.seek(begin)
-        text = f.read().decode("utf-8-sig", "replace")
-    try:
-        list(csv.reader(io.StringIO(text, newline="\n"), delimiter=separator, strict=True))
-    except csv.Error as e:
-        if "unexpected end" in str(e):
-            got = f"a quote that is never closed after {text.splitlines()[0]:.60}"
-            raise check.error(path, got, "quotes in pairs", "close or double it") from None
-
-
-def _json_object(path: str, line: str) -> dict:
-    try:
-        found = json.loads(line)
-        if isinstance(found, dict):
-            return found
-    except ValueError:
-        pass
-    raise check.error(path, f"first line {line.strip():.60}", "a JSON object", "check the file")

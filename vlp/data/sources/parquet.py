@@ -1,15 +1,18 @@
-"""Parquet files with embedded images as random access.
+"""Parquet files with images or their paths as random access.
 
 The unit of reading is a row group, of which a few stay in memory: files with row groups of some
-hundred images read well, files with one huge group are better converted (`vlp data convert`).
+hundred images read well, files with one huge group read better as records. Rows of the same image
+are one record.
 """
 
 import bisect
 import collections
 import functools
 import hashlib
+import logging
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,11 @@ from vlp.core import check
 from vlp.data import image_ops, reads
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
+from vlp.data.sources import rows
 
 CACHED_GROUPS = 4
+HASHED_BYTES = 10**9  # unasked, images are compared in files up to this size (about 1 s per GB)
+log = logging.getLogger(__name__)
 
 
 def open_file(path: str) -> Any:
@@ -44,108 +50,246 @@ def _readable(path: str, read: Any, *args: Any) -> Any:
         ) from None
 
 
+def _plain_rows(table: Any, keep: str = "") -> list[dict]:
+    """Returns the rows of a table; where a text is not UTF-8, texts as bytes, but for the column `keep`."""
+    import pyarrow
+
+    def binary(kind: Any) -> Any:
+        if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+            return pyarrow.large_binary()
+        if pyarrow.types.is_list(kind):
+            return pyarrow.list_(binary(kind.value_type))
+        if pyarrow.types.is_struct(kind):
+            inner = [kind.field(i) for i in range(kind.num_fields)]
+            return pyarrow.struct([f.with_type(binary(f.type)) for f in inner])
+        return kind
+
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        names = [f if f.name == keep else f.with_type(binary(f.type)) for f in table.schema]
+        return table.cast(pyarrow.schema(names)).to_pylist()
+
+
+def _nested(names: Sequence[str], types: Sequence[Any], before: str = "") -> Iterator[str]:
+    """Yields the paths of a schema, top columns included; lists are entered."""
+    import pyarrow
+
+    for name, kind in zip(names, types):
+        yield f"{before}{name}"
+        while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            kind = kind.value_type
+        if pyarrow.types.is_struct(kind):
+            inner = [kind.field(i) for i in range(kind.num_fields)]
+            yield from _nested([f.name for f in inner], [f.type for f in inner], f"{before}{name}.")
+
+
 class ParquetSource:
-    """The rows of Parquet files, in the order of `files`: a `records.Source`, picklable."""
+    """The records of Parquet files, in the order of `files`: a `records.Source`, picklable.
+
+    root: what paths of images may not lead out of; they are relative to their file's directory.
+    """
 
     def __init__(
         self,
         files: Sequence[str],
         *,
         fields: fields_lib.Fields = fields_lib.Fields(),
+        root: str = "",
         tokenizer: str = "",
     ):
         self.files, self._given, self._tokenizer = tuple(files), fields, tokenizer
+        self._root = root or os.path.dirname(self.files[0])
+        self.real_root = os.path.realpath(self._root)
         opened = [open_file(f) for f in self.files]
-        self.fields = fields_lib.sniff(
-            opened[0].schema_arrow.names, fields, where=f"{self.files[0]}"
-        )
+        schema = opened[0].schema_arrow
+        nested = _nested(schema.names, schema.types)
+        self.fields = fields_lib.sniff(schema.names, fields, where=self.files[0], nested=nested)
         if not self.fields.image:
             raise check.error(
                 self.files[0],
-                f"columns {opened[0].schema_arrow.names}",
+                f"columns {schema.names}",
                 "a column of images",
-                "name it with --image",
+                "name it with --image; download a list of URLs with img2dataset first",
             )
-        self._groups: list[tuple[int, int]] = []  # (file, its row group) by global number
+        self._row_groups: list[tuple[int, int]] = []  # (file, its row group) by global number
         counts: list[int] = []
         digest = hashlib.sha256(b"parquet\0")
-        wanted = {n for n in self._names() if n}
+        wanted = sorted(self._names(schema.names))
+        self._columns = {
+            True: wanted,  # with and without the image's
+            False: [n for n in wanted if n != fields_lib.column(schema.names, self.fields.image)],
+        }
         for number, (path, file) in enumerate(zip(self.files, opened)):
-            if missing := sorted(wanted - set(file.schema_arrow.names)):
-                got = f"columns {file.schema_arrow.names} without {missing}"
+            names = file.schema_arrow.names
+            if missing := sorted(set(wanted) - set(names)):
+                got = f"columns {names} without {missing}"
                 do = "take it away or give it the columns"
                 raise check.error(path, got, f"those of {self.files[0]}", do)
+            if twice := sorted({n for n in wanted if names.count(n) > 1}):
+                raise check.error(path, f"columns {twice} twice", "one of each", "rename them")
             for group in range(file.num_row_groups):
-                self._groups.append((number, group))
+                self._row_groups.append((number, group))
                 counts.append(file.metadata.row_group(group).num_rows)
-            if self.fields.key:
-                for value in _readable(path, file.read, [self.fields.key]).column(0).to_pylist():
-                    digest.update(f"{value}\0".encode())
+            if self.fields.key in names:
+                for row in _plain_rows(_readable(path, file.read, [self.fields.key])):
+                    digest.update(f"{row[self.fields.key]}\0".encode("utf-8", "surrogatepass"))
             else:
                 name = path.rsplit("/", 1)[-1]
                 digest.update(f"{name}:{reads.size(path)}:{file.metadata.num_rows}\0".encode())
-        self.fingerprint = digest.hexdigest()
         self._ends = np.cumsum(counts, dtype=np.int64).tolist()
-        self._cache: collections.OrderedDict[int, list[dict]] = collections.OrderedDict()
+        self._file_ends = np.cumsum([f.metadata.num_rows for f in opened]).tolist()
+        self._cache: collections.OrderedDict[tuple, list[dict]] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._groups = self._group() if self.num_rows else None
+        digest.update(b"grouped" if self._groups else b"")
+        self.fingerprint = digest.hexdigest()
 
     def __reduce__(self):
-        make = functools.partial(ParquetSource, fields=self._given, tokenizer=self._tokenizer)
+        make = functools.partial(
+            ParquetSource, fields=self._given, root=self._root, tokenizer=self._tokenizer
+        )
         return make, (self.files,)
 
-    def __len__(self) -> int:
+    def _group(self) -> rows.Groups | None:
+        """Compares the images of all rows; reads them once, as the result is kept in the cache."""
+        asked, remote = self.fields.group, any(map(reads.is_remote, self.files))
+        if asked is False or (asked is None and (remote or self.num_bytes > HASHED_BYTES)):
+            return None
+        what = f"{[(f, reads.stamp(f)) for f in self.files]}:{self.fields.image}"
+        build = lambda: ({}, rows.group(self._image_digests()))
+        _, found = rows.cached("parquet-groups", what, self.num_bytes, build)
+        return rows.Groups(found) if found else None
+
+    def _image_digests(self) -> Iterator[bytes]:
+        if self.num_bytes > HASHED_BYTES:
+            gb = self.num_bytes / 1e9
+            log.warning("comparing the images of %.1f GB of Parquet (once; --no-group)", gb)
+        column = [n for n in self._columns[True] if n not in self._columns[False]]
+        number = 0
+        for group, (file, inner) in enumerate(self._row_groups):
+            path = self.files[file]
+            try:
+                batches = _readable(path, open_file(path).iter_batches, 64, [inner], column)
+                while (batch := _readable(path, next, batches, None)) is not None:
+                    for row in batch.to_pylist():
+                        image = fields_lib.value(row, self.fields.image)
+                        yield _image_digest(image, os.path.dirname(path), number)
+                        number += 1
+            except ValueError:  # damaged: who reads these rows is told so
+                pass
+            while number < self._ends[group]:
+                yield _image_digest(None, "", number)
+                number += 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files; several of one image are one record."""
         return self._ends[-1] if self._ends else 0
+
+    def __len__(self) -> int:
+        return len(self._groups) if self._groups else self.num_rows
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the files."""
         return sum(map(reads.size, self.files))
 
-    def __getitem__(self, i: int) -> dict:
+    def _row_numbers(self, i: int) -> list[int]:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
-        group = bisect.bisect_right(self._ends, i)
-        rows = self._rows(group)
-        local = i - self._ends[group] + len(rows)
-        row, fields = rows[local], self.fields
-        key = str(row[fields.key]) if fields.key else self._made_key(group, local)
-        image = row[fields.image]
-        image = image.get("bytes") if isinstance(image, dict) else image
-        if not isinstance(image, bytes):
-            where = f"{self.files[self._groups[group][0]]} row {local} of row group {group}"
-            raise image_ops.BadImage("missing", f"{where}: {fields.image} {image!r:.40}", key)
-        return {
-            "key": key,
-            "image": image,
-            "captions": fields_lib.captions(row, fields.captions, fields.lang, fields.default_lang),
-            **fields_lib.label(row, fields.label),
-        }
+        return self._groups.rows(i) if self._groups else [i]
 
-    def _made_key(self, group: int, local: int) -> str:
-        file, _ = self._groups[group]
-        first = next(g for g, (f, _) in enumerate(self._groups) if f == file)
-        before = self._ends[group - 1] if group else 0
-        start = self._ends[first - 1] if first else 0
+    def place(self, i: int) -> dict:
+        """Says where record i begins: {row, file, row_of_file}, both from 0 on."""
+        return self._place(self._row_numbers(i)[0])
+
+    def _place(self, row: int) -> dict:
+        file, in_file = self._in_file(row)
+        return {"row": row, "file": self.files[file].rsplit("/", 1)[-1], "row_of_file": in_file}
+
+    def __getitem__(self, i: int) -> dict:
+        return self.read(i)[0]
+
+    def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
+        """Returns record i, and what of its rows was left out."""
+        notes, numbers = fields_lib.Notes(), self._row_numbers(i)
+        found, wrong, image = [], None, None
+        for number in numbers:
+            row = self._row(number, with_image=number == numbers[0])
+            if number == numbers[0]:
+                image = fields_lib.value(row, self.fields.image)
+            try:
+                key, parts = self._made_key(number), self._given
+                strict = bool(self._given.key)
+                key = fields_lib.key(row, self.fields.key, key, strict=strict, notes=notes)
+                found.append({"key": key, **fields_lib.parts(row, self.fields, parts, notes)})
+            except ValueError as e:
+                wrong = wrong or e
+                detail = f"{e!s:.200}"
+                notes.rows.append(self._place(number) | {"reason": "bad row", "detail": detail})
+        if wrong is not None and not found:
+            raise wrong
+        record = fields_lib.merged(found)
+        return record | {"image": self._bytes(image, numbers[0], record["key"])}, notes
+
+    def _bytes(self, value: Any, row: int, key: str) -> bytes:
+        name, data = _image(value)
+        if data is not None:
+            return data
+        file, in_file = self._in_file(row)
+        where = f"{self.files[file]} row {in_file}"
+        if not name or "://" in name or reads.is_remote(self.files[file]):
+            detail = f"{where}: {self.fields.image} {value!r:.40}"
+            raise image_ops.BadImage("missing", detail, key)
+        return rows.read_file(
+            os.path.join(os.path.dirname(self.files[file]), fields_lib.text(name, where)),
+            self.real_root,
+            where=f"{where}: {name!r}",
+            key=key,
+            allow_outside=self.fields.allow_outside,
+        )
+
+    def _in_file(self, row: int) -> tuple[int, int]:
+        """Returns the number of a row's file and the row's number in it."""
+        file = bisect.bisect_right(self._file_ends, row)
+        return file, row - (self._file_ends[file - 1] if file else 0)
+
+    def _made_key(self, row: int) -> str:
+        file, in_file = self._in_file(row)
         stem = self.files[file].rsplit("/", 1)[-1].removesuffix(".parquet")
-        return f"{stem}-{before - start + local:08d}"
+        return f"{stem}-{in_file:08d}"
 
-    def _names(self) -> tuple[str, ...]:
+    def _names(self, columns: Sequence[str]) -> set[str]:
+        """The columns that are read."""
         fields = self.fields
-        return (fields.key, fields.image, fields.lang, fields.label, *fields.captions)
+        asked = (fields.key, fields.image, fields.lang, fields.label, *fields.captions)
+        return {fields_lib.column(columns, name) for name in asked if name}
 
-    def _rows(self, group: int) -> list[dict]:
+    def _row(self, row: int, *, with_image: bool) -> dict:
+        """Returns a row; without its image's column, other rows of a group cost little."""
+        group = bisect.bisect_right(self._ends, row)
+        with_image = with_image or not self._columns[False]
+        found = self._rows(group, with_image)
+        return found[row - self._ends[group] + len(found)]
+
+    def _rows(self, group: int, with_image: bool) -> list[dict]:
+        for key in ((group, True), (group, with_image)):
+            with self._lock:
+                if key in self._cache:
+                    self._cache.move_to_end(key)
+                    return self._cache[key]
+        file, number = self._row_groups[group]
+        path, columns = self.files[file], self._columns[with_image]
+        table = _readable(path, open_file(path).read_row_group, number, columns)
+        found = _plain_rows(table, keep=fields_lib.column(columns, self.fields.image))
         with self._lock:
-            if group in self._cache:
-                self._cache.move_to_end(group)
-                return self._cache[group]
-        file, number = self._groups[group]
-        columns, path = [n for n in self._names() if n], self.files[file]
-        rows = _readable(path, open_file(path).read_row_group, number, columns).to_pylist()
-        with self._lock:
-            self._cache[group] = rows
-            while len(self._cache) > CACHED_GROUPS:
-                self._cache.popitem(last=False)
-        return rows
+            self._cache[group, with_image] = found
+            for kind in (True, False):
+                held = [k for k in self._cache if k[1] is kind]
+                for old in held[: max(len(held) - CACHED_GROUPS, 0)]:
+                    del self._cache[old]
+        return found
 
     def inputs(self) -> Sequence[str]:
         """Returns the paths of all files behind it."""
@@ -154,3 +298,24 @@ class ParquetSource:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies beside the files."""
         return tokenizers.load(self._tokenizer)
+
+
+def _image_digest(value: Any, directory: str, row: int) -> bytes:
+    """Equal for the same bytes or, of images that are not embedded, the same path; a row without an
+    image is like no other."""
+    name, data = _image(value)
+    if data is None and name:
+        return rows.digest(b"path\0" + rows.same_path(directory, name))
+    return rows.digest(f"row\0{row}".encode() if data is None else data)
+
+
+def _image(value: Any) -> tuple[str, bytes | None]:
+    """Returns (path, bytes) of an image as Parquet holds it; "" and None where it has none."""
+    if isinstance(value, bytes):
+        return "", value
+    if isinstance(value, str):
+        return value, None
+    if not isinstance(value, dict):
+        return "", None
+    data, name = value.get("bytes"), value.get("path")
+    return name if isinstance(name, str) else "", data if isinstance(data, bytes) else None

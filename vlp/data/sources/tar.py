@@ -7,6 +7,7 @@ are counted and skipped. Not here: compressed tars (no random access) and downlo
 
 import bisect
 import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -182,7 +183,8 @@ class TarSource:
     ):
         self.files, self.fields, self.strict = tuple(files), fields, strict
         self._tokenizer = tokenizer
-        self._columns = tuple(dict.fromkeys(fields.captions or (*TEXTS, *fields_lib.CAPTION)))
+        guess = () if "captions" in fields.off else (*TEXTS, *fields_lib.CAPTION)
+        self._columns = tuple(dict.fromkeys(fields.captions or guess))
         self._indices = [index(f) for f in self.files]
         self.counts = _count(entry for x in self._indices for entry in x["left_out"])
         self._check()
@@ -252,6 +254,13 @@ class TarSource:
         parts = {m: data[o - begin : o - begin + n] for m, (o, n) in members.items()}
         return self._record(key, parts)
 
+    def place(self, i: int) -> dict:
+        """Says what record i is: {row, file, key}."""
+        shard = bisect.bisect_right(self._ends, i)
+        samples = self._indices[shard]["samples"]
+        key = samples[i - self._ends[shard] + len(samples)][0]
+        return {"row": i, "file": self.files[shard].rsplit("/", 1)[-1], "key": key}
+
     def _record(self, key: str, parts: dict[str, bytes]) -> dict:
         image = next(parts[m] for m in IMAGES if m in parts)
         row: dict = {m: parts[m].decode("utf-8-sig") for m in TEXTS if m in parts}
@@ -262,13 +271,20 @@ class TarSource:
             text = parts["cls"].decode("utf-8-sig").strip()
             row["cls"] = int(text) if text.isdecimal() else text
         fields = self.fields
-        lang = fields.lang or next((n for n in fields_lib.LANG if n in row), "")
-        label = fields.label or next((n for n in fields_lib.LABEL if n in row), "")
+        first = lambda part, names: (
+            getattr(fields, part)
+            or ("" if part in fields.off else next((n for n in names if n in row), ""))
+        )
+        found = dataclasses.replace(
+            fields,
+            captions=self._columns,
+            lang=first("lang", fields_lib.LANG),
+            label=first("label", fields_lib.LABEL),
+        )
         return {
-            "key": str(row.get(fields.key, key)) if fields.key else key,
+            "key": fields_lib.key(row, fields.key, key, strict=True) if fields.key else key,
             "image": image,
-            "captions": fields_lib.captions(row, self._columns, lang, fields.default_lang),
-            **fields_lib.label(row, label),
+            **fields_lib.parts(row, found, fields, fields_lib.Notes()),
         }
 
     def inputs(self) -> Sequence[str]:

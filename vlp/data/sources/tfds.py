@@ -1,18 +1,26 @@
 """Prepared TensorFlow Datasets as random access, without TensorFlow (`tfds.data_source`).
 
 Images stay encoded. Reads datasets prepared in a random-access format (ArrayRecord, Parquet);
-preparing one is TFDS's own job (`tfds build --file_format=array_record`).
+preparing one is TFDS's own job (`tfds build --file_format=array_record`). A dataset whose files
+name classes other than TFDS's own is refused: TFDS would import them.
 """
 
 import functools
 import hashlib
-from collections.abc import Sequence
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlp.core import check
-from vlp.data import reads
+from vlp.data import image_ops, reads
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
+
+# classes of features that TFDS may import, and the messages in which it keeps their settings
+_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.(?!\w*test\.)\w+\.\w+")
+_PROTO = re.compile(r"tensorflow_datasets\.\w+")
 
 
 class TfdsSource:
@@ -27,13 +35,25 @@ class TfdsSource:
         tokenizer: str = "",
     ):
         self.path, self.split, self._given, self._tokenizer = path, split, fields, tokenizer
+        check_files(path)
         import tensorflow_datasets as tfds
 
-        builder: Any = tfds.builder_from_directory(path)
-        if split.split("[")[0] not in builder.info.splits:
+        try:
+            builder: Any = tfds.builder_from_directory(path)
+        except (ValueError, KeyError, AttributeError) as e:  # by field of the JSON
+            expected = "a dataset that TFDS can open"
+            raise check.error(
+                path, f"{type(e).__name__} ({e!s:.120})", expected, "prepare it again"
+            ) from None
+        name, bracket, part = split.partition("[")
+        split = fields_lib.existing(name, builder.info.splits) + bracket + part
+        if split.partition("[")[0] not in builder.info.splits:
             raise check.unknown(f"split of {path}", split, builder.info.splits)
-        features = builder.info.features or {}
-        self.fields = fields_lib.sniff(list(features), fields, where=path)
+        features = list(builder.info.features or {})
+        self.fields = fields_lib.sniff(features, fields, where=path)
+        if self.fields.image not in features:
+            do = "name it with --image"
+            raise check.error(path, f"features {features}", "one of images", do)
         as_stored: Any = tfds.decode.SkipDecoding
         skip: Any = {self.fields.image: as_stored()}
         try:
@@ -45,6 +65,9 @@ class TfdsSource:
                 "one with random access",
                 "prepare it again with `tfds build --file_format=array_record`",
             ) from None
+        found = self.fields
+        asked = (found.key, found.lang, found.label, *found.captions)
+        self._columns = {fields_lib.column(features, name) for name in asked if name}
         info = builder.info
         text = f"tfds:{info.full_name}:{split}:{len(self._rows)}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -56,19 +79,27 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def place(self, i: int) -> dict:
+        """Says where record i is: {row}, of the split."""
+        return {"row": i}
+
     def __getitem__(self, i: int) -> dict:
+        return self.read(i)[0]
+
+    def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
+        """Returns record i, and what of its row was left out."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
-        row = {k: v if k == self.fields.image else _plain(v) for k, v in self._rows[i].items()}
-        key = row.get(self.fields.key) if self.fields.key else f"{self.split}-{i:08d}"
-        return {
-            "key": key if isinstance(key, str) else str(key),
-            "image": row[self.fields.image],
-            "captions": fields_lib.captions(
-                row, self.fields.captions, self.fields.lang, self.fields.default_lang
-            ),
-            **fields_lib.label(row, self.fields.label),
-        }
+        notes, stored = fields_lib.Notes(), self._rows[i]
+        row = {k: _plain(stored[k]) for k in self._columns}
+        made, strict = f"{self.split}-{i:08d}", bool(self._given.key)
+        key = fields_lib.key(row, self.fields.key, made, strict=strict, notes=notes)
+        image = stored[self.fields.image]
+        if not isinstance(image, bytes):
+            detail = f"row {i}: feature {self.fields.image!r} is a {type(image).__name__}"
+            raise image_ops.BadImage("missing", detail, key)
+        parts = fields_lib.parts(row, self.fields, self._given, notes)
+        return {"key": key, "image": image, **parts}, notes
 
     def inputs(self) -> Sequence[str]:
         """Returns the paths of all files behind it."""
@@ -79,9 +110,64 @@ class TfdsSource:
         return tokenizers.load(self._tokenizer)
 
 
+def check_files(path: str) -> None:
+    """Raises a `UserError` for JSON that would have TFDS import or read what is not its own."""
+    for name in ("features.json", "dataset_info.json"):
+        file = os.path.join(path, name)
+        if not reads.exists(file):
+            do = "prepare the dataset again with `tfds build`"
+            raise check.error(file, "no file", "a prepared TFDS dataset", do)
+        try:
+            found = json.loads(reads.whole(file).decode())
+        except (ValueError, RecursionError) as e:
+            do = "prepare it again"
+            raise check.error(file, f"broken JSON ({e!s:.80})", "TFDS's own", do) from None
+        for kind, value in _named(found):
+            own = {"class": _CLASS, "message": _PROTO}.get(kind)
+            if own and not (isinstance(value, str) and own.fullmatch(value)):
+                expected = "features of tensorflow_datasets.core.features alone"
+                do = "prepare it again with these, or write it as Parquet"
+                raise check.error(file, f"the {kind} {value!r:.100}", expected, do)
+            if kind == "path" and (
+                not isinstance(value, str) or ".." in re.split(r"[/\\]", value) or value[:1] == "/"
+            ):
+                expected = "names within the dataset"
+                raise check.error(file, f"the path {value!r:.100}", expected, "correct it")
+
+
+def _named(found: Any) -> Iterator[tuple[str, Any]]:
+    """Yields (kind, value) of all that names a Python class, a message or a path, however deep.
+
+    Protocol buffers' JSON knows two spellings of a field; old features lie in a string of JSON.
+    """
+    if isinstance(found, list):
+        for element in found:
+            yield from _named(element)
+    if not isinstance(found, dict):
+        return
+    for name, value in found.items():
+        if name in ("pythonClassName", "python_class_name"):
+            yield "class", value
+        elif name == "type" and "content" in found:
+            yield "class", value
+        elif name in ("proto_cls", "protoCls"):
+            yield from [("message", value)] if value else []
+        elif name in ("filepathTemplate", "filepath_template"):
+            yield "path", value
+        elif name == "json" and isinstance(value, str):
+            try:
+                yield from _named(json.loads(value))
+            except (ValueError, RecursionError):
+                yield "class", value  # what cannot be read cannot be trusted
+        elif name == "features" and isinstance(value, dict):
+            yield from (("path", feature) for feature in value)
+        if isinstance(value, (dict, list)):
+            yield from _named(value)
+
+
 def _plain(value: Any) -> Any:
-    """NumPy scalars and arrays as Python values, bytes as text."""
+    """NumPy scalars and arrays as Python values."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
     value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
