@@ -59,6 +59,7 @@ extras["dev"] = (
     extras["demo"]
     + extras["fast"]
     + extras["syntax"]
+    + extras["hf"]
     + extras["test"]
     + ["ruff>=0.14", "pyright>=1.1.400"]
 )

@@ -73,6 +73,12 @@ ZOO = {  # name → what is wrong with the record, and the reason counted
     "weight nan": ({"captions": [CAPTION | {"weight": float("nan")}]}, "bad_caption"),
     "no captions": ({"captions": []}, "no_caption"),
     "blank": ({"captions": [CAPTION | {"text": "  "}]}, "no_caption"),
+    "zero width": ({"captions": [CAPTION | {"text": "\u200b\ufeff"}]}, "no_caption"),
+    "no-break spaces": ({"captions": [CAPTION | {"text": "\xa0\u2007"}]}, "no_caption"),
+    "fillers": ({"captions": [CAPTION | {"text": "\u3164"}]}, "no_caption"),
+    "controls": ({"captions": [CAPTION | {"text": "\0\x07\x7f"}]}, "no_caption"),
+    "selectors": ({"captions": [CAPTION | {"text": "\ufe0f\ufe0e"}]}, "no_caption"),
+    "lone surrogate": ({"captions": [CAPTION | {"text": "a cat \udcff"}]}, "bad_caption"),
     "other language": ({"captions": [CAPTION | {"lang": "de"}]}, "no_caption"),
     "raises": ("an error of the source", "unreadable"),
 }

@@ -7,7 +7,7 @@ import pytest
 
 from vlp.cli import data as cli
 from vlp.core import check
-from vlp.data import emoji
+from vlp.data import emoji, tokenizer
 
 
 def run(*argv):
@@ -134,3 +134,25 @@ def test_splits_that_were_not_asked_for_are_told(dataset_dir, tmp_path, capsys):
         )
         assert run(*argv) == 0
         assert "not asked for" not in capsys.readouterr().out
+
+
+def test_what_the_vocabulary_leaves_out_is_told(tmp_path, capsys):
+    """Long texts take part (their script is in the vocabulary); blank ones, and rows without an image, are counted."""
+    pairs = formats.rows(6)
+    pairs[1]["caption"] = "Описание: " + "длинный рассказ о картине " * 120
+    pairs[2]["caption"] = "\u200b\ufeff"
+    formats.tar(tmp_path / "a.tar", pairs)
+    assert run("tokenizer", tmp_path / "a.tar", "--out", tmp_path / "t", "--vocab-size", 200) == 0
+    out = capsys.readouterr().out
+    assert "from 5 texts" in out and "left out: {'no_caption': 1}" in out
+    assert 3 not in tokenizer.load(tmp_path / "t").encode("рассказ", 16)
+    for pair in pairs:
+        pair["caption"] = "слово " * 900
+    formats.tar(tmp_path / "b.tar", pairs)
+    assert run("tokenizer", tmp_path / "b.tar", "--out", tmp_path / "u", "--vocab-size", 50) == 0
+    assert "left out: nothing" in capsys.readouterr().out
+    for pair in pairs:
+        pair["caption"] = "\u3164"
+    formats.tar(tmp_path / "c.tar", pairs)
+    with pytest.raises(check.UserError, match="no caption in .*'no_caption': 6"):
+        run("tokenizer", tmp_path / "c.tar", "--out", tmp_path / "v")

@@ -129,6 +129,103 @@ def test_crops_stay_within_their_area():
     assert 0.27 < min(areas) < 0.36 and 0.62 < max(areas) < 0.73 and len(corners) >= 6
 
 
+def torchvision_crop(rng, height, width, areas, aspects):
+    """torchvision's RandomResizedCrop.get_params: top, left, height, width, and whether ten tries failed."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*areas)
+        aspect = np.exp(rng.uniform(*np.log(aspects)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integers(height - h + 1), rng.integers(width - w + 1), h, w, False
+    w, h = width, height
+    if width / height < aspects[0]:
+        h = round(w / aspects[0])
+    elif width / height > aspects[1]:
+        w = round(h * aspects[1])
+    return (height - h) // 2, (width - w) // 2, h, w, True
+
+
+@pytest.mark.parametrize(
+    ("size", "areas", "max_aspect"),
+    [
+        ((500, 1000), (0.6, 1.0), 1.25),
+        ((1000, 500), (0.3, 0.9), 4 / 3),
+        ((700, 700), (0.9, 1.0), 4 / 3),
+        ((400, 1000), (0.08, 1.0), 4 / 3),
+        ((900, 1000), (0.5, 0.7), 1.0),
+    ],
+)
+def test_crops_are_drawn_as_in_torchvision(size, areas, max_aspect):
+    """Quantiles of area, aspect ratio and place, of 3,000 crops each."""
+    height, width = size
+    ours, theirs, rng = [], [], np.random.default_rng(0)
+    for p in range(3000):
+        (left, top, right, bottom), _ = image_ops.train_box(
+            size,
+            32,
+            order.sample_rng(0, "image", p).random(8),
+            min_area_frac=areas[0],
+            max_area_frac=areas[1],
+            max_aspect=max_aspect,
+        )
+        assert 0 <= left < right <= width + 1e-6 and 0 <= top < bottom <= height + 1e-6
+        ours.append((bottom - top, right - left, top, left))
+        *box, failed = torchvision_crop(rng, height, width, areas, (1 / max_aspect, max_aspect))
+        h, w = box[2:]
+        place = (rng.uniform(0, height - h), rng.uniform(0, width - w)) if failed else box[:2]
+        theirs.append((h, w, *place))  # a place is drawn in the end, too: ours differs in this
+    ours, theirs = np.array(ours), np.array(theirs)
+    share, wanted = (x[:, 0] * x[:, 1] / (height * width) for x in (ours, theirs))
+    assert abs((share < areas[0] - 1e-6).mean() - (wanted < areas[0] - 0.002).mean()) < 0.02
+    q = np.linspace(0.05, 0.95, 13)
+    np.testing.assert_allclose(np.quantile(share, q), np.quantile(wanted, q), atol=0.025)
+    log_aspect = [np.quantile(np.log(x[:, 1] / x[:, 0]), q) for x in (ours, theirs)]
+    np.testing.assert_allclose(*log_aspect, atol=0.05)
+    for axis, side in ((2, height), (3, width)):
+        placed = [np.quantile(x[:, axis] / side, q) for x in (ours, theirs)]
+        np.testing.assert_allclose(*placed, atol=0.035)
+
+
+@pytest.mark.parametrize("size", [(500, 1000), (1000, 400), (640, 640), (37, 51)])
+def test_the_drawn_share_is_honoured(size):
+    """Never below the least where a crop of an allowed shape can have it; else the largest one."""
+    for least, most, max_aspect in (
+        (0.6, 1.0, 1.25),
+        (0.1, 0.3, 1.5),
+        (0.62, 0.624, 1.25),
+        (1.0, 1.0, 1.0),
+    ):
+        height, width = size
+        largest = min(width, height * max_aspect) * min(height, width * max_aspect)
+        for p in range(300):
+            draws = order.sample_rng(1, "image", p).random(8)
+            options = dict(min_area_frac=least, max_area_frac=most, max_aspect=max_aspect)
+            (left, top, right, bottom), _ = image_ops.train_box(size, 32, draws, **options)
+            share = (right - left) * (bottom - top) / (height * width)
+            possible = min(least, largest / (height * width))
+            assert possible - 1e-9 <= share <= most + 1e-9
+            assert 1 / max_aspect - 1e-9 <= (right - left) / (bottom - top) <= max_aspect + 1e-9
+
+
+def test_new_tries_leave_the_other_draws_alone():
+    """A wide picture, whose first draws fit for few samples: flips and operations are those of a square one's."""
+    wide, square = photograph(40, 80), photograph(40, 40)
+    drawn = lambda image, p, **k: image_ops.train_image(
+        image, 16, order.sample_rng(0, "image", p), min_area_frac=0.6, max_aspect=1.25, **k
+    )
+    flips = lambda image: [
+        not np.array_equal(drawn(image, p, flip=True), drawn(image, p)) for p in range(30)
+    ]
+    assert flips(wide) == flips(square)
+    for p in range(30):
+        rng = order.sample_rng(0, "image", p)
+        image_ops.train_image(wide, 16, rng, min_area_frac=0.6, max_aspect=1.25)
+        other = order.sample_rng(0, "image", p)
+        other.random(8)
+        assert rng.random() == other.random()
+        np.testing.assert_array_equal(drawn(wide, p), drawn(wide, p))
+
+
 def test_flip_is_a_mirror_half_the_time():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     outs = [

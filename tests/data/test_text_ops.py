@@ -69,6 +69,50 @@ def test_syntax_keeps_nouns_then_adjectives_then_verbs():
     assert keep(7) == "a small dog is running green grass." and keep(9) == text
 
 
+BLANK = [
+    "",
+    " ",
+    "\u200b",
+    "\ufeff\u200d",
+    "\xa0\u2003",
+    "\u3164",
+    "\u115f\uffa0",
+    "\0\x07",
+    "\u2800",
+    "\xad",
+    "\ufe0f",
+]
+TEXT = ["!", "é", "猫", "\u200bx", "👩\u200d🚀", "Ⅻ", "\U0001fae8", "\ue000", "…"]
+
+
+def test_blank_texts_are_no_captions():
+    of = lambda *texts: [{"text": t, "lang": "en"} for t in texts]
+    for text in BLANK:
+        assert text_ops.is_invisible(text), repr(text)
+        assert text_ops.choose(of(text, "cat"), policy="first") == ["cat"]
+        with pytest.raises(text_ops.BadCaption) as e:
+            text_ops.choose(of(text), policy="first")
+        assert e.value.reason == "no_caption"
+    for text in TEXT:
+        assert not text_ops.is_invisible(text) and text_ops.is_utf8(text)
+        assert text_ops.choose(of(text), policy="first") == [text]
+    for how in ("random", "block", "truncate"):  # what is invisible is no word
+        drawn = {
+            text_ops.shorten("a \u200b \u3164 b", 1, how, np.random.default_rng(p))
+            for p in range(9)
+        }
+        assert drawn <= {"a", "b"}
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a cat \udcff", "\udc80\ud800"])
+def test_lone_surrogates_are_bad_captions(text):
+    assert not text_ops.is_utf8(text)
+    with pytest.raises(text_ops.BadCaption, match="captions") as e:
+        text_ops.choose([{"text": text, "lang": "en"}], policy="first")
+    assert e.value.reason == "bad_caption"
+    str(e.value).encode()  # what is printed can be
+
+
 def test_errors():
     with pytest.raises(check.UserError, match="config.data.shorten.*did you mean 'block'"):
         text_ops.shorten("a b", 1, "blok", np.random.default_rng(0))

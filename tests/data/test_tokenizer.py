@@ -86,3 +86,61 @@ def test_bad_models_are_refused(tmp_path):
         tokenizer.Tokenizer(out.getvalue())
     with pytest.raises(check.UserError, match="vocab_size: got 6"):
         tokenizer.train(["red cat", "blue dog"], 6)
+
+
+TAGGED = ["was <s>20</s> now <pad> dollars", "a red cat sees <unk> things"] * 9
+
+
+def sentencepiece_with(**options):
+    out = io.BytesIO()
+    texts = ["was < s > 20 < / s > now < pad > dollars", "a red cat sees < unk > things 2 0 d"] * 9
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=out, vocab_size=60, hard_vocab_limit=False,
+        character_coverage=1.0, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, **options,
+    )  # fmt: skip
+    return tokenizer.Tokenizer(out.getvalue())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"user_defined_symbols": "<s>,</s>,<pad>"}, {"control_symbols": "20,red"}]
+)
+def test_control_tokens_in_a_text_are_text(options):
+    t = sentencepiece_with(**options) if options else tokenizer.train(TAGGED, 80)
+    for text in ("was <s>20</s> now <pad> dollars", "</s>", "a <pad>", "<s><s>", "red <unk>"):
+        row = t.encode(text, 64)
+        end = int(np.argmax(row == 2))
+        assert row[0] == 1 and (row[1:end] >= 4).all() and (row[end + 1 :] == 0).all()
+        assert t.decode(row) == text
+
+
+def test_long_texts_take_part():
+    long = "Описание: " + "длинный рассказ о картине " * 400
+    solid = "猫" * 3000  # no white space: cut anywhere
+    short = [f"a small dog number {i}" for i in range(30)]
+    t = tokenizer.train([*short, long, solid, "блок ▅ щ"], 300)
+    for text in (long, solid, "щ"):
+        assert t.unk_id not in t.encode(text, 9000)
+    assert tokenizer.train(["слово " * 900] * 5, 100).decode([5, 4]) is not None
+    assert tokenizer.train(short, 300) == tokenizer.train([s + "  " for s in short], 300)
+    parts = list(tokenizer._parts(long))
+    assert "".join(parts) == long and all(p[-1] == " " for p in parts)
+    assert all(
+        len(p.encode()) <= tokenizer.MAX_BYTES
+        for x in (long, solid, " " * 5000)
+        for p in tokenizer._parts(x)
+    )
+
+
+def test_blank_after_normalisation(small_tokenizer):
+    for text in ("", "\u200b", "\u3164", "\xa0", "\0", "\u200e\u200f"):
+        assert small_tokenizer.is_blank(text)
+    for text in ("red", "7", "猫", "🐱", "!"):  # unknown is not blank
+        assert not small_tokenizer.is_blank(text)
+
+
+def test_text_that_utf8_cannot_hold(small_tokenizer):
+    for text in ("\ud800", "red \udcff cat"):
+        with pytest.raises(check.UserError, match="text: got .*expected text that UTF-8 can hold"):
+            small_tokenizer.encode(text, 8)
+        with pytest.raises(check.UserError, match="texts: got .*expected text that UTF-8 can hold"):
+            tokenizer.train(["red", text], 50)

@@ -158,3 +158,13 @@ def test_cut_captions_count_as_right():
     _, rows = open_data(6)
     values, _ = evaluate(said(rows["text"]))
     assert values["exact_match"] == 1
+
+
+def test_a_model_of_more_ids_than_pieces():
+    """A table padded to 160 rows, whose additional ids score highest: never said, and the run goes on."""
+    dataset, rows = open_data()
+    logits = np.zeros((NUM, 16, 160))
+    logits[..., :128] = said(rows["text"])
+    logits[..., dataset.tokenizer.vocab_size :] = 99
+    _, kept = evaluate(logits)
+    assert all(item["generated"] == item["caption"] for item in kept["items"])

@@ -59,6 +59,7 @@ def test_sixteen_pairs_are_retrieved_and_captioned_exactly(training, random_para
     zi, zt = apply.jit(encode)(batch["image"], batch["text"])
     loss = contrastive.softmax(zi, zt, jnp.float32(10))
     assert float(loss["hit_i2t"].mean()) == float(loss["hit_t2i"].mean()) == 1
-    written = apply.jit(decoding.captions, length=LENGTH)(batch["image"])
+    options = {"length": LENGTH, "vocab_size": tokenizer.vocab_size}
+    written = apply.jit(decoding.captions, **options)(batch["image"])
     assert [tokenizer.decode(row) for row in np.asarray(written)] == captions
     np.testing.assert_array_equal(written, batch["text"])

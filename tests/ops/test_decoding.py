@@ -22,30 +22,39 @@ def chain(start_B):
 
 
 def test_rows_end_at_eos_or_when_full():
-    start_B = jnp.array([11, 9, 3, 2])
-    tokens = decoding.greedy(chain(start_B), 4, LENGTH)
+    start_B = jnp.array([11, 9, 4, 2])
+    tokens = decoding.greedy(chain(start_B), 4, LENGTH, vocab_size=VOCAB)
     want = [
         [1, 11, 2, 0, 0, 0, 0],
         [1, 9, 10, 11, 2, 0, 0],
-        [1, 3, 4, 5, 6, 7, 8],
+        [1, 4, 5, 6, 7, 8, 9],
         [1, 2, 0, 0, 0, 0, 0],
     ]
     np.testing.assert_array_equal(tokens, want)
 
 
 def test_a_row_does_not_depend_on_the_others():
-    starts = np.array([11, 9, 3, 10])
-    together = decoding.greedy(chain(jnp.asarray(starts)), 4, LENGTH)
+    starts = np.array([11, 9, 4, 10])
+    together = decoding.greedy(chain(jnp.asarray(starts)), 4, LENGTH, vocab_size=VOCAB)
     for row, start in enumerate(starts):
-        alone = decoding.greedy(chain(jnp.array([start])), 1, LENGTH)
+        alone = decoding.greedy(chain(jnp.array([start])), 1, LENGTH, vocab_size=VOCAB)
         np.testing.assert_array_equal(together[row], alone[0])
 
 
 def test_special_tokens_are_the_callers():
     tokens = decoding.greedy(
-        lambda tokens, t: jax.nn.one_hot(jnp.full(2, 3), VOCAB), 2, 4, pad_id=9, bos_id=8, eos_id=3
-    )
+        lambda tokens, t: jax.nn.one_hot(jnp.full(2, 3), VOCAB), 2, 4,
+        vocab_size=VOCAB, pad_id=9, bos_id=8, eos_id=3, unk_id=7,
+    )  # fmt: skip
     np.testing.assert_array_equal(tokens, [[8, 3, 9, 9]] * 2)
+
+
+def test_only_ids_with_a_piece_are_chosen():
+    """The likeliest of all are those of no piece, the next likeliest the control tokens."""
+    scores_V = jnp.arange(VOCAB).at[:4].set(VOCAB).at[8:].set(2 * VOCAB).at[2].set(0)
+    next_logits = lambda tokens_BL, t: jnp.tile(scores_V * 1.0, (2, 1))
+    tokens = decoding.greedy(next_logits, 2, 4, vocab_size=8)
+    np.testing.assert_array_equal(tokens, [[1, 7, 7, 7]] * 2)
 
 
 def test_it_stops_when_all_rows_have_ended():
@@ -55,6 +64,6 @@ def test_it_stops_when_all_rows_have_ended():
         jax.debug.callback(lambda t: asked.append(int(t)), t)
         return chain(jnp.array([11, 10]))(tokens_BL, t)
 
-    jax.block_until_ready(decoding.greedy(next_logits, 2, LENGTH))
+    jax.block_until_ready(decoding.greedy(next_logits, 2, LENGTH, vocab_size=VOCAB))
     jax.effects_barrier()
     assert sorted(asked) == [0, 1, 2]

@@ -1,6 +1,7 @@
 """`vlp data`: builds the demo dataset, converts, inspects, filters, verifies, measures."""
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -265,8 +266,6 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _filter(args: argparse.Namespace) -> int:
-    import collections
-
     from vlp.data import filter as filter_lib
     from vlp.data import records
 
@@ -290,14 +289,14 @@ def _filter(args: argparse.Namespace) -> int:
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
-    from vlp.data import imported, reads, tokenizer
+    from vlp.data import imported, tokenizer
 
     if bool(args.other) == bool(args.input):
         raise check.error(
             "vlp data tokenizer", "both or neither of PATH and --from", "one", "drop one"
         )
     if args.other:
-        data = reads.whole(args.other)
+        data = tokenizer.model_bytes(args.other)
         ours = data[:1] == b"{" or args.other.endswith(".model")  # else: whatever CLIP's has become
         data = data if ours else imported.clip_bpe(data, args.other)
         if args.lower and data[:1] != b"{":
@@ -306,16 +305,19 @@ def _tokenizer(args: argparse.Namespace) -> int:
         tok = tokenizer.Tokenizer(imported.lowered(data, args.other) if args.lower else data)
         _write_new(args.out, tok.to_bytes())
         print(f"{args.out}: {tok.vocab_size} pieces, {_policy(tok)}, sha256 {tok.sha256}")
+        if tok.roles:
+            print(f"special tokens: {', '.join(f'{r} {t!r}' for r, t in tok.roles.items())}")
         return 0
-    texts = _texts(args, args.langs)
+    texts, left_out = _texts(args, args.langs)
     if not texts:
-        got = f"no caption in {args.langs or args.input}"
+        got = f"no caption in {args.langs or args.input} (left out: {dict(left_out)})"
         raise check.error("vlp data tokenizer", got, "some", "see them by `vlp data inspect`")
     tok = tokenizer.train(
         texts, args.vocab_size, lower=not args.keep_case, model_type=args.model_type
     )
     _write_new(args.out, tok.to_bytes())
     print(f"{args.out}: {tok.vocab_size} pieces from {len(texts)} texts, {_policy(tok)}")
+    print(f"left out: {dict(left_out) or 'nothing'}")
     print(f"sha256 {tok.sha256}")
     return 0
 
@@ -326,19 +328,33 @@ def _policy(tok) -> str:
     return f"{case}, [bos] pieces [eos] then {tok.pad_id}s, cut before eos"
 
 
-def _texts(args: argparse.Namespace, langs: list[str], limit: int | None = None) -> list[str]:
-    texts = []
+def _texts(
+    args: argparse.Namespace, langs: list[str], limit: int | None = None
+) -> tuple[list[str], collections.Counter]:
+    """The captions in `langs` (empty: any), and how many rows or captions were left out, by reason."""
+    from vlp.data import text_ops
+
+    texts, left_out = [], collections.Counter()
     for split in args.splits:
         source = _open(args, split)
         for i in range(len(source) if limit is None else min(limit, len(source))):
             try:
-                record = source[i]
+                captions = source[i]["captions"]
             except check.UserError:
                 raise
-            except ValueError:
-                continue  # a bad image or row
-            texts += [c["text"] for c in record["captions"] if not langs or c["lang"] in langs]
-    return texts
+            except ValueError as e:  # a bad image or row
+                left_out[getattr(e, "reason", "unreadable")] += 1
+                continue
+            for caption in captions:
+                if not text_ops.is_caption(caption):
+                    left_out["bad_caption"] += 1
+                elif text_ops.is_invisible(caption["text"]):
+                    left_out["no_caption"] += 1
+                elif langs and caption["lang"] not in langs:
+                    left_out["other_language"] += 1
+                else:
+                    texts.append(caption["text"])
+    return texts, left_out
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -357,7 +373,7 @@ def _bench(args: argparse.Namespace) -> int:
     try:
         words = source.tokenizer()
     except check.UserError:  # none beside the data: any of about the usual size will do
-        words = tokenizer.train(_texts(args, [], limit=1000), 8000, model_type="bpe")
+        words = tokenizer.train(_texts(args, [], limit=1000)[0], 8000, model_type="bpe")
     dataset = loader.Dataset(data, source, words)
     rates = bench.stages(dataset, args.num_images)
     for stage, rate in rates.items():

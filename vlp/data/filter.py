@@ -8,10 +8,7 @@ of texts and images.
 import collections
 import dataclasses
 import hashlib
-import io
 from collections.abc import Iterator
-
-from PIL import Image
 
 from vlp.core import check
 from vlp.data import image_ops, records
@@ -118,9 +115,8 @@ def apply(
 
 def _image_rule(record: dict, seen: Seen, rules: Rules) -> str:
     try:
-        with Image.open(io.BytesIO(record["image"])) as image:
-            short, long = sorted(image.size)
-    except Exception:  # Pillow raises OSError, SyntaxError, struct.error … by format
+        short, long = sorted(image_ops.Picture(record["image"]).size)
+    except image_ops.BadImage:
         return "image_unreadable"
     if short <= rules.min_side_px:
         return "image_small"

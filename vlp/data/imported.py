@@ -7,17 +7,28 @@ order (`old_ids` says from where, for porting an embedding table). Needs the pac
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlp.core import check
 
-SPECIAL = (  # names of pad, bos, eos, unk in the wild; a part that has none gets an id of its own
-    ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
-    ("<s>", "[CLS]", "<bos>", "<|startoftext|>", "<|begin_of_text|>"),
-    ("</s>", "[SEP]", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
-    ("<unk>", "[UNK]"),
-)
+ROLES = ("pad", "bos", "eos", "unk")
+# names in the wild, for what the file itself does not tell; a role that none has gets an id of its own
+NAMES = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
+    "bos": ("<s>", "[CLS]", "<bos>", "<|startoftext|>", "<|begin_of_text|>"),
+    "eos": ("</s>", "[SEP]", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
+    "unk": ("<unk>", "[UNK]"),
+}
+# the files that Hugging Face keeps beside a tokenizer.json, and their keys of each role
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
+_KEYS = {
+    "pad": ("pad_token",),
+    "bos": ("bos_token", "cls_token"),
+    "eos": ("eos_token", "sep_token"),
+    "unk": ("unk_token",),
+}
+UNK = ROLES.index("unk")
 # Radford et al. 2021, arXiv:2103.00020, §2.4: a vocabulary of 49,152, lower-cased byte pairs. Of it
 # 512 are the bytes, alone and at a word's end, and two are the start and end of text.
 CLIP_MERGES = 49152 - 512 - 2
@@ -25,33 +36,215 @@ CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Pieces:
-    """What `Tokenizer` asks of a model: text → ids and back, in our numbering."""
+    """What `Tokenizer` asks of a model: text → ids and back, in our numbering.
+
+    Control tokens (the four roles' and all that the file calls special) have ids and no text: the
+    library gets the file without them, and so a caption that spells one is split like any other.
+    `old_ids` are the file's ids of ours; -1: the file has none. `roles`: its tokens for pad, bos,
+    eos, unk, where it has them.
+    """
 
     def __init__(self, model: bytes, where: str):
         library = _library(where)
+        spec = _spec(model, where)
+        old, roles = _old_ids(spec), _roles(spec, where)
+        self.roles = {r: roles[r] for r in ROLES if r in roles}
+        special = [old[roles[r]] if r in roles else -1 for r in ROLES]
+        controls = {*roles.values(), *_special(spec), *filter(None, [_model_unk(spec)])}
+        self.old_ids: list[int] = special + sorted(set(old.values()) - set(special))
         try:
-            self._inner = library.Tokenizer.from_str(model.decode())
+            self._inner = library.Tokenizer.from_str(json.dumps(_without(spec, controls)))
         except Exception as e:  # the library raises plain Exception
-            raise check.error(
-                where, f"no tokenizer ({e!s:.80})", "a tokenizer.json", "check the file"
-            ) from None
-        self._inner.no_truncation()
-        self._inner.no_padding()
-        ids = self._inner.get_vocab(with_added_tokens=True)
-        special = [next((ids[n] for n in names if n in ids), -1) for names in SPECIAL]
-        self.old_ids: list[int] = special + sorted(set(ids.values()) - set(special))
-        self._new = {old: new for new, old in enumerate(self.old_ids) if old >= 0}
+            raise _no_tokenizer(where, e) from None
+        ours = {i: n for n, i in enumerate(self.old_ids) if n >= len(ROLES)}
+        inner = self._inner.get_vocab(with_added_tokens=True)
+        self._ours = [UNK] * (1 + max(inner.values(), default=-1))
+        self._inners: dict[int, int] = {}
+        for name, i in inner.items():
+            if old.get(name) in ours:
+                self._ours[i] = ours[old[name]]
+                self._inners[self._ours[i]] = i
 
     def encode(self, text: str) -> list[int]:
         found = self._inner.encode(text, add_special_tokens=False).ids
-        return [self._new[i] for i in found]
+        return [self._ours[i] for i in found]
 
     def decode(self, ids: Sequence[int]) -> str:
-        old = [self.old_ids[i] for i in ids]
-        return self._inner.decode([i for i in old if i >= 0], skip_special_tokens=True).strip()
+        inner = [self._inners[i] for i in ids if i in self._inners]
+        return self._inner.decode(inner, skip_special_tokens=False).strip()
 
     def vocab_size(self) -> int:
         return len(self.old_ids)
+
+
+def with_roles(model: bytes, beside: Mapping[str, bytes], where: str) -> bytes:
+    """Returns the tokenizer.json with the roles of special tokens that the files beside it name.
+
+    They are written as a Hugging Face library would: as its post-processor and padding. What the
+    file itself tells is kept. Raises: `UserError` for a token that is no piece.
+    """
+    spec = _spec(model, where)
+    found = _told(spec)
+    for name in BESIDE:
+        if name in beside:
+            for role, token in _named(beside[name], f"{where}: {name}").items():
+                if token not in _old_ids(spec):
+                    got = f"{role} = {token!r}, which is no piece of the tokenizer"
+                    do = "correct the file, or move it away"
+                    raise check.error(f"{where}: {name}", got, "one of its pieces", do)
+                found.setdefault(role, token)
+    if found == _told(spec):
+        return model
+    old = _old_ids(spec)
+    around = [[{"SpecialToken": {"id": found[r], "type_id": 0}}] if r in found else []
+              for r in ("bos", "eos")]  # fmt: skip
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {t: {"id": t, "ids": [old[t]], "tokens": [t]}
+              for r, t in found.items() if r in ("bos", "eos")}  # fmt: skip
+    if tokens:
+        single = [*around[0], text, *around[1]]
+        spec["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": tokens,
+        }
+    if "pad" in found:
+        spec["padding"] = {
+            "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": old[found["pad"]], "pad_type_id": 0, "pad_token": found["pad"],
+        }  # fmt: skip
+    return json.dumps(spec, ensure_ascii=False, sort_keys=True).encode()
+
+
+def _no_tokenizer(where: str, e: Exception) -> check.UserError:
+    return check.error(where, f"no tokenizer ({e!s:.80})", "a tokenizer.json", "check the file")
+
+
+def _spec(model: bytes, where: str) -> dict:
+    """The file as JSON, if its parts are those of a tokenizer.json."""
+    try:
+        spec = json.loads(model)
+        for part in (_old_ids, _special, _told):  # raise where something is not as expected
+            part(spec)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise _no_tokenizer(where, e) from None
+    return spec
+
+
+def _old_ids(spec: dict) -> dict[str, int]:
+    """Every piece and its id in the file's own numbering."""
+    vocab = spec["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: [piece, score]
+        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
+    return vocab | {t["content"]: int(t["id"]) for t in spec.get("added_tokens") or []}
+
+
+def _special(spec: dict) -> list[str]:
+    return [t["content"] for t in spec.get("added_tokens") or [] if t.get("special")]
+
+
+def _model_unk(spec: dict) -> str | None:
+    """What the model itself gives for what it does not know."""
+    model = spec["model"]
+    if isinstance(model["vocab"], list):
+        unk = model.get("unk_id")
+        return None if unk is None else model["vocab"][unk][0]
+    return model.get("unk_token")
+
+
+def _told(spec: dict) -> dict[str, str]:
+    """The roles that the file itself tells: by its post-processor, its padding, its model."""
+    before, after = _bracket(spec.get("post_processor"))
+    told = {
+        "pad": (spec.get("padding") or {}).get("pad_token"),
+        "bos": before[0] if before else None,
+        "eos": after[0] if after else None,
+        "unk": _model_unk(spec),
+    }
+    return {role: token for role, token in told.items() if token}
+
+
+def _bracket(processor: dict | None) -> tuple[list[str], list[str]]:
+    """The special tokens that a post-processor puts before and after a single text."""
+    kind = (processor or {}).get("type")
+    before, after = [], []
+    if processor is None:
+        return before, after
+    if kind == "Sequence":
+        for part in processor["processors"]:
+            more = _bracket(part)
+            before, after = more[0] + before, after + more[1]
+    elif kind in ("BertProcessing", "RobertaProcessing"):
+        return [processor["cls"][0]], [processor["sep"][0]]
+    elif kind == "TemplateProcessing":
+        side = before
+        for part in processor["single"]:
+            if "Sequence" in part:
+                side = after
+            else:
+                tokens = processor["special_tokens"][part["SpecialToken"]["id"]]["tokens"]
+                side += tokens
+    return before, after
+
+
+def _named(data: bytes, where: str) -> dict[str, str]:
+    """The roles that a file beside the tokenizer.json names."""
+    try:
+        config = json.loads(data)
+        found = {}
+        for role, keys in _KEYS.items():
+            for token in map(config.get, keys):
+                token = token["content"] if isinstance(token, dict) else token
+                if token and role not in found:
+                    found[role] = str(token)
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        got = f"{type(e).__name__} ({e!s:.60})"
+        raise check.error(where, got, "names of special tokens", "correct it") from None
+
+
+def _roles(spec: dict, where: str) -> dict[str, str]:
+    """Role → token: as the file tells, else by name; none for a role that has to have an id of its own."""
+    old, special, roles = _old_ids(spec), _special(spec), _told(spec)
+    if strange := {r: t for r, t in roles.items() if t not in old}:
+        got, do = f"{strange}, which are no pieces of it", "correct the file"
+        raise check.error(where, got, "special tokens among the pieces", do)
+    for role, names in NAMES.items():
+        if role not in roles and (known := [n for n in names if n in (special or old)]):
+            roles[role] = known[0]
+    rest = sorted(set(special) - set(roles.values()))
+    if rest and not {"bos", "eos"} & set(roles):
+        got = f"special tokens {rest[:8]} and no post-processor that tells their roles"
+        do = f"put its {BESIDE[0]} beside it"
+        raise check.error(where, got, "which of them begin and end a text", do)
+    others = lambda role: {t for r, t in roles.items() if r != role}
+    for role in ("pad", "unk"):  # of their own: what pads, or is unknown, neither begins nor ends
+        if roles.get(role) in others(role):
+            del roles[role]
+    if roles.get("pad") not in (*special, *NAMES["pad"]):
+        roles.pop("pad", None)  # an ordinary piece ("!"), which texts need
+    return roles
+
+
+def _without(spec: dict, controls: set[str]) -> dict:
+    """The file without its control tokens: in the model, their names become ones that no text has."""
+    model: dict[str, Any] = dict(spec["model"])
+    names = {t: f"\0control {i}\0" for i, t in enumerate(sorted(controls))}
+    if isinstance(model["vocab"], list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    if isinstance(model["vocab"], dict) and model.get("unk_token"):
+        model["unk_token"] = names[model["unk_token"]]
+        model["vocab"].setdefault(model["unk_token"], 1 + max(model["vocab"].values(), default=-1))
+    if model.get("merges"):
+        join = lambda merge: "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        model["merges"] = [m for m in model["merges"] if join(m) not in controls]
+    added = [t for t in spec.get("added_tokens") or [] if t["content"] not in controls]
+    changed = {"model": model, "added_tokens": added}
+    empty = dict.fromkeys(("post_processor", "padding", "truncation"))
+    return spec | changed | empty
 
 
 def lowered(model: bytes, where: str) -> bytes:

@@ -41,10 +41,10 @@ def numbers(source: records.Source) -> dict[str, Any]:
         seen["image"].add(hashlib.blake2b(bytes(image), digest_size=16).digest())
         size_bytes.append(len(image))
         try:
-            with Image.open(io.BytesIO(image)) as opened:
-                short_px.append(min(opened.size))
-                kinds["formats"][opened.format or "unknown"] += 1
-        except Exception:  # Pillow raises OSError, SyntaxError, struct.error … by format
+            picture = image_ops.Picture(image)
+            short_px.append(min(picture.size))
+            kinds["formats"][picture.format] += 1
+        except image_ops.BadImage:
             kinds["bad"]["image header"] += 1
         per_record.append(len(record["captions"]))
         for caption in record["captions"]:

@@ -510,7 +510,7 @@ class Dataset:
 
     def reference(self, record_id: int) -> str:
         """The caption that evaluations compare with: the first in the wanted languages."""
-        return _texts(self.record(record_id), self.data, "first", None)[0]
+        return _texts(self.record(record_id), self.data, "first", None, self.tokenizer)[0]
 
     def keys(self, record_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the keys of the records."""
@@ -530,7 +530,7 @@ class Dataset:
 
     def _train_batch(self, first: int, count: int, seed: int, carry: bool = True) -> dict:
         ids_b, epochs_b = self._records(first, count, seed)
-        prepare = functools.partial(_train_sample, seed)
+        prepare = functools.partial(_train_sample, seed, self.tokenizer)
         return self._collate(first, ids_b, epochs_b, prepare, seed, carry)
 
     def train_iter(
@@ -629,6 +629,7 @@ class Dataset:
         ids_b = np.minimum(positions_b, self.num_records - 1)
         zeros = np.zeros_like(ids_b)
         prepare = _eval_sample if texts else _eval_image
+        prepare = functools.partial(prepare, self.tokenizer)
         out = self._collate(first, ids_b, zeros, prepare, 0, carry=False)
         out["mask"][:] = positions_b < self.num_records
         return out
@@ -765,7 +766,12 @@ def _mixture(data: Data, source: Concatenated, begin: Begin) -> order.Mixture:
 
 
 def _train_sample(
-    seed: int, record: dict, data: Data, place: tuple[int, int], out: np.ndarray
+    seed: int,
+    tokenizer: tokenizers.Tokenizer,
+    record: dict,
+    data: Data,
+    place: tuple[int, int],
+    out: np.ndarray,
 ) -> list[tuple[str, bool]]:
     """Fills `out` with the training image at a place (stream position, epoch); returns the captions,
     each with whether it was shortened.
@@ -776,13 +782,14 @@ def _train_sample(
     position, epoch = place
     drawn = data.captions in ("uniform", "weighted")
     rng = order.sample_rng(seed, f"caption:{record.get('key')}", epoch) if drawn else None
-    texts = _texts(record, data, data.captions, rng)
+    texts = _texts(record, data, data.captions, rng, tokenizer)
     augmented(record["image"], data, order.sample_rng(seed, "image", position), out)
     if data.shorten == "truncate":  # which the tokenizer does
         return [(t, False) for t in texts]
     rng = order.sample_rng(seed, "shorten", position)
     num_words = data.text_len - 2  # beside bos and eos
     short = [text_ops.shorten(t, num_words, data.shorten, rng) for t in texts]
+    short = [old if tokenizer.is_blank(new) else new for old, new in zip(texts, short)]
     return [(new, new is not old) for old, new in zip(texts, short)]
 
 
@@ -811,25 +818,39 @@ def augmented(
 
 
 def _eval_sample(
-    record: dict, data: Data, place: tuple[int, int], out: np.ndarray
+    tokenizer: tokenizers.Tokenizer,
+    record: dict,
+    data: Data,
+    place: tuple[int, int],
+    out: np.ndarray,
 ) -> list[tuple[str, bool]]:
     """Fills `out` with a record's image as evaluations see it; returns the captions."""
     del place  # nothing is drawn
-    texts = _texts(record, data, "all" if data.captions == "all" else "first", None)
+    texts = _texts(record, data, "all" if data.captions == "all" else "first", None, tokenizer)
     image_ops.eval_image(record["image"], data.image_px, resize=data.resize, out=out)
     return [(t, False) for t in texts]
 
 
 def _eval_image(
-    record: dict, data: Data, place: tuple[int, int], out: np.ndarray
+    tokenizer: tokenizers.Tokenizer,
+    record: dict,
+    data: Data,
+    place: tuple[int, int],
+    out: np.ndarray,
 ) -> list[tuple[str, bool]]:
     """Fills `out` like `_eval_sample`; returns empty captions."""
-    del place
+    del place, tokenizer
     image_ops.eval_image(record["image"], data.image_px, resize=data.resize, out=out)
     return [("", False)] * (data.num_captions if data.captions == "all" else 1)
 
 
-def _texts(record: dict, data: Data, policy: str, rng: np.random.Generator | None) -> list[str]:
+def _texts(
+    record: dict,
+    data: Data,
+    policy: str,
+    rng: np.random.Generator | None,
+    tokenizer: tokenizers.Tokenizer,
+) -> list[str]:
     return text_ops.choose(
         record.get("captions"),
         policy=policy,
@@ -837,6 +858,7 @@ def _texts(record: dict, data: Data, policy: str, rng: np.random.Generator | Non
         sources={c.name: c.weight for c in data.caption_sources},
         num=data.num_captions,
         rng=rng,
+        is_blank=tokenizer.is_blank,
         where=f"record {record.get('key')!r}",
     )
 

@@ -1,6 +1,9 @@
 """Which of a record's captions a sample uses, and how a long one is shortened."""
 
 import functools
+import itertools
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +14,13 @@ from vlp.core import check
 SHORTEN = ("truncate", "random", "block", "syntax")
 POLICIES = ("first", "uniform", "weighted", "all")
 REASONS = ("bad_caption", "no_caption")
+# what `str.isalnum` or a category takes for letters and marks, and no font shows (Unicode's
+# Default_Ignorable_Code_Point outside of categories C* and Z*), with the blank of Braille
+_UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u180b\u180c\u180d\u180f") | {
+    chr(i) for i in (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))
+}
+_SEPARATE = ("Zs", "Zl", "Zp", "Cc", "Cf", "Cs")  # not Cn: characters newer than Python's tables
+_PLAIN = re.compile("[A-Za-z0-9]")
 
 
 class BadCaption(check.UserError):
@@ -21,6 +31,29 @@ class BadCaption(check.UserError):
         self.reason = reason
 
 
+def is_plain(text: str) -> bool:
+    """Whether a text has a letter or digit of ASCII: surely not blank, and cheap to know."""
+    return _PLAIN.search(text) is not None
+
+
+def is_invisible(text: str) -> bool:
+    """Whether a text is made of white space, control, format and filler characters alone."""
+    return not is_plain(text) and all(
+        c in _UNSEEN or unicodedata.category(c) in _SEPARATE for c in text
+    )
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a text: no lone surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def choose(
     captions: Any,
     *,
@@ -29,6 +62,7 @@ def choose(
     sources: Mapping[str, float] | None = None,
     num: int = 1,
     rng: np.random.Generator | None = None,
+    is_blank: Callable[[str], bool] = is_invisible,
     where: str = "captions",
 ) -> list[str]:
     """Returns the caption texts of one sample, out of those in `langs` and from `sources` (empty: any).
@@ -36,32 +70,35 @@ def choose(
     "first": the first; "uniform": one drawn from `rng`; "weighted": one drawn with a probability
     proportional to its `weight` (1 if it has none), or, given `sources`, first one of the record's
     sources in proportion to the weight given here, whatever the number of its captions; "all": the
-    first `num`, repeated in a cycle if there are fewer. Blank texts do not count.
+    first `num`, repeated in a cycle if there are fewer. Texts that `is_blank` do not count.
     Raises: `BadCaption`, a `UserError`, if no caption is left or one is no caption.
     """
     if policy not in POLICIES:
         raise check.unknown("config.data.captions", policy, POLICIES)
-    if not isinstance(captions, list | tuple) or not all(map(_is_caption, captions)):
+    if not isinstance(captions, list | tuple) or not all(map(is_caption, captions)):
         error = check.error(where, f"captions {captions!r:.80}", "{text, lang, …}", "repair it")
         raise BadCaption("bad_caption", error)
-    left = [
+    wanted = [
         c
         for c in captions
-        if c["text"].strip()
-        and (not langs or c["lang"] in langs)
-        and (not sources or c.get("source") in sources)
+        if (not langs or c["lang"] in langs) and (not sources or c.get("source") in sources)
     ]
+    most = {"first": 1, "all": num}.get(policy)  # no more are looked at
+    left = list(itertools.islice((c for c in wanted if not is_blank(c["text"])), most))
+    if wanted and not left:
+        got = f"blank captions {[c['text'] for c in wanted]!a:.80}"
+        raise BadCaption("no_caption", check.error(where, got, "one with text", "repair it"))
     weights = _weights(left, sources) if policy == "weighted" else np.ones(len(left))
     if not weights.sum() > 0:
         found = sorted({c["lang"] for c in captions})
         got, field = f"captions only in {found}" if captions else "no caption", "langs"
-        wanted = f"one in {list(langs)}" if langs else "one with text"
+        expected = f"one in {list(langs)}" if langs else "one with text"
         if sources:
             got += f" from {sorted({str(c.get('source')) for c in captions})}"
-            wanted += f" from {list(sources)}"
+            expected += f" from {list(sources)}"
             field = "langs or caption_sources"
         do = f"change config.data.{field}" if captions else "leave the record out"
-        error = check.error(where, got, wanted, do)
+        error = check.error(where, got, expected, do)
         raise BadCaption("no_caption", error)
     texts = [c["text"] for c in left]
     if policy == "first":
@@ -85,10 +122,12 @@ def _weights(captions: Sequence[dict], sources: Mapping[str, float] | None) -> n
     return np.array([sources[tag] for tag in tags]) * own / np.where(sums > 0, sums, 1.0)
 
 
-def _is_caption(caption: Any) -> bool:
+def is_caption(caption: Any) -> bool:
+    """Whether it is a dict with a text that UTF-8 can hold, a language, and a weight from 0 on if any."""
     return (
         isinstance(caption, dict)
         and isinstance(caption.get("text"), str)
+        and is_utf8(caption["text"])
         and isinstance(caption.get("lang"), str)
         and isinstance(weight := caption.get("weight", 1.0), int | float)
         and 0 <= weight < float("inf")
@@ -104,7 +143,7 @@ def shorten(text: str, num_words: int, how: str, rng: np.random.Generator) -> st
     may still have to cut. Source: CLIPA (Li et al. 2023, arXiv:2305.07017, §3.2), at the level of
     words.
     """
-    words = text.split()
+    words = [w for w in text.split() if not is_invisible(w)]
     if how not in SHORTEN:
         raise check.unknown("config.data.shorten", how, SHORTEN)
     if len(words) <= num_words:

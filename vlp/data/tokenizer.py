@@ -1,23 +1,27 @@
 """Text to fixed-length ids and back: a SentencePiece model or a tokenizer.json behind a contract.
 
 The contract: pad 0, bos 1, eos 2, unk 3, all distinct; a row is [bos] pieces [eos] pads, and
-truncation keeps eos. Lower-casing and Unicode normalisation live inside the model, so that its
-bytes are the whole definition.
+truncation keeps eos. No text yields pad, bos or eos: one that spells such a token is text. Lower-
+casing and Unicode normalisation live inside the model, so that its bytes are the whole definition.
 """
 
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from vlp.core import check
-from vlp.data import imported, reads
+from vlp.data import imported, reads, text_ops
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
+MAX_BYTES = 4192  # SentencePiece's own bound on a line, over which it leaves lines out
+_MAX_CHARS = MAX_BYTES // 4  # UTF-8 takes at most 4 bytes a character
+_CONTROL = re.compile("<(?=(?:pad|s|/s|unk)>)")
 NORMALIZATION = {True: "nmt_nfkc_cf", False: "nmt_nfkc"}  # cf: case folding
 
 
@@ -31,6 +35,7 @@ class Tokenizer:
         else:
             self._sp = _sentencepiece(self._model, where)
         self.vocab_size: int = self._sp.vocab_size()
+        self.roles: dict[str, str] = getattr(self._sp, "roles", {})  # of a tokenizer.json's tokens
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = PAD, BOS, EOS, UNK
         self.sha256: str = hashlib.sha256(self._model).hexdigest()
         self.lower: bool = self._sp.encode("A") == self._sp.encode("a") != [UNK]
@@ -57,7 +62,7 @@ class Tokenizer:
 
     def encode_into(self, text: str, out: np.ndarray) -> bool:
         """Fills `out` with `encode(text, len(out))`; returns whether pieces were cut."""
-        pieces, room = self._sp.encode(text), len(out) - 2
+        pieces, room = self._pieces(text), len(out) - 2
         kept = min(len(pieces), room)
         out[0] = BOS
         out[1 : kept + 1] = pieces[:kept]
@@ -65,8 +70,29 @@ class Tokenizer:
         out[kept + 2 :] = PAD
         return len(pieces) > room
 
+    def _pieces(self, text: str) -> list[int]:
+        try:
+            return self._sp.encode(text)
+        except Exception:  # by library: TypeError, RuntimeError, UnicodeError
+            if isinstance(text, str) and text_ops.is_utf8(text):
+                raise
+            do = "correct the text"
+            raise check.error("text", f"{text!r:.80}", "text that UTF-8 can hold", do) from None
+
+    def is_blank(self, text: str) -> bool:
+        """Whether a text has nothing to say: invisible, or normalised to nothing by the model."""
+        if text_ops.is_plain(text):
+            return False
+        if text_ops.is_invisible(text):
+            return True
+        pieces = self._pieces(text)
+        return UNK not in pieces and not self._sp.decode(pieces).strip()
+
     def decode(self, ids: Sequence[Any] | np.ndarray) -> str:
-        """Returns the text of one row of ids: stops at the first eos, skips pad and bos."""
+        """Returns the text of one row of ids: stops at the first eos, skips pad and bos.
+
+        Raises: `UserError` for an id that the vocabulary does not have.
+        """
         kept = []
         for i in np.asarray(ids).tolist():
             if i == EOS:
@@ -93,6 +119,9 @@ def _sentencepiece(model: bytes, where: str) -> sentencepiece.SentencePieceProce
     try:
         found = sentencepiece.SentencePieceProcessor(model_proto=model)
         ids = [found.pad_id(), found.bos_id(), found.eos_id(), found.unk_id()]
+        if ids != [PAD, BOS, EOS, UNK] and (model := _controls(model)):
+            found = sentencepiece.SentencePieceProcessor(model_proto=model)
+            ids = [PAD, BOS, EOS, found.unk_id()]
     except RuntimeError:
         raise check.error(
             where,
@@ -110,6 +139,33 @@ def _sentencepiece(model: bytes, where: str) -> sentencepiece.SentencePieceProce
     return found
 
 
+def _controls(model: bytes) -> bytes:
+    """The model with pad, bos and eos as control symbols, where they are user-defined: those are matched in texts.
+
+    b"" where it was not trained to the contract.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    made: Any = sentencepiece_model_pb2  # its classes are made at import
+    proto = made.ModelProto.FromString(model)
+    spec = proto.trainer_spec
+    if [spec.pad_id, spec.bos_id, spec.eos_id] != [PAD, BOS, EOS]:
+        return b""
+    for i in (PAD, BOS, EOS):
+        proto.pieces[i].type = proto.SentencePiece.CONTROL
+    return proto.SerializeToString()
+
+
+def model_bytes(path: str) -> bytes:
+    """Reads a model; a tokenizer.json with the roles that the files beside it name."""
+    data = reads.whole(path)
+    if data[:1] != b"{":
+        return data
+    names = {name: os.path.join(os.path.dirname(path), name) for name in imported.BESIDE}
+    beside = {name: reads.whole(at) for name, at in names.items() if reads.exists(at)}
+    return imported.with_roles(data, beside, path)
+
+
 def load(path: str | os.PathLike) -> Tokenizer:
     """Reads a model file. Raises: `UserError` if it is missing or breaks the contract."""
     path = os.fspath(path)
@@ -120,7 +176,25 @@ def load(path: str | os.PathLike) -> Tokenizer:
             "a SentencePiece model or a tokenizer.json",
             "train or import one with `vlp data tokenizer`, or correct config.data.tokenizer",
         )
-    return Tokenizer(reads.whole(path), where=path)
+    return Tokenizer(model_bytes(path), where=path)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Cuts a text at white space, where there is any, into lines that SentencePiece takes whole.
+
+    It also leaves out lines with U+2585, its own mark of unknown characters, and the names of
+    control symbols: a space takes the place of the one and divides the others.
+    """
+    text = _CONTROL.sub("< ", text.replace("\u2585", " "))
+    while len(text) > _MAX_CHARS:
+        head, end = text[: _MAX_CHARS + 1], _MAX_CHARS
+        words = head.rsplit(maxsplit=1)
+        if len(words) == 2 and not head[-1].isspace():
+            end = len(head) - len(words[1])
+        yield text[:end]
+        text = text[end:]
+    if text:
+        yield text
 
 
 def train(
@@ -131,13 +205,18 @@ def train(
     Unigram seeds its pieces from strings that several distinct words share, so it splits the words
     of a tiny closed vocabulary; there use "bpe".
 
-    One thread and no sampling: the same texts in the same order give the same bytes.
+    All of every text takes part: long ones are cut into parts that SentencePiece reads. One thread
+    and no sampling: the same texts in the same order give the same bytes.
+    Raises: `UserError` for a text that UTF-8 cannot hold, or too few texts for `vocab_size`.
     """
     texts = list(texts)
+    if bad := next((t for t in texts if not text_ops.is_utf8(t)), None):
+        do = "leave it out"
+        raise check.error("texts", f"{bad!r:.80}", "text that UTF-8 can hold", do)
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=(part for text in texts for part in _parts(text)),
             model_writer=out,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -148,6 +227,7 @@ def train(
             bos_id=BOS,
             eos_id=EOS,
             unk_id=UNK,
+            max_sentence_length=MAX_BYTES,
             num_threads=1,
             minloglevel=2,
         )

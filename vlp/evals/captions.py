@@ -40,10 +40,9 @@ class Captions:
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         dataset = io.open(self.split)
-        losses, generate = (
-            apply.jit(_losses),
-            apply.jit(decoding.captions, length=dataset.data.text_len),
-        )
+        losses = apply.jit(_losses)
+        length, vocab_size = dataset.data.text_len, dataset.tokenizer.vocab_size
+        generate = apply.jit(decoding.captions, length=length, vocab_size=vocab_size)
         found: dict[str, list[np.ndarray]] = {"true": [], "shuffled": [], "count": []}
         generated: list[str] = []
         for i, (rows, mask_B) in enumerate(ios.batches(dataset, self.batch, mesh)):

@@ -24,7 +24,9 @@ def caption(loaded: Loaded, images: Sequence[np.ndarray]) -> list[str]:
         )
     px, resize = loaded.data.image_px, loaded.data.resize
     pixels = [image_ops.eval_image(image, px, resize=resize) for image in images]
-    tokens = loaded.apply.jit(decoding.captions, length=loaded.data.text_len)(
-        jnp.asarray(np.stack(pixels))
+    vocab_size = loaded.tokenizer.vocab_size
+    generate = loaded.apply.jit(
+        decoding.captions, length=loaded.data.text_len, vocab_size=vocab_size
     )
+    tokens = generate(jnp.asarray(np.stack(pixels)))
     return [loaded.tokenizer.decode(row) for row in np.asarray(tokens)]

@@ -16,14 +16,17 @@ def greedy(
     batch: int,
     length: int,
     *,
+    vocab_size: int,
     pad_id: int = 0,
     bos_id: int = 1,
     eos_id: int = 2,
+    unk_id: int = 3,
 ) -> Int[Array, "B L"]:
     """The likeliest token at each position, until every row has ended or is full.
 
     next_logits(tokens, t): logits of token t + 1 given tokens 0..t (what stands behind t is padding). Rows begin
-    with BOS; what follows an EOS is padding. PAD and BOS are never chosen.
+    with BOS; what follows an EOS is padding. Only EOS and tokens with a piece are chosen: never PAD, BOS, UNK, nor an
+    id from `vocab_size`, the tokenizer's, on, which a model may have by a larger table.
     """
     tokens = jnp.full((batch, length), pad_id, jnp.int32).at[:, 0].set(bos_id)
 
@@ -33,7 +36,10 @@ def greedy(
 
     def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         tokens_BL, t, done_B = carry
-        logits_BV = next_logits(tokens_BL, t).at[:, jnp.array([pad_id, bos_id])].set(-jnp.inf)
+        logits_BV = next_logits(tokens_BL, t)
+        ids_V = jnp.arange(logits_BV.shape[-1])
+        never_V = (ids_V >= vocab_size) | jnp.isin(ids_V, jnp.array([pad_id, bos_id, unk_id]))
+        logits_BV = jnp.where(never_V, -jnp.inf, logits_BV)
         best_B = jnp.where(done_B, pad_id, logits_BV.argmax(axis=-1).astype(jnp.int32))
         return tokens_BL.at[:, t + 1].set(best_B), t + 1, done_B | (best_B == eos_id)
 
@@ -41,12 +47,12 @@ def greedy(
     return jax.lax.while_loop(more, step, (tokens, jnp.int32(0), done_B))[0]
 
 
-def captions(apply: Apply, image: jax.Array, *, length: int) -> jax.Array:
-    """Greedy captions, i32[B length]; the image is encoded once."""
+def captions(apply: Apply, image: jax.Array, *, length: int, vocab_size: int) -> jax.Array:
+    """Greedy captions, i32[B length], of a tokenizer with `vocab_size` pieces; the image is encoded once."""
     feats = apply("image", image)["feats"]
 
     def next_logits(tokens_BL: jax.Array, t: jax.Array) -> jax.Array:
         out = apply("decode", apply("text", tokens_BL)["tokens"], feats)
         return jnp.take(out["hidden"], t, axis=1).astype(jnp.float32) @ out["unembed"]
 
-    return greedy(next_logits, image.shape[0], length)
+    return greedy(next_logits, image.shape[0], length, vocab_size=vocab_size)
