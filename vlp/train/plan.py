@@ -13,7 +13,7 @@ import jax
 from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.models.answers import abstract_params
-from vlp.train.parts import assemble
+from vlp.train.parts import assemble, trace
 from vlp.train.stages import parse
 
 
@@ -25,7 +25,7 @@ def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     mesh = meshes.make(alone.mesh, devices=jax.devices("cpu")[:1])
     for stage in built:
         with jax.set_mesh(mesh):
-            assemble(stage, alone, mesh)  # refuses what training would refuse
+            trace(assemble(stage, alone, mesh))  # refuses what training would refuse
         counts = parameters(stage.model, stage.data.image_px, stage.data.text_len)
         rows.append({
             "stage": stage.name,
