@@ -30,6 +30,7 @@ if str(ROOT) not in sys.path:
 from vlp.core import check  # noqa: E402  # of the tree beside this file
 
 Row = dict[str, Any]
+HIDDEN = argparse.SUPPRESS  # the help of options for workers
 MB = 2**20
 
 
@@ -131,16 +132,40 @@ def save(file: str | pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
         pathlib.Path(file).write_text(json.dumps(named, indent=1) + "\n")
 
 
-def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """The rows in aligned columns. columns: key of the row → heading, format ("" for text); no value: "–"."""
-    lines = [[head for head, _ in columns.values()]]
-    for row in rows:
-        values = [(row.get(key), form) for key, (_, form) in columns.items()]
-        lines.append(["–" if value is None else format(value, form) for value, form in values])
+Columns = Mapping[str, tuple[str, str]]  # key of a row → heading, format ("" for text)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Columns) -> str:
+    """The rows in aligned columns; no value: "–"."""
+    lines = [[head for head, _ in columns.values()], *(cells(row, columns) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     texts = [isinstance(next((r.get(k) for r in rows), None), str) for k in columns]
+    return "\n".join(aligned(line, widths, texts) for line in lines)
+
+
+class Lines:
+    """The same where rows take a while: prints each when it is called with it, columns as wide as `width` or wider."""
+
+    def __init__(self, columns: Columns, width: int = 9):
+        self._columns, self._widths = columns, [width] * len(columns)
+        self._print([head for head, _ in columns.values()])
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self._print(cells(row, self._columns))
+
+    def _print(self, line: list[str]) -> None:
+        self._widths = [max(width, len(cell)) for width, cell in zip(self._widths, line)]
+        print(aligned(line, self._widths, [True] * len(line)), flush=True)
+
+
+def cells(row: Mapping[str, Any], columns: Columns) -> list[str]:
+    values = [(row.get(key), form) for key, (_, form) in columns.items()]
+    return ["–" if value is None else format(value, form) for value, form in values]
+
+
+def aligned(line: list[str], widths: list[int], texts: list[bool]) -> str:
     pad = lambda cell, width, text: cell.ljust(width) if text else cell.rjust(width)
-    return "\n".join("  ".join(map(pad, line, widths, texts)).rstrip() for line in lines)
+    return "  ".join(map(pad, line, widths, texts)).rstrip()
 
 
 def missing(modules: Iterable[str]) -> list[str]:

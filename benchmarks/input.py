@@ -71,15 +71,15 @@ def make(directory: pathlib.Path, source_px: int, num: int) -> float:
     return 8 * total / (num * height * width)
 
 
-def vlp_epochs(directory: str, num: int):
-    """Yields epochs, each an iterator over batches."""
+def vlp_epochs(directory: str, num: int, threads: int = 0):
+    """Yields epochs, each an iterator over batches. threads: as `config.data.read_threads`."""
     from vlp.data import loader, tokenizer
 
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 12)) for _ in range(500)]
     data = loader.Data(
         path=directory, image_px=IMAGE_PX, text_len=TEXT_LEN, langs=(), min_area_frac=0.9,
-        max_aspect=4 / 3, resize="fast", bad_records="replace", read_threads=0,
+        max_aspect=4 / 3, resize="fast", bad_records="replace", read_threads=threads,
     )  # fmt: skip
     dataset = loader.open_dataset(data, tokenizer.train(texts, 64, model_type="bpe"))
     start = 0

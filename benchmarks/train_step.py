@@ -27,6 +27,7 @@ on a busy machine, single runs):
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import resource
 import statistics
@@ -86,6 +87,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         dict(name="coca", contrastive_weight=0.5),
         76,
     ),
+    "coca-B/16": (
+        "coca_ViT-B-32",  # of open_clip, with the patches of the name
+        coca(tower(768, 12, 12, patch=16), tower(512, 12, 8), 512),
+        dict(name="coca", contrastive_weight=0.5),
+        76,
+    ),
     "clip": (
         "ViT-B-32",
         clip(tower(768, 12, 12, patch=32), tower(512, 12, 8)),
@@ -95,6 +102,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "clip-B/16": (
         "ViT-B-16",
         clip(tower(768, 12, 12, patch=16), tower(512, 12, 8)),
+        dict(name="clip"),
+        77,
+    ),
+    "clip-L/14": (
+        "ViT-L-14",
+        clip(tower(1024, 24, 16, patch=14), tower(768, 12, 12)),
         dict(name="clip"),
         77,
     ),
@@ -113,6 +126,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=0, help="of a turn (default: 1; 10 on a card)")
     parser.add_argument("--depth", type=int, default=0, help="layers of every stack, for a trial")
+    parser.add_argument("--smoke", action="store_true", help="ours alone and tiny, for a test")
     parser.add_argument("--scan", action="store_true", help="layers scanned, not unrolled")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--attention", default="auto", help="kernel of our image tower")
@@ -125,13 +139,17 @@ def main() -> None:
         return Side(args.serve).serve()
     if not all(0 <= mask < 1 for mask in args.mask):
         raise check.error("--mask", args.mask, "shares of 0 or more, below 1", "change it")
-    sides = ["vlp"] if args.alone else ["vlp", "open_clip"]
-    if not args.alone:
+    sides = ["vlp"] if args.alone or args.smoke else ["vlp", "open_clip"]
+    if "open_clip" in sides:
         check_rival(args.rival_python)
+        if args.depth and "siglip" in args.models:
+            raise check.error(
+                "--depth", "siglip, whose tower timm makes", "another", "leave it out"
+            )
     rows = []
     for model in args.models:
         for mask in args.mask:
-            keys = ("batch", "dtype", "depth", "scan", "remat", "attention", "compile")
+            keys = ("batch", "dtype", "depth", "smoke", "scan", "remat", "attention", "compile")
             job = {"model": model, "mask": mask} | {key: getattr(args, key) for key in keys}
             rows += measure(sides, job, args.repeats, args.steps, args.rival_python)
             print(bench.table(rows[-len(sides) :], COLUMNS), flush=True)
@@ -167,21 +185,27 @@ def check_rival(python: str) -> None:
 
 
 def measure(
-    sides: list[str], job: dict[str, Any], repeats: int, steps: int = 0, rival: str = sys.executable
+    sides: list[str],
+    job: dict[str, Any],
+    repeats: int,
+    steps: int = 0,
+    rival: str = sys.executable,
+    secs: float = 3600,
 ) -> list[bench.Row]:
-    """A row for each side; with two, the first's ratio. Raises bench.Failed."""
+    """A row for each side; with two, the first's ratio. Raises bench.Failed, also if it takes longer than `secs`."""
+    ends = time.monotonic() + secs
     found: dict[str, dict[str, Any]] = {}
     workers: dict[str, bench.Worker] = {}
     try:
         for side in sides:
             python = rival if side == "open_clip" else sys.executable
             workers[side] = bench.Worker(__file__, "--serve", side, python=python)
-            found[side] = workers[side].ask(job=job)
+            found[side] = workers[side].ask(max(ends - time.monotonic(), 1), job=job)
             if found[side]["device"] != "cpu":
-                found[side] |= turns(workers, [side], repeats, steps or 10)[side]
+                found[side] |= turns(workers, [side], repeats, steps or 10, ends)[side]
                 found[side] |= workers[side].ask()
                 workers.pop(side).close()
-        for side, taken in turns(workers, list(workers), repeats, steps or 1).items():
+        for side, taken in turns(workers, list(workers), repeats, steps or 1, ends).items():
             found[side] |= taken | workers[side].ask()
     finally:
         for worker in workers.values():
@@ -190,14 +214,14 @@ def measure(
 
 
 def turns(
-    workers: dict[str, bench.Worker], sides: list[str], repeats: int, steps: int
+    workers: dict[str, bench.Worker], sides: list[str], repeats: int, steps: int, ends: float
 ) -> dict[str, dict[str, Any]]:
     """Seconds of a step in each turn of each side, by the clock and of its cores, but for the first two."""
     taken: dict[str, dict[str, Any]] = {side: {"secs": [], "cpu_secs": []} for side in sides}
     for turn in range(repeats + 2 if sides else 0):
         for side in sides:
             time.sleep(REST_SECS if len(sides) > 1 else 0)
-            found = workers[side].ask(steps=steps if turn else 1)
+            found = workers[side].ask(max(ends - time.monotonic(), 1), steps=steps if turn else 1)
             for key, values in taken[side].items():
                 values += [found[key]] if turn >= 2 else []
     return taken
@@ -276,13 +300,19 @@ def ours(job: argparse.Namespace) -> Built:
     _, section, objective, length = MODELS[job.model]
     compute = dict(dtype=job.dtype, activation="gelu_exact", scan=job.scan, remat=job.remat)
     compute |= dict(depth=job.depth) if job.depth else {}
+    compute |= dict(width=32, depth=1, heads=2, mlp=64) if job.smoke else {}
     section = config.overlay(section, dict(image_tower=compute, text_tower=compute))
+    if job.smoke:
+        small = dict(vocab=512) | (dict(eos_id=511) if "eos_id" in section["text_tower"] else {})
+        section = config.overlay(section, dict(text_tower=small))
+    depth = 1 if job.smoke else job.depth
+    image_px = 4 * section["image_tower"]["patch"] if job.smoke else IMAGE_PX
     section = config.overlay(section, dict(image_tower=dict(attention=job.attention)))
-    if job.depth and "multimodal" in section:
-        section = config.overlay(section, dict(multimodal=dict(depth=job.depth)))
+    if depth and "multimodal" in section:
+        section = config.overlay(section, dict(multimodal=dict(depth=depth)))
     model = config.build_named(KINDS, section, "model")
     loss = config.build_named(OBJECTIVES, dict(keep=1 - job.mask, **objective), "objective")
-    inputs = jnp.zeros((1, IMAGE_PX, IMAGE_PX, 3), jnp.uint8), jnp.zeros((1, length), jnp.int32)
+    inputs = jnp.zeros((1, image_px, image_px, 3), jnp.uint8), jnp.zeros((1, length), jnp.int32)
     init = lambda key: nn.unbox(model.init(key, *inputs)["params"])
     params = jax.jit(init)(jax.random.key(0))
     updater = optimisers.make(optimisers.Optim(clip_norm=None), params)
@@ -293,7 +323,7 @@ def ours(job: argparse.Namespace) -> Built:
     text[:, -1] = model.text_tower.eos_id
     index = np.stack([np.zeros(job.batch), np.arange(job.batch)], axis=1)
     batch = jax.device_put({
-        "image": rng.integers(0, 256, (job.batch, IMAGE_PX, IMAGE_PX, 3)).astype(np.uint8),
+        "image": rng.integers(0, 256, (job.batch, image_px, image_px, 3)).astype(np.uint8),
         "text": text.astype(np.int32),
         "index": index.astype(np.uint32),
     })  # fmt: skip
@@ -343,15 +373,15 @@ def theirs(job: argparse.Namespace) -> Built:
 
     theirs_name, section, _, length = MODELS[job.model]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if job.depth:
-        patch = {"vision_cfg": {"layers": job.depth}, "text_cfg": {"layers": job.depth}}
-        if job.model.startswith("coca"):
-            patch["multimodal_cfg"] = {"layers": job.depth}
-        whole = factory.get_model_config(theirs_name)
-        cut = {k: v | patch.get(k, {}) if isinstance(v, dict) else v for k, v in whole.items()}
-        factory._MODEL_CONFIGS["trial"], theirs_name = cut, "trial"
+    whole = copy.deepcopy(factory.get_model_config(theirs_name))
+    if "patch_size" in whole["vision_cfg"]:
+        whole["vision_cfg"]["patch_size"] = section["image_tower"]["patch"]
+    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+        if job.depth and part in whole:
+            whole[part]["layers"] = job.depth
+    factory._MODEL_CONFIGS["trial"] = whole
     drop = job.mask or None
-    model = open_clip.create_model(theirs_name, device=device, force_patch_dropout=drop)
+    model = open_clip.create_model("trial", device=device, force_patch_dropout=drop)
     model.train()
     adamw = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.2, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
