@@ -129,7 +129,22 @@ def save(file: str | pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes the rows as JSON, each with its environment; no file is named by ""."""
     if file:
         named = [{"environment": environment(), **row} for row in rows]
-        pathlib.Path(file).write_text(json.dumps(named, indent=1) + "\n")
+        part = pathlib.Path(f"{file}.part")  # a file that is there stays whole until the new one is
+        part.write_text(json.dumps(named, indent=1) + "\n")
+        part.replace(file)
+
+
+def load(file: str | pathlib.Path) -> list[Row]:
+    """The rows of an earlier run, none if there was none. Raises UserError if the file holds something else."""
+    if not file or not pathlib.Path(file).exists():
+        return []
+    with contextlib.suppress(ValueError):
+        rows = json.loads(pathlib.Path(file).read_text())
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            return rows
+    raise check.error(
+        "--json", repr(str(file)), "rows of an earlier run, or no file", "move it away"
+    )
 
 
 Columns = Mapping[str, tuple[str, str]]  # key of a row → heading, format ("" for text)
@@ -174,6 +189,21 @@ def missing(modules: Iterable[str]) -> list[str]:
         sys.modules[name] is None if name in sys.modules else importlib.util.find_spec(name) is None
     )
     return [name for name in modules if absent(name)]
+
+
+def missing_in(python: str, modules: Sequence[str]) -> list[str]:
+    """Those of the modules that another interpreter lacks. Raises UserError if it is none."""
+    code = (
+        "import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if not u.find_spec(n)))"
+    )
+    try:
+        found = subprocess.run([python, "-c", code, *modules], capture_output=True, text=True)
+    except OSError as error:
+        got = f"{python!r} ({error.strerror})"
+        raise check.error("--rival-python", got, "a Python", "name one") from None
+    if found.returncode:
+        raise check.error("--rival-python", repr(python), "a Python", "name one")
+    return found.stdout.split()
 
 
 def allow_any_torchvision() -> None:

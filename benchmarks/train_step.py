@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py --models coca --batch 16 --json rows.json          # CPU, float32
     python benchmarks/train_step.py --models coca-L/14 clip-B/16 --dtype bfloat16 --compile --batch 256   # a GPU
-    python benchmarks/train_step.py --rival-python DIR/bin/python   # open_clip in an environment of its own
+    python benchmarks/train_step.py --rival-python DIR/bin/python   # after benchmarks/input.py --make-env DIR
 
 A step is forward, loss, backward and AdamW without clipping, on made-up batches that are already in memory. Each side
 is a process of its own. On a CPU they take turns, step by step, so that other work on the machine meets both alike, and
@@ -31,7 +31,6 @@ import copy
 import functools
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -114,7 +113,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "siglip": ("ViT-B-16-SigLIP", siglip(), dict(name="siglip"), 64),
 }
 IMAGE_PX = 224
-WHEELS = "torch open_clip_torch timm"
 
 
 def main() -> None:
@@ -170,17 +168,9 @@ COLUMNS = {
 
 def check_rival(python: str) -> None:
     """Raises UserError unless the interpreter has open_clip."""
-    code = "import importlib.util as u, sys; sys.exit(' '.join(n for n in sys.argv[1:] if not u.find_spec(n)))"
-    try:
-        found = subprocess.run(
-            [python, "-c", code, "torch", "open_clip", "timm"], capture_output=True, text=True
-        )
-    except OSError as error:
-        raise check.error(
-            "--rival-python", repr(python), f"a Python ({error.strerror})", "name one"
-        ) from None
-    if lacks := found.stderr.strip():
-        got, do = f"{python} without {lacks}", f"pip install {WHEELS}, or write --alone"
+    if lacks := ", ".join(bench.missing_in(python, ("torch", "open_clip", "timm"))):
+        got = f"{python} without {lacks}"
+        do = "python benchmarks/input.py --make-env DIR and name DIR/bin/python, or write --alone"
         raise check.error("--rival-python", got, "torch, open_clip and timm", do)
 
 
