@@ -13,15 +13,19 @@ full, nothing for recomputation; MFU where the device's peak is known (vlp.core.
 "coca" is the paper's: one MLP in a layer of the multimodal decoder. open_clip's has two; "coca-2mlp" gives ours one of
 twice the width, which is the same work.
 
-Where XLA:CPU loses to torch (jaxlib 0.10.2, 2 cores with AVX2, CoCa cut to 2 layers a stack, profiled op by op
-on a busy machine, single runs):
- * Page faults. A step's temporaries are one allocation that is new in every step: 65,536 faults and 0.2 s of system
-   time for each 256 MB. A C library that keeps what is freed (mallopt) has none, at the price of a resident size that
-   stays at its peak; it is not set here, nor by `vlp train`.
- * Kernel gradients. JAX asks for (dy · x)ᵀ, which XLA multiplies with Eigen at 20-29 GFLOP/s a core for layers that
-   widen; x · dy ran at 49-75. For layers that narrow it was the other way about, so JAX's form stays.
+Where XLA:CPU loses to torch (jaxlib 0.10.2; one core with AVX-512 of a busy machine, in turn, in core-seconds; models
+cut to 2 layers a stack, 4 pairs: ratio 0.77 for clip-B/16, 0.80 for coca-2mlp, 0.71 for clip):
+ * Matrix products are equal, 85-107 GFLOP/s on either side, but for kernel gradients of wide layers: 0.84 (768 to 3072,
+   1,576 tokens) and 0.7 (512 to 49,408). JAX asks for (dy · x)ᵀ there. Those are XLA's.
+ * Attention took twice torch's time, as keys and values were transposed number by number; heads now come first
+   (vlp.ops.attention), which takes 0.6-0.9 of what it did, forward and backward.
+ * The norms of gradients, changes and parameters, which are logged, cost more than AdamW: 148 ms for 25 million
+   parameters, 24 ms without them. XLA squares into an array of its own and copies what it updates in place.
+ * Page faults. A step's temporaries are one allocation that is new in every step: 14,500 faults are a third of an
+   attention's 100 ms. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35 and newer) takes pages of 2 MB, 200 faults; torch
+   gains by it as well. A C library that keeps what is freed (mallopt) has none, at the price of a resident size that
+   stays at its peak. Neither is set here, nor by `vlp train`.
  * The scan over layers: unrolled (scan=False, used here) a stack took 10 % less; compiling takes longer.
- * The pooler's queries were projected once per example (mended).
 """
 
 from __future__ import annotations
