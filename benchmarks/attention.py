@@ -6,24 +6,19 @@ Compiled for one chip of the topology (a TPU compiler, no TPU: pip install 'vlp[
 compiler's: the peak with inputs and results, temporaries, and what moves between memory and chip.
 """
 
-import argparse
-import json
 import os
 
-from vlp.core import check
+import bench
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--batch", type=int, default=64, help="of the chip")
     parser.add_argument("--tokens", type=int, nargs="+", default=[196, 256, 324, 576, 1024, 1296])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--json", default="", metavar="FILE")
-    args = parser.parse_args()
-    check.output_file("--json", args.json)
-    check.counts(vars(args))
+    args = bench.options(parser)
     os.environ["JAX_PLATFORMS"] = "cpu"
     from vlp.core import mesh as meshes
     from vlp.train import compiled
@@ -41,9 +36,7 @@ def main() -> None:
             mb = [f"{row[k] / 1e6:.0f}" for k in ("peak_bytes", "temp_bytes", "moved_bytes")]
             cells = (num, row["kernel"], *mb, f"{rows[-1]['ratio']:.2f}")
             print("".join(f"{c:>11}" for c in cells), flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    bench.save(args.json, rows)
 
 
 def measure(mesh, args, num: int, kernel: str) -> dict:
@@ -70,4 +63,4 @@ def measure(mesh, args, num: int, kernel: str) -> dict:
 
 
 if __name__ == "__main__":
-    check.run(main)
+    bench.run(main)

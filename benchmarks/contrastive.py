@@ -17,20 +17,18 @@ compiler's, a device; FLOPs count the matrix products of all devices, loop bodie
 sends, from the compiled program's collectives, times trips.
 """
 
-import argparse
-import json
 import os
 import re
 import time
 
-from vlp.core import check
+import bench
 
 IMPLS = ("naive", "local", "chunked")
-MB = 2**20
+MB = bench.MB
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--topology", default="", help="as v5e:4x4; default: simulated CPU devices")
     parser.add_argument("--devices", type=int, default=8, help="CPU devices without --topology")
     parser.add_argument("--batch", type=int, nargs="+", default=[4096])
@@ -40,10 +38,7 @@ def main() -> None:
     parser.add_argument("--step", default="", metavar="CONFIG", help="the whole step of a config")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--time", action="store_true", help="run it too (CPU devices)")
-    parser.add_argument("--json", default="", metavar="FILE")
-    args = parser.parse_args()
-    check.output_file("--json", args.json)
-    check.counts(vars(args), "chunk")
+    args = bench.options(parser, "chunk")
     os.environ.setdefault("PJRT_NPROC", "32")
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -61,9 +56,7 @@ def main() -> None:
     else:
         rows = [measure(devices, batch, impl, args) for batch in args.batch for impl in args.impl]
         table(rows)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    bench.save(args.json, rows)
 
 
 def implementations():
@@ -216,4 +209,4 @@ def table(rows) -> None:
 
 
 if __name__ == "__main__":
-    check.run(main)
+    bench.run(main)

@@ -12,25 +12,22 @@ couples the batch (the similarities) and what does not grow with it (the optimis
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import bench
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlp.core import check
 from vlp.core import config as configs
 from vlp.optim import make as optimisers
 from vlp.train import stages, state
 from vlp.train.step import train_step
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = bench.ROOT / "configs"
 BATCH = 256
 LAION_400M = 400e6  # samples in an epoch, as FLIP and CLIPA count
 
@@ -210,15 +207,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=pathlib.Path, help="also write the rows there")
-    args = parser.parse_args()
-    check.output_file("--json", args.json)
+    args = bench.options(bench.parser(__doc__))
     rows = flip() + coca() + clipa()
     print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    bench.save(args.json, rows)
 
 
 if __name__ == "__main__":
-    check.run(main)
+    bench.run(main)

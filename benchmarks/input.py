@@ -1,11 +1,11 @@
 """Images per second and core of the training loader, beside the one that open_clip builds on webdataset.
 
-    python benchmarks/input.py --json FILE [--num 2000] [--epochs 3]
+    python benchmarks/input.py --make-env DIR         # once: an environment for the other loader, 1 GB
+    python benchmarks/input.py --rival-python DIR/bin/python --json FILE [--num 2000] [--epochs 3]
 
 Both read the same tar shards, crop (0.9 … 1 of the area) to 224 px and tokenise to 77 ids; the other one is open_clip's
-own `get_wds_dataset` with its transforms and tokenizer, which needs `pip install open_clip_torch torchvision pandas
-webdataset==0.2.86` (open_clip 3.3 cannot read what newer ones put at the end of a shard; `pip install --target DIR` and
-PYTHONPATH=DIR keep it apart). Each is a process of its own without workers or threads. They take turns, batch by batch,
+own `get_wds_dataset` with its transforms and tokenizer, on webdataset 0.2.86 (open_clip 3.3 cannot read what newer ones
+put at the end of a shard). Each is a process of its own without workers or threads. They take turns, batch by batch,
 so that other work on the machine meets both alike, and a batch is charged the CPU seconds of its process (user and
 system), not the time on the wall: images_per_s_per_core. The first batch of each is not counted. Source images are
 made: fields whose amplitude falls as 1 / f^1.2 … 1.4 as a photograph's does, JPEG quality 85, about 2 … 3 bits a pixel
@@ -15,9 +15,7 @@ resident memory after each epoch.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import os
 import pathlib
 import subprocess
@@ -27,8 +25,9 @@ import tempfile
 import time
 import types
 from collections.abc import Iterator
-from typing import IO
+from typing import Any
 
+import bench
 import numpy as np
 from PIL import Image
 
@@ -71,15 +70,15 @@ def make(directory: pathlib.Path, source_px: int, num: int) -> float:
     return 8 * total / (num * height * width)
 
 
-def vlp_epochs(directory: str, num: int):
-    """Yields epochs, each an iterator over batches."""
+def vlp_epochs(directory: str, num: int, threads: int = 0):
+    """Yields epochs, each an iterator over batches. threads: as `config.data.read_threads`."""
     from vlp.data import loader, tokenizer
 
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 12)) for _ in range(500)]
     data = loader.Data(
         path=directory, image_px=IMAGE_PX, text_len=TEXT_LEN, langs=(), min_area_frac=0.9,
-        max_aspect=4 / 3, resize="fast", bad_records="replace", read_threads=0,
+        max_aspect=4 / 3, resize="fast", bad_records="replace", read_threads=threads,
     )  # fmt: skip
     dataset = loader.open_dataset(data, tokenizer.train(texts, 64, model_type="bpe"))
     start = 0
@@ -94,6 +93,7 @@ def webdataset_epochs(directory: str, num: int):
     import torch
 
     torch.set_num_threads(1)
+    bench.allow_any_torchvision()
     import open_clip
     from open_clip_train.data import get_wds_dataset
 
@@ -145,10 +145,12 @@ def distance(directory: str, num: int = 200) -> float:
 
 
 def serve(loader: str, directory: str, num: int) -> None:
-    """Makes a batch for every line on standard input, and answers with its seconds and this process's memory."""
+    """Makes a batch each time it is asked, and answers with its seconds and this process's memory."""
     each = {"vlp": vlp_epochs, "webdataset": webdataset_epochs}[loader](directory, num)
     batches: Iterator = iter(())
-    for _ in sys.stdin:
+
+    def answer() -> bench.Row:
+        nonlocal batches
         cpu, wall = time.process_time(), time.perf_counter()
         batch = next(batches, None)
         if batch is None:
@@ -157,91 +159,144 @@ def serve(loader: str, directory: str, num: int) -> None:
         image = batch["image"] if isinstance(batch, dict) else batch[0]
         assert len(image) == BATCH
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        print("RESULT", json.dumps([cpu, wall, resident_mb()]), flush=True)
+        return {"cpu": cpu, "wall": wall, "mb": resident_mb()}
+
+    bench.serve(answer)
 
 
-class Server:
-    """A process that runs `serve`."""
-
-    def __init__(self, loader: str, directory: str, num: int, errors: IO):
-        command = [sys.executable, __file__, "--serve", loader, directory, "--num", str(num)]
-        path = [str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
-        )  # fmt: skip
-
-    def batch(self) -> list[float]:
-        """CPU seconds, seconds and MB of one more batch."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("RESULT "):
-                return json.loads(line.removeprefix("RESULT "))
-        raise RuntimeError("a loader's process ended")
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def compare(directory: str, num: int, epochs: int) -> dict[str, dict]:
-    """Rates and memory of both loaders, which take turns."""
-    with tempfile.TemporaryFile("w+") as errors:
-        servers = {n: Server(n, directory, num, errors) for n in ("vlp", "webdataset")}
-        secs = {n: np.zeros(2) for n in servers}
-        memory: dict[str, list[float]] = {n: [] for n in servers}
-        try:
-            for step in range(epochs * (num // BATCH)):
-                for name, server in servers.items():
-                    *taken, mb = server.batch()
-                    secs[name] += taken if step else [0, 0]
-                    if (step + 1) % (num // BATCH) == 0:
-                        memory[name].append(round(mb, 1))
-        except RuntimeError:
-            errors.seek(0)
-            sys.exit(errors.read()[-4000:])
-        finally:
-            for server in servers.values():
-                server.close()
+def compare(directory: str, num: int, epochs: int, rival: str) -> dict[str, bench.Row]:
+    """Rates and memory of both loaders, which take turns. rival: the other's interpreter. Raises bench.Failed."""
+    pythons = {"vlp": sys.executable, "webdataset": rival}
+    command = lambda name: (__file__, "--serve", name, directory, "--num", str(num))
+    workers = {name: bench.Worker(*command(name), python=p) for name, p in pythons.items()}
+    secs = {name: np.zeros(2) for name in workers}
+    memory: dict[str, list[float]] = {name: [] for name in workers}
+    try:
+        for step in range(epochs * (num // BATCH)):
+            for name, worker in workers.items():
+                found = worker.ask()
+                secs[name] += [found["cpu"], found["wall"]] if step else [0, 0]
+                if (step + 1) % (num // BATCH) == 0:
+                    memory[name].append(found["mb"])
+    finally:
+        for worker in workers.values():
+            worker.close()
     images = BATCH * (epochs * (num // BATCH) - 1)
     return {
         name: {
             "images_per_s_per_core": round(float(images / secs[name][0]), 1),
             "images_per_s": round(float(images / secs[name][1]), 1),
             "images": images,
-            "rss_mb": memory[name],
+            "rss_mb": memory[name][-1],
+            "rss_mb_by_epoch": memory[name],
         }
-        for name in servers
+        for name in workers
     }
 
 
+# What the other loader needs; its process reads this file and vlp.core.check, and nothing else of vlp.
+RIVAL = (
+    "torch",
+    "torchvision",
+    "open_clip",
+    "open_clip_train",
+    "webdataset",
+    "pandas",
+    "timm",
+    "PIL",
+    "numpy",
+)
+STEPS = (  # pip's arguments: torchvision, open_clip and timm would bring a torch of their own, with CUDA's libraries
+    ("torch==2.13.0", "webdataset==0.2.86", "pandas", "numpy", "pillow"),
+    ("--no-deps", "torchvision", "open_clip_torch==3.3.0", "timm"),
+    ("ftfy", "regex", "tqdm", "huggingface_hub", "safetensors", "pyyaml"),
+)
+
+
+def make_env(directory: str) -> None:
+    """A virtual environment with what the other loader needs. Raises UserError where pip fails."""
+    if pathlib.Path(directory).exists():
+        raise check.error(
+            "--make-env", repr(directory), "a directory that is not there", "name another"
+        )
+    python = f"{directory}/bin/python"
+    for command in (
+        [sys.executable, "-m", "venv", directory],
+        *([python, "-m", "pip", "install", "-q", *s] for s in STEPS),
+    ):
+        print(" ".join(command), flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            why = (done.stderr.strip() or done.stdout.strip() or "no reason").splitlines()[-1]
+            raise check.error(
+                "--make-env",
+                f"{' '.join(command)!r}: {why}",
+                "an installation",
+                "mend it, or try later",
+            )
+    print(f"now: python benchmarks/input.py --rival-python {python}")
+
+
+def check_rival(python: str) -> None:
+    """Raises UserError unless the interpreter has what the other loader needs, of the right version."""
+    do = "python benchmarks/input.py --make-env DIR, then --rival-python DIR/bin/python"
+    lacks = bench.missing_in(python, RIVAL)
+    if lacks:
+        raise check.error(
+            "--rival-python", f"{python} without {', '.join(lacks)}", "open_clip's loader", do
+        )
+    version = bench.output(
+        python, "-c", "import importlib.metadata as m; print(m.version('webdataset'))"
+    )
+    if version != "0.2.86":
+        raise check.error("--rival-python", f"webdataset {version}", "webdataset 0.2.86", do)
+
+
+COLUMNS = {
+    "loader": ("loader", ""), "source_px": ("px", ""), "bits_per_px": ("bits/px", ""),
+    "images_per_s_per_core": ("images/s/core", ".1f"), "images_per_s": ("images/s", ".1f"),
+    "rss_mb": ("MB", ".0f"), "mean_distance_from_bicubic": ("off bicubic", ".2f"),
+    "ratio": ("ratio", ".2f"),
+}  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--num", type=int, default=2000)
+    parser = bench.parser(__doc__)
+    parser.add_argument("--num", type=int, default=2000, help="images, in hundreds")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--serve", nargs=2, metavar=("LOADER", "DIR"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    check.output_file("--json", args.json)
+    parser.add_argument(
+        "--rival-python", default=sys.executable, metavar="FILE", help="with open_clip's loader"
+    )
+    parser.add_argument(
+        "--make-env", default="", metavar="DIR", help="make such an environment, and end"
+    )
+    parser.add_argument("--serve", nargs=2, metavar=("LOADER", "DIR"), help=bench.HIDDEN)
+    args = bench.options(parser, needs=("jax", "grain", "sentencepiece", "simplejpeg"))
     if args.serve:
         return serve(*args.serve, args.num)
-    rows = []
+    if args.make_env:
+        return make_env(args.make_env)
+    if args.num % BATCH or args.num * args.epochs < 2 * BATCH:
+        got = f"{args.num} images × {args.epochs} epochs"
+        raise check.error(
+            "--num", got, f"a multiple of {BATCH}, and two batches in all", "change it"
+        )
+    check_rival(args.rival_python)
+    rows: list[dict[str, Any]] = []
+    show = bench.Lines(COLUMNS)
     for source_px in SIZES:
         with tempfile.TemporaryDirectory() as directory:
             bits = make(pathlib.Path(directory), source_px, args.num)
             shared = {"source_px": source_px, "bits_per_px": round(bits, 2)}
-            far = distance(directory)
-            for loader, found in compare(directory, args.num, args.epochs).items():
-                rows.append({"loader": loader, **shared, **found})
-                rows[-1] |= {"mean_distance_from_bicubic": far} if loader == "vlp" else {}
-                print(rows[-1], flush=True)
-        ours, theirs = (r["images_per_s_per_core"] for r in rows[-2:])
-        print(f"{source_px} px: {ours / theirs:.2f} times as many images/s per core", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            far = distance(directory, min(args.num, 200))
+            found = compare(directory, args.num, args.epochs, args.rival_python)
+        ours, theirs = (found[n]["images_per_s_per_core"] for n in ("vlp", "webdataset"))
+        found["vlp"] |= {"mean_distance_from_bicubic": far, "ratio": ours / theirs}
+        for loader, row in found.items():
+            rows.append({"loader": loader, **shared, **row})
+            show(rows[-1])
+        bench.save(args.json, rows)
 
 
 if __name__ == "__main__":
-    check.run(main)
+    bench.run(main)

@@ -22,14 +22,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import bench
 import jax
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from vlp.cli.main import compilation_cache
+from vlp.core import check, config, mesh
+from vlp.train import loop, parts, stages, workdir
 
-from vlp.cli.main import compilation_cache  # noqa: E402  # the tree beside this file
-from vlp.core import check, config, mesh  # noqa: E402
-from vlp.train import loop, parts, stages, workdir  # noqa: E402
+ROOT = bench.ROOT
 
 METRICS = ("i2t/R@1", "i2t/R@10", "t2i/R@1", "t2i/R@10", "skin_tone/accuracy")
 TUNED = 1 / 15  # share of the steps that tune on whole images, as in the demo
@@ -134,7 +134,7 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="compare the methods on the emoji data")
+    parser = bench.parser(__doc__)
     parser.add_argument("--data", default="data/emoji", help="of `vlp data emoji`")
     parser.add_argument("--workdir", default="runs/methods", help="each run has a folder in it")
     parser.add_argument("--steps", type=int, default=600, help="of each run, of 128 samples")
@@ -142,9 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--demo-seeds", type=int, default=3, help="runs of the demo's recipe")
     parser.add_argument("--only", default="", help="methods, by comma (default: all)")
     parser.add_argument("--smoke", action="store_true", help="tiny towers and made-up shapes")
-    parser.add_argument("--json", default="", metavar="FILE", help="write the table as JSON")
-    args = parser.parse_args(argv)
-    check.output_file("--json", args.json)
+    args = bench.options(parser, argv=argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     chosen = [m.strip() for m in args.only.split(",") if m.strip()] if args.only else list(METHODS)
     compilation_cache()
@@ -162,8 +160,7 @@ def main(argv: list[str] | None = None) -> int:
                 line(row) if "flops" in row else f"{name:28s} left out: {row['left_out']}",
                 flush=True,
             )
-            if args.json:
-                workdir.write_json(pathlib.Path(args.json), table)
+            bench.save(args.json, table)
     except check.UserError as error:
         print(f"methods: {error}", file=sys.stderr)
         return 2
@@ -219,4 +216,4 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    check.run(main)
+    bench.run(main)

@@ -8,14 +8,14 @@ step takes the compiler many minutes of two cores; rows are kept in --json as th
 compiled again.
 """
 
-import argparse
-import json
 import os
 import pathlib
 
+import bench
+
 from vlp.core import check
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = bench.ROOT
 GiB = 2**30
 FULL = ("model.image_tower.remat=full", "model.text_tower.remat=full")
 MICRO = lambda k, again: (f"micro_batches={k}", f"micro_remat={again}")
@@ -30,22 +30,20 @@ PLANS = [  # size, topology, overrides
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="*", default=[], metavar="SIZE", help="base, large, giant")
+    parser = bench.parser(__doc__)
+    parser.add_argument("--only", nargs="*", default=[], choices=("base", "large", "giant"))
     parser.add_argument(
         "--effort", type=float, default=0.0, help="of XLA, −1 … 1: −1 compiles faster and fits less"
     )
-    parser.add_argument("--json", default="", metavar="FILE")
     parser.add_argument("--write", default="", metavar="FILE", help="the table, as Markdown")
-    args = parser.parse_args()
-    check.output_file("--json", args.json)
+    args = bench.options(parser)
+    check.output_file("--write", args.write)
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
     if args.effort:
         jax.config.update("jax_exec_time_optimization_effort", args.effort)
-    file = pathlib.Path(args.json) if args.json else None
-    rows = json.loads(file.read_text()) if file and file.exists() else []
+    rows = bench.load(args.json)
     for size, topology, overrides in PLANS:
         if args.only and size not in args.only:
             continue
@@ -59,8 +57,7 @@ def main() -> None:
             continue
         rows.append(key | measure(size, topology, overrides))
         print(line(rows[-1]), flush=True)
-        if file:
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+        bench.save(args.json, rows)
     print(table(rows))
     if args.write:
         pathlib.Path(args.write).write_text(page(rows))
@@ -124,4 +121,4 @@ Adafactor, as in the paper. Giant's pod of 128 chips takes two micro-batches, ba
 
 
 if __name__ == "__main__":
-    check.run(main)
+    bench.run(main)

@@ -11,12 +11,11 @@ what `vlp plan --fast` says of the peak, as a share of it.
 """
 
 import argparse
-import json
 import os
 
-from vlp.core import check
+import bench
 
-MB = 2**20
+MB = bench.MB
 COLUMNS = {
     "peak MB": lambda r: r["peak_bytes"] / MB,
     "estimate": lambda r: r["estimate_bytes"] / r["peak_bytes"],
@@ -30,7 +29,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--config", nargs="+", default=["configs/coca.py:size=base"])
     parser.add_argument("--topology", nargs="+", default=[], help="as v5e:4x4 v5e:16x16")
     parser.add_argument("--devices", type=int, nargs="+", default=[8], help="CPU devices instead")
@@ -38,10 +37,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, nargs="+", default=[1], help="micro-batches")
     parser.add_argument("--mesh", default="data=1,fsdp=-1", help="as data=-1,fsdp=8,tensor=2")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
-    parser.add_argument("--json", default="", metavar="FILE")
-    args = parser.parse_args()
-    check.output_file("--json", args.json)
-    check.counts(vars(args))
+    args = bench.options(parser)
     os.environ.setdefault("PJRT_NPROC", "32")
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -65,9 +61,7 @@ def main() -> None:
                 known[key] = measure(point, args)
             rows.append({"sweep": sweep, "value": str(value), **known[key]})
             show(rows[-1])
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    bench.save(args.json, rows)
 
 
 def measure(point: dict, args: argparse.Namespace) -> dict:
@@ -106,4 +100,4 @@ def show(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    check.run(main)
+    bench.run(main)

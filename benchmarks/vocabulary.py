@@ -6,27 +6,20 @@ Compiled for the topology (a TPU compiler, no TPU: pip install 'vlp[tpu]') or fo
 compiler's, a device; FLOPs count the matrix products of all devices, loop bodies times trips.
 """
 
-import argparse
-import json
 import os
 import re
 
-from contrastive import MB
-
-from vlp.core import check
+import bench
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--topology", default="", help="as v5e:4x4; default: 8 CPU devices")
     parser.add_argument("--batch", type=int, default=16_384)
     parser.add_argument("--text-len", type=int, default=64)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=64_000)
-    parser.add_argument("--json", default="", metavar="FILE")
-    args = parser.parse_args()
-    check.output_file("--json", args.json)
-    check.counts(vars(args))
+    args = bench.options(parser)
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -38,12 +31,10 @@ def main() -> None:
     ]
     print("".join(f"{h:>14}" for h in ("impl", "temp MB", "peak MB", "TFLOPs")) + "  verdict")
     for row in rows:
-        mb = lambda value: "–" if value is None else f"{value / MB:.1f}"
+        mb = lambda value: "–" if value is None else f"{value / bench.MB:.1f}"
         cells = (row["impl"], mb(row["temp_bytes"]), mb(row["peak_bytes"]))
         print("".join(f"{c:>14}" for c in cells) + f"{row['flops'] / 1e12:14.1f}  {row['verdict']}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    bench.save(args.json, rows)
 
 
 def measure(devices, args, impl: str, chunk: int) -> dict:
@@ -84,4 +75,4 @@ def measure(devices, args, impl: str, chunk: int) -> dict:
 
 
 if __name__ == "__main__":
-    check.run(main)
+    bench.run(main)

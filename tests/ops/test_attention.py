@@ -110,3 +110,10 @@ def test_giants_image_tower_takes_splash_on_a_tpu():
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         names = lambda n: str(jax.make_jaxpr(attend)(bf16(n), bf16(256), bf16(256)))
         assert "pallas_call" in names(256) and "pallas_call" not in names(64)
+
+
+def test_whole_rows_move_on_a_cpu():
+    """Heads are brought forward row by row: keys and values are nowhere with a column for each of them."""
+    x = jnp.zeros((2, 64, 4, 32))
+    program = jax.jit(attend).lower(x, x, x).compile().as_text()
+    assert "f32[2,4,64,32]" in program and "f32[2,4,32,64]" not in program

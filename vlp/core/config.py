@@ -23,20 +23,24 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import ml_collections
 from flax.core import FrozenDict
 
 from vlp.core import check
+
+if typing.TYPE_CHECKING:  # imported where config files are read: a model can be built without it
+    import ml_collections
 
 T = TypeVar("T")
 _INTERNAL = ("parent", "name")  # fields that flax adds to every module
 
 
-def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ml_collections.ConfigDict:
+def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> "ml_collections.ConfigDict":
     """Parses a config file's argument, "size=base,smoke", into the types of `defaults`.
 
     A word without `=` is True (the key must be a bool). Raises UserError for an unknown key or a wrong type.
     """
+    import ml_collections
+
     parsed = ml_collections.ConfigDict(defaults)
     for part in filter(None, (arg or "").split(",")):
         key, eq, text = part.partition("=")
@@ -112,7 +116,7 @@ def _returned(path: str, arg: str) -> Any:
 
 def plain(value: Any) -> Any:
     """Returns a deep copy made of dicts, lists and scalars alone (what JSON would give back)."""
-    if isinstance(value, ml_collections.ConfigDict):
+    if hasattr(value, "to_dict"):  # a ConfigDict
         value = value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f.name for f in dataclasses.fields(value) if f.name not in _INTERNAL]

@@ -40,8 +40,8 @@ def attend(
     mask = None if mask_BTS is None else mask_BTS[:, None]
     if kind == "splash":
         return _splash(q_BTHK, k_BSHK, v_BSHK, causal)
-    if q_BTHK.dtype == jnp.float64:
-        return _double(q_BTHK, k_BSHK, v_BSHK, mask, causal)
+    if kind == "xla" and (_platform() == "cpu" or q_BTHK.dtype == jnp.float64):
+        return _heads_first(q_BTHK, k_BSHK, v_BSHK, mask, causal)
     fused = "cudnn" if kind == "cudnn" else None
     return jax.nn.dot_product_attention(
         q_BTHK, k_BSHK, v_BSHK, mask=mask, is_causal=causal, implementation=fused
@@ -132,11 +132,26 @@ def _blocks(num: int) -> tuple[int, int]:
     return turns * block, block
 
 
-def _double(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: Array | None, causal: bool) -> Array:
-    """The same in float64, for comparisons: JAX's function rounds the logits to float32."""
-    logits_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * q_BTHK.shape[-1] ** -0.5
-    seen = jnp.ones(logits_BHTS.shape, bool) if mask is None else mask
+def _heads_first(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: Array | None, causal: bool
+) -> Array:
+    """As jax.nn.dot_product_attention, in the order of axes in which XLA multiplies matrices on CPUs.
+
+    There the transposes that JAX's function leaves to the compiler move single numbers, and take as long as the
+    products; these move whole rows. In float64 JAX's function would round the logits to float32.
+    """
+    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    q_BHTK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
+    batch, size = ((0, 1), (0, 1)), q_BTHK.shape[-1]
+    logits_BHTS = jax.lax.dot_general(
+        q_BHTK, k_BHSK, (((3,), (3,)), batch), preferred_element_type=wide
+    )
+    logits_BHTS *= jnp.asarray(size**-0.5, wide)
+    seen = mask
     if causal:
-        seen = seen & jnp.tril(jnp.ones(logits_BHTS.shape[2:], bool))[None, None]
-    weights_BHTS = jax.nn.softmax(jnp.where(seen, logits_BHTS, -jnp.inf), axis=-1)
-    return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
+        below = jnp.tril(jnp.ones(logits_BHTS.shape[2:], bool))[None, None]
+        seen = below if seen is None else seen & below
+    if seen is not None:
+        logits_BHTS = jnp.where(seen, logits_BHTS, -0.7 * jnp.finfo(wide).max)
+    weights_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(q_BTHK.dtype)
+    return jax.lax.dot_general(weights_BHTS, v_BHSK, (((3,), (2,)), batch)).swapaxes(1, 2)
