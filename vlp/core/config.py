@@ -170,9 +170,7 @@ def build(cls: type[T], section: Any, where: str) -> T:
     return cls(**values)
 
 
-def build_named(
-    table: Mapping[str, type], section: Any, where: str, default: str = ""
-) -> Any:
+def build_named(table: Mapping[str, type], section: Any, where: str, default: str = "") -> Any:
     """Builds the component of `table` that `section["name"]` names (or `default`) from the rest of it."""
     if not isinstance(section, Mapping):
         do = f"write {where}.name={section}" if section in table else f"name one of {list(table)}"
