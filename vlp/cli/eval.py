@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
     check.output_file("--json", args.json)
     split = {"split": args.split} if args.split else {}
     chosen = {label: dataclasses.replace(evals[label], **split) for label in labels}
-    write = lambda name, value: workdir.write_json(
-        pathlib.Path(args.workdir) / "evals" / f"{name}.json", {"step": loaded.step} | value
+    workdir.check_links(pathlib.Path(args.workdir))
+    write = lambda name, value: workdir.write_artefact(
+        pathlib.Path(args.workdir), name, {"step": loaded.step} | value
     )
     io = IO(loaded.data, loaded.tokenizer, write)
     device_mesh = mesh.make(mesh.MeshShape())

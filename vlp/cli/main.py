@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from vlp import __version__
-from vlp.core.check import UserError
+from vlp.core import progress
+from vlp.core.check import UserError, failure
 
 COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "report")
 
@@ -23,8 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for noisy in ("absl", "orbax", "jax", "grain"):
+    for noisy in ("jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for noisy in (
+        "absl",
+        "orbax",
+    ):  # what they raise is told; they would tell it first, with its trace
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    if not any(isinstance(h, progress.Said) for h in logging.getLogger().handlers):
+        logging.getLogger().addHandler(progress.Said())
     parser = argparse.ArgumentParser(prog="vlp", description="Vision-language pretraining in JAX.")
     parser.add_argument("--version", action="version", version=f"vlp {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -38,10 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     try:
-        return args.run(args)
+        with progress.phase(f"vlp {chosen[0] if chosen else ''}"):
+            return args.run(args)
     except UserError as error:
         print(f"vlp: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not (told := failure(error)):
+            raise
+        print(f"vlp: {told}", file=sys.stderr)
+        return 1
 
 
 def compilation_cache() -> None:

@@ -58,13 +58,19 @@ def open_session(
     """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
     with hosts.together("--workdir"):
         lock = files.lock(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints)
+    note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
+    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints, on_saved=note)
+    if position["step"]:
+        note(position["step"])
     checkpoints.set_aside_after(position["step"])
     versions = files.versions() | {"data": getattr(first.main.source, "info", {})}
     files.write_json(workdir / "config.json", config)
     files.write_json(workdir / "versions.json", versions)
     if jax.process_index() == 0:
-        (workdir / "tokenizer.model").write_bytes(first.main.tokenizer.to_bytes())
+        tokenizer = workdir / ".tokenizer.model.partial"
+        tokenizer.unlink(missing_ok=True)
+        tokenizer.write_bytes(first.main.tokenizer.to_bytes())
+        tokenizer.replace(workdir / "tokenizer.model")
     followers = sinks.make(settings.sinks, workdir, config)
     with hosts.together("config.sinks"):  # a server may refuse
         metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
@@ -103,10 +109,14 @@ def open_session(
 def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
     """What the newest whole checkpoint says of itself; None if there is no checkpoint."""
     if not (workdir / "checkpoints").is_dir():
+        files.check_saved(workdir)
         return None
     checkpoints = Checkpoints(workdir / "checkpoints", create=False)
     step = checkpoints.newest()
-    return None if step is None else checkpoints.meta(step)
+    if step is None:
+        files.check_saved(workdir)
+        return None
+    return checkpoints.meta(step)
 
 
 def save(
