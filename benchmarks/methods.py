@@ -27,7 +27,7 @@ import jax
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vlp.cli.main import compilation_cache  # noqa: E402  # the tree beside this file
+from vlp.cli.main import start_jax  # noqa: E402  # the tree beside this file
 from vlp.core import check, config, mesh  # noqa: E402
 from vlp.train import loop, parts, stages, workdir  # noqa: E402
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     check.output_file("--json", args.json)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     chosen = [m.strip() for m in args.only.split(",") if m.strip()] if args.only else list(METHODS)
-    compilation_cache()
+    start_jax()
     try:
         for name in chosen:
             if name not in METHODS:

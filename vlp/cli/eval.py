@@ -22,12 +22,13 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from vlp.cli.main import compilation_cache
+    from vlp.cli.main import start_jax
     from vlp.core import check, mesh
     from vlp.evals.io import IO, check_ready
     from vlp.infer.load import load
     from vlp.train import stages, workdir
 
+    start_jax()
     loaded = load(args.workdir, args.step)
     _, built = stages.parse(loaded.meta["config"])
     evals = built[loaded.meta["stage"]].evals
@@ -47,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
     device_mesh = mesh.make(mesh.MeshShape())
     for label, evaluator in chosen.items():
         check_ready(evaluator, loaded.apply.model, device_mesh, io, f"config.evals.{label}")
-    compilation_cache()
     rows = []
     with jax.set_mesh(device_mesh):
         for label, evaluator in chosen.items():

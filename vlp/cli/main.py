@@ -10,12 +10,13 @@ import importlib
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
 from vlp import __version__
 from vlp.core import progress
-from vlp.core.check import UserError, failure
+from vlp.core.check import UserError, error, failure
 
 COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "report")
 
@@ -48,20 +49,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with progress.phase(f"vlp {chosen[0] if chosen else ''}"):
             return args.run(args)
-    except UserError as error:
-        print(f"vlp: {error}", file=sys.stderr)
+    except UserError as mistake:
+        print(f"vlp: {mistake}", file=sys.stderr)
         return 2
-    except Exception as error:
-        if not (told := failure(error)):
+    except Exception as e:
+        if not (told := failure(e)):
             raise
         print(f"vlp: {told}", file=sys.stderr)
         return 1
 
 
-def compilation_cache() -> None:
-    """Keeps compiled programs between runs (VLP_CACHE, default ~/.cache/vlp; empty: off)."""
+# What a run's numbers depend on, whatever the shell or a JAX configuration says.
+PINNED = {
+    "jax_enable_x64": False,
+    "jax_default_matmul_precision": None,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_softmax_custom_jvp": False,
+}
+_FAST = r"--xla_\w*fast_(math|min_max)(=(true|1))?(?=\s|$)"
+
+
+def start_jax() -> None:
+    """Pins the flags that numbers depend on, and keeps compiled programs between runs.
+
+    VLP_CACHE: where (default ~/.cache/vlp; empty: nowhere). Raises UserError for fast-math flags, under which NaN and
+    the order of sums are the compiler's own affair.
+    """
     import jax
 
+    log = logging.getLogger(__name__)
+    for name, value in PINNED.items():
+        found = getattr(jax.config, name, value)
+        if found != value:
+            text = "%s=%s is not followed (it stays %s): a run's numbers depend on its config alone"
+            log.warning(text, name.upper(), found, value)
+            jax.config.update(name, value)
+    if fast := re.search(_FAST, os.environ.get("XLA_FLAGS", "")):
+        raise error("XLA_FLAGS", fast.group(), "arithmetic that knows NaN", "drop it")
     root = os.environ.get("VLP_CACHE", str(pathlib.Path.home() / ".cache" / "vlp"))
     if root and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore  # made at run time
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jax"))

@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 class Failed(RuntimeError):
-    """Something outside of the program failed (a disk, another process); its message says what is kept and what to do."""
+    """Something outside of the program failed (a disk, another process); the message says what is kept."""
 
 
 # What an operating system refuses whatever the program does.

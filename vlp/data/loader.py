@@ -512,6 +512,10 @@ class Dataset:
         """The caption that evaluations compare with: the first in the wanted languages."""
         return _texts(self.record(record_id), self.data, "first", None)[0]
 
+    def captions(self, record_id: int) -> list[str]:
+        """The same without a look at the image. Raises: `text_ops.BadCaption`."""
+        return _texts(self.source[record_id], self.data, "first", None)
+
     def keys(self, record_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the keys of the records."""
         return [self.source[int(i)]["key"] for i in record_ids]

@@ -31,7 +31,14 @@ from vlp.train.enter import check_start, enter
 from vlp.train.interval import FINITE, Interval, Sums, values
 from vlp.train.parts import Parts, in_order, prepare
 from vlp.train.profile import check_range
-from vlp.train.session import Session, description_of_data, last_meta, open_session, save
+from vlp.train.session import (
+    Session,
+    description_of_data,
+    last_meta,
+    open_session,
+    save,
+    say_changes,
+)
 from vlp.train.sinks import check_sinks
 from vlp.train.stages import parse
 from vlp.train.state import State
@@ -74,6 +81,7 @@ def run(
         session = open_session(
             resolved, settings, workdir, mesh, stop, all_parts[0], position, profile
         )
+        say_changes(meta, session)
         state = None
         interval = Interval((meta or {}).get("interval"))
         with (
@@ -85,8 +93,7 @@ def run(
             for parts in all_parts[position["stage"] :]:
                 with progress.phase(f"entering stage {parts.stage.name!r}"):
                     state = enter(session, parts, state, position if state is None else None)
-                here = lambda: f"training: stage {parts.stage.name!r}, {session.watchdog.phase}"
-                with progress.phase(here):
+                with progress.phase(lambda: f"training: {session.watchdog.phase}"):
                     state = train_stage(session, parts, state, interval)
                 if int(state.step) < total and stop.asked(int(state.step)):
                     log.info(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from vlp.ckpt.manager import Checkpoints
 from vlp.core import tree
-from vlp.core.config import plain
+from vlp.core.config import difference, plain
 from vlp.optim import make as optimisers
 from vlp.train import hosts, sinks
 from vlp.train import workdir as files
@@ -117,6 +117,14 @@ def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
         files.check_saved(workdir)
         return None
     return checkpoints.meta(step)
+
+
+def say_changes(meta: Mapping[str, Any] | None, session: Session) -> None:
+    """Logs what is installed or set otherwise than when the checkpoint was written: numbers may differ from here on."""
+    here = {k: v for k, v in session.versions.items() if k != "data"}
+    before = {k: v for k, v in (meta or {}).get("versions", here).items() if k != "data"}
+    for change in difference(before, here):
+        log.info("since the checkpoint: %s", change)
 
 
 def save(

@@ -32,6 +32,11 @@ _WRITTEN = {
     ".lock", "config.json", "versions.json", "preprocessing.json", "saved.json", "tokenizer.model", "metrics.jsonl",
     "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
 }  # fmt: skip
+_FLAGS = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "NVIDIA_TF32_OVERRIDE",
+)  # what else may change the numbers
 SHARED = ".shared"  # suffix of the file by which hosts see that they share the workdir; caches show it when it is gone
 
 
@@ -245,7 +250,7 @@ def code_versions() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """What a result depends on beside the config: packages, git commit, device."""
+    """What a result depends on beside the config: packages, git commit, device, flags of JAX and XLA."""
     devices = jax.devices()
     return {
         **code_versions(),
@@ -253,6 +258,9 @@ def versions() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "devices": len(devices),
         "processes": jax.process_count(),
+        "flags": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_") or k in _FLAGS
+        },
     }
 
 
