@@ -69,7 +69,8 @@ def open_session(
     if jax.process_index() == 0:
         tokenizer = workdir / ".tokenizer.model.partial"
         tokenizer.unlink(missing_ok=True)
-        tokenizer.write_bytes(first.main.tokenizer.to_bytes())
+        with files.named(tokenizer):
+            tokenizer.write_bytes(first.main.tokenizer.to_bytes())
         tokenizer.replace(workdir / "tokenizer.model")
     followers = sinks.make(settings.sinks, workdir, config)
     with hosts.together("config.sinks"):  # a server may refuse

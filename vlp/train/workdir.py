@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import pathlib
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import jax
@@ -61,7 +62,7 @@ class Metrics:
             os.replace(path, aside)
             log.warning("%s: of a start without a checkpoint; kept as %s", path, aside.name)
         partial = path.with_suffix(".partial")
-        with open_text(partial, "w") as f:
+        with named(partial), open_text(partial, "w") as f:
             f.write("".join(dump(row) + "\n" for row in kept))
         os.replace(partial, path)
         self._file = open_text(path, "a")
@@ -71,15 +72,17 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         if self._active:
-            self._file.write(dump(row) + "\n")
+            with named(self._path):
+                self._file.write(dump(row) + "\n")
             for sink in self._sinks:
                 sink.write(row)
 
     def flush(self) -> None:
         """Puts every row on disk (before a checkpoint that claims them)."""
         if self._active:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with named(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
             for sink in self._sinks:
                 sink.flush()
 
@@ -124,7 +127,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        with open_text(partial, "w") as f:
+        with named(path), open_text(partial, "w") as f:
             f.write(dump(value, indent=1) + "\n")
         os.replace(partial, path)
 
@@ -138,6 +141,16 @@ def write_artefact(workdir: pathlib.Path, name: str, value: Any) -> None:
     if folder.is_symlink():
         raise check.error(str(folder), "a symbolic link", "a directory of the run", "remove it")
     write_json(folder / f"{safe}.json", value)
+
+
+@contextlib.contextmanager
+def named(path: pathlib.Path) -> Iterator[None]:
+    """Errors of writing inside name the file (a full disk's do not)."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
 
 
 def open_text(path: pathlib.Path, mode: str) -> IO[str]:
