@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from vlp.cli.main import start_jax
-    from vlp.core import check, mesh
+    from vlp.core import check, mesh, progress
     from vlp.evals.io import IO, check_ready
     from vlp.infer.load import load
     from vlp.train import stages, workdir
@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     with jax.set_mesh(device_mesh):
         for label, evaluator in chosen.items():
-            for r in evaluator(loaded.apply, device_mesh, io):
+            with progress.phase(f"vlp eval: {label}"):
+                results = list(evaluator(loaded.apply, device_mesh, io))
+            for r in results:
                 rows.append(
                     {
                         "eval": label,

@@ -47,9 +47,14 @@ def phase(text: str | Callable[[], str]) -> Iterator[None]:
         _phases.remove(done)
 
 
+def said() -> None:
+    """Something else was shown just now (a bar that moved)."""
+    global _last
+    _last = time.monotonic()
+
+
 class Said(logging.Handler):
     """A handler by which every line of the log counts as something said."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        global _last
-        _last = time.monotonic()
+        said()

@@ -163,9 +163,17 @@ def chosen(
     Raises UserError if no record has such a field.
     """
     ids, names, fields = [], [], set()
-    unlabelled = 0
+    unlabelled = bad = 0
     for i in range(dataset.num_records):
-        record = dataset.source[i]
+        try:
+            record = dataset.source[i]
+        except Exception as e:  # by source: OSError, zlib.error, BadImage …
+            if dataset.data.bad_records == "error":
+                got = f"record {i}, which cannot be read ({type(e).__name__}: {e!s:.80})"
+                do = "repair the data, or set config.data.bad_records='replace'"
+                raise check.error(f"{where}.split", got, "good records", do) from e
+            bad += 1
+            continue
         fields |= {k for k, v in record.items() if isinstance(v, str | int) and k != "key"}
         value = record.get(zeroshot.label)
         if value is None or value == "" or value != value:  # NaN: an empty cell of a table
@@ -173,12 +181,13 @@ def chosen(
         elif str(value) in zeroshot.classes:
             ids.append(i)
             names.append(str(value))
-    if unlabelled == dataset.num_records:
+    if unlabelled + bad == dataset.num_records:
         raise check.unknown(f"{where}.label", zeroshot.label, fields)
     data = dataclasses.replace(dataset.data, mixture=())
     some = Dataset(data, Chosen(dataset.source, tuple(ids)), dataset.tokenizer)
-    others = dataset.num_records - unlabelled - len(ids)
-    return some, names, {"num_unlabelled": unlabelled, "num_other_classes": others}
+    others = dataset.num_records - unlabelled - bad - len(ids)
+    counts = {"num_unlabelled": unlabelled, "num_other_classes": others, "num_bad": bad}
+    return some, names, counts
 
 
 def prompts(phrase: str, templates: Sequence[str]) -> list[str]:

@@ -137,6 +137,8 @@ def train_stage(session: Session, parts: Parts, state: State, interval: Interval
         record(ahead=AHEAD if number else 0)
         session.checkpoints.look()
         bar.update()
+        if not bar.disable:
+            progress.said()
         stopping = session.stop.asked(step)
         due = due_evals(parts, number + 1)
         saving = last or stopping or step % settings.save_every_steps == 0
