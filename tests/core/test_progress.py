@@ -18,6 +18,7 @@ def hurried(monkeypatch):
     monkeypatch.setattr(progress, "FIRST_SECS", 0.08)
     monkeypatch.setattr(progress, "EVERY_SECS", 0.3)
     monkeypatch.setattr(progress, "_last", 0.0)
+    monkeypatch.setattr(progress, "in_log", False)
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.INFO)
     yield
@@ -81,7 +82,8 @@ def test_a_run(toy, hurried, capsys, monkeypatch, tmp_path):
     prepare = loop.prepare
     monkeypatch.setattr(runs, "_prepare", prepare)
     assert runs.train(runs.changed(runs.TOY, steps=2), tmp_path / "run") == 0
-    said = capsys.readouterr().err
+    said, errors = capsys.readouterr()
+    assert errors == ""
     places = [
         said.index(text)
         for text in ("opening the data of stage 'stage0'", "entering stage 'stage0'", "training: ")

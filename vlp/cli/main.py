@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = [a for a in rest if a not in taken]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    progress.in_log = chosen == ["train"]  # whose mistakes are alone on standard error
     try:
         with progress.phase(f"vlp {chosen[0] if chosen else ''}"):
             return args.run(args)

@@ -1,9 +1,10 @@
-"""Long work is never silent: a line on standard error soon after a phase begins, and more until it ends.
+"""Long work is never silent: a line soon after a phase begins, and more until it ends.
 
     with progress.phase("compiling the step"):
         ...
 
-Only where the program talks at all (the command line; not a library's user, nor processes that leave it to others).
+Only where the program talks at all (the command line; not a library's user, nor processes that leave it to others):
+on standard error, or beside the log where that is the command's output (`in_log`).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 FIRST_SECS = 4.0  # what takes less is not worth a line
 EVERY_SECS = 15.0
 _phases: list[object] = []  # from the outermost on; the innermost speaks
+in_log = False
 _last = 0.0  # when something was said last, by anyone (time.monotonic)
 
 
@@ -37,7 +39,8 @@ def phase(text: str | Callable[[], str]) -> Iterator[None]:
                 _last = now
                 if logging.getLogger().isEnabledFor(logging.INFO):
                     what = text if isinstance(text, str) else text()
-                    print(f"{what} … {now - began:.0f} s", file=sys.stderr, flush=True)
+                    stream = sys.stdout if in_log else sys.stderr
+                    print(f"{what} … {now - began:.0f} s", file=stream, flush=True)
 
     threading.Thread(target=speak, daemon=True, name="progress").start()
     try:
