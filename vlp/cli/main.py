@@ -76,8 +76,21 @@ _FAST = r"--xla_\w*fast_(math|min_max)(=(true|1))?(?=\s|$)"
 def start_jax() -> None:
     """Pins the flags that numbers depend on, and keeps compiled programs between runs.
 
-    VLP_CACHE: where (default ~/.cache/vlp; empty: nowhere). Raises UserError for fast-math flags, under which NaN and
-    the order of sums are the compiler's own affair.
+    VLP_CACHE: where (default ~/.cache/vlp; empty: nowhere).
+    """
+    import jax
+
+    pin_flags()
+    root = os.environ.get("VLP_CACHE", str(pathlib.Path.home() / ".cache" / "vlp"))
+    if root and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore  # made at run time
+        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def pin_flags() -> None:
+    """Sets JAX's flags as in `PINNED`, and tells which were otherwise.
+
+    Raises UserError for fast-math flags of XLA, under which NaN and the order of sums are the compiler's own affair.
     """
     import jax
 
@@ -90,7 +103,3 @@ def start_jax() -> None:
             jax.config.update(name, value)
     if fast := re.search(_FAST, os.environ.get("XLA_FLAGS", "")):
         raise error("XLA_FLAGS", fast.group(), "arithmetic that knows NaN", "drop it")
-    root = os.environ.get("VLP_CACHE", str(pathlib.Path.home() / ".cache" / "vlp"))
-    if root and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore  # made at run time
-        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
