@@ -25,7 +25,7 @@ from typing import Any
 import bench
 import jax
 
-from vlp.cli.main import compilation_cache
+from vlp.cli.main import start_jax
 from vlp.core import check, config, mesh
 from vlp.train import loop, parts, stages, workdir
 
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     args = bench.options(parser, argv=argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     chosen = [m.strip() for m in args.only.split(",") if m.strip()] if args.only else list(METHODS)
-    compilation_cache()
+    start_jax()
     try:
         for name in chosen:
             if name not in METHODS:

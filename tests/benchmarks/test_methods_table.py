@@ -36,7 +36,7 @@ def test_rows(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.json"
     argv = ["--smoke", "--steps", "15", "--only", "SigLIP", "--seeds", "2"]
     argv += ["--workdir", str(tmp_path / "runs"), "--json", str(out)]
-    monkeypatch.setattr(methods, "compilation_cache", lambda: None)  # the tests have theirs
+    monkeypatch.setattr(methods, "start_jax", lambda: None)  # the tests have theirs
     assert methods.main(argv) == 0
     (row,) = json.loads(out.read_text())
     assert row["seeds"] == 2 and row["samples"] == 15 * 8 and row["flops"] > 0

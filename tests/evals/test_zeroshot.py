@@ -15,7 +15,7 @@ from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
 from vlp.data import emoji, records
-from vlp.data.loader import Data, open_dataset
+from vlp.data.loader import Data, Dataset, Part, Reweight, open_dataset
 from vlp.evals import io as ios
 from vlp.evals import zeroshot as zs
 
@@ -188,3 +188,119 @@ def test_records_of_labels_alone(tmp_path):
         (artefact,) = kept.values()
         assert {x["caption"] for x in artefact["items"]} == {"words" * (name == "with")}
     assert results[0] == results[1]
+
+
+class Some:
+    """Records some of which lack the label, or captions, or a picture that can be read."""
+
+    fingerprint = "x"
+
+    def __init__(self, change):
+        self.records, self.change = open_dataset(dataclasses.replace(DATA, split="test")), change
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        record = dict(self.records.source[i])
+        self.change(i, record)
+        return record
+
+
+def evaluate_changed(monkeypatch, change, **data):
+    """Values, provenance and artefact of the records as `change(i, record)` leaves them."""
+    kept, mesh = {}, meshes.make(meshes.MeshShape(), jax.devices()[:1])
+    tokenizer = open_dataset(DATA).tokenizer
+    changed = lambda data, tokenizer: Dataset(data, Some(change), tokenizer)
+    monkeypatch.setattr(ios, "_open", changed)
+    io = ios.IO(dataclasses.replace(DATA, **data), tokenizer, kept.__setitem__)
+    evaluator = zs.Zeroshot("shape", CLASSES, templates=TEMPLATES, batch=8)
+    with jax.set_mesh(mesh):
+        evaluator.check(io, "config.evals.shapes")
+        results = list(evaluator(Apply(Random(), params()), mesh, io))
+    (artefact,) = kept.values()
+    return {r.metric: r.value for r in results}, results[0].provenance, artefact
+
+
+def without_label(i, record):
+    value = {1: None, 5: "", 6: float("nan"), 9: "hexagon"}
+    if i in value:
+        record["shape"] = value[i]
+    if i == 0:  # the first one has not even the field
+        del record["shape"]
+
+
+def test_records_without_the_label_are_left_out(monkeypatch):
+    """Counted, and the others as if they were alone."""
+    counts, ranks = oracle(("test",))
+    left = np.setdiff1d(np.arange(40), (0, 1, 5, 6, 9))
+    values, where, artefact = evaluate_changed(monkeypatch, without_label)
+    assert values["accuracy"] == pytest.approx((ranks[left] == 1).mean())
+    expected = {"num": 35, "num_unlabelled": 4, "num_other_classes": 1, "num_bad": 0}
+    assert expected.items() <= where.items() and np.sum(artefact["confusion"]) == 35
+    assert counts.sum() == 40
+
+
+def test_captions_are_not_needed(monkeypatch):
+    def change(i, record):
+        if i % 2:
+            record["captions"] = []
+        elif i % 3:
+            del record["captions"]
+
+    _, ranks = oracle(("test",))
+    values, where, artefact = evaluate_changed(monkeypatch, change, langs=("xx",))
+    assert values["accuracy"] == pytest.approx((ranks == 1).mean()) and where["num"] == 40
+    captions = [item["caption"] for item in artefact["items"]]
+    assert "" in captions and any(captions)
+
+
+def test_substitutes_do_not_count(monkeypatch):
+    """A picture that cannot be read is replaced by another record's, whose class it has not."""
+
+    def change(i, record):
+        if i in (3, 4):
+            record["image"] = b"<html>"
+        if i == 7:
+            raise OSError("a bad block")
+
+    _, ranks = oracle(("test",))
+    values, where, _ = evaluate_changed(monkeypatch, change, bad_records="replace")
+    left = np.setdiff1d(np.arange(40), (3, 4, 7))
+    assert values["accuracy"] == pytest.approx((ranks[left] == 1).mean())
+    assert (where["num"], where["num_bad"]) == (37, 3)
+    with pytest.raises(check.UserError, match="got record 7, which cannot be read .OSError: a bad"):
+        evaluate_changed(monkeypatch, change)
+
+
+def test_no_record_with_the_label(monkeypatch):
+    with pytest.raises(check.UserError, match="shapes.label: got 'shape', expected one of"):
+        evaluate_changed(monkeypatch, lambda i, record: record.update(shape=None))
+
+
+def test_evaluations_of_captions_need_captions(monkeypatch):
+    """Told before training, not after it."""
+    none = lambda i, record: record.update(captions=[])
+    changed = lambda data, tokenizer: Dataset(data, Some(none), tokenizer)
+    monkeypatch.setattr(ios, "_open", changed)
+    io = ios.IO(DATA, open_dataset(DATA).tokenizer)
+    with pytest.raises(
+        check.UserError, match="config.evals.r.split: got 'test', in which 40 of 40"
+    ):
+        ios.check_captions(io.open("test"), "config.evals.r.split")
+
+
+def test_what_is_of_training_alone():
+    """Evaluations see the whole split, by one caption, of those parts of a mixture that have it."""
+    parts = (Part("a", split="train", num_records=7), Part("b", path="/none", source="records"))
+    data = dataclasses.replace(
+        DATA, captions="all", num_captions=3, mixture=parts, reweight=(Reweight(8, (1.0, 2.0)),),
+        skip="/none/quarantine_0.jsonl", group_by="shape",
+    )  # fmt: skip
+    dataset = ios.IO(data, open_dataset(DATA).tokenizer).open("test")
+    assert dataset.num_records == 7 and dataset.data.mixture[0].split == ""
+    part = dataclasses.replace(DATA, num_records=7, split="test")
+    np.testing.assert_array_equal(
+        dataset.eval_batch(0, 7)["image"], open_dataset(part).eval_batch(0, 7)["image"]
+    )
+    assert dataset.eval_batch(0, 7)["text"].shape == (7, 16)

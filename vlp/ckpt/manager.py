@@ -8,13 +8,17 @@ samples seen. A checkpoint whose files are not as they were written (digest.py) 
 from __future__ import annotations
 
 import logging
+import os
 import pathlib
+import re
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from vlp.ckpt import digest
 from vlp.core import check
@@ -27,8 +31,16 @@ ITEMS = ("params", "rest", "meta")
 class Checkpoints:
     """The checkpoints of one workdir, by global step."""
 
-    def __init__(self, directory: str | pathlib.Path, keep: int = 2, create: bool = True):
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        keep: int = 2,
+        create: bool = True,
+        on_saved: Callable[[int], None] = lambda step: None,
+    ):
+        """on_saved: called with each step that was saved and is whole, once that is known."""
         self._path = pathlib.Path(directory).absolute()
+        check_path(str(directory), self._path)
         if not create and not self._path.is_dir():
             raise check.error(
                 str(directory),
@@ -42,10 +54,22 @@ class Checkpoints:
             read_only=not create,
             step_prefix="step",
             step_format_fixed_length=9,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._seal,
+                # Else a folder that cannot be made leaves threads that wait for it for five minutes.
+                create_directories_asynchronously=False,
+            ),
         )
-        self._manager = ocp.CheckpointManager(self._path, options=options, item_names=ITEMS)
-        self._saving = -1
+        try:
+            self._manager = ocp.CheckpointManager(self._path, options=options, item_names=ITEMS)
+        except OSError as e:
+            do = "choose another directory"
+            raise check.error(str(self._path), e.strerror, "a directory to write to", do) from e
+        self._saving: int | None = None
+        self._shapes: dict[str, list[Any]] = {}
+        self._failed = False
+        self._saved: int | None = None  # the last step that is known to be whole
+        self._on_saved = on_saved
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -90,7 +114,7 @@ class Checkpoints:
             self._manager.reload()
 
     def save(self, step: int, params: PyTree, rest: PyTree, meta: dict[str, Any]) -> None:
-        """Starts a save and returns once the arrays are copied; raises here if the save before it failed."""
+        """Starts a save and returns once the arrays are copied; raises `Failed` here if the save before it failed."""
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(rest),
@@ -98,14 +122,38 @@ class Checkpoints:
         )
         self.wait()
         self._saving = step
-        saved = self._manager.save(step, args=args)
+        self._shapes = {"params": _shapes(params), "rest": _shapes(rest)}
+        try:
+            saved = self._manager.save(step, args=args)
+        except Exception as e:
+            raise self._failure(e) from e
         assert saved, f"step {step} is behind the checkpoints {self.steps()}"
 
     def _seal(self) -> None:
-        """Called by Orbax once everything is written and before the checkpoint gets its name."""
+        """Called by Orbax once everything is written and before the checkpoint gets its name: it has to open."""
         if jax.process_index() == 0:
-            name = self._folder(self._saving).name
-            digest.write(next(self._path.glob(f"{name}*")))  # here or under a temporary name
+            assert self._saving is not None
+            name = self._folder(self._saving).name  # here or under a temporary name
+            folder = next(p for p in self._path.iterdir() if p.name.startswith(name))
+            for item, shapes in self._shapes.items():
+                handler = ocp.PyTreeCheckpointHandler()
+                found = _shapes(handler.metadata(epath.Path(folder / item)).tree)
+                if found != shapes:
+                    got = f"{len(found)} arrays of {item} that can be read back"
+                    raise check.error(str(folder), got, f"the {len(shapes)} that were saved", "")
+            digest.write(folder)
+
+    def _failure(self, e: Exception) -> check.Failed:
+        """The error of a save: what could not be written, what is kept."""
+        self._failed = True
+        kept = [s for s in self.steps() if s != self._saving and self._folder(s).is_dir()]
+        text = (
+            f"the checkpoints of steps {kept} are kept" if kept else "there is no other checkpoint"
+        )
+        return check.Failed(
+            f"{self._path}: got {_reason(e)} in saving step {self._saving}, expected a whole checkpoint; "
+            f"{text}; mend that and repeat the command"
+        )
 
     def meta(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
@@ -137,12 +185,66 @@ class Checkpoints:
         return self._path / f"step_{step:09d}"
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises if it failed."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is on disk; raises `Failed` if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:
+            raise self._failure(e) from e
+        if self._saving is not None and self._saved != self._saving:
+            self._saved = self._saving
+            self._on_saved(self._saving)
+
+    def look(self) -> None:
+        """Raises `Failed` if a save has failed by now; waits for nothing."""
+        if jax.process_count() == 1 and self._saving != self._saved:  # several agree in `wait`
+            if not self._manager.is_saving_in_progress():
+                self.wait()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the last save; raises `Failed` if it failed, unless that was said before."""
+        if not self._failed:
+            self.wait()
+            self._manager.close()
+
+
+def check_path(where: str, path: pathlib.Path) -> None:
+    """Raises UserError for a directory whose name Orbax or TensorStore takes for something else."""
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise check.error(where, ascii(text), "a path in UTF-8", "rename it") from None
+    if "\\" in text:
+        raise check.error(where, repr(text), "a path without backslashes", "rename it")
+    url = re.search(r"(^|/)(gs|s3|az|hf|file|https?|hdfs):/", text)
+    if url or text.startswith(("/gs/", "/s3/", "/az/", "/hf/")):
+        do = "mount the bucket elsewhere, and give that path"
+        raise check.error(where, repr(text), "a directory of this machine", do)
+
+
+def _glob(path: Any, pattern: str) -> Iterator[Any]:
+    """`epath.Path.glob` that takes the directory's own name as it is: there, `lr[1e-3]` is a pattern, too."""
+    if path._uri_scheme:  # not on this machine
+        return _GLOB(path, pattern)
+    return (epath.Path(str(p)) for p in pathlib.Path(os.fspath(path)).glob(pattern))
+
+
+_GLOB, epath.gpath.PosixGPath.glob = epath.gpath.PosixGPath.glob, _glob  # type: ignore[method-assign]
+
+
+def _shapes(tree: PyTree) -> list[tuple[Any, str]]:
+    """Shape and type of every array, in no order that a container could change."""
+    arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
+    return sorted((tuple(getattr(x, "shape", ())), np.dtype(x.dtype).name) for x in arrays)
+
+
+def _reason(e: Exception) -> str:
+    """Why a save failed, in a few words."""
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    if found := re.search(r"os_error_code='(\d+)'", str(e)):  # TensorStore's
+        return os.strerror(int(found.group(1)))
+    return f"{type(e).__name__} ({str(e).splitlines()[0][:160] if str(e) else ''})"
 
 
 def select(checkpoints: Checkpoints, workdir: str | pathlib.Path, step: int | None) -> int:

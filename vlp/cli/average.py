@@ -17,8 +17,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from vlp.cli.main import start_jax
     from vlp.infer import average
     from vlp.infer.load import load
+
+    start_jax()
 
     weights = parse_weights(args.weights, len(args.models))
     models = [load(*parse_model(text)) for text in args.models]

@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vlp.cli.main import compilation_cache
+    from vlp.cli.main import start_jax
     from vlp.core import check
     from vlp.data import image_ops
     from vlp.infer.caption import caption
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         except image_ops.BadImage as e:
             got = f"{path!r}, no usable image ({e})"
             raise check.error("vlp caption", got, "image files", "leave it out") from e
-    compilation_cache()
+    start_jax()
     loaded = load(args.workdir, args.step)
     for path, text in zip(args.images, caption(loaded, images)):
         print(f"{path}\t{text}")

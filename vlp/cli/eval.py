@@ -22,12 +22,13 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from vlp.cli.main import compilation_cache
-    from vlp.core import check, mesh
+    from vlp.cli.main import start_jax
+    from vlp.core import check, mesh, progress
     from vlp.evals.io import IO, check_ready
     from vlp.infer.load import load
     from vlp.train import stages, workdir
 
+    start_jax()
     loaded = load(args.workdir, args.step)
     _, built = stages.parse(loaded.meta["config"])
     evals = built[loaded.meta["stage"]].evals
@@ -39,18 +40,20 @@ def run(args: argparse.Namespace) -> int:
     check.output_file("--json", args.json)
     split = {"split": args.split} if args.split else {}
     chosen = {label: dataclasses.replace(evals[label], **split) for label in labels}
-    write = lambda name, value: workdir.write_json(
-        pathlib.Path(args.workdir) / "evals" / f"{name}.json", {"step": loaded.step} | value
+    workdir.check_links(pathlib.Path(args.workdir))
+    write = lambda name, value: workdir.write_artefact(
+        pathlib.Path(args.workdir), name, {"step": loaded.step} | value
     )
     io = IO(loaded.data, loaded.tokenizer, write)
     device_mesh = mesh.make(mesh.MeshShape())
     for label, evaluator in chosen.items():
         check_ready(evaluator, loaded.apply.model, device_mesh, io, f"config.evals.{label}")
-    compilation_cache()
     rows = []
     with jax.set_mesh(device_mesh):
         for label, evaluator in chosen.items():
-            for r in evaluator(loaded.apply, device_mesh, io):
+            with progress.phase(f"vlp eval: {label}"):
+                results = list(evaluator(loaded.apply, device_mesh, io))
+            for r in results:
                 rows.append(
                     {
                         "eval": label,

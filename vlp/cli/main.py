@@ -10,13 +10,14 @@ import importlib
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from vlp import __version__
-from vlp.core import check
-from vlp.core.check import UserError
+from vlp.core import check, progress
+from vlp.core.check import UserError, failure
 
 COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "report")
 
@@ -32,14 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for noisy in ("absl", "orbax", "jax", "grain"):
+    for noisy in ("jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for noisy in (
+        "absl",
+        "orbax",
+    ):  # what they raise is told; they would tell it first, with its trace
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    if not any(isinstance(h, progress.Said) for h in logging.getLogger().handlers):
+        logging.getLogger().addHandler(progress.Said())
     parser = Parser(prog="vlp", description="Vision-language pretraining in JAX.")
     parser.add_argument("--version", action="version", version=f"vlp {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen = [c for c in COMMANDS if c == next((a for a in argv if not a.startswith("-")), None)]
     for name in chosen or COMMANDS:  # one command does not import the others
         importlib.import_module(f"vlp.cli.{name}").add_parser(subparsers)
+    progress.in_log = chosen == ["train"]  # whose mistakes are alone on standard error
     try:
         args, rest = parser.parse_known_args(argv)
         taken = [a for a in rest if a.startswith("--config.") and hasattr(args, "config")]
@@ -50,17 +59,58 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise check.error(a, "no value", f"{a}={value}", "write it with =")
         if wrong := [a for a in rest if a not in taken]:
             parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-        return args.run(args)
-    except UserError as error:
-        print(f"vlp: {error}", file=sys.stderr)
+        with progress.phase(f"vlp {chosen[0] if chosen else ''}"):
+            return args.run(args)
+    except UserError as mistake:
+        print(f"vlp: {mistake}", file=sys.stderr)
         return 2
+    except Exception as e:
+        if not (told := failure(e)):
+            raise
+        print(f"vlp: {told}", file=sys.stderr)
+        return 1
 
 
-def compilation_cache() -> None:
-    """Keeps compiled programs between runs (VLP_CACHE, default ~/.cache/vlp; empty: off)."""
+# What a run's numbers depend on, whatever the shell or a JAX configuration says.
+PINNED = {
+    "jax_enable_x64": False,
+    "jax_default_matmul_precision": None,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_softmax_custom_jvp": False,
+}
+_FAST = r"--xla_\w*fast_(math|min_max)(=(true|1))?(?=\s|$)"
+
+
+def start_jax() -> None:
+    """Pins the flags that numbers depend on, and keeps compiled programs between runs.
+
+    VLP_CACHE: where (default ~/.cache/vlp; empty: nowhere).
+    """
     import jax
 
+    pin_flags()
     root = os.environ.get("VLP_CACHE", str(pathlib.Path.home() / ".cache" / "vlp"))
     if root and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore  # made at run time
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def pin_flags() -> None:
+    """Sets JAX's flags as in `PINNED`, and tells which were otherwise.
+
+    Raises UserError for fast-math flags of XLA, under which NaN and the order of sums are the compiler's own affair.
+    """
+    import jax
+
+    log = logging.getLogger(__name__)
+    for name, value in PINNED.items():
+        found = getattr(jax.config, name, value)
+        if found != value:
+            text = "%s=%s is not followed (it stays %s): a run's numbers depend on its config alone"
+            log.warning(text, name.upper(), found, value)
+            jax.config.update(name, value)
+    if fast := re.search(_FAST, os.environ.get("XLA_FLAGS", "")):
+        raise check.error("XLA_FLAGS", fast.group(), "arithmetic that knows NaN", "drop it")

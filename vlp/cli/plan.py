@@ -52,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.gpu != "":  # no accelerator is touched, whatever this machine has
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("PJRT_NPROC", "32")
+    from vlp.cli.main import pin_flags
+
+    pin_flags()
     gc.disable()  # traces make millions of small objects that live on: a quarter of an estimate's time
     try:
         return _plan(args)

@@ -5,7 +5,7 @@ import math
 import pathlib
 import time
 
-from vlp.cli.main import compilation_cache
+from vlp.cli.main import start_jax
 
 SEVERAL = (
     "Start the same command on every host; on Cloud TPU and under srun nothing need be given. Also by "
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise check.error("--wait-secs", secs, "a number of seconds above 0", "change it")
     config = load(args.config, args.overrides)
     steps = profile.parse(args.profile) if args.profile else None
-    compilation_cache()
+    start_jax()
     place = hosts.find(args.coordinator, args.processes, args.process)
     if place is None:
         return loop.run(config, args.workdir, steps)

@@ -1,10 +1,12 @@
 """Errors that a user can act on: one line, `where: got X, expected Y; do Z`.
 
-The command line turns a `UserError` into exit code 2 and prints its message alone; any other exception is a
-crash (exit code 1, with its traceback).
+The command line turns a `UserError` into exit code 2 and prints its message alone, and so it does with what the
+machine refused (`Failed`, a full disk), with exit code 1; any other exception is a crash (1, with its traceback).
 """
 
 import difflib
+import errno
+import os
 import pathlib
 import re
 import sys
@@ -14,6 +16,30 @@ from typing import NoReturn
 
 class UserError(ValueError):
     """A mistake in a config, a command or a file; its message says what to do."""
+
+
+class Failed(RuntimeError):
+    """Something outside of the program failed (a disk, another process); the message says what is kept."""
+
+
+# What an operating system refuses whatever the program does.
+_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+    errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+def failure(e: BaseException) -> str:
+    """What to print for an error of the machine in one line; "" for a crash."""
+    error: BaseException | None = e
+    while error is not None:  # the first that says it, not what failed to close after it
+        if isinstance(error, Failed):
+            return str(error)
+        error = error.__context__
+    if isinstance(e, OSError) and e.errno in _MACHINE:
+        where = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else "a file"
+        return f"{where}: got {e.strerror}, expected to read or write it; mend that and repeat the command"
+    return ""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -31,7 +31,6 @@ if typing.TYPE_CHECKING:  # imported where config files are read: a model can be
     import ml_collections
 
 T = TypeVar("T")
-_INTERNAL = ("parent", "name")  # fields that flax adds to every module
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> "ml_collections.ConfigDict":
@@ -119,12 +118,17 @@ def plain(value: Any) -> Any:
     if hasattr(value, "to_dict"):  # a ConfigDict
         value = value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f.name for f in dataclasses.fields(value) if f.name not in _INTERNAL]
-        return {name: plain(getattr(value, name)) for name in fields}
+        return {name: plain(getattr(value, name)) for name in _fields(type(value))}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            do = "rename or correct it"
+            raise check.error("config", ascii(value), "text that UTF-8 can hold", do) from None
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise check.error(
@@ -153,9 +157,7 @@ def build(cls: type[T], section: Any, where: str) -> T:
     """Builds the dataclass `cls` from a section; unknown keys, missing keys and wrong types are UserErrors."""
     if not isinstance(section, Mapping):
         raise check.error(where, repr(section), f"a section of {cls.__name__}", "write a dict")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _INTERNAL}  # type: ignore
-    if "name" in getattr(cls, "__annotations__", {}):  # a field of the component's own
-        fields["name"] = next(f for f in dataclasses.fields(cls) if f.name == "name")  # type: ignore
+    fields = {name: f for name, f in _fields(cls).items() if f.init}
     hints = typing.get_type_hints(cls)
     for key in section:
         if key not in fields:
@@ -196,6 +198,13 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
             d for i, (a, b) in enumerate(zip(old, new)) for d in difference(a, b, f"{path}.{i}")
         ]
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _fields(cls: Any) -> dict[str, dataclasses.Field]:
+    """The fields that a config sets: all but those that flax adds to every module (`parent`, `name`)."""
+    module = any(base.__module__ == "flax.linen.module" for base in cls.__mro__)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    return {k: f for k, f in fields.items() if not (module and k in ("parent", "name"))}
 
 
 def _literal(text: str) -> Any:
@@ -285,6 +294,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
+    elif type(value) is int and hint in (int, float) and abs(value) >= 2**53:
+        raise check.error(where, value, "a number of less than 53 bits", "change it")
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -512,6 +513,10 @@ class Dataset:
         """The caption that evaluations compare with: the first in the wanted languages."""
         return _texts(self.record(record_id), self.data, "first", None, self.tokenizer)[0]
 
+    def captions(self, record_id: int) -> list[str]:
+        """The same without a look at the image. Raises: `text_ops.BadCaption`."""
+        return _texts(self.source[record_id], self.data, "first", None)
+
     def keys(self, record_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the keys of the records."""
         return [self.source[int(i)]["key"] for i in record_ids]
@@ -952,16 +957,49 @@ def _iterate(make: Callable[[int], dict], num_batches: int, data: Data) -> Itera
         num_threads=data.read_threads,
         prefetch_buffer_size=data.prefetch if data.read_threads else 0,
     )
-    batches = grain.MapDataset.range(num_batches).map(make).to_iter_dataset(options)
-    if data.workers:
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=min(data.workers, num_batches), per_worker_buffer_size=data.prefetch
-            ),
-            worker_init_fn=processes.end_with_parent,
+    batches = lambda first: (
+        grain.MapDataset.range(first, num_batches).map(make).to_iter_dataset(options)
+    )
+    if not data.workers:
+        return iter(batches(0))
+
+    def made_by_workers(first: int) -> Iterator[dict]:
+        num = min(data.workers, num_batches - first)
+        workers = grain.MultiprocessingOptions(
+            num_workers=num, per_worker_buffer_size=data.prefetch
         )
-        return _copies(batches)
-    return iter(batches)
+        start = batches(first).mp_prefetch(workers, worker_init_fn=processes.end_with_parent)
+        return _copies(start)
+
+    return _restarted(made_by_workers)
+
+
+def _restarted(start: Callable[[int], Iterator[dict]]) -> Iterator[dict]:
+    """Yields what start(0) does; if a worker process is killed, start(n) goes on behind the n batches that were made.
+
+    Raises: `check.Failed` if none was made since the last time.
+    """
+    done, died_at = 0, -1
+    while True:
+        try:
+            for batch in start(done):
+                yield batch
+                done += 1
+            return
+        except RuntimeError as e:
+            found = re.search(r"process was terminated unexpectedly with exit code (-?\d+)", str(e))
+            if found is None:
+                raise
+            why = {"-9": "killed, as for want of memory", "-7": "no room in /dev/shm"}
+            code = f"exit code {found[1]}" + (f": {why[found[1]]}" if found[1] in why else "")
+            if done == died_at:
+                do = "give it more memory, or lower config.data.workers, prefetch or cache_mb"
+                text = (
+                    f"data: got a worker process that died twice ({code}), expected batches; {do}"
+                )
+                raise check.Failed(text) from e
+            log.warning("data: a worker process died (%s); all are started again", code)
+            died_at = done
 
 
 def _copies(batches: Iterable[dict]) -> Iterator[dict]:

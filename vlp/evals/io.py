@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import functools
 import io as bytes_io
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +14,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp.core import local
+from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Evaluator
 from vlp.data.loader import Data, Dataset, open_dataset
+from vlp.data.text_ops import BadCaption
 from vlp.data.tokenizer import Tokenizer
 from vlp.models.answers import check_needs
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,16 @@ class IO:
     write: Callable[[str, dict[str, Any]], None] = lambda name, artefact: None
 
     def open(self, split: str) -> Dataset:
-        return _open(dataclasses.replace(self.data, split=split, captions="first"), self.tokenizer)
+        """A split as evaluations see it: without what is of training alone (other captions, records left out, order).
+
+        Of a mixture, those parts that have the split; raises UserError if none has.
+        """
+        parts = tuple(dataclasses.replace(p, split="", skip="") for p in self.data.mixture)
+        data = dataclasses.replace(
+            self.data, split=split, captions="first", num_captions=1, skip="", group_by="",
+            mixture=parts, reweight=(),
+        )  # fmt: skip
+        return _open(data, self.tokenizer)
 
     def provenance(self, dataset: Dataset) -> dict[str, Any]:
         return {
@@ -44,7 +57,9 @@ def check_ready(evaluator: Evaluator, model: Any, mesh: Mesh, io: IO, where: str
     """Raises UserError for whatever would stop the evaluator after hours of training."""
     meshes.check_batch(evaluator.batch, mesh, where=f"{where}.batch")
     check_answers(evaluator, model, io.data, where)
-    io.open(evaluator.split)
+    dataset = io.open(evaluator.split)
+    if getattr(evaluator, "reads_captions", True):
+        check_captions(dataset, f"{where}.split")
     if (more := getattr(evaluator, "check", None)) is not None:
         more(io, where)
 
@@ -55,9 +70,36 @@ def check_answers(evaluator: Evaluator, model: Any, data: Data, where: str) -> N
     check_needs(model, evaluator.needs, data.image_px, data.text_len, where, do)
 
 
+def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:
+    """Raises UserError if some of `num` records, spread over the split, have no caption that could be read."""
+    looked = np.unique(np.linspace(0, dataset.num_records - 1, num, dtype=np.int64))
+    bad = 0
+    for i in looked.tolist():
+        try:
+            dataset.captions(i)
+        except BadCaption:
+            bad += 1
+        except Exception:  # one that cannot be read: the evaluation says so, or replaces it
+            continue
+    if bad and (bad == len(looked) or dataset.data.bad_records == "error"):
+        got = f"{dataset.data.split!r}, in which {bad} of {len(looked)} records looked at have none"
+        expected = "records with a caption in config.data.langs"
+        raise check.error(where, got, expected, "change it, or drop this evaluation")
+
+
 @functools.lru_cache(maxsize=8)
 def _open(data: Data, tokenizer: Tokenizer) -> Dataset:
-    return open_dataset(data, tokenizer)
+    parts, first = [], None
+    for part in data.mixture:
+        try:
+            open_dataset(dataclasses.replace(data, mixture=(part,)), tokenizer)
+            parts.append(part)
+        except check.UserError as e:
+            first = first or e
+            log.warning("evaluation: part %r of the mixture is left out: %s", part.name, e)
+    if first is not None and not parts:
+        raise first
+    return open_dataset(dataclasses.replace(data, mixture=tuple(parts)), tokenizer)
 
 
 def batches(

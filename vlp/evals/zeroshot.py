@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,13 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
+from vlp.data import order
+from vlp.data.loader import Dataset
 from vlp.evals import io as ios
 
 log = logging.getLogger(__name__)
@@ -24,13 +27,16 @@ log = logging.getLogger(__name__)
 class Zeroshot:
     """accuracy, top5 (where there are more than five classes), mean_per_class: each class counts alike.
 
-    label: the records' field that holds the class; records whose value is none of `classes` are left out.
+    label: the records' field that holds the class. Left out and counted are records without it (num_unlabelled), of
+    a class that is none of `classes` (num_other_classes) and, with bad_records "replace", those that cannot be read
+    (num_bad). Captions are not needed.
     phrases: how a prompt says each class (default: the class itself; "" says nothing). templates: "{}" is the
     phrase; a class is the mean of its prompts' unit embeddings, made a unit vector (CLIP, Radford et al. 2021,
     arXiv:2103.00020, §3.1.4). extra_splits: more records beside those of `split`. items: images in the report.
     """
 
     needs: ClassVar = frozenset({"image.embed", "text.embed"})
+    reads_captions: ClassVar = False
     label: str
     classes: tuple[str, ...]
     phrases: tuple[str, ...] = ()
@@ -57,7 +63,7 @@ class Zeroshot:
 
     def check(self, io: ios.IO, where: str) -> None:
         """Raises UserError unless the records have the label and every class has an image."""
-        found = {value for split in self.splits for value in labels(io.open(split), self, where)}
+        found = {value for split in self.splits for value in chosen(io.open(split), self, where)[1]}
         missing = [name for name in self.classes if name not in found]
         if missing:
             got = f"no record of {missing} in {list(self.splits)}"
@@ -91,20 +97,25 @@ class Zeroshot:
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         class_CE = embed_classes(apply, mesh, io, self)
         scores, truth, shown = [], [], []
+        left_out: collections.Counter[str] = collections.Counter()
         for split in self.splits:
-            dataset = io.open(split)
-            names = labels(dataset, self, "zeroshot")
-            chosen = np.array([i for i, n in enumerate(names) if n in self.classes], dtype=int)
-            zi_NE = embed_images(apply, dataset, self.batch, mesh)[chosen]
-            scores.append(unit(zi_NE) @ class_CE.T)
-            truth += [self.classes.index(names[i]) for i in chosen]
-            shown += [(dataset, int(i)) for i in chosen]
+            dataset, names, without = chosen(io.open(split), self, "zeroshot")
+            zi_NE, good_N = embed_images(apply, dataset, self.batch, mesh)
+            left_out.update(without)
+            left_out["num_bad"] += int((~good_N).sum())
+            scores.append(unit(zi_NE[good_N]) @ class_CE.T)
+            good = np.flatnonzero(good_N).tolist()
+            truth += [self.classes.index(names[i]) for i in good]
+            shown += [(dataset, i) for i in good]
         scores_NC, truth_N = np.concatenate(scores), np.array(truth, dtype=int)
         confusion_CC = confusion(scores_NC, truth_N)
         rank_N = rank_of_class(scores_NC, truth_N)
         per_class_C = np.array([(rank_N[truth_N == c] == 1).mean() for c in np.unique(truth_N)])
         where = io.provenance(io.open(self.split)) | {"num": len(truth_N)}
         where |= {"split": "+".join(self.splits), "num_classes": len(self.classes)}
+        where |= {
+            name: left_out[name] for name in ("num_unlabelled", "num_other_classes", "num_bad")
+        }
         yield Result("accuracy", float((rank_N == 1).mean()), where)
         if len(self.classes) > 5:
             yield Result("top5", float((rank_N <= 5).mean()), where)
@@ -121,13 +132,62 @@ class Zeroshot:
         io.write(f"zeroshot_{self.label}_{self.split}", artefact)
 
 
-def labels(dataset: Any, zeroshot: Zeroshot, where: str) -> list[str]:
-    """The label of every record, as text. Raises UserError if the records have no such field."""
-    first = dataset.source[0]
-    if zeroshot.label not in first:
-        known = sorted(k for k, v in first.items() if isinstance(v, str | int) and k != "key")
-        raise check.unknown(f"{where}.label", zeroshot.label, known)
-    return [str(dataset.source[i][zeroshot.label]) for i in range(dataset.num_records)]
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Some records of a source; those of a class may have no caption."""
+
+    source: Any
+    ids: tuple[int, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.source[self.ids[i]]
+
+    def caption(self, i: int) -> str:
+        """The record's first own caption, if it has any."""
+        captions = self.source[self.ids[i]].get("captions") or [{"text": ""}]
+        return captions[0]["text"]
+
+
+def chosen(
+    dataset: Dataset, zeroshot: Zeroshot, where: str
+) -> tuple[Dataset, list[str], dict[str, int]]:
+    """The records of one of the classes, their classes, and how many others there are by reason.
+
+    Raises UserError if no record has such a field.
+    """
+    ids, names, fields = [], [], set()
+    unlabelled = bad = 0
+    for i in range(dataset.num_records):
+        try:
+            record = dataset.source[i]
+        except Exception as e:  # by source: OSError, zlib.error, BadImage …
+            if dataset.data.bad_records == "error":
+                got = f"record {i}, which cannot be read ({type(e).__name__}: {e!s:.80})"
+                do = "repair the data, or set config.data.bad_records='replace'"
+                raise check.error(f"{where}.split", got, "good records", do) from e
+            bad += 1
+            continue
+        fields |= {k for k, v in record.items() if isinstance(v, str | int) and k != "key"}
+        value = record.get(zeroshot.label)
+        if value is None or value == "" or value != value:  # NaN: an empty cell of a table
+            unlabelled += 1
+        elif str(value) in zeroshot.classes:
+            ids.append(i)
+            names.append(str(value))
+    if unlabelled + bad == dataset.num_records:
+        raise check.unknown(f"{where}.label", zeroshot.label, fields)
+    data = dataclasses.replace(dataset.data, mixture=())
+    some = Dataset(data, Chosen(dataset.source, tuple(ids)), dataset.tokenizer)
+    others = dataset.num_records - unlabelled - bad - len(ids)
+    counts = {"num_unlabelled": unlabelled, "num_other_classes": others, "num_bad": bad}
+    return some, names, counts
 
 
 def prompts(phrase: str, templates: Sequence[str]) -> list[str]:
@@ -152,14 +212,15 @@ def embed_classes(
     return unit(zt_NE.reshape(len(phrases), len(zeroshot.templates), -1).mean(axis=1))
 
 
-def embed_images(apply: Apply, dataset: Any, batch: int, mesh: Mesh) -> Float[np.ndarray, "N E"]:
-    """Image embeddings of all records, in record order."""
-    run = apply.jit(_image)
-    found = [
-        meshes.to_host(run(rows["image"]))[mask_B]
-        for rows, mask_B in ios.batches(dataset, batch, mesh, texts=False)
-    ]
-    return np.concatenate(found)
+def embed_images(
+    apply: Apply, dataset: Dataset, batch: int, mesh: Mesh
+) -> tuple[Float[np.ndarray, "N E"], Bool[np.ndarray, "N"]]:
+    """Image embeddings of all records, in record order, and whether each is the record's own (no substitute's)."""
+    run, found, used = apply.jit(_image), [], []
+    for rows, mask_B in ios.batches(dataset, batch, mesh, texts=False):
+        found.append(meshes.to_host(run(rows["image"]))[mask_B])
+        used.append(order.join_words(meshes.to_host(rows["record"]))[mask_B])
+    return np.concatenate(found), np.concatenate(used) == np.arange(dataset.num_records)
 
 
 def _image(apply: Apply, image: jax.Array) -> jax.Array:
@@ -203,7 +264,7 @@ def _items(
         best = int(scores_NC[n].argmax())
         items.append({
             "image": ios.data_uri(dataset.eval_batch(record, 1, texts=False)["image"][0]),
-            "caption": dataset.reference(record) if dataset.source[record]["captions"] else "",
+            "caption": dataset.source.caption(record),
             "key": dataset.keys([record])[0],
             "truth": zeroshot.classes[int(truth_N[n])],
             "answer": zeroshot.classes[best],

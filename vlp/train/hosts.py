@@ -137,8 +137,8 @@ def joined(
             logging.getLogger().setLevel(logging.WARNING)
         yield
     except BaseException as error:
-        if isinstance(error, check.UserError):
-            print(f"vlp: {error}", file=sys.stderr)
+        if told := str(error) if isinstance(error, check.UserError) else check.failure(error):
+            print(f"vlp: {told}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()

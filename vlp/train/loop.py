@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vlp.core import check, local
+from vlp.core import check, local, progress
 from vlp.core import mesh as meshes
 from vlp.core.chips import CHIPS
 from vlp.core.config import plain
@@ -30,7 +31,14 @@ from vlp.train.enter import check_start, enter
 from vlp.train.interval import FINITE, Interval, Sums, values
 from vlp.train.parts import Parts, in_order, prepare
 from vlp.train.profile import check_range
-from vlp.train.session import Session, description_of_data, last_meta, open_session, save
+from vlp.train.session import (
+    Session,
+    description_of_data,
+    last_meta,
+    open_session,
+    save,
+    say_changes,
+)
 from vlp.train.sinks import check_sinks
 from vlp.train.stages import parse
 from vlp.train.state import State
@@ -63,18 +71,30 @@ def run(
         total = stages[-1].start_step + stages[-1].num_steps
         with hosts.together("config.data") as said:
             check_range(profile, position["step"], total)
-            all_parts = in_order([prepare(stage, settings, mesh) for stage in stages])
+            all_parts = []
+            for stage in stages:
+                with progress.phase(f"opening the data of stage {stage.name!r}, tracing its step"):
+                    all_parts.append(prepare(stage, settings, mesh))
+            all_parts = in_order(all_parts)
             check_start(all_parts, position, meta)
             said |= {parts.stage.name: description_of_data(parts) for parts in all_parts}
         session = open_session(
             resolved, settings, workdir, mesh, stop, all_parts[0], position, profile
         )
+        say_changes(meta, session)
         state = None
         interval = Interval((meta or {}).get("interval"))
-        try:
+        with (
+            contextlib.ExitStack() as closing
+        ):  # in reverse; what fails to close keeps no other open
+            for part in (session.lock, session.checkpoints, session.watchdog, session.metrics):
+                closing.callback(part.close)
+            closing.callback(session.profile.close)
             for parts in all_parts[position["stage"] :]:
-                state = enter(session, parts, state, position if state is None else None)
-                state = train_stage(session, parts, state, interval)
+                with progress.phase(f"entering stage {parts.stage.name!r}"):
+                    state = enter(session, parts, state, position if state is None else None)
+                with progress.phase(lambda: f"training: {session.watchdog.phase}"):
+                    state = train_stage(session, parts, state, interval)
                 if int(state.step) < total and stop.asked(int(state.step)):
                     log.info(
                         "stopped at step %d and saved; the same command continues", int(state.step)
@@ -82,18 +102,14 @@ def run(
                     return PREEMPTED
             log.info("done: %s", workdir)
             return 0
-        finally:
-            session.profile.close()
-            session.metrics.close()
-            session.watchdog.close()
-            session.checkpoints.close()
-            session.lock.close()
 
 
 def train_stage(session: Session, parts: Parts, state: State, interval: Interval) -> State:
     """Trains to the stage's end, or until asked to stop; the state returned is saved."""
     stage, settings = parts.stage, session.settings
     first = int(state.stage_step)
+    if first:
+        make_up(session, parts, state, first)
     batches = feed(parts, settings.seed, first, session.mesh, session.workdir)
     bar = tqdm(
         total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None, leave=True
@@ -109,23 +125,22 @@ def train_stage(session: Session, parts: Parts, state: State, interval: Interval
     for number in range(first, stage.num_steps):
         session.watchdog.beat("data")
         batch = clock.wait(lambda: next(batches))
-        session.watchdog.beat("step")
+        session.watchdog.beat(f"step {number + 1}" if number > first else "compiling the step")
         step, last = stage.start_step + number + 1, number + 1 == stage.num_steps
         session.profile.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = parts.step(state, batch)
         session.profile.after(step, metrics)
         finite = interval.add(metrics)
-        logging_due = last or (number + 1) % settings.log_every_steps == 0
+        logging_due = last or not number or (number + 1) % settings.log_every_steps == 0
         pending.append(Done(number + 1, metrics, finite, interval.take() if logging_due else None))
-        record(ahead=AHEAD)
+        record(ahead=AHEAD if number else 0)
+        session.checkpoints.look()
         bar.update()
+        if not bar.disable:
+            progress.said()
         stopping = session.stop.asked(step)
-        due = [
-            n
-            for n, e in stage.evals.items()
-            if last or (e.every_steps and step % e.every_steps == 0)
-        ]
+        due = due_evals(parts, number + 1)
         saving = last or stopping or step % settings.save_every_steps == 0
         if due or saving:
             record()
@@ -142,6 +157,35 @@ def train_stage(session: Session, parts: Parts, state: State, interval: Interval
             break
     bar.close()
     return state
+
+
+def due_evals(parts: Parts, stage_step: int) -> list[str]:
+    """The evaluations that follow a step of the stage (from 1)."""
+    stage = parts.stage
+    step, last = stage.start_step + stage_step, stage_step == stage.num_steps
+    every = lambda e: e.every_steps and step % e.every_steps == 0
+    return [name for name, e in stage.evals.items() if last or every(e)]
+
+
+def make_up(session: Session, parts: Parts, state: State, stage_step: int) -> None:
+    """Runs the evaluations of a restored step that the start before did not get done."""
+    step = parts.stage.start_step + stage_step
+    rows = session.metrics.begun if jax.process_index() == 0 else []
+    there = {row.get("eval") for row in rows if row["kind"] == "eval" and row["step"] == step}
+    due = due_evals(parts, stage_step)
+    missing = np.array([name not in there for name in due], bool)
+    if due and jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        missing = multihost_utils.broadcast_one_to_all(missing)
+    for name in (n for n, is_missing in zip(due, missing) if is_missing):
+        log.info("[%d] %s: was due when the run stopped; made up for now", step, name)
+        try:
+            evaluate(session, parts, state, name, step)
+        except Exception as e:
+            if stage_step == parts.stage.num_steps:
+                raise
+            log.warning("[%d] %s: failed again (%s: %s); skipped", step, name, type(e).__name__, e)
 
 
 def feed(
@@ -248,9 +292,7 @@ def evaluate(session: Session, parts: Parts, state: State, label: str, step: int
     session.watchdog.beat(f"eval {label}")
     began = time.monotonic()
     params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
-    write = lambda name, value: files.write_json(
-        session.workdir / "evals" / f"{name}.json", {"step": step} | value
-    )
+    write = lambda name, value: files.write_artefact(session.workdir, name, {"step": step} | value)
     io = IO(stage.data, parts.main.tokenizer, write)
     results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
     samples = stage.start_samples + (step - stage.start_step) * stage.batch

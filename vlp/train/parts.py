@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -113,6 +113,7 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     state = abstract_state(stage, updater, mesh)
     check_sharded(state, settings, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = keeping_state(step, f"objective {type(stage.objective).__name__}")
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
     return Parts(stage, {}, updater, teachers, state, batch, compiled)
 
@@ -124,9 +125,11 @@ def _load(workdir: str) -> Loaded:
 
 
 def trace(parts: Parts) -> None:
-    """Traces the step, which is kept for the first one; what a method cannot do with its data shows here."""
+    """Traces the step, which is kept for the first one; what a method cannot do with its data or state shows here."""
     try:
         parts.step.eval_shape(parts.abstract, parts.batch)
+    except check.UserError:
+        raise
     except (TypeError, ValueError, AssertionError, IndexError) as e:
         stage = parts.stage
         if stage.data.captions != "all":
@@ -137,6 +140,31 @@ def trace(parts: Parts) -> None:
         expected = f"an objective that reads several captions ({type(e).__name__})"
         do = "set it to 'uniform', or change config.objective"
         raise check.error("config.data.captions", got, expected, do) from e
+
+
+def keeping_state(step: Callable[..., Any], where: str) -> Callable[..., Any]:
+    """The step, which raises UserError when it is traced unless the state that it gives back has the arrays of the
+    one given: else no checkpoint of it could be restored."""
+
+    def checked(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+        after, metrics = step(state, batch)
+        for field in dataclasses.fields(State):
+            old, new = (_leaves(getattr(s, field.name)) for s in (state, after))
+            for name in sorted(old.keys() | new.keys()):
+                if old.get(name) != new.get(name):
+                    got = new.get(name, "none after a step")
+                    expected = old.get(name, "none, as before it")
+                    do = "return Out(…, extra) of the shapes and types that init_extra gives"
+                    raise check.error(f"{where}: {field.name}{name}", got, expected, do)
+        return after, metrics
+
+    return checked
+
+
+def _leaves(tree: PyTree) -> dict[str, str]:
+    """ "float32[8, 4]" of every leaf, by its path."""
+    text = lambda x: f"{x.dtype}{list(x.shape)}"
+    return {jax.tree_util.keystr(p): text(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def check_sharded(state: State, settings: Run, mesh: Mesh) -> None:
@@ -187,8 +215,8 @@ def init_extra(stage: Stage, seed: int) -> PyTree:
 
 
 def same_shapes(a: PyTree, b: PyTree) -> bool:
-    """Whether two trees have the same structure and leaves of the same shapes."""
-    shapes = lambda t: (jax.tree.structure(t), [x.shape for x in jax.tree.leaves(t)])
+    """Whether two trees have the same structure and leaves of the same shapes and types."""
+    shapes = lambda t: (jax.tree.structure(t), [(x.shape, x.dtype) for x in jax.tree.leaves(t)])
     return shapes(a) == shapes(b)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from vlp.ckpt.manager import Checkpoints
 from vlp.core import tree
-from vlp.core.config import plain
+from vlp.core.config import difference, plain
 from vlp.optim import make as optimisers
 from vlp.train import hosts, sinks
 from vlp.train import workdir as files
@@ -58,13 +58,20 @@ def open_session(
     """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
     with hosts.together("--workdir"):
         lock = files.lock(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints)
+    note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
+    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints, on_saved=note)
+    if position["step"]:
+        note(position["step"])
     checkpoints.set_aside_after(position["step"])
     versions = files.versions() | {"data": getattr(first.main.source, "info", {})}
     files.write_json(workdir / "config.json", config)
     files.write_json(workdir / "versions.json", versions)
     if jax.process_index() == 0:
-        (workdir / "tokenizer.model").write_bytes(first.main.tokenizer.to_bytes())
+        tokenizer = workdir / ".tokenizer.model.partial"
+        tokenizer.unlink(missing_ok=True)
+        with files.named(tokenizer):
+            tokenizer.write_bytes(first.main.tokenizer.to_bytes())
+        tokenizer.replace(workdir / "tokenizer.model")
     followers = sinks.make(settings.sinks, workdir, config)
     with hosts.together("config.sinks"):  # a server may refuse
         metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
@@ -103,10 +110,22 @@ def open_session(
 def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
     """What the newest whole checkpoint says of itself; None if there is no checkpoint."""
     if not (workdir / "checkpoints").is_dir():
+        files.check_saved(workdir)
         return None
     checkpoints = Checkpoints(workdir / "checkpoints", create=False)
     step = checkpoints.newest()
-    return None if step is None else checkpoints.meta(step)
+    if step is None:
+        files.check_saved(workdir)
+        return None
+    return checkpoints.meta(step)
+
+
+def say_changes(meta: Mapping[str, Any] | None, session: Session) -> None:
+    """Logs what is installed or set otherwise than when the checkpoint was written: numbers may differ from here on."""
+    here = {k: v for k, v in session.versions.items() if k != "data"}
+    before = {k: v for k, v in (meta or {}).get("versions", here).items() if k != "data"}
+    for change in difference(before, here):
+        log.info("since the checkpoint: %s", change)
 
 
 def save(

@@ -130,6 +130,8 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     for key in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
         if getattr(run, key) < 1:
             raise check.error(f"config.{key}", getattr(run, key), "1 or more", "change it")
+    if not 0 <= run.seed < 2**32:  # JAX drops the bits above
+        raise check.error("config.seed", run.seed, "0 … 4,294,967,295 (32 bits)", "change it")
     base = {k: v for k, v in config.items() if k in stage_keys}
     stages: list[Stage] = []
     seen: collections.Counter[str] = collections.Counter()  # samples, by stream
@@ -160,6 +162,11 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
         for name, stream in streams.items():
             seen[name] += stream.batch * stage.num_steps
         stages.append(dataclasses.replace(stage, streams=streams))
+        last = stages[-1]
+        if last.start_step + last.num_steps >= 2**31 or last.end_samples >= 2**53:
+            got = f"{last.start_step + last.num_steps} steps, {last.end_samples} samples"
+            expected = "fewer than 2^31 steps and 2^53 samples in all"
+            raise check.error(where, got, expected, "shorten the run")
         names = [s.name for s in stages]
         if len(set(names)) < len(names):
             raise check.error(

@@ -63,13 +63,13 @@ class Watchdog:
 
     def __init__(self, secs: float, folder: pathlib.Path | None = None) -> None:
         self._secs, self._folder = secs, folder if jax.process_count() > 1 else None
-        self._last, self._phase, self._beats = time.monotonic(), "start", 0
+        self._last, self.phase, self._beats = time.monotonic(), "start", 0
         self._closed = threading.Event()
         if secs:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self, phase: str) -> None:
-        self._last, self._phase = time.monotonic(), phase
+        self._last, self.phase = time.monotonic(), phase
         self._beats += 1  # the same calls on all hosts
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class Watchdog:
             still = time.monotonic() - self._last
             others = self._tell()
             if still > self._secs:
-                got = f"no progress for {still:.0f} s in phase {self._phase!r}{others}"
+                got = f"no progress for {still:.0f} s in phase {self.phase!r}{others}"
                 print(
                     f"run: got {got}, expected some within hang_secs; see the stacks",
                     file=sys.stderr,
@@ -94,11 +94,12 @@ class Watchdog:
         if self._folder is None:
             return ""
         me = {"process": jax.process_index(), "host": socket.gethostname()}
-        me |= {"beats": self._beats, "phase": self._phase}
+        me |= {"beats": self._beats, "phase": self.phase}
         name = lambda row: f"process {row['process']} on {row['host']}"
         try:
             self._folder.mkdir(exist_ok=True)
             partial = self._folder / f".{me['process']}.partial"
+            partial.unlink(missing_ok=True)  # which might be a link
             partial.write_text(json.dumps(me) + "\n")
             os.replace(partial, self._folder / f"{me['process']}.json")
             files = (self._folder / f"{i}.json" for i in range(jax.process_count()))

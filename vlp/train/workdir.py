@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -11,19 +13,31 @@ import math
 import os
 import pathlib
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import jax
 
 from vlp import __version__
+from vlp.ckpt.manager import check_path
 from vlp.core import check
 from vlp.core.config import difference
 from vlp.train import stages
 from vlp.train.sinks import Sink
 
 log = logging.getLogger(__name__)
+# What a run writes. A symbolic link in its place would lead out of the workdir (checkpoints/ may be one: big disks).
+_WRITTEN = {
+    ".lock", "config.json", "versions.json", "preprocessing.json", "saved.json", "tokenizer.model", "metrics.jsonl",
+    "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
+}  # fmt: skip
+_FLAGS = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "NVIDIA_TF32_OVERRIDE",
+)  # what else may change the numbers
 SHARED = ".shared"  # suffix of the file by which hosts see that they share the workdir; caches show it when it is gone
 
 
@@ -36,32 +50,39 @@ class Metrics:
     def __init__(self, path: pathlib.Path, restored_step: int | None, sinks: Sequence[Sink] = ()):
         self._path = path
         self._active = jax.process_index() == 0
+        self.begun: list[dict[str, Any]] = []  # the rows that there were at this start
         if not self._active:
             return
         if restored_step and not path.exists():
             log.warning("%s is missing; the record begins again at step %d", path, restored_step)
-        kept = (
-            [] if restored_step is None else [r for r in read(path) if r["step"] <= restored_step]
-        )
+        rows = read(path)
+        kept = [r for r in rows if r["step"] <= (restored_step or 0)]
+        if rows and not restored_step:  # of an attempt that left no checkpoint
+            aside = _unused(path)
+            os.replace(path, aside)
+            log.warning("%s: of a start without a checkpoint; kept as %s", path, aside.name)
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(dump(row) + "\n" for row in kept))
+        with named(partial), open_text(partial, "w") as f:
+            f.write("".join(dump(row) + "\n" for row in kept))
         os.replace(partial, path)
-        self._file = path.open("a")
-        self._sinks = sinks
+        self._file = open_text(path, "a")
+        self._sinks, self.begun = sinks, kept
         for sink in sinks:
             sink.begin(kept)
 
     def write(self, row: dict[str, Any]) -> None:
         if self._active:
-            self._file.write(dump(row) + "\n")
+            with named(self._path):
+                self._file.write(dump(row) + "\n")
             for sink in self._sinks:
                 sink.write(row)
 
     def flush(self) -> None:
         """Puts every row on disk (before a checkpoint that claims them)."""
         if self._active:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with named(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
             for sink in self._sinks:
                 sink.flush()
 
@@ -106,8 +127,44 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(dump(value, indent=1) + "\n")
+        with named(path), open_text(partial, "w") as f:
+            f.write(dump(value, indent=1) + "\n")
         os.replace(partial, path)
+
+
+def write_artefact(workdir: pathlib.Path, name: str, value: Any) -> None:
+    """Writes evals/NAME.json. Names come of data (splits, labels): what could lead elsewhere is replaced."""
+    safe = re.sub(r"[^\w.+-]", "_", name).lstrip(".")[:100]
+    if safe != name:
+        safe += "-" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    folder = workdir / "evals"
+    if folder.is_symlink():
+        raise check.error(str(folder), "a symbolic link", "a directory of the run", "remove it")
+    write_json(folder / f"{safe}.json", value)
+
+
+@contextlib.contextmanager
+def named(path: pathlib.Path) -> Iterator[None]:
+    """Errors of writing inside name the file (a full disk's do not)."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
+def open_text(path: pathlib.Path, mode: str) -> IO[str]:
+    """Opens a file of the run to write; never one that a symbolic link of its name leads to."""
+    opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)
+    return open(path, mode, encoding="utf-8", opener=opener)
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+    """A name beside a file's own that nothing has yet: metrics_aside_1.jsonl."""
+    number = 1
+    while os.path.lexists(other := path.with_stem(f"{path.stem}_aside_{number}")):
+        number += 1
+    return other
 
 
 def begun(workdir: pathlib.Path) -> bool:
@@ -115,8 +172,27 @@ def begun(workdir: pathlib.Path) -> bool:
     return bool(read(workdir / "metrics.jsonl")) or any((workdir / "checkpoints").glob("*step_*"))
 
 
+def check_links(workdir: pathlib.Path) -> None:
+    """Raises UserError for a symbolic link in the place of something that a run writes."""
+    folders = (workdir, workdir / "evals", workdir / "heartbeats")
+    for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
+        ours = path.name in _WRITTEN or path.suffix == ".partial" or path.parent != workdir
+        if path.is_symlink() and (ours or path.name.startswith(("quarantine_", "nonfinite_"))):
+            raise check.error(str(path), "a symbolic link", "a file of the run", "remove it")
+
+
+def check_saved(workdir: pathlib.Path) -> None:
+    """Raises UserError if a run saved checkpoints here; called where there is none."""
+    if (workdir / "saved.json").exists():
+        do = "bring the checkpoints back, or choose another --workdir to begin again"
+        got = f"no checkpoint of a run that saved some ({(workdir / 'saved.json').name} says so)"
+        raise check.error(f"--workdir {workdir}", got, "its checkpoints", do)
+
+
 def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises UserError if the workdir holds a run of another config, or something that is no run."""
+    check_path("--workdir", workdir)
+    check_links(workdir)
     path = workdir / "config.json"
     if not path.exists():
         if workdir.exists() and not workdir.is_dir():
@@ -136,6 +212,7 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     except ValueError:
         do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
         raise check.error(str(path), "a broken file", "the run's config", do) from None
+    config = json.loads(dump(config))  # as it is stored: infinities are text
     changes = difference(stages.fixed(old), stages.fixed(config))
     if changes and not begun(workdir):
         log.info(
@@ -160,7 +237,7 @@ def lock(workdir: pathlib.Path) -> IO[str]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("w")
+        file = open_text(workdir / ".lock", "a")
     except OSError as e:
         do = "choose another --workdir"
         raise check.error(f"--workdir {workdir}", str(e), "a directory to write to", do) from None
@@ -186,7 +263,7 @@ def code_versions() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """What a result depends on beside the config: packages, git commit, device."""
+    """What a result depends on beside the config: packages, git commit, device, flags of JAX and XLA."""
     devices = jax.devices()
     return {
         **code_versions(),
@@ -194,6 +271,9 @@ def versions() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "devices": len(devices),
         "processes": jax.process_count(),
+        "flags": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_") or k in _FLAGS
+        },
     }
 
 

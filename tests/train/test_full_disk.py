@@ -1,0 +1,88 @@
+"""A save that fails ends the run at once, in one line that says what is kept; the same command goes on from there."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import runs
+
+from vlp.train import loop
+
+CONFIG = runs.changed(runs.TOY, steps=6, log_every_steps=50, **{"model.embed": 1024})
+
+
+def limited(config, directory, kilobytes):
+    """The run as a process that may write files of so many kB; its exit code, its errors and its seconds."""
+    argv = [sys.executable, runs.__file__, *runs.arguments(config, directory)]
+    env = runs.os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT), "VLP_CACHE": ""}
+    began = time.monotonic()
+    line = f'ulimit -f {kilobytes}; exec "$@"'
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", *map(str, argv)], env=env, capture_output=True, text=True,
+        cwd=runs.ROOT, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stderr.splitlines(), time.monotonic() - began
+
+
+def test_files_may_not_grow(toy, tmp_path):
+    """As with `ulimit -f`, and as on a disk that is full: an error code of the system, in TensorStore's words."""
+    run = tmp_path / "run"
+    code, errors, secs = limited(CONFIG, run, 400)
+    assert code == 1 and secs < 60
+    assert len(errors) == 1, errors
+    assert "got File too large in saving step 2, expected a whole checkpoint" in errors[0]
+    assert "there is no other checkpoint; mend that and repeat the command" in errors[0]
+    assert runs.train(CONFIG, run) == 0
+    assert int(runs.saved(run)[""]) == 6
+
+
+def test_the_record_may_not_grow(tmp_path):
+    config = runs.changed(runs.TOY, steps=900, save_every_steps=900)
+    code, errors, _ = limited(config, tmp_path / "run", 260)
+    assert code == 1 and len(errors) == 1, errors
+    assert (
+        errors[0].startswith("vlp: ")
+        and "metrics.jsonl: got File too large, expected to " in errors[0]
+    )
+
+
+@pytest.mark.parametrize("how", ["a file", "no directory"])
+def test_checkpoints_is_no_directory(toy, tmp_path, monkeypatch, capsys, how):
+    """From step 3 on: seen when step 4 is saved, and nothing waits for what cannot come."""
+    run = tmp_path / "run"
+    function = loop.save
+
+    def save(session, parts, state, step, interval):
+        function(session, parts, state, step, interval)
+        if step == 2:
+            session.checkpoints.wait()
+            shutil.move(run / "checkpoints", run / "moved")
+            if how == "a file":
+                (run / "checkpoints").write_text("")
+            else:
+                (run / "checkpoints").symlink_to("/proc/self/nothing")
+
+    monkeypatch.setattr(loop, "save", save)
+    assert runs.train(runs.TOY, run) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert "in saving step 4" in lines[0] and "there is no other checkpoint" in lines[0]
+    names = {t.name for t in threading.enumerate()}
+    assert not {n for n in names if "save" in n or "async" in n or "handler" in n}, names
+
+
+def test_a_failed_save_is_seen_at_the_next_step(toy, tmp_path, monkeypatch, capsys):
+    """Not at the next save, which may be hours away."""
+    from vlp.ckpt import digest
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(digest, "write", full)
+    config = runs.changed(runs.TOY, steps=800, save_every_steps=400, log_every_steps=10)
+    assert runs.train(config, tmp_path / "run") == 1
+    assert "got No space left on device in saving step 400" in capsys.readouterr().err
+    assert runs.rows(tmp_path / "run")[-1]["step"] < 800
