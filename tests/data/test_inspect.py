@@ -130,10 +130,16 @@ def test_filter_counts_by_rule(tmp_path, capsys):
         record("22", ["on grass two"]),
     ]
     records.write(tmp_path / "in", {"train": rows}, name="n", info={})
-    seen = filter_lib.survey(records.open_split(tmp_path / "in", "train"), filter_lib.Rules())
-    assert sorted(seen.images_of_text.values()) == [1, 1, 1, 3, 8]  # however written
-    # of unigrams and bigrams 11 are kept: all but zyzzyva's two, which come last
-    num_kept = len(seen.frequent) - 2
+    source = records.open_split(tmp_path / "in", "train")
+    survey = lambda **rules: filter_lib.survey(source, filter_lib.Rules(**rules))
+    numbers = [len(survey(max_images_per_text=n).shared_texts) for n in (1, 2, 3, 7, 8)]
+    assert numbers == [2, 2, 1, 1, 0]  # [1, 1, 1, 3, 8] images of the texts, however written
+    # of unigrams and bigrams all are kept but zyzzyva's two, which come last
+    grams = {g for r in rows for c in r["captions"] for g in filter_lib._grams(c["text"])}
+    num_kept = len(grams) - 2
+    frequent = survey(num_frequent=num_kept).frequent
+    assert frequent.has(sorted(grams)).tolist() == ["zyzzyva" not in g for g in sorted(grams)]
+    assert survey(num_frequent=len(grams)).frequent is None
     flags = ("--max-images-per-text", 8, "--num-frequent", num_kept)
     assert test_cli_data.run("filter", tmp_path / "in", "--out", tmp_path / "out", *flags) == 0
     counts = json.loads(capsys.readouterr().out.splitlines()[0])

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 
 import formats
 import pyarrow
@@ -15,7 +16,7 @@ from test_tables import converted, texts
 
 from vlp.core import check
 from vlp.data import convert, loader, records, sources
-from vlp.data.sources import fields, parquet, tfds
+from vlp.data.sources import fields, files, parquet, tfds
 
 
 @pytest.fixture(autouse=True)
@@ -463,3 +464,23 @@ def test_convert_names_no_key_that_it_does_not_know(tmp_path):
     convert.run(job)
     (line,) = (tmp_path / "out" / convert.LEFT_OUT).read_text().splitlines()
     assert json.loads(line)["key"] == "id002" and json.loads(line)["row_of_file"] == 2
+
+
+def test_a_large_folder_is_read_once(tmp_path, monkeypatch):
+    """Its names and what its texts say are kept in an index; who opens it again looks at sizes and times."""
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "in" / "ü"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        (folder / f"{i:02d}.jpg").write_bytes(formats.jpeg(i))
+        (folder / f"{i:02d}.txt").write_text(f"text {i}")
+    plain = sources.open_path(folder.parent)
+    monkeypatch.setattr(files, "CACHED_FILES", 5)
+    found = sources.open_path(folder.parent)
+    assert found.fingerprint == plain.fingerprint and list(found.files) == list(plain.files)
+    assert len(pickle.dumps(found)) < 1000 and pickle.loads(pickle.dumps(found))[7] == plain[7]
+    with monkeypatch.context() as m:
+        m.setattr(files.FolderSource, "_read", lambda *_: pytest.fail("read again"))
+        assert sources.open_path(folder.parent).fingerprint == found.fingerprint
+    (folder / "03.txt").write_text("other 3")
+    assert sources.open_path(folder.parent).fingerprint != found.fingerprint

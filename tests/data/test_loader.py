@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -344,3 +345,27 @@ def test_workers_in_a_notebook_and_no_tensorflow(tensorflow_spy):
     )
     assert done.returncode == 0 and done.stdout.strip() == "read", done.stderr[-2000:]
     assert not (tensorflow_spy / "asked").exists()
+
+
+def test_groups_are_found_once_and_mapped(dataset_dir, tmp_path, monkeypatch, small_tokenizer):
+    """By the values of today: another look at the same keys finds new ones."""
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    caption = {"text": "x", "source": "a", "lang": "en"}
+    rows = [{"key": f"{i}", "image": b"x", "captions": [caption]} for i in range(9)]
+    data = loader.Data(path=str(tmp_path / "a"), group_by="base", image_px=8, text_len=8)
+    for names, groups in ((["b", "a", "a", "b", "c"], 3), (["b", "a", "b", "b", "b"], 2)):
+        for row, name in zip(rows, names):
+            row["base"] = name
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        records.write(tmp_path / "a", {"train": rows[:5]}, name="n", info={"names": names})
+        dataset = loader.open_dataset(data, small_tokenizer)
+        assert dataset.epoch_len == groups
+        with monkeypatch.context() as m:
+            m.setattr(records.RecordSource, "__getitem__", lambda *_: {"base": "none is read"})
+            copy = pickle.loads(pickle.dumps(dataset))
+        np.testing.assert_array_equal(copy.record_ids(0, 20, 1), dataset.record_ids(0, 20, 1))
+    records.write(tmp_path / "b", {"train": rows}, name="n", info={})  # four lack the field
+    dataset = loader.open_dataset(
+        dataclasses.replace(data, path=str(tmp_path / "b")), small_tokenizer
+    )
+    assert dataset.epoch_len == 2 + 4

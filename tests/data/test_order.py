@@ -147,6 +147,29 @@ def test_groups_visit_each_group_once_an_epoch_and_its_members_in_turn():
     np.testing.assert_array_equal(groups.record_ids(17, 9, seed=3), ids[17:26])
 
 
+@given(names=st.lists(st.text(max_size=3).filter(lambda t: t.isprintable()), min_size=1))
+def test_groups_are_those_of_numpy(names):
+    """The law by which running experiments resume: groups in the order of their names."""
+    _, group_n = np.unique(np.asarray(names), return_inverse=True)
+    found = order.Groups.of(names)
+    np.testing.assert_array_equal(found.members, np.argsort(group_n, kind="stable"))
+    np.testing.assert_array_equal(np.diff(found.first), np.bincount(group_n))
+
+
+def test_a_mixture_of_many_parts_costs_its_slots_alone():
+    """A thousand parts: no table of parts by slots (80 MB here), no row of parts for each sample."""
+    shares, sizes = (1, 9) * 500 + (2, 18) * 250, (7,) * 1500
+    mixture = order.Mixture(sizes, (shares,))
+    tracemalloc.start()
+    ids, epochs = mixture.record_ids(10**9, 500, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6
+    source, number = mixture.places(10**9, 500)
+    assert (ids // 7 == source).all() and (epochs == number // 7).all()
+    assert (mixture.counts(10**9)[source] <= number).all()
+
+
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_hosts_and_workers_read_the_same_stream(data):

@@ -1,14 +1,17 @@
 """Datasets on disk: round trip, determinism, atomic writes, damage named in one line."""
 
+import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from vlp.core import check
-from vlp.data import records
+from vlp.data import loader, records
 
 
 def test_round_trip_over_shards(dataset_dir, make_records):
@@ -219,3 +222,71 @@ def test_tokenizer_is_checked_against_the_manifest(dataset_dir):
     (dataset_dir / records.TOKENIZER).write_bytes(data)
     with pytest.raises(check.UserError, match="tokenizer.model: got sha256"):
         source.tokenizer()
+
+
+FAULTS = """
+import os, resource, sys
+from vlp.core import check
+from vlp.data import loader, records, tokenizer
+path, words = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+words = tokenizer.load(words)
+before = len(os.listdir("/proc/self/fd"))
+sources = [records.open_split(path, "train", hashed=False) for _ in range(3)]
+for i in list(range(150)) * 2:
+    for source in sources:
+        assert source[i]["key"] == f"k{i:04d}"
+assert len(os.listdir("/proc/self/fd")) - before <= 16
+data = loader.Data(path=path, image_px=8, text_len=8, langs=(), bad_records="replace")
+dataset = loader.Dataset(data, sources[0], words)
+held = []
+try:
+    while True:
+        held.append(open(path + "/manifest.json"))
+except OSError:
+    try:
+        for _ in range(3):  # the readers give their own handles back; then nothing is left
+            dataset.batch_at(0, 150, 0)
+            while True:
+                try:
+                    held.append(open(path + "/manifest.json"))
+                except OSError:
+                    break
+    except check.MachineError as e:
+        print(e, dict(dataset.tally.bad), sep="\\n")
+"""
+
+
+def test_few_shards_are_open_and_no_handle_left_is_no_fault_of_the_data(
+    tmp_path, make_records, small_tokenizer
+):
+    """150 shards three times under 64 handles; then none is left, and one line says so."""
+    path, words = tmp_path / "set", tmp_path / "t.model"
+    records.write(path, {"train": make_records(150)}, name="n", info={}, records_per_shard=1)
+    words.write_bytes(small_tokenizer.to_bytes())
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, str(path), str(words)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": ":".join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    message, bad = done.stdout.splitlines()
+    assert "Too many open files (this process may hold 64)" in message and "ulimit -n" in message
+    assert bad == "{}"
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.EMFILE, "x"), OSError(errno.ENOSPC, "x"), OSError(errno.EIO, "x"), MemoryError(),
+    RuntimeError("open() failed: Too many open files; opening a"),
+])  # fmt: skip
+def test_faults_of_the_machine_are_not_charged_to_a_record(make_records, small_tokenizer, error):
+    class Failing(list):
+        fingerprint = "x"
+
+        def __getitem__(self, i):
+            raise error
+
+    data = loader.Data(path="p", bad_records="replace", image_px=8, text_len=8, read_threads=0)
+    dataset = loader.Dataset(data, Failing([0]), small_tokenizer)
+    with pytest.raises(check.MachineError, match=r"record 0 of p: got .*, expected room for more;"):
+        dataset.batch_at(0, 1, 0)

@@ -296,7 +296,10 @@ def test_the_index_is_kept_and_made_again_where_it_is_damaged(made, tmp_path, mo
     monkeypatch.setattr(tables, "_index", lambda *a: built.append(1) or index(*a))
     again = sources.open_path(path)
     assert not built and again.fingerprint == first.fingerprint and texts(again) == texts(first)
-    for file in (tmp_path.parent).glob("cache*/table-index/*/facts.json"):
+    for file in (tmp_path.parent).glob("cache*/table-index/*"):
+        file.unlink()  # a mapped file is never written into
+    for file in (tmp_path.parent).glob("cache*/table-index/*"):
+        file.unlink()  # a mapped file is never written into
         file.write_text("{}")
     assert texts(sources.open_path(path)) == texts(first) and built
 

@@ -134,8 +134,10 @@ def run(args: argparse.Namespace) -> int:
     }
     try:
         return actions[args.action](args)
-    except OSError as e:
-        if not e.filename:
+    except (OSError, MemoryError, RuntimeError) as e:
+        if fault := check.machine(getattr(e, "filename", None) or f"vlp data {args.action}", e):
+            raise fault from None
+        if not isinstance(e, OSError) or not e.filename:
             raise
         got, do = f"{e.strerror} ({type(e).__name__})", "check the path and its permissions"
         raise check.error(e.filename, got, "a path to read or a place to write", do) from None
@@ -221,15 +223,22 @@ def _verify(args: argparse.Namespace) -> int:
     """Checks every digest, record and image; returns 1 if anything is wrong."""
     from vlp.data import inspect
 
-    begin = time.monotonic()
-    problems, bad, total = inspect.verify(args.dir)
-    for problem in problems:
-        print(problem)
+    begin, num = time.monotonic(), 0
     if args.quarantine:
-        _write_new(args.quarantine, "".join(json.dumps(x) + "\n" for x in bad).encode())
-    verdict = f"{len(problems)} problems" if problems else "good"
+        _write_new(args.quarantine, b"")
+
+    def tell(line: str, row: dict | None) -> None:
+        nonlocal num
+        num += 1
+        print(line)
+        if row and args.quarantine:
+            with open(args.quarantine, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+    total = inspect.verify(args.dir, tell)
+    verdict = f"{num} problems" if num else "good"
     print(f"{args.dir}: {verdict}, {total} records read, {time.monotonic() - begin:.1f} s")
-    return 1 if problems else 0
+    return 1 if num else 0
 
 
 def _open(args: argparse.Namespace, split: str):

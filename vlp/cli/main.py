@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.run(args)
     except UserError as mistake:
         print(f"vlp: {mistake}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(mistake, check.MachineError) else 2
     except Exception as e:
         if not (told := failure(e)):
             raise

@@ -9,6 +9,7 @@ import errno
 import os
 import pathlib
 import re
+import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
@@ -40,6 +41,35 @@ def failure(e: BaseException) -> str:
         where = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else "a file"
         return f"{where}: got {e.strerror}, expected to read or write it; mend that and repeat the command"
     return ""
+
+
+class MachineError(UserError):
+    """A limit or a fault of the machine: nothing that was being read is to blame for it."""
+
+
+_FAULTS = {  # by errno: what to do
+    errno.EMFILE: "raise the limit with `ulimit -n`",
+    errno.ENFILE: "close other programs' files",
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EIO: "check the disk or the network mount",
+    errno.ENOMEM: "use fewer workers or smaller batches",
+}
+
+
+def machine(where: object, e: BaseException) -> MachineError | None:
+    """Returns the error to raise if `e` is a fault of the machine, from Python or from a library; else None."""
+    if isinstance(e, MachineError):
+        return e
+    code = errno.ENOMEM if isinstance(e, MemoryError) else getattr(e, "errno", None)
+    if code is None and isinstance(e, RuntimeError | OSError):  # compiled libraries: words alone
+        code = next((n for n in _FAULTS if os.strerror(n).lower() in str(e).lower()), None)
+    if code not in _FAULTS:
+        return None
+    got = os.strerror(code)
+    if code == errno.EMFILE:
+        got += f" (this process may hold {resource.getrlimit(resource.RLIMIT_NOFILE)[0]})"
+    return MachineError(f"{where}: got {got}, expected room for more; {_FAULTS[code]}")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -12,16 +12,17 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from vlp.core import check
-from vlp.data import image_ops, processes, records, sources
+from vlp.data import counts, image_ops, processes, records, sources
 from vlp.data.sources import fields, files, tar
 
 LEFT_OUT = "left_out.jsonl"
@@ -54,7 +55,7 @@ class Job:
 
 @functools.lru_cache(maxsize=8)
 def _opened(path: str, split: str, strict: bool, given: fields.Fields) -> records.Source:
-    return sources.open_path(path, split, strict=strict, given=given)
+    return records.in_order(sources.open_path(path, split, strict=strict, given=given))
 
 
 def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[str] = ()) -> dict:
@@ -96,22 +97,26 @@ def make_shard(job: Job, task: tuple[str, int]) -> None:
     split, number = task
     source, path = job.source(split), _shard(job, split, number)
     first = number * job.rows_per_shard
-    rows, left_out, parts = [], [], collections.Counter()
-    for i in range(first, min(first + job.rows_per_shard, len(source))):
-        record, reason, detail, notes = _row(job, source, i)
-        if reason:
-            entry = {"split": split, "row": i} | _place(source, i)
-            entry |= {"key": record["key"]} if record.get("key") else {}
-            left_out.append(entry | {"reason": reason} | ({"detail": detail} if detail else {}))
-        else:
-            rows.append(record)
-            parts.update(part for part, _ in notes.parts)
-            left_out += [{"split": split, **row, "key": record["key"]} for row in notes.rows]
+    keys, left_out, parts = [], [], collections.Counter()
+
+    def rows() -> Iterator[dict]:
+        for i in range(first, min(first + job.rows_per_shard, len(source))):
+            record, reason, detail, notes = _row(job, source, i)
+            if reason:
+                entry = {"split": split, "row": i} | _place(source, i)
+                entry |= {"key": record["key"]} if record.get("key") else {}
+                entry |= {"reason": reason} | ({"detail": detail} if detail else {})
+                left_out.append(entry)
+            else:
+                keys.append(record["key"])
+                parts.update(part for part, _ in notes.parts)
+                left_out.extend({"split": split, **row, "key": record["key"]} for row in notes.rows)
+                yield record
+
     part = f"{path}.{os.getpid()}.part"
-    records.write_shard(part, rows)
-    entry = {"records": len(rows), **records.file_entry(part)}
+    records.write_shard(part, rows())
+    entry = {"records": len(keys), **records.file_entry(part)}
     os.replace(part, path)
-    keys = [r["key"] for r in rows]
     text = json.dumps({"entry": entry, "keys": keys, "left_out": left_out, "parts": parts})
     with open(part, "w", encoding="utf-8") as f:
         f.write(text)
@@ -226,54 +231,67 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     final = os.path.join(job.work, "dataset")
     shutil.rmtree(final, ignore_errors=True)
     os.makedirs(final)
-    splits, left_out, duplicates, parts = {}, [], {}, collections.Counter()
-    for split in job.splits:
-        found = [_finished(job, t) for t in tasks if t[0] == split]
-        left_out += [row for x in found for row in x["left_out"]]
-        for x in found:
-            parts.update(x["parts"])
-        whole = [(n, x) for n, x in enumerate(found) if x["entry"]["records"]]
-        keys = [k for x in found for k in x["keys"]]
-        if not keys:
-            counts = dict(collections.Counter(r["reason"] for r in left_out))
-            shutil.rmtree(job.work)  # of no use to a mended input
-            got = f"0 records ({counts}{_first_detail(left_out)})"
-            do = "check the input"
-            if set(counts) == {"no text"}:
-                do += ", or keep labels alone by --captions ''"
-            raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
-        shards = []
-        for i, (number, x) in enumerate(whole):
-            name = f"{split}-{i:05d}-of-{len(whole):05d}.arrayrecord"
-            _link(_shard(job, split, number), os.path.join(final, name))
-            shards.append({"file": name, **x["entry"]})
-        joined = hashlib.sha256(b"".join(k.encode() + b"\0" for k in keys)).hexdigest()
-        splits[split] = {"num_records": len(keys), "keys_sha256": joined, "shards": shards}
-        duplicates[split] = len(keys) - len(set(keys))
-    info = {
-        "plan": _digest(plan),
-        "fields": {s: shown(job.source(s), job.given) for s in job.splits},
-        "left_out": dict(sorted(collections.Counter(r["reason"] for r in left_out).items())),
-        "repeated_keys": duplicates,
-    }
-    if parts:
-        info["parts_left_out"] = dict(sorted(parts.items()))
-    for split in job.splits:
-        source: Any = job.source(split)
-        if sources.grouped(source):
-            info.setdefault("rows", {})[split] = source.num_rows
-        is_tar = isinstance(source, tar.TarSource)
-        if not is_tar and not isinstance(source, files.FolderSource):
-            continue
-        info.setdefault("tar" if is_tar else "folder", {})[split] = source.counts
-        left_out += [{"split": split, **r} for r in source.left_out]
-        if shards := source.files if is_tar else source.shards:  # of img2dataset
-            info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(shards)
-            failures = tar.img2dataset_failures(shards, job.given.key)
-            left_out += [{"split": split, **r} for r in failures]
-    lines = "".join(json.dumps(r, ensure_ascii=True) + "\n" for r in left_out)
+    splits, repeated, detail = {}, {}, ""
+    reasons: collections.Counter = collections.Counter()
+    parts: collections.Counter = collections.Counter()
+    with open(os.path.join(final, LEFT_OUT), "w", encoding="ascii") as lines:
+        tell = lambda row: lines.write(json.dumps(row, ensure_ascii=True) + "\n")
+        for split in job.splits:
+            joined, keys, shards = hashlib.sha256(), counts.Counts(), []
+            for task in (t for t in tasks if t[0] == split):
+                found = _finished(job, task)
+                parts.update(found["parts"])
+                for row in found["left_out"]:
+                    tell(row)
+                    reasons[row["reason"]] += 1
+                    if not detail and "detail" in row:
+                        detail = f"; first: {row['detail']}"
+                joined.update(b"".join(k.encode() + b"\0" for k in found["keys"]))
+                keys.add(found["keys"])
+                if found["entry"]["records"]:
+                    shards.append((_shard(job, *task), found["entry"]))
+            if not shards:
+                shutil.rmtree(job.work)  # of no use to a mended input
+                got = f"0 records ({dict(reasons)}{detail})"
+                do = "check the input"
+                if set(reasons) == {"no text"}:
+                    do += ", or keep labels alone by --captions ''"
+                raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
+            entries = []
+            for i, (path, entry) in enumerate(shards):
+                name = f"{split}-{i:05d}-of-{len(shards):05d}.arrayrecord"
+                _link(path, os.path.join(final, name))
+                entries.append({"file": name, **entry})
+            repeated[split] = keys.num_repeats()
+            splits[split] = {
+                "num_records": keys.total,
+                "keys_sha256": joined.hexdigest(),
+                "shards": entries,
+            }
+        info = {
+            "plan": _digest(plan),
+            "fields": {s: shown(job.source(s), job.given) for s in job.splits},
+            "left_out": dict(sorted(reasons.items())),
+            "repeated_keys": repeated,
+        }
+        if parts:
+            info["parts_left_out"] = dict(sorted(parts.items()))
+        for split in job.splits:
+            source: Any = job.source(split)
+            if sources.grouped(source):
+                info.setdefault("rows", {})[split] = source.num_rows
+            is_tar = isinstance(source, tar.TarSource)
+            if is_tar or isinstance(source, files.FolderSource):
+                written = source.files if is_tar else source.shards  # of img2dataset
+                info.setdefault("tar" if is_tar else "folder", {})[split] = source.counts
+                failures: Iterable[dict] = ()
+                if written:
+                    info.setdefault("img2dataset", {})[split] = tar.img2dataset_counts(written)
+                    failures = tar.img2dataset_failures(written, job.given.key)
+                for row in itertools.chain(source.left_out, failures):
+                    tell({"split": split, **row})
     manifest = records.write_manifest(
-        final, os.path.basename(job.out), info, splits, {LEFT_OUT: lines.encode()}
+        final, os.path.basename(job.out), info, splits, {LEFT_OUT: None}
     )
     pathlib.Path(final, INPUTS).write_text(json.dumps(plan["seen"]))
     if os.path.isdir(job.out):
@@ -281,10 +299,6 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     os.replace(final, job.out)
     shutil.rmtree(job.work)
     return manifest
-
-
-def _first_detail(left_out: Sequence[dict]) -> str:
-    return next((f"; first: {r['detail']}" for r in left_out if "detail" in r), "")
 
 
 def _finished(job: Job, task: tuple[str, int]) -> dict:

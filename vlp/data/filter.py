@@ -1,16 +1,15 @@
 """ALIGN's published rules for noisy image–text pairs, with counts by rule.
 
 Source: Jia et al. 2021, arXiv:2102.05918, §3.1. Not here: its filter of pornographic images and of
-near-duplicates of test images, which need models. Word counts are held in memory, as are the hashes
-of texts and images.
+near-duplicates of test images, which need models. Counts are exact and of any size (counts.py).
 """
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 
 from vlp.core import check
+from vlp.data import counts as counts_lib
 from vlp.data import image_ops, records
 from vlp.data.sources import fields
 
@@ -62,28 +61,30 @@ def words(text: str) -> list[str]:
 
 @dataclasses.dataclass
 class Seen:
-    """What the first pass counts over the raw data."""
+    """What the first pass finds in the raw data."""
 
-    images_of_text: collections.Counter
-    texts_of_image: collections.Counter
-    frequent: frozenset[str]
+    shared_texts: counts_lib.Members  # of more images than allowed
+    crowded_images: counts_lib.Members  # with more texts than allowed
+    frequent: counts_lib.Members | None  # unigrams and bigrams; None: all are
 
 
 def survey(source: records.Source, rules: Rules) -> Seen:
     """Reads every record once."""
-    texts: collections.Counter = collections.Counter()
-    images: collections.Counter = collections.Counter()
-    grams: collections.Counter = collections.Counter()
+    texts, images, grams = counts_lib.Counts(), counts_lib.Counts(), counts_lib.Counts()
+    source = records.in_order(source)
     for i in range(len(source)):
         record = _read(source, i)
         if isinstance(record, str):
             continue
-        images[_digest(record["image"])] += len(record["captions"])
-        texts.update({_text_digest(c["text"]) for c in record["captions"]})
+        images.add_times(record["image"], len(record["captions"]))
+        texts.add({_same(c["text"]) for c in record["captions"]})
         for caption in record["captions"]:
-            grams.update(_grams(caption["text"]))
-    kept = sorted(grams.items(), key=lambda x: (-x[1], x[0]))[: rules.num_frequent]
-    return Seen(texts, images, frozenset(g for g, _ in kept))
+            grams.add(_grams(caption["text"]))
+    return Seen(
+        texts.above(rules.max_images_per_text),
+        images.above(rules.max_texts_per_image),
+        grams.most_common(rules.num_frequent),
+    )
 
 
 def apply(
@@ -94,6 +95,7 @@ def apply(
     counts also gets "records", "texts" (what came in), "records_kept", "texts_kept" and "no_text"
     (records whose every text was dropped).
     """
+    source = records.in_order(source)
     for i in range(len(source)):
         record = _read(source, i)
         counts["records"] += 1
@@ -122,8 +124,7 @@ def _image_rule(record: dict, seen: Seen, rules: Rules) -> str:
         return "image_small"
     if long >= rules.max_aspect * short:
         return "image_aspect"
-    many = seen.texts_of_image[_digest(record["image"])] > rules.max_texts_per_image
-    return "image_many_texts" if many else ""
+    return "image_many_texts" if seen.crowded_images.has([record["image"]])[0] else ""
 
 
 def _text_rule(text: str, seen: Seen, rules: Rules) -> str:
@@ -132,9 +133,10 @@ def _text_rule(text: str, seen: Seen, rules: Rules) -> str:
         return "text_short"
     if num > rules.max_words:
         return "text_long"
-    if seen.images_of_text[_text_digest(text)] > rules.max_images_per_text:
+    if seen.shared_texts.has([_same(text)])[0]:
         return "text_shared"
-    return "" if seen.frequent.issuperset(_grams(text)) else "text_rare"
+    rare = seen.frequent is not None and not seen.frequent.has(_grams(text)).all()
+    return "text_rare" if rare else ""
 
 
 def _grams(text: str) -> list[str]:
@@ -142,12 +144,9 @@ def _grams(text: str) -> list[str]:
     return tokens + [f"{a} {b}" for a, b in zip(tokens, tokens[1:])]
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _text_digest(text: str) -> bytes:
-    return _digest(" ".join(words(text)).encode("utf-8", "surrogatepass"))
+def _same(text: str) -> str:
+    """Equal for texts that differ in case or white space alone."""
+    return " ".join(words(text))
 
 
 def _read(source: records.Source, i: int) -> dict | str:

@@ -58,6 +58,8 @@ def _bad(e: Exception, data: bytes) -> BadImage:
     detail = f"{type(e).__name__}: {e!s:.120}"
     if isinstance(e, BadImage):
         return e
+    if isinstance(e, MemoryError) and (fault := check.machine("decoding an image", e)):
+        raise fault from None
     if not data.strip(b"\0"):
         return BadImage("empty", f"{len(data)} bytes" + (", all zero" if data else ""))
     if isinstance(e, UnidentifiedImageError):

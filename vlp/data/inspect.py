@@ -5,17 +5,16 @@ Reads every record once; images are decoded only by `verify`, and a hundred of t
 
 import base64
 import collections
-import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlp.core import check, pages
-from vlp.data import image_ops, records
+from vlp.data import counts, image_ops, records
 
 THUMBNAIL_PX = 160
 
@@ -25,55 +24,50 @@ def numbers(source: records.Source) -> dict[str, Any]:
 
     repeated_*: share of records (texts) whose key, image bytes or text came before.
     """
-    size_bytes, short_px, texts, lengths, per_record = [], [], 0, [], []
+    size_bytes, short_px, lengths, per_record = (counts.Histogram() for _ in range(4))
     kinds: dict[str, collections.Counter] = {
         k: collections.Counter() for k in ("formats", "langs", "sources", "bad")
     }
-    seen: dict[str, set] = {"key": set(), "image": set(), "text": set()}
+    seen = {name: counts.Counts() for name in ("keys", "images", "texts")}
+    source = records.in_order(source)
     for i in range(len(source)):
         try:
             record = source[i]
+        except check.UserError:
+            raise  # a file that cannot be read is no property of the row
         except ValueError as e:
             kinds["bad"][getattr(e, "reason", "row")] += 1
             continue
         image = record["image"]
-        seen["key"].add(record["key"])
-        seen["image"].add(hashlib.blake2b(bytes(image), digest_size=16).digest())
-        size_bytes.append(len(image))
+        seen["keys"].add([record["key"]])
+        seen["images"].add([image])
+        size_bytes.add(len(image))
         try:
             picture = image_ops.Picture(image)
-            short_px.append(min(picture.size))
+            short_px.add(min(picture.size))
             kinds["formats"][picture.format] += 1
         except image_ops.BadImage:
             kinds["bad"]["image header"] += 1
-        per_record.append(len(record["captions"]))
+        per_record.add(len(record["captions"]))
         for caption in record["captions"]:
-            texts += 1
-            lengths.append(len(caption["text"].split()))
+            lengths.add(len(caption["text"].split()))
             kinds["langs"][caption["lang"]] += 1
             kinds["sources"][caption["source"]] += 1
-            seen["text"].add(hashlib.blake2b(caption["text"].encode(), digest_size=16).digest())
-    good = max(len(size_bytes), 1)
+            seen["texts"].add([caption["text"]])
+    spread = lambda histogram: histogram.percentiles([0, 25, 50, 75, 100])
+    repeats = lambda found: round(found.num_repeats() / max(found.total, 1), 4)
     return {
         "records": len(source),
-        "bytes": sum(size_bytes),
-        "image_bytes": _spread(size_bytes),
-        "shorter_side_px": _spread(short_px),
-        "captions": texts,
-        "captions_per_record": _spread(per_record),
-        "caption_words": _spread(lengths),
-        "repeated_keys": round(1 - len(seen["key"]) / good, 4),
-        "repeated_images": round(1 - len(seen["image"]) / good, 4),
-        "repeated_texts": round(1 - len(seen["text"]) / max(texts, 1), 4),
+        "bytes": size_bytes.total(),
+        "image_bytes": spread(size_bytes),
+        "shorter_side_px": spread(short_px),
+        "captions": lengths.num,
+        "captions_per_record": spread(per_record),
+        "caption_words": spread(lengths),
+        **{f"repeated_{name}": repeats(found) for name, found in seen.items()},
         "uniform_borders": borders(source),
         **{k: dict(v.most_common(20)) for k, v in kinds.items()},
     }
-
-
-def _spread(values: Sequence[int]) -> list[int]:
-    if not values:
-        return []
-    return [int(x) for x in np.percentile(values, [0, 25, 50, 75, 100])]
 
 
 def page(source: records.Source, found: dict, *, title: str, num_images: int = 60) -> str:
@@ -183,53 +177,55 @@ def has_uniform_border(image: np.ndarray, share: float = 0.05) -> bool:
     return False
 
 
-def verify(path: str) -> tuple[list[str], list[dict], int]:
-    """Checks digests, records and images of our format.
+def verify(path: str, tell: Callable[[str, dict | None], None]) -> int:
+    """Checks digests, records and images of our format; returns the number of records read.
 
-    Returns (problems as lines, bad records, records read); the second as
-    lines of a quarantine file (`config.data.skip`).
+    tell(line, row) is called with each problem as it is found; row: a bad record's line of a
+    quarantine file (`config.data.skip`), None for what is no record.
     """
-    problems, bad, total = [], [], 0
-    manifest = records.read_manifest(path)
-    for file, entry in manifest.get("files", {}).items():
+    manifest, total = records.read_manifest(path), 0
+
+    def good(file: str, entry: dict) -> bool:
         try:
             records.check_file(os.path.join(path, file), entry, hashed=True)
         except check.UserError as e:
-            problems.append(str(e))
+            tell(str(e), None)
+            return False
+        return True
+
+    for file, entry in manifest.get("files", {}).items():
+        good(file, entry)
     for split, entry in manifest["splits"].items():
-        damaged = len(problems)
-        for shard in entry["shards"]:
-            try:
-                records.check_file(os.path.join(path, shard["file"]), shard, hashed=True)
-            except check.UserError as e:
-                problems.append(str(e))
-        if len(problems) > damaged:
+        if not all([good(shard["file"], shard) for shard in entry["shards"]]):
             continue
         try:
-            source = records.open_split(path, split, hashed=False)
+            source = records.in_order(records.open_split(path, split, hashed=False))
         except check.UserError as e:
-            problems.append(str(e))
+            tell(str(e), None)
             continue
-        keys = set()
+        keys = counts.Counts()
         for i in range(len(source)):
             try:
                 record = source[i]
+            except check.UserError:
+                raise
             except ValueError as e:  # no msgpack, or strings that are not UTF-8
-                problems.append(f"{split} record {i}: {e!s:.200}")
-                bad.append({"split": split, "record": i, "key": "", "reason": "record"})
-                bad[-1]["fingerprint"] = source.fingerprint
-                keys.add(i)
+                row = {"split": split, "record": i, "key": "", "reason": "record"}
+                row |= {"fingerprint": source.fingerprint}
+                tell(f"{split} record {i}: {e!s:.200}", row)
                 continue
-            keys.add(record["key"])
+            keys.add([record["key"]])
             try:
                 records.encode(record)
                 image_ops.decode(record["image"])
+            except check.MachineError:
+                raise
             except (check.UserError, image_ops.BadImage) as e:
-                problems.append(f"{split} record {i} (key {record['key']!r}): {e}")
                 reason = getattr(e, "reason", "record")
                 row = {"split": split, "record": i, "key": record["key"], "reason": reason}
-                bad.append(row | {"fingerprint": source.fingerprint})
-        if len(keys) < len(source):
-            problems.append(f"{split}: {len(source) - len(keys)} keys occur more than once")
+                row |= {"fingerprint": source.fingerprint}
+                tell(f"{split} record {i} (key {record['key']!r}): {e}", row)
+        if repeats := keys.num_repeats():
+            tell(f"{split}: {repeats} keys occur more than once", None)
         total += len(source)
-    return problems, bad, total
+    return total

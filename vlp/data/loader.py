@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import SOURCES, image_ops, order, processes, reads, text_ops
+from vlp.data import SOURCES, image_ops, index, order, processes, reads, sources, text_ops
 from vlp.data import tokenizer as tokenizers
 
 log = logging.getLogger(__name__)
@@ -227,6 +227,10 @@ class Without:
             raise IndexError(f"record {i} of {len(self)}")
         return self.source[int(order.skipping(np.array([i]), self.skipped)[0])]
 
+    def inputs(self) -> Iterable[str]:
+        """Returns the paths of all files behind it."""
+        return self.source.inputs()
+
     @property
     def num_bytes(self) -> int | None:
         """Encoded bytes of the whole source, where it knows them."""
@@ -404,11 +408,41 @@ class Dataset:
         return Dataset, (self.data, self.source, self.tokenizer, self.begin)
 
     def _group(self, field: str) -> order.Groups:
-        """Reads that field of every record: meant for data that is read in seconds."""
+        """Reads that field of every record once; what it finds is kept in the cache, and mapped."""
         if field not in self.source[0]:
             known = sorted(k for k, v in self.source[0].items() if isinstance(v, str))
             raise check.unknown("config.data.group_by", field, known)
-        return order.Groups.of([self.source[i][field] for i in range(self.num_records)])
+        import pyarrow  # here, because only this asks for it
+
+        def found() -> order.Groups:
+            names = (self._group_name(i, field) for i in range(self.num_records))
+            chunks = [pyarrow.array(c, pyarrow.large_string()) for c in index.batched(names)]
+            return order.Groups.of(pyarrow.chunked_array(chunks))
+
+        def build(path: str) -> None:
+            groups = found()
+            with index.Writer(path, {"members": "<i8", "first": "<i8"}) as writer:
+                writer.add("members", groups.members)
+                writer.add("first", groups.first)
+                writer.finish({})
+
+        if not hasattr(getattr(self.source, "source", self.source), "inputs"):
+            return found()
+        stamp = f"groups 1:{self.fingerprint}:{field}:{sources.stamp(self.source)}"
+        kept = index.cached("groups", stamp, build)
+        return order.Groups(kept["members"], kept["first"])
+
+    def _group_name(self, i: int, field: str) -> str:
+        """Names the group of record i; one that is bad or lacks the field is a group of its own, at the end."""
+        try:
+            value = self.source[i].get(field)
+        except check.UserError:
+            raise
+        except ValueError:  # a bad image or row: another takes its place when its turn comes
+            value = None
+        if value is None:
+            return f"\U0010ffff{i:020d}"
+        return f"{value + 2**63:020d}" if isinstance(value, int) else str(value)
 
     @property
     def epoch_len(self) -> int:
@@ -478,6 +512,8 @@ class Dataset:
         except image_ops.BadImage:  # of a source that looks at the file itself
             raise
         except Exception as e:  # by source: OSError, zlib.error, msgpack's, KeyError …
+            if fault := check.machine(f"record {record_id} of {self.data.path}", e):
+                raise fault from None
             raise _Bad("unreadable", f"{type(e).__name__}: {e!s:.120}") from e
         if isinstance(image, bytes):
             found["image"] = image = image_ops.Picture(image)
@@ -515,7 +551,7 @@ class Dataset:
 
     def captions(self, record_id: int) -> list[str]:
         """The same without a look at the image. Raises: `text_ops.BadCaption`."""
-        return _texts(self.source[record_id], self.data, "first", None)
+        return _texts(self.source[record_id], self.data, "first", None, self.tokenizer)
 
     def keys(self, record_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the keys of the records."""

@@ -129,11 +129,19 @@ class Groups:
     first: np.ndarray
 
     @staticmethod
-    def of(names: Sequence[str]) -> "Groups":
-        """Groups records by name; `names[i]` is the group of record i."""
-        _, group_n = np.unique(np.asarray(names), return_inverse=True)
-        sizes = np.bincount(group_n)
-        return Groups(np.argsort(group_n, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
+    def of(names: Sequence[str] | Any) -> "Groups":
+        """Groups records by name, groups in the order of their names; `names[i]` (of a list, or of an
+        Arrow array of strings, which is compact) is the group of record i."""
+        import pyarrow  # here, because only this asks for it
+        from pyarrow import compute
+
+        found: Any = names
+        if not isinstance(names, pyarrow.Array | pyarrow.ChunkedArray):
+            found = pyarrow.array(names, pyarrow.large_string())
+        order = compute.call_function("sort_indices", [found])  # a stable sort
+        members = order.to_numpy().astype(np.int64)
+        sizes = found.take(order).value_counts().field("counts").to_numpy()
+        return Groups(members, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
 
     @property
     def num(self) -> int:
@@ -173,13 +181,19 @@ class Mixture:
     orders: tuple[int, ...] = ()  # () = 0, 1, …
 
     @functools.cached_property
-    def _periods(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per phase: which source stands at each slot of a period, and its count of slots before."""
+    def _periods(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Per phase: the source at each slot of a period, how many of its slots came before, and how
+        many each source has in a period."""
         out = []
         for shares in self.shares:
             slots = interleave(shares)
-            counts = np.stack([np.cumsum(slots == k) for k in range(len(shares))])
-            out.append((slots, counts[slots, np.arange(len(slots))] - 1))
+            per_period = np.bincount(slots, minlength=len(shares))
+            by_source = np.argsort(slots, kind="stable")
+            rank = np.empty_like(slots)
+            rank[by_source] = np.arange(len(slots)) - np.repeat(
+                np.cumsum(per_period) - per_period, per_period
+            )
+            out.append((slots, rank, per_period))
         return out
 
     def counts(self, position: int) -> np.ndarray:
@@ -187,9 +201,9 @@ class Mixture:
         total = np.array(self.given or [0] * len(self.sizes), np.int64)
         for phase, start in enumerate(self.starts):
             end = self.starts[phase + 1] if phase + 1 < len(self.starts) else position
-            slots = self._periods[phase][0]
+            slots, _, per_period = self._periods[phase]
             whole, rest = divmod(max(min(end, position) - start, 0), len(slots))
-            total += whole * np.bincount(slots, minlength=len(total))
+            total += whole * per_period
             total += np.bincount(slots[:rest], minlength=len(total))
         return total
 
@@ -200,12 +214,11 @@ class Mixture:
         source, number = np.empty_like(position), np.empty_like(position)
         for phase in np.unique(phase_b):
             here = phase_b == phase
-            slots, rank = self._periods[phase]
+            slots, rank, per_period = self._periods[phase]
             period, slot = np.divmod(position[here] - self.starts[phase], len(slots))
-            source[here] = slots[slot]
-            per_period = np.bincount(slots, minlength=len(self.sizes))
-            before = self.counts(self.starts[phase]) + period[:, None] * per_period
-            number[here] = before[np.arange(len(slot)), slots[slot]] + rank[slot]
+            source[here] = found = slots[slot]
+            before = self.counts(self.starts[phase])[found] + period * per_period[found]
+            number[here] = before + rank[slot]
         return source, number
 
     def record_ids(
@@ -213,15 +226,14 @@ class Mixture:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns i64[count] twice: the records at stream positions from `start` on, and their epochs."""
         source_b, number_b = self.places(start, count)
-        ids, first = np.empty_like(number_b), 0
-        for k, size in enumerate(self.sizes):
+        sizes = np.asarray(self.sizes, np.int64)
+        first, ids = np.cumsum(sizes) - sizes, np.empty_like(number_b)
+        for k in np.unique(source_b).tolist():
             here = np.flatnonzero(source_b == k)
-            if here.size:  # a source's numbers are consecutive: one window of its own stream
-                low = int(number_b[here[0]])
-                own = seed + (self.orders[k] if self.orders else k)
-                ids[here] = first + record_ids(low, here.size, size, own, shuffle)
-            first += size
-        return ids, number_b // np.asarray(self.sizes, np.int64)[source_b]
+            low = int(number_b[here[0]])  # its numbers are consecutive: a window of its own stream
+            own = seed + (self.orders[k] if self.orders else k)
+            ids[here] = first[k] + record_ids(low, here.size, self.sizes[k], own, shuffle)
+        return ids, number_b // sizes[source_b]
 
 
 def interleave(shares: Sequence[int]) -> np.ndarray:

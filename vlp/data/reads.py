@@ -12,6 +12,7 @@ import io
 import os
 import queue
 import random
+import stat as stat_lib
 import tempfile
 import threading
 import time
@@ -121,11 +122,14 @@ def stamp(path: str) -> str:
 def read(path: str, offset: int, num_bytes: int) -> bytes:
     """Returns exactly that range. Raises: `UserError` if the file ends before it or stays away."""
     if not is_remote(path):
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            data = os.pread(descriptor, num_bytes, offset)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                data = os.pread(descriptor, num_bytes, offset)
+            finally:
+                os.close(descriptor)
+        except (OSError, MemoryError) as e:
+            raise check.machine(path, e) or e from None
         note(len(data))
     else:
         step, stop = POLICY.block_bytes, min(offset + num_bytes, size(path))
@@ -204,17 +208,17 @@ def _retried(path: str, ask: Callable[[], Any]) -> Any:
                 path, f"{type(e).__name__} ({e!s:.80})", "a readable file", "check the path"
             ) from None
         except Exception as e:  # every store has exceptions of its own
+            if fault := check.machine(path, e):
+                raise fault from None
             kind = {TimeoutError: "stalls", _ShortRead: "short"}.get(type(e), "errors")
             with _lock:
                 _counts[kind] += 1
             last = e
         if attempt + 1 < POLICY.tries:
             time.sleep(min(10.0, POLICY.pause_secs * 2**attempt) * random.uniform(0.5, 1.5))
-    raise check.error(
-        path,
-        f"{POLICY.tries} failed reads (last: {type(last).__name__} {last!s:.80})",
-        "an answer",
-        "check the store and the network, then start again",
+    raise check.MachineError(
+        f"{path}: got {POLICY.tries} failed reads (last: {type(last).__name__} {last!s:.80}), "
+        "expected an answer; check the store and the network, then start again"
     )
 
 
@@ -340,4 +344,11 @@ def cache_dir(name: str) -> str:
         os.makedirs(os.path.join(root, name), exist_ok=True)
         return os.path.join(root, name)
     except OSError:
-        return os.path.join(tempfile.gettempdir(), f"vlp-{os.getuid()}", name)
+        root = os.path.join(tempfile.gettempdir(), f"vlp-{os.getuid()}")
+    os.makedirs(root, mode=0o700, exist_ok=True)
+    found = os.lstat(root)
+    if found.st_uid != os.getuid() or not stat_lib.S_ISDIR(found.st_mode):
+        got, do = "something that is not this user's", "set VLP_CACHE to a directory of your own"
+        raise check.error(root, got, "a directory of this user", do)
+    os.makedirs(os.path.join(root, name), mode=0o700, exist_ok=True)
+    return os.path.join(root, name)

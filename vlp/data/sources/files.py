@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vlp.core import check
-from vlp.data import image_ops, records
+from vlp.data import image_ops, index, records
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 from vlp.data.sources import rows
@@ -25,6 +25,7 @@ EXTENSIONS = tuple(
 )
 TEXTS = ("txt", "caption", "text")
 BESIDE = ("json", *TEXTS, "cls")
+CACHED_FILES = 10_000  # a smaller folder is read anew faster than the cache fills with its like
 
 
 class FolderSource:
@@ -62,19 +63,50 @@ class FolderSource:
             expected = f"files ending in {list(EXTENSIONS)}"
             counts = f" ({self.counts})" if self.left_out else ""
             raise check.error(path, f"no image{counts}", expected, "check the path")
-        self.files = Names(sorted(images))
+        self.files = Names.of(sorted(images))
+        del images
         self._classes = -1 if texts or "label" in fields.off else _class_level(self.files)
+        if len(self.files) < CACHED_FILES:
+            self.fingerprint = self._content()
+            return
+        kept = index.cached("folder-index", f"1:{self._stamp()}", self._write)
+        self.files, self.fingerprint = Names(kept), kept.meta["fingerprint"]
+
+    def _stamp(self) -> str:
+        """Returns a digest of names, sizes and times of all files: no file is opened for it."""
+        digest = hashlib.sha256(os.fsencode(os.path.abspath(self.path)))
+        for file in self.inputs():
+            try:
+                found = os.stat(file)
+                digest.update(
+                    os.fsencode(file) + f"\0{found.st_size}:{found.st_mtime_ns}\0".encode()
+                )
+            except OSError:
+                digest.update(os.fsencode(file) + b"\0missing\0")
+        return digest.hexdigest()
+
+    def _content(self) -> str:
+        """Returns a digest of the names, the texts, and the images' sizes."""
         digest = hashlib.sha256(b"folder\0")
         for i, name in enumerate(self.files):
-            image = os.path.join(path, name)
+            image = os.path.join(self.path, name)
             size = os.path.getsize(image) if os.path.isfile(image) else -1
             digest.update(os.fsencode(name) + f"\0{size}\0".encode())
             for file in self._beside(i):
                 try:
                     digest.update(hashlib.sha256(self._read(file)).digest())
+                except check.UserError:
+                    raise
                 except ValueError:
                     digest.update(b"unreadable")
-        self.fingerprint = digest.hexdigest()
+        return digest.hexdigest()
+
+    def _write(self, path: str) -> None:
+        """Writes the index of the folder."""
+        with index.Writer(path, {}, lists=("name",)) as writer:
+            for names in index.batched(self.files):
+                writer.add_texts("name", [os.fsencode(n) for n in names])
+            writer.finish({"fingerprint": self._content()})
 
     def __reduce__(self):
         found = (self.files, self.fingerprint, self._classes)
@@ -217,21 +249,27 @@ class FolderSource:
 
 
 class Names(Sequence):
-    """File names as two arrays: a tenth of what as many strings take."""
+    """File names as an index, or as two arrays: a tenth of what as many strings take."""
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, found: index.Index | dict[str, np.ndarray]):
+        self._found = found
+
+    @staticmethod
+    def of(names: Sequence[str]) -> "Names":
+        """Holds these names in memory."""
         encoded = [os.fsencode(n) for n in names]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        return Names({"name": np.frombuffer(b"".join(encoded), np.uint8), "name_ends": ends})
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._found["name_ends"])
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        begin = int(self._ends[i - 1]) if i else 0
-        return os.fsdecode(self._bytes[begin : int(self._ends[i])])
+        ends = self._found["name_ends"]
+        here = slice(int(ends[i - 1]) if i else 0, int(ends[i]))
+        return os.fsdecode(self._found["name"][here].tobytes())
 
 
 def has_images(path: str) -> bool:

@@ -45,6 +45,8 @@ def _readable(path: str, read: Any, *args: Any) -> Any:
     try:
         return read(*args)
     except (OSError, pyarrow.ArrowException) as e:
+        if fault := check.machine(path, e):
+            raise fault from None
         raise check.error(
             path, f"damaged pages ({e!s:.80})", "a whole Parquet file", "copy it again"
         ) from None

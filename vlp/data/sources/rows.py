@@ -1,25 +1,20 @@
-"""What sources of rows share: arrays kept in the cache, rows of one image as a group, safe files.
-
-An index is built once a machine: NumPy arrays that all processes map, beside a small JSON file.
-"""
+"""What sources of rows share: arrays kept in the cache, rows of one image as a group, safe files."""
 
 import functools
 import hashlib
-import json
-import logging
 import os
 import pathlib
-import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from vlp.data import image_ops, reads
+from vlp.core import check
+from vlp.data import counts, image_ops, index, reads
 
 CACHED_BYTES = 2**20  # a smaller file is indexed anew faster than the cache fills with its like
 Index = tuple[dict, dict[str, np.ndarray]]
-log = logging.getLogger(__name__)
 
 
 def cached(kind: str, what: str, num_bytes: int, build: Callable[[], Index]) -> Index:
@@ -29,34 +24,16 @@ def cached(kind: str, what: str, num_bytes: int, build: Callable[[], Index]) -> 
     """
     if num_bytes < CACHED_BYTES:
         return build()
-    name = hashlib.sha256(f"1:{what}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
-    directory = os.path.join(reads.cache_dir(kind), name)
-    try:
-        return _load(directory)
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+
+    def write(path: str) -> None:
         facts, arrays = build()
-    part = f"{directory}.{os.getpid()}.part"
-    try:
-        os.makedirs(part, exist_ok=True)
-        for key, array in arrays.items():
-            np.save(os.path.join(part, f"{key}.npy"), array)
-        with open(os.path.join(part, "facts.json"), "w", encoding="utf-8") as f:
-            json.dump({"arrays": sorted(arrays), "facts": facts}, f)
-        if os.path.isdir(directory):  # a damaged one, or another process was faster
-            shutil.rmtree(directory, ignore_errors=True)
-        os.replace(part, directory)
-        return _load(directory)
-    except (OSError, ValueError) as e:
-        log.warning("%s: the index is not kept (%s)", directory, e)
-        shutil.rmtree(part, ignore_errors=True)
-        return facts, arrays
+        with index.Writer(path, {k: a.dtype.str for k, a in arrays.items()}) as writer:
+            for name, array in arrays.items():
+                writer.add(name, array)
+            writer.finish(facts)
 
-
-def _load(directory: str) -> Index:
-    with open(os.path.join(directory, "facts.json"), encoding="utf-8") as f:
-        held = json.load(f)
-    load = lambda name: np.load(os.path.join(directory, f"{name}.npy"), mmap_mode="r")
-    return held["facts"], {name: load(name) for name in held["arrays"]}
+    found = index.cached(kind, f"2:{what}", write)
+    return found.meta, found.arrays()
 
 
 class Groups:
@@ -78,15 +55,18 @@ class Groups:
 
 def group(digests: Iterable[bytes]) -> dict[str, np.ndarray]:
     """Returns the arrays of `Groups` for one digest of 16 bytes a row; {} if none comes twice."""
-    held = bytearray()  # 16 bytes a row, and no Python object for it
-    for one in digests:
-        held += one
-    found = np.frombuffer(held, np.uint64).reshape(-1, 2)
+    with tempfile.TemporaryFile() as file:
+        seen = counts.Counts()
+        for one in digests:
+            file.write(one)
+            seen.add([one])
+        if not seen.num_repeats():
+            return {}
+        file.seek(0)
+        found = np.fromfile(file, np.uint64).reshape(-1, 2)
     order = np.lexsort((found[:, 1], found[:, 0]))  # stable: rows of a group ascend
     new = np.ones(len(order), bool)
     new[1:] = (found[order[1:]] != found[order[:-1]]).any(axis=1)
-    if new.all():
-        return {}
     begins = np.flatnonzero(new)
     by_first = np.argsort(order[begins])
     sizes = np.diff(np.append(begins, len(order)))[by_first]
@@ -137,6 +117,8 @@ def read_file(path: str, root: str, *, where: str, key: str | None, allow_outsid
         with open(path, "rb") as f:
             data = f.read()
     except OSError as e:
+        if fault := check.machine(path, e):
+            raise fault from None
         raise image_ops.BadImage("missing", f"{where} ({path}: {type(e).__name__})", key) from None
     reads.note(len(data))
     return data
