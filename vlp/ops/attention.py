@@ -6,6 +6,7 @@ The matrix of logits is made by XLA, or never leaves the chip in JAX's fused ker
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def _splash_of_one(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, causal: bool) ->
 
     q_BHTK = lead_heads(q_BTHK * jnp.asarray(size**-0.5, q_BTHK.dtype), full_q)
     every = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))
-    out_BHTK: Array = every(q_BHTK, lead_heads(k_BSHK, full_k), lead_heads(v_BSHK, full_k))
+    out_BHTK: Any = every(q_BHTK, lead_heads(k_BSHK, full_k), lead_heads(v_BSHK, full_k))
     return out_BHTK.transpose(0, 2, 1, 3)[:, :num_q]
 
 
