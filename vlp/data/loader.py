@@ -830,7 +830,8 @@ def _train_sample(
     rng = order.sample_rng(seed, "shorten", position)
     num_words = data.text_len - 2  # beside bos and eos
     short = [text_ops.shorten(t, num_words, data.shorten, rng) for t in texts]
-    short = [old if tokenizer.is_blank(new) else new for old, new in zip(texts, short)]
+    is_blank = _is_blank(tokenizer)
+    short = [old if is_blank(new) else new for old, new in zip(texts, short)]
     return [(new, new is not old) for old, new in zip(texts, short)]
 
 
@@ -885,6 +886,11 @@ def _eval_image(
     return [("", False)] * (data.num_captions if data.captions == "all" else 1)
 
 
+def _is_blank(tokenizer: Any) -> Callable[[str], bool]:
+    """Whether a text is nothing to a tokenizer; a user's own may not say."""
+    return getattr(tokenizer, "is_blank", text_ops.is_invisible)
+
+
 def _texts(
     record: dict,
     data: Data,
@@ -899,7 +905,7 @@ def _texts(
         sources={c.name: c.weight for c in data.caption_sources},
         num=data.num_captions,
         rng=rng,
-        is_blank=tokenizer.is_blank,
+        is_blank=_is_blank(tokenizer),
         where=f"record {record.get('key')!r}",
     )
 
