@@ -1,6 +1,8 @@
 """`vlp eval`: the numbers of the run's own last evaluation, as text and as JSON."""
 
+import io
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -23,11 +25,12 @@ def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
     run = shutil.copytree(coca_run, tmp_path / "run")
     before = runs.contents(run)
     assert runs.vlp("eval", "--workdir", run, "--json", tmp_path / "out.json") == 0
+    assert runs.contents(run) == before
     found = results(tmp_path / "out.json")
     assert {label for label, _ in found} == set(last) == {"retrieval", "captions"}
     assert found == {(label, metric): last[label][metric] for label, metric in found}
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(found) == 12
+    assert len(lines) == len(found) == 13
     assert lines[0].split() == [
         "retrieval",
         "test",
@@ -36,6 +39,7 @@ def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
     ]
     for row in json.loads((tmp_path / "out.json").read_text()):
         assert (row["step"], row["split"], row["num"]) == (9, "test", 21) and row["fingerprint"]
+    assert runs.vlp("eval", "--workdir", run, "--evals", "captions", "--write") == 0
     changed = {name for name, data in runs.contents(run).items() if before.get(name) != data}
     assert all("/evals/" in name for name in changed)
 
@@ -48,7 +52,7 @@ def test_eight_devices(coca_run, last, tmp_path):
     found = results(tmp_path / "out.json")
     for (label, metric), value in found.items():
         assert value == pytest.approx(last[label][metric], rel=1e-5)
-    assert runs.vlp(*argv, "captions", "--split", "val") == 0
+    assert runs.vlp(*argv, "captions", "--split", "val", "--write") == 0
     other = results(tmp_path / "out.json")
     assert other.keys() == found.keys() and other != found
     assert json.loads((run / "evals" / "captions_val.json").read_text())["split"] == "val"
@@ -72,6 +76,80 @@ def test_refused(coca_run, tmp_path, capsys):
         assert runs.vlp(*argv, *extra) == 2
         captured = capsys.readouterr()
         assert message in captured.err and not captured.out
-    with pytest.raises(SystemExit):  # overrides are for configs; here they would do nothing
-        runs.vlp(*argv, "--config.evals.retrieval.batch=4")
+    for change, message in (
+        ("objective.keep=1.0", "train with it instead"),
+        ("data.text_len=4", "train with it instead"),
+        ("model={}", "train with it instead"),
+        ("data.resize=bilinaer", "did you mean 'bilinear'"),
+        ("evals.retrieval.batchh=4", "did you mean 'batch'"),
+        ("evals.retrival.batch=4", "did you mean 'retrieval'"),
+        ("eval_params=emma", "config.eval_params: got 'emma'"),
+        ("evals=3", "a section of evaluators"),
+    ):
+        assert runs.vlp(*argv, f"--config.{change}") == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and len(captured.err.splitlines()) == 1, change
     assert runs.contents(coca_run) == before
+
+
+def test_overrides(coca_run, tmp_path):
+    """Another batch gives the same numbers; another label, split or average is evaluated as asked."""
+    argv = ["eval", "--workdir", coca_run, "--json", tmp_path / "out.json", "--evals"]
+    before = runs.contents(coca_run)
+    assert runs.vlp(*argv, "retrieval") == 0
+    first = results(tmp_path / "out.json")
+    assert runs.vlp(*argv, "retrieval", "--config.evals.retrieval.batch=24") == 0
+    assert results(tmp_path / "out.json") == pytest.approx(first, rel=1e-5)
+    assert runs.vlp(*argv, "retrieval", "--config.data.num_records=13") == 0
+    assert {row["num"] for row in json.loads((tmp_path / "out.json").read_text())} == {13}
+    shapes = (
+        """{"label": "shape", "classes": ("circle", "square"), "templates": ("{}",), "batch": 8}"""
+    )
+    assert runs.vlp(*argv, "zeroshot", f"--config.evals.zeroshot={shapes}") == 0
+    assert runs.vlp(*argv, "captions", "--config.eval_params=student") == 0
+    assert runs.contents(coca_run) == before
+
+
+def test_anywhere(toy, tmp_path, monkeypatch):
+    """Relative paths mean what they meant in training; a workdir that cannot be written to, and an objective that is
+    not known here, are no hindrance; `--data` names other data."""
+    import numpy as np
+    from PIL import Image
+
+    from vlp.data import records, tokenizer
+    from vlp.infer import load
+    from vlp.objectives import OBJECTIVES
+
+    def rows(num):
+        for i in range(num):
+            image = io.BytesIO()
+            Image.fromarray(np.full((20, 20, 3), 9 * i, np.uint8)).save(image, "PNG")
+            caption = {"text": f"number {i}", "source": "alt", "lang": "en"}
+            yield {"key": str(i), "image": image.getvalue(), "captions": [caption]}
+
+    words = tokenizer.train([f"number {i}" for i in range(30)], vocab_size=64)
+    for name, num in (("mine", 9), ("other", 10)):
+        splits = {"train": rows(8), "val": rows(num)}
+        files = {"tokenizer.model": words.to_bytes()}
+        records.write(str(tmp_path / name), splits, name=name, info={}, files=files)
+    monkeypatch.chdir(tmp_path)
+    data = {"path": "mine", "image_px": 16, "text_len": 8}
+    evals = {"retrieval": {"split": "val", "batch": 8}}
+    assert runs.train(runs.TOY | {"steps": 2, "data": data, "evals": evals}, tmp_path / "run") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.delitem(OBJECTIVES, "toy")
+    load._load.cache_clear()
+    paths = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    argv = ["eval", "--workdir", tmp_path / "run", "--json", "out.json"]
+    for extra, num in (
+        ([], 9),
+        (["--data", "../other"], 10),
+        ([f"--config.data.path={tmp_path / 'other'}"], 10),
+    ):
+        assert runs.vlp(*argv, *extra) == 0
+        assert {row["num"] for row in json.loads(pathlib.Path("out.json").read_text())} == {num}
+    for path in paths:
+        path.chmod(0o755)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -80,7 +81,9 @@ def test_a_mixed_dataset_counts_and_resumes():
     ("change", "message"),
     [
         ({"mixture": (loader.Part("a", weight=-1.0),)}, "weights >= 0"),
-        ({"mixture": (loader.Part("d", weight=0.1234567),) + PARTS}, "few digits"),
+        ({"mixture": (loader.Part("a", weight=float("inf")),)}, "finite"),
+        ({"mixture": (loader.Part("a", weight=float("nan")),)}, "finite"),
+        ({"mixture": (loader.Part("a", weight=0.0),)}, "not all 0"),
         ({"mixture": (), "reweight": (loader.Reweight(1, (1.0,)),)}, "a mixture beside it"),
         ({"reweight": (loader.Reweight(9, (1.0,)),)}, "config.data.reweight.0.weights"),
         ({"reweight": (loader.Reweight(0, (1.0, 1.0, 1.0)),)}, "over 0"),
@@ -90,6 +93,33 @@ def test_a_mixed_dataset_counts_and_resumes():
 def test_bad_mixtures_are_told_at_open(change, message):
     with pytest.raises(check.UserError, match=message):
         loader.open_dataset(dataclasses.replace(DATA, **change))
+
+
+@given(st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=8).filter(any))
+@settings(deadline=None, max_examples=40)
+def test_any_weights(weights):
+    shares = order.whole_shares(weights, "here")
+    assert shares == order.whole_shares(weights, "here") and sum(shares) <= 100_000
+    assert [s > 0 for s in shares] == [w > 0 for w in weights]
+    for share, weight in zip(shares, weights):
+        small = len(weights) / 100_000 if min(w for w in weights if w) < 1e-5 * sum(weights) else 0
+        assert abs(share / sum(shares) - weight / sum(weights)) <= 5e-6 + small
+
+
+def test_weights_of_many_digits():
+    """(Exact where they have few: what is trained keeps its order.)"""
+    assert (
+        order.whole_shares((0.7, 0.3), "here")
+        == order.whole_shares((0.7, 1 - 0.7), "here")
+        == (7, 3)
+    )
+    assert order.whole_shares((0.33337, 0.66663), "here") == (33337, 66663)
+    assert order.whole_shares((1 / 3, 2 / 3, 1e-300), "here")[2] == 1
+    assert order.whole_shares((1e308, 1e308), "here") == (1, 1)
+    for weights in ((math.pi, math.e), (math.pi, math.e, 2**0.5, 3**0.5)):
+        shares = order.whole_shares(weights, "here")
+        for share, weight in zip(shares, weights):
+            assert abs(share / sum(shares) - weight / sum(weights)) <= 1e-6
 
 
 class Captioned:

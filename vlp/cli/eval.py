@@ -1,50 +1,60 @@
-"""`vlp eval`: runs the evaluations of a trained run again, or others."""
+"""`vlp eval`: runs the evaluations of a trained run again, or others, on the run's data or on other data."""
+
+from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlp.infer.load import Loaded
+
+# What an override may set: the checkpoint's model was trained for the rest.
+SECTIONS = ("evals", "data", "eval_params", "plugins")
+TRAINED = ("image_px", "text_len", "tokenizer")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    about = "evaluate a checkpoint"
+    about = "evaluate a checkpoint; writes nothing unless asked to"
     parser = subparsers.add_parser("eval", help=about, description=about)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run of `vlp train`")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument(
         "--evals", default="", metavar="A,B", help="labels in config.evals (default: all)"
     )
+    parser.add_argument("--data", default="", metavar="PATH", help="other data than the run's")
     parser.add_argument("--split", default="", help="another split than the config's")
     parser.add_argument("--json", default="", metavar="FILE", help="write the results as JSON")
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--write", action="store_true", help="write galleries into DIR/evals, for the report"
+    )
+    parser.epilog = (
+        "Also --config.evals.LABEL.key=value (adds a label, too) and --config.data.key=value"
+    )
+    parser.set_defaults(run=run, config="", overrides=[])
 
 
 def run(args: argparse.Namespace) -> int:
-    import dataclasses
-
     import jax
 
     from vlp.cli.main import start_jax
     from vlp.core import check, mesh, progress
     from vlp.evals.io import IO, check_ready
     from vlp.infer.load import load
-    from vlp.train import stages, workdir
+    from vlp.train import workdir
 
     start_jax()
-    loaded = load(args.workdir, args.step)
-    _, built = stages.parse(loaded.meta["config"])
-    evals = built[loaded.meta["stage"]].evals
-    if not evals and not args.evals:
-        print(f"{args.workdir}: config.evals has none, so nothing is evaluated")
-    for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):
-        if label not in evals:
-            raise check.unknown("--evals", label, evals)
+    directory = pathlib.Path(args.workdir)
     check.output_file("--json", args.json)
-    split = {"split": args.split} if args.split else {}
-    chosen = {label: dataclasses.replace(evals[label], **split) for label in labels}
-    workdir.check_links(pathlib.Path(args.workdir))
+    if args.write:
+        workdir.check_links(directory)
+    loaded, chosen = configured(load(directory, args.step), args)
+    if not chosen:
+        print(f"{args.workdir}: config.evals has none, so nothing is evaluated")
     write = lambda name, value: workdir.write_artefact(
-        pathlib.Path(args.workdir), name, {"step": loaded.step} | value
+        directory, name, {"step": loaded.step} | value
     )
-    io = IO(loaded.data, loaded.tokenizer, write)
+    io = IO(loaded.data, loaded.tokenizer, **({"write": write} if args.write else {}))
     device_mesh = mesh.make(mesh.MeshShape())
     for label, evaluator in chosen.items():
         check_ready(evaluator, loaded.apply.model, device_mesh, io, f"config.evals.{label}")
@@ -54,18 +64,45 @@ def run(args: argparse.Namespace) -> int:
             with progress.phase(f"vlp eval: {label}"):
                 results = list(evaluator(loaded.apply, device_mesh, io))
             for r in results:
-                rows.append(
-                    {
-                        "eval": label,
-                        "step": loaded.step,
-                        "metric": r.metric,
-                        "value": r.value,
-                        **r.provenance,
-                    }
-                )
-                print(
-                    f"{label:12s} {r.provenance.get('split', ''):10s} {r.metric:24s} {r.value:.4f}"
-                )
+                row = {"eval": label, "step": loaded.step, "metric": r.metric, "value": r.value}
+                rows.append(row | dict(r.provenance))
+                split = r.provenance.get("split", "")
+                print(f"{label:12s} {split:10s} {r.metric:24s} {r.value:.4f}")
     if args.json:
         pathlib.Path(args.json).write_text(workdir.dump(rows, indent=1) + "\n")
     return 0
+
+
+def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[str, Any]]:
+    """The run with the data and parameters that the command asks for, and the chosen evaluators by label."""
+    import dataclasses
+
+    from vlp.core import check
+    from vlp.core.config import build, override, plain
+    from vlp.data.loader import Data
+    from vlp.infer.load import load, plugins_of, stage_config
+    from vlp.train import stages, workdir
+
+    config = workdir.latest(pathlib.Path(args.workdir), loaded.meta["config"])
+    section = stage_config(config, loaded.meta["stage"])
+    for item in args.overrides:
+        key = item.partition("=")[0]
+        first, _, second = key.partition(".")
+        if first not in SECTIONS or (first == "data" and second in ("", *TRAINED)):
+            expected = f"a value in {', '.join(SECTIONS)}, and of data not {', '.join(TRAINED)}"
+            raise check.error("vlp eval", f"--config.{key}", expected, "train with it instead")
+    before = section.get("eval_params")
+    section = {"evals": {}, **section, "data": plain(loaded.data)}
+    if args.data:
+        section["data"] |= {"source": "records", "path": args.data, "mixture": [], "reweight": []}
+        section["data"]["skip"] = ""  # lists the run's own records
+    override(section, args.overrides)
+    if section.get("eval_params") != before:
+        loaded = load(args.workdir, loaded.step, section["eval_params"])
+    loaded = dataclasses.replace(loaded, data=build(Data, section["data"], "config.data"))
+    evals = stages.evaluators(section["evals"], plugins_of(section))
+    for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):
+        if label not in evals:
+            raise check.unknown("--evals", label, evals)
+    split = {"split": args.split} if args.split else {}
+    return loaded, {label: dataclasses.replace(evals[label], **split) for label in labels}

@@ -23,6 +23,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--profile", default="", metavar="A:B", help="trace steps A to B into DIR/profile (XProf)"
     )
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with another length of the last stage, or with other evaluators",
+    )
     several = parser.add_argument_group("several processes", SEVERAL)
     several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")
@@ -48,12 +53,13 @@ def run(args: argparse.Namespace) -> int:
     start_jax()
     place = hosts.find(args.coordinator, args.processes, args.process)
     if place is None:
-        return loop.run(config, args.workdir, steps)
+        return loop.run(config, args.workdir, steps, args.extend)
     facts = {
         "config": stages.fixed(config, stages.LOCAL),
         "profile": args.profile,
+        "extend": args.extend,
         "versions": workdir.code_versions(),
     }
     left = secs - (time.monotonic() - began)  # imports may take long
     with hosts.joined(place, facts, pathlib.Path(args.workdir).absolute(), max(left, 1.0)):
-        return loop.run(config, args.workdir, steps)
+        return loop.run(config, args.workdir, steps, args.extend)

@@ -11,13 +11,9 @@ dicts, lists and scalars (JSON-able); `ml_collections.ConfigDict` is what config
 import ast
 import copy
 import dataclasses
-import importlib.machinery
-import importlib.util
 import inspect
 import json
 import pathlib
-import sys
-import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -25,7 +21,7 @@ from typing import Any, TypeVar
 
 from flax.core import FrozenDict
 
-from vlp.core import check
+from vlp.core import check, plugins
 
 if typing.TYPE_CHECKING:  # imported where config files are read: a model can be built without it
     import ml_collections
@@ -66,12 +62,12 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise check.error(
             "--config", repr(path), "a Python file with get_config(arg)", "check the path"
         )
-    config = plain(_returned(path, arg))
+    returned, has_parts = _returned(path, arg)
+    config = plain(returned)
     if not isinstance(config, dict):
         got, do = f"{config!r:.60} from get_config", "return an ml_collections.ConfigDict"
         raise check.error(f"--config {path}", got, "a config", do)
-    for item in overrides:
-        _override(config, item)
+    override(config, overrides)
     for key in (item.partition("=")[0] for item in overrides):
         stages = config.get("stages")
         if not isinstance(stages, list) or not stages:
@@ -79,38 +75,31 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if all(_replaces(stage, config, key.split(".")) for stage in stages):
             do = f"write --config.stages.0.{key}=… for the first"
             raise check.error(f"config.{key}", "a value that each stage replaces", "a stage's", do)
-    return config
+    found = plugins.resolve(config.get("plugins", []), pathlib.Path(path).parent)
+    if has_parts:
+        found = [plugins.of_file(path), *found]
+    return config | ({"plugins": found} if found else {})
 
 
-def _returned(path: str, arg: str) -> Any:
-    """What the file's get_config(arg) returns. Raises UserError, with file and line, for whatever the file raises."""
+def _returned(path: str, arg: str) -> tuple[Any, bool]:
+    """What the file's get_config(arg) returns, and whether the file defines parts (`plugins`).
+
+    Raises UserError, with file and line, for whatever the file raises.
+    """
     where = f"--config {path}"
-    loader = importlib.machinery.SourceFileLoader("vlp_config", path)  # whatever its ending
-    module_spec = importlib.util.spec_from_loader("vlp_config", loader)
-    assert module_spec is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(pathlib.Path(path).resolve().parent))  # `import common` beside it
-    try:
-        loader.exec_module(module)
+    with plugins.blamed(where, path, "a config"):
+        module = plugins.execute(path, "vlp_config")
         function = getattr(module, "get_config", None)
         if not callable(function):
             got = "no get_config" if function is None else f"get_config = {function!r:.40}"
             raise check.error(where, got, "def get_config(arg)", "add the function")
-        if inspect.signature(function).parameters:
-            return function(arg or None)
-        if arg:
-            do = "write def get_config(arg), or drop the argument"
-            raise check.error(where, f"the argument {arg!r} for get_config()", "none", do)
-        return function()
-    except check.UserError:
-        raise
-    except Exception as e:
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
-        line = getattr(e, "lineno", None) or (frames[-1].lineno if frames else 0)
-        got = f"{type(e).__name__} ({' '.join(str(e).split())[:160]}) in line {line}"
-        raise check.error(where, got, "a config", "correct the file") from e
-    finally:
-        sys.path.pop(0)
+        with plugins.beside(path):
+            if inspect.signature(function).parameters:
+                return function(arg or None), plugins.defines_parts(module)
+            if arg:
+                do = "write def get_config(arg), or drop the argument"
+                raise check.error(where, f"the argument {arg!r} for get_config()", "none", do)
+            return function(), plugins.defines_parts(module)
 
 
 def plain(value: Any) -> Any:
@@ -212,6 +201,12 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def override(config: dict[str, Any], items: Sequence[str]) -> None:
+    """Sets values of a plain config in place: "section.key=value". Raises UserError for a path that cannot be."""
+    for item in items:
+        _override(config, item)
 
 
 def _override(config: dict[str, Any], item: str) -> None:

@@ -256,20 +256,40 @@ def interleave(shares: Sequence[int]) -> np.ndarray:
     return out
 
 
+MAX_PERIOD = 100_000  # places of an interleave's period: `interleave` lays them out one by one
+
+
 def whole_shares(weights: Sequence[float], where: str) -> tuple[int, ...]:
     """Returns weights as whole numbers in the same proportions: (0.7, 0.3) → (7, 3).
 
-    Raises: `UserError` for weights that are no shares, or whose period passes 100,000.
+    Weights of few decimals are met exactly. Others (0.7 and 1 − 0.7, say) get the shares of the shortest period, of
+    at most 100,000 places, in which none is further than 1e-6 from its part of the whole, or, where many weights
+    allow no such period, of the one that is nearest (5e-6 at most). A weight above 0 has at least one place.
+    Depends on the weights alone. Raises: `UserError` for weights that are negative, not finite or all 0.
     """
+    good = bool(weights) and all(math.isfinite(w) and w >= 0 for w in weights) and max(weights) > 0
+    if not good:
+        raise check.error(where, list(weights), "weights >= 0, finite, not all 0", "change them")
     parts = [fractions.Fraction(str(w)) for w in weights]
-    if not parts or min(parts) < 0 or not sum(parts):
-        raise check.error(where, list(weights), "weights >= 0, not all 0", "change them")
     scale = math.lcm(*(f.denominator for f in parts))
     whole = [int(f * scale) for f in parts]
     whole = [w // math.gcd(*whole) for w in whole]
-    if sum(whole) > 10**5:
-        raise check.error(where, list(weights), "weights of few digits", "round them")
-    return tuple(whole)
+    return tuple(whole) if sum(whole) <= MAX_PERIOD else _nearest_shares(parts)
+
+
+def _nearest_shares(parts: Sequence[fractions.Fraction]) -> tuple[int, ...]:
+    """The shares of the shortest period that are within 1e-6 of the parts, or the nearest ones of any period."""
+    total = sum(parts)
+    part_K = np.array([float(p / total) for p in parts])
+    period_N = np.arange(1, MAX_PERIOD + 1)
+    least_K = np.array([float(p > 0) for p in parts])
+    shares_NK = np.maximum(np.rint(np.outer(period_N, part_K)), least_K)
+    error_N = np.abs(shares_NK / shares_NK.sum(1, keepdims=True) - part_K).max(1)
+    error_N[shares_NK.sum(1) > MAX_PERIOD] = np.inf
+    near = np.flatnonzero(error_N <= 1e-6)
+    best = near[0] if near.size else np.argmin(error_N)
+    shares = [int(w) for w in shares_NK[best]]
+    return tuple(w // math.gcd(*shares) for w in shares)
 
 
 def substitute(position: int, attempt: int, first: int, count: int, seed: int) -> int:

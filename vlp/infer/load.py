@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from vlp.ckpt.manager import Checkpoints, select
+from vlp.core import check, plugins
 from vlp.core.config import build, build_named, overlay
+from vlp.core.plugins import Plugin
 from vlp.core.types import Apply
 from vlp.data.loader import Data
 from vlp.data.tokenizer import Tokenizer
@@ -20,7 +23,7 @@ from vlp.models import MODELS
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """apply("image", x) and so on, with the parameters that the run evaluates (its `eval_params`); data: how images
-    and texts were prepared in training."""
+    and texts were prepared in training, with the paths that relative ones meant there (`located`)."""
 
     apply: Apply
     tokenizer: Tokenizer
@@ -29,27 +32,54 @@ class Loaded:
     meta: Mapping[str, Any]
 
 
-def load(workdir: str | pathlib.Path, step: int | None = None) -> Loaded:
-    """Loads a checkpoint (the newest by default) on any machine, with no optimiser and no data.
+def load(
+    workdir: str | pathlib.Path, step: int | None = None, eval_params: str | None = None
+) -> Loaded:
+    """Loads a checkpoint (the newest by default) on any machine, with no optimiser, no objective and no data.
 
-    Raises UserError if the workdir holds no such checkpoint.
+    eval_params: "student" or the name of an averaging teacher, instead of the run's own choice.
+    Raises UserError if the workdir holds no such checkpoint, or the model's plugin is gone.
     """
     checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", create=False)
     step = select(checkpoints, workdir, step)
-    return _load(str(pathlib.Path(workdir).absolute()), step)
+    return _load(str(pathlib.Path(workdir).absolute()), step, eval_params)
 
 
 @functools.lru_cache(maxsize=4)
-def _load(workdir: str, step: int) -> Loaded:
+def _load(workdir: str, step: int, eval_params: str | None) -> Loaded:
     checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", create=False)
     meta = checkpoints.meta(step)
     section = stage_config(meta["config"], meta["stage"])
-    model = build_named(MODELS, section["model"], "config.model")
+    named = section["model"].get("name", "")
+    models = plugins.extended("MODELS", MODELS, plugins_of(section), [named])
+    model = build_named(models, section["model"], "config.model")
     tokenizer = Tokenizer.from_bytes(base64.b64decode(meta["tokenizer"]))
-    data = build(Data, meta["preprocessing"], "preprocessing")
-    which = section.get("eval_params", "student")
+    data = located(build(Data, meta["preprocessing"], "preprocessing"), meta.get("cwd", ""))
+    which = eval_params or section.get("eval_params", "student")
+    averages = [k for k, t in section.get("teachers", {}).items() if t.get("decay") is not None]
+    if which not in ("student", *averages):
+        raise check.unknown("config.eval_params", str(which), ("student", *averages))
     params = checkpoints.params(step, teacher="" if which == "student" else which)
     return Loaded(Apply(model, params), tokenizer, data, step, meta)
+
+
+def plugins_of(section: Mapping[str, Any]) -> tuple[Plugin, ...]:
+    """The plugins that a config names."""
+    return tuple(Plugin(**entry) for entry in plugins.resolve(section.get("plugins", [])))
+
+
+def located(data: Data, cwd: str) -> Data:
+    """Data whose relative paths are those that they were in the directory `cwd`, where there is something still."""
+
+    def one(path: str) -> str:
+        if not path or not cwd or os.path.isabs(path) or "://" in path:
+            return path
+        there = os.path.join(cwd, path)
+        return there if os.path.exists(there) else path
+
+    parts = tuple(dataclasses.replace(p, path=one(p.path), skip=one(p.skip)) for p in data.mixture)
+    paths = {name: one(getattr(data, name)) for name in ("path", "tokenizer", "skip")}
+    return dataclasses.replace(data, mixture=parts, **paths)
 
 
 def stage_config(config: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vlp.train import state as states
 from vlp.train import workdir as files
 from vlp.train.parts import Parts, init_extra, same_shapes
 from vlp.train.session import Session, description_of_data, restore
-from vlp.train.stages import Stage
+from vlp.train.stages import Stage, parse
 from vlp.train.state import State
 
 
@@ -56,6 +56,39 @@ def check_start(
             do = "set config.init to that run's workdir"
             expected = "config.init, a run to take these parameters from"
             raise check.error("config.init_match", repr(stage.init_match), expected, do)
+
+
+def check_length(last: Stage, position: Mapping[str, int]) -> None:
+    """Raises UserError if the last stage would end before the checkpoint's step."""
+    if position["stage"] == last.index and position["stage_step"] > last.num_steps:
+        got, done = f"{last.num_steps} steps", position["stage_step"]
+        do = "give it more, or choose another --workdir"
+        raise check.error(f"stage {last.name!r}", got, f"the {done} that it has, or more", do)
+
+
+def extension(stages: Sequence[Stage], old: Mapping[str, Any], position: Mapping[str, int]) -> str:
+    """What is other than in the config `old` of the last start, and what it does to the learning rate."""
+    _, before = parse(old)
+    found = []
+    for stage, other in zip(stages, before):
+        labels = sorted(k for k in stage.evals if other.evals.get(k) != stage.evals[k])
+        if lost := sorted(other.evals.keys() - stage.evals.keys()):
+            found.append(f"stage {stage.name!r} evaluates no longer {', '.join(lost)}")
+        if labels:
+            found.append(f"stage {stage.name!r} evaluates anew {', '.join(labels)}")
+    stage, other = stages[-1], before[-1]
+    if stage.num_steps != other.num_steps:
+        found.append(f"stage {stage.name!r} has {stage.num_steps:,} steps, not {other.num_steps:,}")
+        step = position["stage_step"] if position["stage"] == stage.index else 0
+        was, now = (s.schedule.at(s.batch, s.num_steps) for s in (other, stage))
+        places = range(step, min(stage.num_steps, other.num_steps) + 1)
+        some = np.unique(np.linspace(places[0], places[-1], 9, dtype=np.int64)).tolist()
+        if any(abs(float(was(n)) - float(now(n))) > 1e-6 * float(was(n)) for n in some):
+            found.append(
+                f"its schedule depends on the length: the rate at its step {step:,} goes from "
+                f"{float(was(step)):.3g} to {float(now(step)):.3g}, unlike in a run of this length"
+            )
+    return "; ".join(found) or "nothing differs"
 
 
 def check_clamps(previous: Parts | None, parts: Parts, given: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vlp.core import check, local, progress
+from vlp.core import check, local, plugins, progress
 from vlp.core import mesh as meshes
 from vlp.core.chips import CHIPS
 from vlp.core.config import plain
@@ -27,7 +27,7 @@ from vlp.train import hosts
 from vlp.train import workdir as files
 from vlp.train.clock import Clock
 from vlp.train.compiled import own_flops
-from vlp.train.enter import check_start, enter
+from vlp.train.enter import check_length, check_start, enter, extension
 from vlp.train.interval import FINITE, Interval, Sums, values
 from vlp.train.parts import Parts, in_order, prepare
 from vlp.train.profile import check_range
@@ -52,16 +52,20 @@ def run(
     config: Mapping[str, Any],
     directory: str | pathlib.Path,
     profile: tuple[int, int] | None = None,
+    extend: bool = False,
 ) -> int:
     """Trains, or continues, the run of `config` in `directory`. Returns the exit code: 0, or 75 if pre-empted.
 
-    profile: first and last step of the run (from 1) to trace.
+    profile: first and last step of the run (from 1) to trace. extend: the last stage's length and the evaluators may
+    be others than at the last start.
     """
     resolved: dict[str, Any] = plain(config)
+    if "plugins" in resolved:
+        resolved["plugins"] = plugins.resolve(resolved["plugins"])
     workdir = pathlib.Path(directory).absolute()
     with hosts.together("start"):
         settings, stages = parse(resolved)
-        files.check_config(workdir, resolved)
+        files.check_config(workdir, resolved, extend)
         check_sinks(settings.sinks)
         check_platform(settings.platform)
         mesh = meshes.make(settings.mesh)
@@ -77,6 +81,12 @@ def run(
                     all_parts.append(prepare(stage, settings, mesh))
             all_parts = in_order(all_parts)
             check_start(all_parts, position, meta)
+            check_length(all_parts[-1].stage, position)
+            if extend and meta:
+                log.info(
+                    "--extend: %s",
+                    extension(stages, files.latest(workdir, meta["config"]), position),
+                )
             said |= {parts.stage.name: description_of_data(parts) for parts in all_parts}
         session = open_session(
             resolved, settings, workdir, mesh, stop, all_parts[0], position, profile

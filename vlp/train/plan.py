@@ -40,12 +40,18 @@ def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def parameters(model: Any, image_px: int, text_len: int) -> dict[str, int]:
-    """Parameters of each of the model's groups (first match counts), and in all. Nothing is allocated."""
-    counts = dict.fromkeys(model.groups, 0)
+    """Parameters of each of the model's groups (first match counts), and in all. Nothing is allocated.
+
+    A model without `groups`, and parameters that no group has, count as "other".
+    """
+    groups = {**getattr(model, "groups", {}), "other": ".*"}
+    counts = dict.fromkeys(groups, 0)
     leaves = tree.named(nn.unbox(abstract_params(model, image_px, text_len)))
     for name, leaf in leaves.items():
-        group = next(g for g, pattern in model.groups.items() if re.fullmatch(pattern, name))
+        group = next(g for g, pattern in groups.items() if re.fullmatch(pattern, name))
         counts[group] += tree.size(leaf)
+    if not counts["other"]:
+        del counts["other"]
     if {"image", "decoder"} <= counts.keys():  # what CoCa's table 1 counts
         counts["image + decoder"] = counts["image"] + counts["decoder"]
     return counts | {"total": tree.size(leaves)}

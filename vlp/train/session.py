@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import IO, Any
@@ -124,6 +125,9 @@ def say_changes(meta: Mapping[str, Any] | None, session: Session) -> None:
     """Logs what is installed or set otherwise than when the checkpoint was written: numbers may differ from here on."""
     here = {k: v for k, v in session.versions.items() if k != "data"}
     before = {k: v for k, v in (meta or {}).get("versions", here).items() if k != "data"}
+    if meta:
+        here["plugins"] = session.config.get("plugins", [])
+        before["plugins"] = meta["config"].get("plugins", [])
     for change in difference(before, here):
         log.info("since the checkpoint: %s", change)
 
@@ -164,6 +168,7 @@ def description(session: Session, parts: Parts) -> dict[str, Any]:
         "tokenizer": files.encode_bytes(tokenizer.to_bytes()),
         "preprocessing": plain(parts.stage.data),
         "versions": session.versions,
+        "cwd": os.getcwd(),  # what relative paths of the config mean
         **description_of_data(parts),
     }
 

@@ -12,9 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlp.core import check
+from vlp.core import check, plugins
 from vlp.core.config import build, build_named, overlay, plain
 from vlp.core.mesh import MeshShape
+from vlp.core.plugins import Plugin
 from vlp.core.types import MICRO_REMAT
 from vlp.data.loader import Data
 from vlp.evals import EVALS
@@ -37,7 +38,7 @@ LOCAL = (
 # What acts where it is said: a later stage does not have it from the config above the stages.
 ONCE = ("init", "init_match")
 FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "micro_remat", "platform",
-        "hang_secs", "sinks", *LOCAL)  # fmt: skip
+        "hang_secs", "sinks", "plugins", *LOCAL)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Run:
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard", "wandb", "clu"
     hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
+    plugins: tuple[Plugin, ...] = ()  # modules and files with parts of their own (core.plugins)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Stage:
 def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     """Builds the run and its stages from a loaded config. Every mistake in the config is raised here."""
     config = plain(config)
+    if "plugins" in config:
+        config = {**config, "plugins": plugins.resolve(config["plugins"])}
     run_keys = {f.name for f in dataclasses.fields(Run)}
     stage_keys = {f.name for f in dataclasses.fields(Stage)} - {
         "name",
@@ -154,7 +158,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
             if stages
             else (0, 0)
         )
-        stage = _build(section, where, i, *start)
+        stage = _build(section, where, i, *start, run.plugins)
         streams = {
             name: dataclasses.replace(stream, start_samples=seen[name])
             for name, stream in stage.streams.items()
@@ -175,23 +179,42 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     return run, tuple(stages)
 
 
+def evaluators(section: Any, added: Sequence[Plugin] = ()) -> dict[str, Any]:
+    """Builds a section of evaluators, by label. Plugins are loaded for those that `vlp` does not have."""
+    where = "config.evals"
+    if not isinstance(section, Mapping):
+        do = "write {} for none"
+        raise check.error(where, repr(section), "a section of evaluators", do)
+    names = [v.get("name", k) if isinstance(v, Mapping) else k for k, v in section.items()]
+    table = plugins.extended("EVALS", EVALS, added, names)
+    built = {k: build_named(table, v, f"{where}.{k}", default=k) for k, v in section.items()}
+    for key, evaluator in built.items():
+        every = getattr(evaluator, "every_steps", 0) >= 0
+        rules = {"every_steps": (every, "at least 0 (0: at the end of a stage)")}
+        check.bounds(f"{where}.{key}", evaluator, rules)
+    return built
+
+
 def _build(
-    section: dict[str, Any], where: str, index: int, start_step: int, start_samples: int
+    section: dict[str, Any],
+    where: str,
+    index: int,
+    start_step: int,
+    start_samples: int,
+    added: Sequence[Plugin],
 ) -> Stage:
     section = dict(section)
     name = section.pop("name", f"stage{index}")
-    for key, table in (("model", MODELS), ("objective", OBJECTIVES)):
+    tables = {
+        "model": plugins.extended("MODELS", MODELS, added),
+        "objective": plugins.extended("OBJECTIVES", OBJECTIVES, added),
+    }
+    for key, table in tables.items():
         if key not in section:
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
         section[key] = build_named(table, section[key], f"config.{key}")
     check_fields(section["model"], "config.model")
-    if not isinstance(section.get("evals", {}), Mapping):
-        do = "write {} for none"
-        raise check.error("config.evals", repr(section["evals"]), "a section of evaluators", do)
-    section["evals"] = {
-        k: build_named(EVALS, v, f"config.evals.{k}", default=k)
-        for k, v in section.get("evals", {}).items()
-    }
+    section["evals"] = evaluators(section.get("evals", {}), added)
     section.setdefault("optim", {})
     built = {"index": index, "start_step": start_step, "start_samples": start_samples, "name": name}
     built |= {k: section.pop(k) for k in ("model", "objective", "evals")}
@@ -219,10 +242,6 @@ def _build(
         check.bounds(where, teacher, {"decay": (average, "in [0, 1), or None")})
         if key == "student":
             raise check.error(where, "the name 'student'", "another name", "rename it")
-    for key, evaluator in stage.evals.items():
-        every = getattr(evaluator, "every_steps", 0) >= 0
-        rules = {"every_steps": (every, "at least 0 (0: at the end of a stage)")}
-        check.bounds(f"config.evals.{key}", evaluator, rules)
     check.pattern("config.init_match", stage.init_match)
     if index and stage.init and stage.carry_optimizer:
         do = "drop carry_optimizer, or init"
@@ -233,6 +252,18 @@ def _build(
         raise check.unknown("config.eval_params", stage.eval_params, known)
     stage.schedule.at(stage.batch, stage.num_steps)
     return stage
+
+
+def extendable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must agree on even if it is extended: `fixed`, less evaluators and the last stage's length."""
+    out = fixed(config, (*FREE, "evals"))
+    patches = out.get("stages") or []
+    has_length = lambda patch: bool({"steps", "samples"} & patch.keys())
+    own = [out] if all(map(has_length, patches[:-1])) else []  # the base's is no other stage's
+    for section in (*own, *patches[-1:]):
+        for key in ("steps", "samples"):
+            section.pop(key, None)
+    return out
 
 
 def fixed(config: Mapping[str, Any], free: Sequence[str] = FREE) -> dict[str, Any]:

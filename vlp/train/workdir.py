@@ -189,8 +189,21 @@ def check_saved(workdir: pathlib.Path) -> None:
         raise check.error(f"--workdir {workdir}", got, "its checkpoints", do)
 
 
-def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises UserError if the workdir holds a run of another config, or something that is no run."""
+def latest(workdir: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint, or the workdir's own where the run was extended since (evaluators, length)."""
+    try:
+        later = json.loads((workdir / "config.json").read_text())
+        same = not difference(stages.extendable(config), stages.extendable(later))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return config
+    return later if same else config
+
+
+def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = False) -> None:
+    """Raises UserError if the workdir holds a run of another config, or something that is no run.
+
+    extend: the last stage's length and the evaluators may differ.
+    """
     check_path("--workdir", workdir)
     check_links(workdir)
     path = workdir / "config.json"
@@ -214,14 +227,21 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         raise check.error(str(path), "a broken file", "the run's config", do) from None
     config = json.loads(dump(config))  # as it is stored: infinities are text
     changes = difference(stages.fixed(old), stages.fixed(config))
+    extends = bool(changes) and not difference(stages.extendable(old), stages.extendable(config))
     if changes and not begun(workdir):
         log.info(
             "--workdir %s: a run that never took a step; begun again as configured now", workdir
         )
         return
+    if changes and extend:
+        changes = difference(stages.extendable(old), stages.extendable(config))
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         do = "choose another --workdir, or the run's own config"
+        if extend:
+            do += " (--extend allows the last stage's length, evaluators, logging and saving)"
+        elif extends:
+            do += "; --extend goes on with this one"
         raise check.error(
             f"--workdir {workdir}",
             f"a run with another config ({changes[0]}{more})",

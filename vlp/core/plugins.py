@@ -1,0 +1,181 @@
+"""Parts from outside of the package: a module whose dicts OBJECTIVES, MODELS and EVALS add to those of `vlp`.
+
+    config.plugins = ("my_parts",)        # a module that can be imported
+    config.plugins = ("my_parts.py",)     # a file beside the config file (or a path)
+
+A config file that defines such dicts is a plugin itself. A checkpoint remembers the module's name, or the file's
+absolute path and digest. Nothing is registered: `extended` returns a table with the parts of the plugins added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vlp.core import check
+
+log = logging.getLogger(__name__)
+TABLES = {"MODELS": "vlp.models", "OBJECTIVES": "vlp.objectives", "EVALS": "vlp.evals"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """A module by its name, or a file by its absolute path and the SHA-256 digest of its bytes."""
+
+    module: str = ""
+    file: str = ""
+    sha256: str = ""
+
+
+def execute(path: str, name: str) -> types.ModuleType:
+    """Runs a Python file, whatever its ending, as the module `name`."""
+    loader = importlib.machinery.SourceFileLoader(name, path)
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and type hints look for its names
+    with beside(path):
+        loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def beside(path: str) -> Iterator[None]:
+    """Inside, modules beside a file can be imported (`import common`)."""
+    folder = str(pathlib.Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def blamed(where: str, path: str, expected: str) -> Iterator[None]:
+    """Turns whatever a user's file raises into a UserError with its line."""
+    try:
+        yield
+    except check.UserError:
+        raise
+    except Exception as e:
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+        line = getattr(e, "lineno", None) or (frames[-1].lineno if frames else 0)
+        got = f"{type(e).__name__} ({' '.join(str(e).split())[:160]}) in line {line}"
+        raise check.error(where, got, expected, "correct the file") from e
+
+
+def resolve(entries: Any, folder: str | os.PathLike = ".") -> list[dict[str, str]]:
+    """Returns `config.plugins` as a checkpoint keeps it: {"module": …} or {"file": …, "sha256": …}.
+
+    folder: where relative files and modules are looked for first. Entries that are resolved stay as they are.
+    Raises UserError for what is no list of names, and for a file that is not there.
+    """
+    where = "config.plugins"
+    if isinstance(entries, str) or not isinstance(entries, list | tuple):
+        do = """write ("my_parts",)"""
+        raise check.error(where, repr(entries)[:80], "a list of modules or .py files", do)
+    return [_resolve(entry, pathlib.Path(folder), where) for entry in entries]
+
+
+def _resolve(entry: Any, folder: pathlib.Path, where: str) -> dict[str, str]:
+    known = {f.name for f in dataclasses.fields(Plugin)}
+    if isinstance(entry, Mapping) and entry and entry.keys() <= known:
+        return {k: str(v) for k, v in entry.items()}
+    if not isinstance(entry, str) or not entry or "\0" in entry:
+        do = "name a module or a .py file"
+        raise check.error(where, repr(entry)[:80], "a module or a file", do)
+    is_file = entry.endswith(".py") or "/" in entry
+    names = [entry] if is_file else [f"{entry}.py", f"{entry}/__init__.py"]
+    for path in (base / name for base in (folder, pathlib.Path()) for name in names):
+        if os.path.isfile(path):
+            return of_file(path)
+    if is_file:
+        raise check.error(where, repr(entry), "a file beside the config", "check the path")
+    if not all(part.isidentifier() for part in entry.split(".")):
+        raise check.error(where, repr(entry), "a module's name or a .py file", "correct it")
+    return {"module": entry}
+
+
+def of_file(path: str | os.PathLike) -> dict[str, str]:
+    """The resolved entry of a file."""
+    data = pathlib.Path(path).read_bytes()
+    return {"file": os.path.abspath(path), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def defines_parts(module: types.ModuleType) -> bool:
+    """True if a module has one of the dicts itself, and not by import from `vlp`."""
+    return any(_own(module, name) for name in TABLES)
+
+
+def _own(module: types.ModuleType, name: str) -> dict[str, Any]:
+    table = getattr(module, name, None)
+    ours = getattr(sys.modules.get(TABLES[name]), name, None)
+    return table if isinstance(table, dict) and table is not ours else {}
+
+
+def extended(
+    which: str, table: Mapping[str, Any], plugins: Sequence[Plugin], names: Sequence[str] = ("",)
+) -> Mapping[str, Any]:
+    """Returns a table of `vlp` ("MODELS", "OBJECTIVES" or "EVALS") with the parts of the plugins added.
+
+    names: what will be looked up; if the table has them all, no plugin is loaded ("" is never there).
+    Raises UserError if a plugin is gone or broken, and for a name that is there already.
+    """
+    if not plugins or all(name in table for name in names):
+        return table
+    out = dict(table)
+    for plugin in plugins:
+        for name, part in _own(_module(plugin), which).items():
+            if out.get(name, part) is not part:
+                where, got = f"plugin {plugin.file or plugin.module}", f"{which}[{name!r}]"
+                raise check.error(where, got, "a name that is new", "rename it")
+            if not (isinstance(name, str) and isinstance(part, type)):
+                where, got = f"plugin {plugin.file or plugin.module}", f"{which}[{name!r}]"
+                raise check.error(where, f"{got} = {part!r:.60}", "a class by its name", "mend it")
+            if not dataclasses.is_dataclass(part):
+                where, got = f"plugin {plugin.file or plugin.module}", f"{which}[{name!r}]"
+                do = "decorate it with @dataclasses.dataclass(frozen=True)"
+                raise check.error(where, f"{got}, {part.__name__}", "a dataclass", do)
+            out[name] = part
+    return out
+
+
+def _module(plugin: Plugin) -> types.ModuleType:
+    where = "config.plugins"
+    if plugin.file:
+        if not os.path.isfile(plugin.file):
+            do = "bring it back, or name another with --config.plugins"
+            raise check.error(where, f"{plugin.file}, which is gone", "the run's plugin", do)
+        found = of_file(plugin.file)["sha256"]
+        if plugin.sha256 and found != plugin.sha256:
+            log.warning("plugin %s: it has changed since it was recorded", plugin.file)
+        return _of_file(plugin.file, found)
+    with blamed(f"{where} {plugin.module!r}", "", "a module"):
+        try:
+            return importlib.import_module(plugin.module)
+        except ModuleNotFoundError as e:
+            if e.name is None or not f"{plugin.module}.".startswith(f"{e.name}."):
+                raise
+            do = "install it, set PYTHONPATH, or name a .py file"
+            got = f"no module {plugin.module!r}"
+            raise check.error(where, got, "the plugin's module", do) from None
+
+
+@functools.cache  # one class for one part, however often it is asked for
+def _of_file(path: str, sha256: str) -> types.ModuleType:
+    name = f"vlp_plugin_{pathlib.Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    with blamed(f"plugin {path}", path, "a module"):
+        return execute(path, name)
