@@ -12,6 +12,7 @@ warm-up, logging, saving and evaluations, as shares of the run. The numbers are 
 """
 
 import math
+import os
 from typing import Any
 
 import ml_collections
@@ -75,7 +76,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         embed=width,
     )
     c.objective = dict(name=arg.model)
-    if arg.model == "coca":
+    if arg.model == "clip":
+        c.model.image_tower.pool, c.model.text_tower.pool = "mean", "eos"
+    else:
         c.model.multimodal = dict(depth=depth)
         c.model.queries = 16
         c.objective.caption_weight = 1.0
@@ -105,8 +108,10 @@ def look(path: str, tokenizer: str) -> dict[str, Any]:
     try:
         splits = records.read_manifest(path)["splits"]
     except check.UserError:
-        do = f"make one: vlp data convert photos.csv --out {path or 'data/mine'}"
-        raise check.error("config argument path", repr(path), "a dataset of ours", do) from None
+        new = not path or os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)
+        do = f"make one: vlp data convert photos.csv --out {'data/mine' if new else path}"
+        expected = "a directory that vlp data convert wrote"
+        raise check.error("config argument path", repr(path), expected, do) from None
     source = records.open_split(path, "train", hashed=False)
     try:
         words = tokenizers.load(tokenizer) if tokenizer else source.tokenizer()
