@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp.core import check
+from vlp.core import check, progress
 from vlp.data import counts, image_ops, prepare, processes, records, sources
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields, files, tar
@@ -110,31 +110,38 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
         return records.read_manifest(job.out)
     _claim(job, plan)
 
-    def do(make: Callable, todo: list) -> None:
-        if beam:
-            _on_beam(beam, make, todo, runner, runner_args)
-        elif workers > 1 and len(todo) > 1:
-            spawn = multiprocessing.get_context("spawn")
-            end, pool = processes.end_with_parent, concurrent.futures.ProcessPoolExecutor
-            with processes.without_main(), pool(workers, mp_context=spawn, initializer=end) as made:
-                list(made.map(make, todo))
-        else:
-            for task in todo:
-                make(task)
+    def do(make: Callable, todo: list, what: str) -> None:
+        done = 0
+        with progress.phase(lambda: f"{what}: {done} of {len(todo)} blocks of rows done"):
+            if beam:
+                _on_beam(beam, make, todo, runner, runner_args)
+            elif workers > 1 and len(todo) > 1:
+                spawn = multiprocessing.get_context("spawn")
+                end, pool = processes.end_with_parent, concurrent.futures.ProcessPoolExecutor
+                with (
+                    processes.without_main(),
+                    pool(workers, mp_context=spawn, initializer=end) as made,
+                ):
+                    for done, _ in enumerate(made.map(make, todo), start=1):  # noqa: B007
+                        pass
+            else:
+                for done, task in enumerate(todo):  # noqa: B007
+                    make(task)
 
     if job.val_frac and not os.path.isfile(job.held_out):
         _hold_out(job, do)
     tasks = [(s, j) for s in job.written for j in range(_num_shards(job, s))]
     todo = [t for t in tasks if not os.path.isfile(f"{_shard(job, *t)}.json")]
-    do(functools.partial(make_shard, job), todo)
+    do(functools.partial(make_shard, job), todo, "writing records")
     return _publish(job, plan, tasks)
 
 
-def _hold_out(job: Job, do: Callable[[Callable, list], None]) -> None:
+def _hold_out(job: Job, do: Callable[[Callable, list, str], None]) -> None:
     """Decides which rows become "val", after a look at the images of all."""
     blocks = -(-len(job.source("train")) // job.rows_per_shard)
     paths = [_looked(job, number) for number in range(blocks)]
-    do(functools.partial(look, job), [n for n, p in enumerate(paths) if not os.path.isfile(p)])
+    todo = [n for n, p in enumerate(paths) if not os.path.isfile(p)]
+    do(functools.partial(look, job), todo, "looking for copies of images, for val")
     rows = prepare.hold_out(prepare.Blocks(paths), job.val_frac, job.max_val)
     _save(job.held_out, rows)
 
@@ -282,7 +289,8 @@ def _tokenizer(job: Job, tasks: Sequence[tuple[str, int]]) -> tokenizers.Tokeniz
     if not job.tokenizer or (given := _given_tokenizer(job)):
         return given if job.tokenizer else None
     texts = (w for t in tasks if t[0] == "train" for w in _finished(job, t)["words"])
-    return prepare.train_tokenizer(texts, job.tokenizer)
+    with progress.phase("training the tokenizer"):
+        return prepare.train_tokenizer(texts, job.tokenizer)
 
 
 def _digest(plan: dict) -> str:

@@ -68,11 +68,11 @@ def digest(image: bytes) -> int:
     return min(int.from_bytes(hashlib.sha256(image).digest()[:8], "big"), int(NO_IMAGE) - 1)
 
 
-def hold_out(blocks: Sequence[np.ndarray], frac: float, limit: int) -> np.ndarray:
+def hold_out(blocks: Iterable[np.ndarray], frac: float, limit: int) -> np.ndarray:
     """Returns i64, the rows to hold out: images with the smallest digests, up to `frac` of the rows.
 
-    blocks: u64, the digests of all rows in order; read one by one, as memory may not hold them
-    all. limit: rows at most (0: any number). Every copy of an image is held out with it. Of two
+    blocks: u64, the digests of all rows in order; gone through several times, one by one, as memory
+    may not hold them all. limit: rows at most (0: any number). Every copy of an image is held out with it. Of two
     different images or more, at least one is held out and one is left; of fewer, none is held out.
     """
     usable = sum(int((block != NO_IMAGE).sum()) for block in blocks)
@@ -97,17 +97,14 @@ def hold_out(blocks: Sequence[np.ndarray], frac: float, limit: int) -> np.ndarra
     return np.concatenate([at + start for at, start in zip(held, starts)]).astype(np.int64)
 
 
-class Blocks(Sequence):
-    """The arrays in some .npy files, each read when it is asked for."""
+class Blocks:
+    """The arrays in some .npy files, each read when its turn comes."""
 
     def __init__(self, paths: Sequence[str]):
         self.paths = paths
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return np.load(self.paths[i])
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (np.load(path) for path in self.paths)
 
 
 def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
