@@ -304,3 +304,14 @@ def test_too_few_images_for_a_val(tmp_path, capsys):
             )
     assert sorted(os.listdir(tmp_path)) == ["out", "photos", "photos.csv"]
     capsys.readouterr()
+
+
+def test_what_filter_writes_can_be_trained_on(tmp_path, capsys):
+    file = table(tmp_path, rows(40))
+    assert test_cli_data.run_as_is("convert", file, "--out", tmp_path / "all") == 0
+    loose = ("--min-side-px", 0, "--min-words", 1, "--max-images-per-text", 99)
+    out = tmp_path / "clean"
+    assert test_cli_data.run_as_is("filter", tmp_path / "all", "--out", out, *loose) == 0
+    assert "not asked for" not in capsys.readouterr().out
+    for split in ("train", "val"):
+        assert loader.open_dataset(loader.Data(path=str(out), split=split)).batch_at(0, 2, 0)

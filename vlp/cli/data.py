@@ -55,7 +55,7 @@ def add_parser(subparsers) -> None:
     _add_input(inspect)
     inspect.add_argument("--html", metavar="FILE", help="write a page with images and captions")
     keep = actions.add_parser("filter", help="ALIGN's image and text rules, with counts by rule")
-    _add_input(keep)
+    _add_input(keep, splits=None)
     keep.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     for flag, default in _RULES.items():
         keep.add_argument(f"--{flag}", type=type(default), default=default, help=f"[{default}]")
@@ -333,8 +333,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _filter(args: argparse.Namespace) -> int:
     from vlp.data import filter as filter_lib
-    from vlp.data import records
+    from vlp.data import prepare, records, sources
 
+    args.splits = args.splits or sources.held(args.input)
     rules = filter_lib.Rules(**{k: getattr(args, k) for k in (f.replace("-", "_") for f in _RULES)})
     counts = {split: collections.Counter() for split in args.splits}
     kept, existed = {}, _exists(args.out)
@@ -344,8 +345,10 @@ def _filter(args: argparse.Namespace) -> int:
             source, filter_lib.survey(source, rules), rules, counts[split]
         )
     info = {"filter": dataclasses.asdict(rules), "input": os.path.basename(args.input)}
+    words = prepare.given_tokenizer(prepare.AUTO, sources.tokenizer_file(args.input))
+    more = {records.TOKENIZER: words.to_bytes()} if words else {}
     try:
-        records.write(args.out, kept, name=os.path.basename(args.out), info=info)
+        records.write(args.out, kept, name=os.path.basename(args.out), info=info, files=more)
     finally:  # also when nothing is left: they say by which rule
         for split, by_rule in counts.items():
             print(json.dumps({"split": split, **dict(sorted(by_rule.items()))}))

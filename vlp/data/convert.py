@@ -279,9 +279,7 @@ def _plan(job: Job) -> dict:
 
 
 def _given_tokenizer(job: Job) -> tokenizers.Tokenizer | None:
-    path = job.path.removeprefix("file://")
-    root = os.path.dirname(path) if os.path.isfile(path) else path.rstrip("/")
-    return prepare.given_tokenizer(job.tokenizer, f"{root or '.'}/{records.TOKENIZER}")
+    return prepare.given_tokenizer(job.tokenizer, sources.tokenizer_file(job.path))
 
 
 def _tokenizer(job: Job, tasks: Sequence[tuple[str, int]]) -> tokenizers.Tokenizer | None:

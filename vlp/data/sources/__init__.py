@@ -147,6 +147,13 @@ def others(path: str, splits: Sequence[str]) -> list[str]:
     return [s for s in fields.SPLITS if s not in asked and any(_is_named(n, s) for n in names)]
 
 
+def tokenizer_file(path: str) -> str:
+    """Returns where a tokenizer beside the data would be."""
+    path = path.removeprefix("file://")
+    root = os.path.dirname(path) if os.path.isfile(path) else path.rstrip("/")
+    return f"{root or '.'}/{TOKENIZER}"
+
+
 def held(path: str) -> tuple[str, ...]:
     """Returns "train" and whichever other usual splits `path` has."""
     there = others(path, ("train",)) or []
