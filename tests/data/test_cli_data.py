@@ -126,7 +126,7 @@ def test_a_model_of_ours_is_imported_as_it_is(tmp_path, small_tokenizer):
 
 def test_splits_that_were_not_asked_for_are_told(dataset_dir, tmp_path, capsys):
     loose = ("--min-side-px", 0, "--min-words", 1)
-    for argv in (("convert", "--splits", "train"), ("filter", *loose)):
+    for argv in (("convert", "--splits", "train"), ("filter", *loose, "--splits", "train")):
         action, *more = argv
         assert run(action, dataset_dir, "--out", tmp_path / action, *more) == 0
         assert "not asked for: val (name them after --splits)" in capsys.readouterr().out

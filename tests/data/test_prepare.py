@@ -315,3 +315,10 @@ def test_what_filter_writes_can_be_trained_on(tmp_path, capsys):
     assert "not asked for" not in capsys.readouterr().out
     for split in ("train", "val"):
         assert loader.open_dataset(loader.Data(path=str(out), split=split)).batch_at(0, 2, 0)
+
+
+def test_relative_paths_after_a_change_of_directory(tmp_path, monkeypatch):
+    for name in "ab":
+        table(tmp_path / name, rows(3))
+        monkeypatch.chdir(tmp_path / name)
+        assert test_cli_data.run("convert", "photos.csv", "--out", "out") == 0
