@@ -94,7 +94,7 @@ class Data:
     text_len: int = 16  # tokens, with bos and eos
     captions: str = "first"  # first | uniform | weighted | all (num_captions of them, cycled)
     num_captions: int = 1
-    langs: tuple[str, ...] = ("en",)  # () = every language
+    langs: tuple[str, ...] = ()  # captions in these languages alone (("en",)); () = in every one
     caption_sources: tuple[
         CaptionSource, ...
     ] = ()  # () = every source, by the captions' own weights

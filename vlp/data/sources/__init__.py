@@ -147,6 +147,29 @@ def others(path: str, splits: Sequence[str]) -> list[str]:
     return [s for s in fields.SPLITS if s not in asked and any(_is_named(n, s) for n in names)]
 
 
+def tokenizer_file(path: str) -> str:
+    """Returns where a tokenizer beside the data would be."""
+    path = path.removeprefix("file://")
+    root = os.path.dirname(path) if os.path.isfile(path) else path.rstrip("/")
+    return f"{root or '.'}/{TOKENIZER}"
+
+
+def held(path: str) -> tuple[str, ...]:
+    """Returns "train" and whichever other usual splits `path` has."""
+    there = others(path, ("train",)) or []
+    if os.path.isfile(path) and tables.stem_ending(path) == ".json":
+        own = tables.own_splits(path)
+        there = [s for s in fields.SPLITS if s != "train" and set(fields.names_of(s)) & set(own)]
+    splits = ["train"]
+    for split in there:
+        try:
+            find(path, split)
+            splits.append(split)
+        except check.UserError:
+            pass  # files that only sound like it
+    return tuple(splits)
+
+
 def _find_file(path: str, split: str) -> tuple[str, list[str]]:
     """What a single file is taken for."""
     kind = _kind(path)

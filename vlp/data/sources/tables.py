@@ -519,6 +519,20 @@ def _karpathy(images: Sequence[dict], path: str, split: str) -> Iterator[dict]:
         raise check.error(f"split {split!r}", f"splits {have} in {path}", "one of them", "name it")
 
 
+def own_splits(path: str) -> list[str]:
+    """Returns the names of the splits that a .json in Karpathy's form has; [] for other tables."""
+    if stem_ending(path) != ".json":
+        return []
+    opened: Callable[..., Any] = gzip.open if path.lower().endswith(".gz") else open
+    try:
+        with opened(path, "rb") as f:
+            found = json.loads(f.read().decode("utf-8-sig"))
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+        return []  # whoever reads its rows says what is wrong
+    images = _objects(found.get("images") if isinstance(found, dict) else found)
+    return sorted({str(x["split"]) for x in images if {"sentences", "filename", "split"} <= set(x)})
+
+
 def _image_places(path: str) -> list[str]:
     """Returns the directories to which image paths may be relative, the last one for certain.
 
