@@ -32,7 +32,7 @@ SIZES = {  # image tower; text depth, multimodal depth; image side in pixels, le
     "S/16": (towers.IMAGE["S/16"], 6, 6, 224, 5e-4),
     "B/16": (towers.IMAGE["B/16"], 6, 6, 224, 3e-4),
 }
-MODELS = {"coca": "captioner", "clip": "dual"}
+NAMES = {"coca": "captioner", "clip": "dual"}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         seed=0,
         smoke=False,
     )
-    for name, known in (("size", SIZES), ("model", MODELS)):
+    for name, known in (("size", SIZES), ("model", NAMES)):
         if arg[name] not in known:
             raise check.unknown(f"config argument {name}", arg[name], known)
     for name in ("epochs", "batch", "px"):
@@ -70,7 +70,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     width, heads = image["width"], image["heads"]
     text = dict(vocab=found["vocab"], depth=text_depth, width=width, heads=heads)
     c.model = dict(
-        name=MODELS[arg.model],
+        name=NAMES[arg.model],
         image_tower=dict(**image, **compute),
         text_tower=dict(**text, **compute),
         embed=width,
