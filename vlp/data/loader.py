@@ -73,6 +73,7 @@ class Begin:
     position: int = 0
     given: tuple[int, ...] = ()  # () = none
     orders: tuple[int, ...] = ()  # () = 0, 1, …
+    before: tuple[int, ...] = ()  # beside `given`, samples in another order, for the counts alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,9 +480,10 @@ class Dataset:
         return (sum(self.begin.given) + position - self.begin.position,)
 
     def source_counts(self, position: int) -> dict[str, int]:
-        """`given` by the names of a mixture's parts; {} for other data."""
-        names = (p.name for p in self.data.mixture)
-        return dict(zip(names, self.given(position)))
+        """By the names of a mixture's parts, how many samples each gave the run; {} for other data."""
+        before = self.begin.before or (0,) * len(self.data.mixture)
+        counts = (n + more for n, more in zip(self.given(position), before))
+        return dict(zip((p.name for p in self.data.mixture), counts))
 
     def laws(self) -> tuple[tuple, ...]:
         """Of each part, what decides the order of its records, beside the seed; all different."""
@@ -768,6 +770,7 @@ def in_stages(stages: Sequence[tuple[Dataset, int, int]]) -> list[Dataset]:
     """
     out: list[Dataset] = []
     given: dict[tuple, int] = {}  # by law
+    read: dict[tuple, int] = {}  # by data
     orders: dict[tuple, int] = {}
     for dataset, position, num in stages:
         laws = dataset.laws()
@@ -775,9 +778,12 @@ def in_stages(stages: Sequence[tuple[Dataset, int, int]]) -> list[Dataset]:
             begin = out[-1].begin
         else:
             own = tuple(orders.setdefault(law, k) for k, law in enumerate(laws))
-            begin = Begin(position, tuple(given.get(law, 0) for law in laws), own)
+            had = tuple(given.get(law, 0) for law in laws)
+            before = tuple(read.get(law[:2], 0) - n for law, n in zip(laws, had))
+            begin = Begin(position, had, own, before)
         out.append(dataset.beginning(begin))
         given |= dict(zip(laws, out[-1].given(position + num)))
+        read |= {law[:2]: given[law] + n for law, n in zip(laws, begin.before)}
     return out
 
 
