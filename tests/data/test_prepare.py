@@ -54,7 +54,12 @@ def tree(directory):
 
 def test_what_convert_writes_can_be_trained_on(tmp_path, capsys):
     out = tmp_path / "mine"
-    assert test_cli_data.run_as_is("convert", table(tmp_path, rows(40)), "--out", out) == 0
+    assert (
+        test_cli_data.run_as_is(
+            "convert", table(tmp_path, rows(40)), "--out", out, "--val-fraction", 0.1
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     assert "train: 36 records" in told and "val: 4 records" in told and "held out of train" in told
     assert "tokenizer: " in told and "trained on the captions of train" in told
@@ -291,7 +296,8 @@ def test_names_of_files_that_sound_like_splits(tmp_path, capsys):
 
 def test_too_few_images_for_a_val(tmp_path, capsys):
     file = table(tmp_path, rows(1))
-    assert test_cli_data.run_as_is("convert", file, "--out", tmp_path / "out") == 0
+    val = ("--val-fraction", 0.1)
+    assert test_cli_data.run_as_is("convert", file, "--out", tmp_path / "out", *val) == 0
     assert "val: none, as train has fewer than two different images" in capsys.readouterr().out
     assert records.read_manifest(tmp_path / "out")["splits"].keys() == {"train"}
     (tmp_path / "photos" / "id000.jpg").unlink()

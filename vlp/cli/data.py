@@ -34,8 +34,9 @@ def add_parser(subparsers) -> None:
     convert.add_argument(
         "--val-fraction",
         type=_fraction,
+        default=0.0,
         metavar="F",
-        help="without a split val: hold this share of train out (default 0.1, up to 1000; 0: none)",
+        help="without a split val: hold this share of train out (default 0: none)",
     )
     convert.add_argument(
         "--tokenizer",
@@ -257,12 +258,9 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _val(args: argparse.Namespace) -> dict:
     """What `--val-fraction` asks of a job whose input has the splits `args.splits`."""
-    from vlp.data import prepare
     from vlp.data.sources import fields
 
     has = set(fields.names_of("val")) & set(args.splits) or "train" not in args.splits
-    if args.val_fraction is None:
-        return {} if has else {"val_frac": prepare.VAL_FRAC, "max_val": prepare.MAX_VAL}
     if args.val_fraction and has:
         got = f"{args.val_fraction} beside the splits {list(args.splits)}"
         raise check.error("--val-fraction", got, "'train' without a split val", "drop it")

@@ -16,7 +16,6 @@ from vlp.data import reads
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields
 
-VAL_FRAC, MAX_VAL = 0.1, 1000  # the usual share of `val`, and its size at most
 NO_IMAGE = np.uint64(2**64 - 1)  # the digest of a row that cannot be held out
 MAX_PIECES = 16_000
 CHARS_PER_PIECE = 50  # about nine words: 300 short captions make 300 pieces, 20,000 the largest
