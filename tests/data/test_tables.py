@@ -93,7 +93,33 @@ def test_quoting_is_what_the_whole_file_supports(made, name):
     assert texts(sources.open_path(made(file, content))) == [[t] for t in wanted]
 
 
+WRITTEN = {
+    "csv": (",", [["0.jpg", "in the morning\nthe dog, a boy"], ["1.jpg", "x\ny, z"]]),
+    "csv, image last": (",", [["a, b\nc", "0.jpg"], ["x", "1.jpg"], ["d, e\n\nf", "2.jpg"]]),
+    "csv, a row too long": (",", [["0.jpg", "in\nthe dog, a boy"], ["1.jpg", "x", "y"]]),
+    "tsv": ("\t", [["0.jpg", "first\nsecond\tthird"], ["1.jpg", "x"]]),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_lines_within_cells_stay_in_them_where_both_readings_fit(made, name):
+    import csv
+    import io
+
+    separator, cells = WRITTEN[name]
+    header = ["image", "caption"] if cells[0][0] == "0.jpg" else ["caption", "image"]
+    out = io.StringIO()
+    csv.writer(out, delimiter=separator).writerows([header, *cells])
+    source = sources.open_path(made(f"a.{'tsv' if separator != ',' else 'csv'}", out.getvalue()))
+    at = header.index("caption")
+    for i, row in enumerate(cells):
+        if len(row) == 2:
+            assert [c["text"] for c in source[i]["captions"]] == [row[at]]
+
+
 REFUSED = {
+    "cells or rows": ('path,caption\n0,"a\n1,b"\n2,c\n', "line 2"),
+    "cut in a cell of lines": ('path,caption\n0.jpg,"a\nb, c"\n1.jpg,"d\ne, f\n', "line 4"),
     "never closed": ('path,caption\n0.jpg,"one"\n1.jpg,"two\n2.jpg,three\n', "line 3"),
     "text behind": ('path,caption\n0.jpg,"one"\n1.jpg,"two" and a half\n', "line 3"),
     "joins lines": ('path,caption\n0.jpg,"a"\n1.jpg,"b\n2.jpg,c"\n', "line 3"),
