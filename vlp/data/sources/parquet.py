@@ -249,7 +249,7 @@ class ParquetSource:
                 notes.rows.append(self._place(number) | {"reason": "bad row", "detail": detail})
         if wrong is not None and not found:
             raise wrong
-        record = fields_lib.merged(found)
+        record = fields_lib.merged(found, notes)
         return record | {"image": self._bytes(image, numbers[0], record["key"])}, notes
 
     def _bytes(self, value: Any, row: int, key: str) -> bytes:
@@ -262,7 +262,7 @@ class ParquetSource:
             detail = f"{where}: {self.fields.image} {value!r:.40}"
             raise image_ops.BadImage("missing", detail, key)
         return rows.read_file(
-            os.path.join(os.path.dirname(self.files[file]), fields_lib.text(name, where)),
+            os.path.join(os.path.dirname(self.files[file]), fields_lib.path_text(name, where)),
             self.real_root,
             where=f"{where}: {name!r}",
             key=key,

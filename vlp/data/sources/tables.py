@@ -176,7 +176,7 @@ class TableSource:
                 notes.rows.append(self._place(number) | {"reason": "bad row", "detail": detail})
         if wrong is not None and not found:
             raise wrong
-        record = fields_lib.merged(found)
+        record = fields_lib.merged(found, notes)
         record["image"] = self._image(record.pop("image"), self._place(numbers[0]), record["key"])
         return record, notes
 
@@ -196,7 +196,7 @@ class TableSource:
             value = value["path"]  # as Hugging Face writes it
         if not isinstance(value, str) or not value:
             raise image_ops.BadImage("missing", f"{where} names no image", key)
-        name = fields_lib.text(value, f"the image path of {where}")
+        name = fields_lib.path_text(value, f"the image path of {where}")
         if "://" in name:
             detail = f"{where} has the address {name:.80}: fetch it with img2dataset first"
             raise image_ops.BadImage("missing", detail, key)
@@ -220,7 +220,7 @@ class TableSource:
                 found = fields_lib.value(self.row(self._row_numbers(i)[0]), self.fields.image)
                 if not isinstance(found, str) or not found or "://" in found:
                     continue
-                path = self._beside(fields_lib.text(found, "a path"))
+                path = self._beside(fields_lib.path_text(found, "a path"))
                 if self.fields.allow_outside or rows.is_inside(path, self.real_root):
                     yield path
             except ValueError:
@@ -508,23 +508,35 @@ def _json_rows(file: IO[bytes], path: str, split: str) -> Iterator[dict]:
         yield from images
         return
     captions: dict[Any, list] = {}
-    kinds = {c.get("id"): c.get("name") for c in _objects(found.get("categories"))}
+    categories = _objects(found.get("categories"))
+    kinds = {c.get("id"): c.get("name") for c in categories if _is_id(c.get("id"))}
     labels: dict[Any, set] = {}
+    bad = 0
     for entry in _objects(found.get("annotations")):
-        if "caption" in entry:
-            captions.setdefault(entry.get("image_id"), []).append(entry["caption"])
-        elif "category_id" in entry:
-            kind = entry["category_id"]
-            labels.setdefault(entry.get("image_id"), set()).add(kinds.get(kind) or kind)
+        one, kind = entry.get("image_id"), entry.get("category_id")
+        if not _is_id(one) or ("caption" not in entry and not _is_id(kind)):
+            bad += "caption" in entry or "category_id" in entry
+        elif "caption" in entry:
+            captions.setdefault(one, []).append(entry["caption"])
+        else:
+            name = kinds.get(kind)
+            labels.setdefault(one, set()).add(name if name and _is_id(name) else kind)
+    if bad:
+        log.warning("%s: %d annotations left out: an id that is no number or text", path, bad)
     for image in images:
         one, row = image.get("id"), {}
+        known = one if _is_id(one) else None  # of no annotation
         if captions:
-            row["captions"] = captions.get(one, [])
-        if len(labels.get(one, ())) == 1:  # several: no class of the image
-            row["label"] = next(iter(labels[one]))
+            row["captions"] = captions.get(known, [])
+        if len(labels.get(known, ())) == 1:  # several: no class of the image
+            row["label"] = next(iter(labels[known]))
         elif labels and not captions:
             row["label"] = None
         yield {"id": one, "file_name": image.get("file_name"), **row}
+
+
+def _is_id(found: Any) -> bool:
+    return isinstance(found, (str, int, float))
 
 
 def _objects(found: Any) -> list[dict]:
@@ -538,7 +550,9 @@ def _karpathy(images: Sequence[dict], path: str, split: str) -> Iterator[dict]:
     for image in images:
         if image.get("split", split) in wanted:
             num += 1
-            name = os.path.join(str(image.get("filepath") or ""), str(image["filename"]))
+            name = image.get("filename")  # without one, a row that names no image
+            if name:
+                name = os.path.join(str(image.get("filepath") or ""), str(name))
             one = next((image[k] for k in ("cocoid", "imgid") if k in image), name)
             yield {
                 "id": one,
