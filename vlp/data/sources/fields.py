@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vlp.core import check
+from vlp.data import text_ops
 
 KEY = ("key", "id", "image_id", "sample_id", "uid", "uuid")
 IMAGE = ("image", "image_bytes", "jpg", "jpeg", "png", "webp", "img", "bytes")
@@ -188,7 +189,7 @@ def captions(
                 wrong = wrong or f"column {name!r} holds {_no_text(name, found)}"
                 continue
             found = text(found, f"column {name!r}").strip()
-            if found and all(found != c["text"] for c in out):
+            if not text_ops.is_invisible(found) and all(found != c["text"] for c in out):
                 out.append({"text": found, "source": name, "lang": lang})
     if wrong and not out:
         raise ValueError(wrong)
@@ -279,14 +280,29 @@ def _unfit(part: str, e: ValueError, strict: bool, notes: Notes | None) -> str:
     return ""
 
 
-def merged(records: Iterable[dict]) -> dict:
-    """Returns one record for several of one image: the first, with the captions of all."""
+def path_text(value: str | bytes, what: str) -> str:
+    """Returns a path as text. Raises: ValueError for what no path can hold: no UTF-8, or a NUL."""
+    found = text(value, what)
+    if "\0" in found:
+        raise ValueError(f"{what} holds a NUL character: {found!r:.80}")
+    return found
+
+
+def merged(records: Iterable[dict], notes: Notes) -> dict:
+    """Returns one record for several of one image: the first, with the captions of all.
+
+    Labels that differ are no label of the image: they are left out, and noted.
+    """
     first, *others = records
     captions = list(first["captions"])
     for other in others:
         captions += [c for c in other["captions"] if all(c["text"] != d["text"] for d in captions)]
-        if "label" in other:
-            first.setdefault("label", other["label"])
+    labels = list(dict.fromkeys(r["label"] for r in (first, *others) if "label" in r))
+    first = {k: v for k, v in first.items() if k != "label"}
+    if len(labels) == 1:
+        first["label"] = labels[0]
+    elif labels:
+        notes.parts.append(("label", f"rows of one image have the labels {labels!r:.120}"))
     return first | {"captions": captions}
 
 
