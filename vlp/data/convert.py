@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -102,7 +103,9 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     if job.val_frac and ("train" not in job.splits or "val" in job.splits):
         got = f"{job.val_frac} beside the splits {list(job.splits)}"
         raise check.error("val_frac", got, "'train' and no 'val'", "set it to 0")
+    fields.check_splits(job.splits)
     records.refuse_foreign(job.out)
+    _refuse_foreign_work(job)
     beam = _beam(runner) if runner else None
     plan = _plan(job)
     if _done(job, plan):
@@ -134,6 +137,25 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     todo = [t for t in tasks if not os.path.isfile(f"{_shard(job, *t)}.json")]
     do(functools.partial(make_shard, job), todo, "writing records")
     return _publish(job, plan, tasks)
+
+
+def _refuse_foreign_work(job: Job) -> None:
+    """Raises a `UserError` for a work directory that is a link, no directory or another user's: what is
+    written and removed there must be our own."""
+    try:
+        found = os.lstat(job.work)
+    except FileNotFoundError:
+        return
+    got = ""
+    if stat.S_ISLNK(found.st_mode):
+        got = f"a link to {os.readlink(job.work)}"
+    elif not stat.S_ISDIR(found.st_mode):
+        got = "no directory"
+    elif found.st_uid != os.geteuid():
+        got = f"a directory of the user {found.st_uid}"
+    if got:
+        expected, do = "nothing, or a directory of yours", "remove it or choose another --out"
+        raise check.error(f"work directory {job.work}", got, expected, do)
 
 
 def _hold_out(job: Job, do: Callable[[Callable, list, str], None]) -> None:
@@ -315,6 +337,7 @@ def _done(job: Job, plan: dict) -> bool:
 def _claim(job: Job, plan: dict) -> None:
     """Makes the work directory, or goes on in the one that the same plan left behind."""
     file = os.path.join(job.work, "plan.json")
+    _refuse_foreign_work(job)
     os.makedirs(job.work, exist_ok=True)
     if os.path.isfile(file):
         with open(file, encoding="utf-8") as f:

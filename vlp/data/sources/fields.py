@@ -6,7 +6,7 @@ column named by hand is strict. Not here: reading the formats.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vlp.core import check
@@ -70,6 +70,13 @@ def names_of(split: str) -> tuple[str, ...]:
 def existing(split: str, splits: Iterable[str]) -> str:
     """Returns the name that a split has among `splits`; itself if it has none."""
     return next((n for n in names_of(split) if n in splits), split)
+
+
+def check_splits(splits: Sequence[str]) -> None:
+    """Raises a `UserError` if a split is named twice."""
+    if repeated := sorted({s for s in splits if splits.count(s) > 1}):
+        got = f"{', '.join(repeated)} twice in {list(splits)}"
+        raise check.error("--splits", got, "each split once", "name it once")
 
 
 def column(columns: Iterable[str], path: str) -> str:
