@@ -462,3 +462,13 @@ def test_images_within_the_rows(made):
     assert [source[i]["image"] for i in range(2)] == [formats.jpeg(3), formats.jpeg(4)]
     with pytest.raises(image_ops.BadImage, match="fetch it with img2dataset first"):
         source[2]
+
+
+def test_base64_that_is_none_is_a_bad_row(made):
+    good = base64.encodebytes(formats.jpeg(0)).decode()  # in lines, as some write it
+    rows_ = [{"image": {"base64": b}, "caption": "a"} for b in ("!!!", good, f"!{good}", "abc")]
+    source = sources.open_path(made("a.jsonl", rows_))
+    assert source[1]["image"] == formats.jpeg(0)
+    for i in (0, 2, 3):
+        with pytest.raises(ValueError, match=f"row {i}, line {i + 1} is no base64"):
+            source[i]

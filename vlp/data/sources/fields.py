@@ -6,6 +6,7 @@ column named by hand is strict. Not here: reading the formats.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ SPLITS = {  # usual names of splits, and what else they are called
     "test": ("testing",),
     "dev": (),
 }
+DEEPEST = 100  # lists and objects in each other in JSON: what walks them recurses
 GUESSED = ("key", "captions", "lang", "label")
 
 
@@ -143,6 +145,27 @@ def sniff(
         expected = f"a caption column such as {list(CAPTION[:4])}, or a label"
         do = "name it with --captions or --label"
         raise check.error(where, f"columns {columns}", expected, do)
+    return found
+
+
+def parsed(data: str | bytes, what: str) -> Any:
+    """Returns the value of a JSON text that is not our own. Raises: ValueError, and nothing else, for what
+    does not parse, is not UTF-8 or is nested deeper than `DEEPEST`."""
+    deep = f"{what}: JSON nested too deep"
+    try:
+        data = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError(deep) from None
+    except ValueError as e:
+        raise ValueError(f"{what}: {e}") from None
+    if isinstance(found, (list, dict)) and data.count("[") + data.count("{") > DEEPEST:
+        level = [found]
+        for _ in range(DEEPEST):
+            inner = (y for x in level for y in (x.values() if isinstance(x, dict) else x))
+            level = [y for y in inner if isinstance(y, (list, dict))]
+        if level:
+            raise ValueError(deep)
     return found
 
 
