@@ -27,7 +27,7 @@ import numpy as np
 from vlp.core import check, progress
 from vlp.data import counts, image_ops, prepare, processes, records, sources
 from vlp.data import tokenizer as tokenizers
-from vlp.data.sources import fields, files, tar
+from vlp.data.sources import fields, files, tables, tar
 
 LEFT_OUT = "left_out.jsonl"
 INPUTS = ".inputs"  # in the output, unknown to its manifest: what the input files looked like
@@ -381,6 +381,9 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
                 got = f"0 records ({dict(reasons)}{detail})"
                 do = "check the input"
                 if set(reasons) == {"no text"}:
+                    there = _tables_in(job.source(split if split in job.splits else "train"))
+                    if there:
+                        do = f"give the path of the table: {there}"
                     do += ", or keep labels alone by --captions ''"
                 raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
             entries = []
@@ -434,6 +437,14 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     os.replace(final, job.out)
     shutil.rmtree(job.work)
     return manifest
+
+
+def _tables_in(source: records.Source) -> str:
+    """Names the tables that lie in a folder of images and are not read; "" if there are none."""
+    if not isinstance(source, files.FolderSource):
+        return ""
+    found = [x["file"] for x in source.left_out if x["file"].lower().endswith(tables.ENDINGS)]
+    return ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
 
 
 def _finished(job: Job, task: tuple[str, int]) -> dict:
