@@ -529,3 +529,31 @@ def test_a_large_folder_is_read_once(tmp_path, monkeypatch):
         assert sources.open_path(folder.parent).fingerprint == found.fingerprint
     (folder / "03.txt").write_text("other 3")
     assert sources.open_path(folder.parent).fingerprint != found.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_files_missing_by_the_names_of_the_others_are_told(tmp_path, kind, caplog):
+    write, rows = getattr(formats, kind), formats.rows(6)
+    for i in (0, 2):
+        write(tmp_path / f"train-{i:05d}-of-00003.{kind}", rows[2 * i :][:2])
+    with pytest.raises(check.UserError, match="2 of 3 files, without train-00001-of-00003"):
+        sources.open_path(tmp_path, strict=True)
+    assert not caplog.records and len(sources.open_path(tmp_path)) == 4
+    assert "without train-00001-of-00003" in caplog.text
+    caplog.clear()
+    sources.open_path(tmp_path / f"train-00000-of-00003.{kind}", strict=True)  # asked for alone
+    write(tmp_path / f"train-00001-of-00003-9f.{kind}", rows[2:4])  # a hash in it, as on the hub
+    assert len(sources.open_path(tmp_path, strict=True)) == 6
+    for i in (1, 2):  # numbered from 1 on
+        (tmp_path / "one").mkdir(exist_ok=True)
+        write(tmp_path / "one" / f"{i}-of-2.{kind}", rows[2 * i :][:2])
+    assert len(sources.open_path(tmp_path / "one", strict=True)) == 4
+    assert not caplog.records
+
+
+def test_tables_beside_images_without_texts_are_named(tmp_path):
+    pairs(tmp_path / "in", range(2), None)
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / "in" / name).write_text("file_name,caption\n0000.jpg,a cat\n")
+    with pytest.raises(check.UserError, match=r"the path of the table: a\.csv, b\.csv"):
+        convert.run(convert.Job(str(tmp_path / "in"), str(tmp_path / "out")))

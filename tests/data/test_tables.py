@@ -550,3 +550,13 @@ def test_a_caption_that_nobody_sees_is_none(made, tmp_path):
     things = [{"image": f"{i}.jpg", "caption": c} for i, c in enumerate(("\u200b\u200b", "x"))]
     rows_, left_out = converted(made("a.jsonl", things), tmp_path / "out")
     assert len(rows_) == 1 and [x["reason"] for x in left_out] == ["no text"]
+
+
+def test_base64_that_is_none_is_a_bad_row(made):
+    good = base64.encodebytes(formats.jpeg(0)).decode()  # in lines, as some write it
+    rows_ = [{"image": {"base64": b}, "caption": "a"} for b in ("!!!", good, f"!{good}", "abc")]
+    source = sources.open_path(made("a.jsonl", rows_))
+    assert source[1]["image"] == formats.jpeg(0)
+    for i in (0, 2, 3):
+        with pytest.raises(ValueError, match=f"row {i}, line {i + 1} is no base64"):
+            source[i]

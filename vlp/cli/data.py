@@ -201,12 +201,14 @@ def _exists(out: str) -> bool:
 
 def _convert(args: argparse.Namespace) -> int:
     from vlp.data import convert, sources
+    from vlp.data.sources import fields
 
     begin = time.monotonic()
     if not args.input:
         raise check.error("PATH", "''", "a directory, a shard or a table", "name one")
     existed = _exists(args.out)
     args.splits = tuple(args.splits or sources.held(args.input))
+    fields.check_splits(args.splits)
     job = convert.Job(
         args.input,
         args.out,
@@ -332,8 +334,10 @@ def _inspect(args: argparse.Namespace) -> int:
 def _filter(args: argparse.Namespace) -> int:
     from vlp.data import filter as filter_lib
     from vlp.data import prepare, records, sources
+    from vlp.data.sources import fields
 
     args.splits = args.splits or sources.held(args.input)
+    fields.check_splits(args.splits)
     rules = filter_lib.Rules(**{k: getattr(args, k) for k in (f.replace("-", "_") for f in _RULES)})
     counts = {split: collections.Counter() for split in args.splits}
     kept, existed = {}, _exists(args.out)

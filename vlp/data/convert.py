@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 from vlp.core import check, progress
 from vlp.data import counts, image_ops, prepare, processes, records, sources
 from vlp.data import tokenizer as tokenizers
-from vlp.data.sources import fields, files, tar
+from vlp.data.sources import fields, files, tables, tar
 
 LEFT_OUT = "left_out.jsonl"
 INPUTS = ".inputs"  # in the output, unknown to its manifest: what the input files looked like
@@ -102,7 +103,9 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     if job.val_frac and ("train" not in job.splits or "val" in job.splits):
         got = f"{job.val_frac} beside the splits {list(job.splits)}"
         raise check.error("val_frac", got, "'train' and no 'val'", "set it to 0")
+    fields.check_splits(job.splits)
     records.refuse_foreign(job.out)
+    _refuse_foreign_work(job)
     beam = _beam(runner) if runner else None
     plan = _plan(job)
     if _done(job, plan):
@@ -134,6 +137,25 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     todo = [t for t in tasks if not os.path.isfile(f"{_shard(job, *t)}.json")]
     do(functools.partial(make_shard, job), todo, "writing records")
     return _publish(job, plan, tasks)
+
+
+def _refuse_foreign_work(job: Job) -> None:
+    """Raises a `UserError` for a work directory that is a link, no directory or another user's: what is
+    written and removed there must be our own."""
+    try:
+        found = os.lstat(job.work)
+    except FileNotFoundError:
+        return
+    got = ""
+    if stat.S_ISLNK(found.st_mode):
+        got = f"a link to {os.readlink(job.work)}"
+    elif not stat.S_ISDIR(found.st_mode):
+        got = "no directory"
+    elif found.st_uid != os.geteuid():
+        got = f"a directory of the user {found.st_uid}"
+    if got:
+        expected, do = "nothing, or a directory of yours", "remove it or choose another --out"
+        raise check.error(f"work directory {job.work}", got, expected, do)
 
 
 def _hold_out(job: Job, do: Callable[[Callable, list, str], None]) -> None:
@@ -315,6 +337,7 @@ def _done(job: Job, plan: dict) -> bool:
 def _claim(job: Job, plan: dict) -> None:
     """Makes the work directory, or goes on in the one that the same plan left behind."""
     file = os.path.join(job.work, "plan.json")
+    _refuse_foreign_work(job)
     os.makedirs(job.work, exist_ok=True)
     if os.path.isfile(file):
         with open(file, encoding="utf-8") as f:
@@ -358,6 +381,9 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
                 got = f"0 records ({dict(reasons)}{detail})"
                 do = "check the input"
                 if set(reasons) == {"no text"}:
+                    there = _tables_in(job.source(split if split in job.splits else "train"))
+                    if there:
+                        do = f"give the path of the table: {there}"
                     do += ", or keep labels alone by --captions ''"
                 raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
             entries = []
@@ -411,6 +437,14 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     os.replace(final, job.out)
     shutil.rmtree(job.work)
     return manifest
+
+
+def _tables_in(source: records.Source) -> str:
+    """Names the tables that lie in a folder of images and are not read; "" if there are none."""
+    if not isinstance(source, files.FolderSource):
+        return ""
+    found = [x["file"] for x in source.left_out if x["file"].lower().endswith(tables.ENDINGS)]
+    return ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
 
 
 def _finished(job: Job, task: tuple[str, int]) -> dict:

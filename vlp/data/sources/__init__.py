@@ -3,6 +3,7 @@ a CSV, TSV, JSONL or JSON table, or a folder of images."""
 
 import collections
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from vlp.data import reads, records
 from vlp.data.sources import fields, files, parquet, tables, tar, tfds
 
 TOKENIZER = records.TOKENIZER
+_PART = re.compile(r"(?:^|(?<=[-_.]))(?P<number>\d+)[-_]of[-_](?P<total>\d+)")
 log = logging.getLogger(__name__)
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
@@ -58,6 +60,8 @@ def open_path(
     if kind == "records":
         there = records.read_manifest(path)["splits"]
         return records.open_split(path, fields.existing(split, there))
+    if kind in ("tar", "parquet") and found != [path]:
+        _check_whole(found, strict)
     root = os.path.dirname(path) if found == [path] and kind != "folder" else path.rstrip("/")
     beside = f"{root or '.'}/{TOKENIZER}"
     if kind == "tar":
@@ -70,6 +74,33 @@ def open_path(
     if kind == "folder":
         return files.FolderSource(found[0], fields=given, root=root, tokenizer=beside)
     return tfds.TfdsSource(path, split, fields=given, tokenizer=beside)
+
+
+def _check_whole(found: Sequence[str], strict: bool) -> None:
+    """Tells of files that are missing by the names of the others: train-00001-of-00003. Raises: `UserError`
+    if `strict`."""
+    there: dict[tuple[str, str], dict[int, str]] = {}
+    for file in found:
+        if match := _PART.search(_name(file)):
+            begin, number, total = _name(file)[: match.start("number")], *match.group(1, 2)
+            there.setdefault((begin, total), {})[int(number)] = file
+    for (begin, total), parts in there.items():
+        count, first = int(total), int(int(total) in parts)  # from 0 on, or from 1 to the total
+        missing = count - sum(first <= n < first + count for n in parts)
+        if missing <= 0:
+            continue
+        file = next(iter(parts.values()))
+        match = _PART.search(_name(file))
+        assert match
+        like = f"{{:0{len(match['number'])}}}" + _name(file)[match.end("number") : match.end()]
+        gaps = (n for n in range(first, first + count) if n not in parts)
+        names = ", ".join(begin + like.format(n) for n in itertools.islice(gaps, 4))
+        got = f"{len(parts)} of {count} files, without {names}" + (", …" if missing > 4 else "")
+        do = "fetch the missing ones, or read it without strict mode"
+        e = check.error(os.path.dirname(file) or ".", got, "all of them", do)
+        if strict:
+            raise e
+        log.warning("%s: %s", os.path.dirname(file) or ".", got)
 
 
 def stamp(source: Any) -> str:

@@ -6,7 +6,8 @@ column named by hand is strict. Not here: reading the formats.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vlp.core import check
@@ -28,6 +29,7 @@ SPLITS = {  # usual names of splits, and what else they are called
     "test": ("testing",),
     "dev": (),
 }
+DEEPEST = 100  # lists and objects in each other in JSON: what walks them recurses
 GUESSED = ("key", "captions", "lang", "label")
 
 
@@ -71,6 +73,13 @@ def names_of(split: str) -> tuple[str, ...]:
 def existing(split: str, splits: Iterable[str]) -> str:
     """Returns the name that a split has among `splits`; itself if it has none."""
     return next((n for n in names_of(split) if n in splits), split)
+
+
+def check_splits(splits: Sequence[str]) -> None:
+    """Raises a `UserError` if a split is named twice."""
+    if repeated := sorted({s for s in splits if splits.count(s) > 1}):
+        got = f"{', '.join(repeated)} twice in {list(splits)}"
+        raise check.error("--splits", got, "each split once", "name it once")
 
 
 def column(columns: Iterable[str], path: str) -> str:
@@ -137,6 +146,27 @@ def sniff(
         expected = f"a caption column such as {list(CAPTION[:4])}, or a label"
         do = "name it with --captions or --label"
         raise check.error(where, f"columns {columns}", expected, do)
+    return found
+
+
+def parsed(data: str | bytes, what: str) -> Any:
+    """Returns the value of a JSON text that is not our own. Raises: ValueError, and nothing else, for what
+    does not parse, is not UTF-8 or is nested deeper than `DEEPEST`."""
+    deep = f"{what}: JSON nested too deep"
+    try:
+        data = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError(deep) from None
+    except ValueError as e:
+        raise ValueError(f"{what}: {e}") from None
+    if isinstance(found, (list, dict)) and data.count("[") + data.count("{") > DEEPEST:
+        level = [found]
+        for _ in range(DEEPEST):
+            inner = (y for x in level for y in (x.values() if isinstance(x, dict) else x))
+            level = [y for y in inner if isinstance(y, (list, dict))]
+        if level:
+            raise ValueError(deep)
     return found
 
 

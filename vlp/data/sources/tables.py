@@ -191,7 +191,10 @@ class TableSource:
     def _image(self, value: Any, place: dict, key: str) -> bytes:
         where = f"row {place['row']}" + (f", line {place['line']}" if "line" in place else "")
         if isinstance(value, dict) and isinstance(value.get("base64"), str):
-            return base64.b64decode(value["base64"])
+            try:
+                return base64.b64decode("".join(value["base64"].split()), validate=True)
+            except ValueError as e:  # signs of no base64 are not skipped
+                raise ValueError(f"the image of {where} is no base64 ({e})") from None
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]  # as Hugging Face writes it
         if not isinstance(value, str) or not value:
@@ -247,10 +250,7 @@ def _line(text: str) -> str:
 
 
 def _json_object(text: str) -> dict:
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"JSON nested too deep: {text:.40}") from None
+    found = fields_lib.parsed(text, f"{text:.40}")
     if not isinstance(found, dict):
         raise ValueError(f"no JSON object: {text:.40}")
     return found
@@ -491,8 +491,8 @@ def _json_rows(file: IO[bytes], path: str, split: str) -> Iterator[dict]:
     """Yields the images of a .json with their captions: COCO's, Karpathy's, or a list of objects."""
     expected = "a list of objects, or COCO's images and annotations"
     try:
-        found = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:
+        found = fields_lib.parsed(file.read(), os.path.basename(path))
+    except ValueError as e:
         do = "name it .jsonl if every line is an object of its own"
         raise check.error(path, f"broken JSON ({e!s:.80})", expected, do) from None
     images = found.get("images") if isinstance(found, dict) else found
@@ -571,8 +571,8 @@ def own_splits(path: str) -> list[str]:
     opened: Callable[..., Any] = gzip.open if path.lower().endswith(".gz") else open
     try:
         with opened(path, "rb") as f:
-            found = json.loads(f.read().decode("utf-8-sig"))
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+            found = fields_lib.parsed(f.read(), path)
+    except (OSError, EOFError, zlib.error, ValueError):
         return []  # whoever reads its rows says what is wrong
     images = _objects(found.get("images") if isinstance(found, dict) else found)
     return sorted({str(x["split"]) for x in images if {"sentences", "filename", "split"} <= set(x)})
