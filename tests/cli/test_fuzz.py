@@ -167,9 +167,10 @@ def _option(action):
     if action.nargs == 0:
         return st.just(flag)
     good = {
-        "config": ["@toy.json", "@clip.json", "@full.json"], "workdir": ["@run", "%new", "%new"],
-        "models": ["@run", "@run@2"], "workdirs": ["@run"], "images": ["@a.png", "@text.txt"], "input": ["@photos", "@table.csv", "@data"],
-        "dir": ["@data"], "data": ["@data", "@photos"], "evals": ["retrieval"], "json": ["%a.json"],
+        "config": ["@toy.json", "@clip.json", "@full.json"],
+        "workdir": ["@run", "%new", "%new"],
+        "models": ["@run", "@run@2"], "workdirs": ["@run"], "images": ["@a.png", "@text.txt"],
+        "input": ["@photos", "@table.csv", "@data"], "dir": ["@data"], "data": ["@data", "@photos"], "evals": ["retrieval"], "json": ["%a.json"],
         "html": ["%a.html"], "quarantine": ["%q.jsonl"], "out": ["%out"], "splits": ["train", "val"],
     }.get(action.dest, [str(c) for c in action.choices or ["1", "2", "a"]])  # fmt: skip
     if action.dest in (

@@ -291,6 +291,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value if isinstance(value, hint) else build(hint, value, where)
     elif type(value) is int and hint in (int, float) and abs(value) >= 2**53:
         raise check.error(where, value, "a number of less than 53 bits", "change it")
+    elif hint is float and value != value:
+        raise check.error(where, value, "a number", "correct the value")
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
