@@ -137,6 +137,24 @@ def _dataset(folder):
     records.write(str(folder), {"train": rows(9), "val": rows(8)}, name="d", info={}, files=files)
 
 
+GOOD = {  # values that mean something, by option
+    "config": ["@toy.json", "@clip.json", "@full.json"],
+    "workdir": ["@run", "%new", "%new"],
+    "models": ["@run", "@run@2"],
+    "workdirs": ["@run"],
+    "images": ["@a.png", "@text.txt"],
+    "input": ["@photos", "@table.csv", "@data"],
+    "dir": ["@data"],
+    "data": ["@data", "@photos"],
+    "evals": ["retrieval"],
+    "json": ["%a.json"],
+    "html": ["%a.html"],
+    "quarantine": ["%q.jsonl"],
+    "out": ["%out"],
+    "splits": ["train", "val"],
+}
+
+
 OUTPUTS = ("--out", "--json", "--html", "--quarantine")
 
 
@@ -166,13 +184,7 @@ def _option(action):
     flag = action.option_strings[-1:]
     if action.nargs == 0:
         return st.just(flag)
-    good = {
-        "config": ["@toy.json", "@clip.json", "@full.json"],
-        "workdir": ["@run", "%new", "%new"],
-        "models": ["@run", "@run@2"], "workdirs": ["@run"], "images": ["@a.png", "@text.txt"],
-        "input": ["@photos", "@table.csv", "@data"], "dir": ["@data"], "data": ["@data", "@photos"], "evals": ["retrieval"], "json": ["%a.json"],
-        "html": ["%a.html"], "quarantine": ["%q.jsonl"], "out": ["%out"], "splits": ["train", "val"],
-    }.get(action.dest, [str(c) for c in action.choices or ["1", "2", "a"]])  # fmt: skip
+    good = GOOD.get(action.dest, [str(c) for c in action.choices or ["1", "2", "a"]])
     if action.dest in (
         "devices",
         "gpu",

@@ -116,9 +116,9 @@ def parameters(params: Any, width: int) -> str:
         rows.append((name, shape, str(leaf.dtype), f"{tree.size(leaf):,}", ", ".join(axes)))
     wide = [max(len(row[k]) for row in rows) for k in range(5)]
     room = width - sum(wide[1:]) - 2 * 4
-    if room < 24:  # long axes: they are cut, too
-        wide[4] = max(wide[4] - (24 - room), len(rows[0][4]))
-        room = max(width - sum(wide[1:]) - 2 * 4, 24)
+    if room < 20:  # long axes: they are cut, too
+        wide[4] = max(wide[4] - (20 - room), len(rows[0][4]))
+        room = max(width - sum(wide[1:]) - 2 * 4, 20)
     wide[0] = min(wide[0], room)
     lines = []
     for name, shape, kind, size, axes in rows:
