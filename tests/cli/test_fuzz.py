@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pathlib
+import random
 import shlex
 import signal
 
@@ -43,14 +44,33 @@ LITERALS = [
     "{'name': None}", "[1, 'a']", "((((", "{'a': {'b': []}}", "b'x'", "1j", "...", "float('nan')", "[nan]", "{1, 2}",
     "(1e309,)", "[0.5, 0.5, 0.5]", "[0.7, 0.30000000000000004]",
 ]  # fmt: skip
-VALUES = st.one_of(
-    st.sampled_from(NUMBERS),
-    st.sampled_from(WORDS),
-    st.sampled_from(LITERALS),
-    st.integers().map(str),
-    st.floats().map(repr),
-    st.text(max_size=8).filter(lambda s: "\0" not in s),
-)
+
+
+INTS = [n for n in NUMBERS if n.lstrip("-").isdigit()]
+OF_TYPE = {
+    int: [*INTS, *map(str, range(8, 40, 8))],
+    float: NUMBERS,
+    bool: ["True", "False"],
+    str: WORDS,
+}
+
+
+def value(rng, kind=None):
+    """A text to give as a value: mostly one that has broken programs before, and of the type that is asked for."""
+    if kind in OF_TYPE and rng.random() < 0.8:
+        return rng.choice(OF_TYPE[kind])
+    kind = rng.randrange(10)
+    if kind < 7:
+        return rng.choice((NUMBERS, NUMBERS, WORDS, LITERALS)[rng.randrange(4)])
+    if kind == 7:
+        return str(rng.randint(-(2 ** rng.randrange(1, 70)), 2 ** rng.randrange(1, 70)))
+    if kind == 8:
+        return repr(rng.gauss(0, 1) * 10.0 ** rng.randrange(-20, 300))
+    return "".join(
+        chr(rng.choice((rng.randrange(1, 128), rng.randrange(1, 0x11000)))) for _ in range(5)
+    )
+
+
 FULL = runs.changed(
     runs.COCA,
     **{
@@ -74,15 +94,15 @@ def paths(config):
     whole["stages"] = config.get("stages", [])
 
     def walk(node, path):
-        yield path
-        items = enumerate(node) if isinstance(node, list) else dict(node).items()
-        for key, value in items if isinstance(node, list | dict) else ():
+        yield path, type(node)
+        items = enumerate(node) if isinstance(node, list) else getattr(node, "items", tuple)()
+        for key, value in items:
             inner = f"{path}.{key}" if path else str(key)
-            yield from walk(value, inner) if isinstance(value, list | dict) else [inner]
+            yield from walk(value, inner)
 
-    found = [p for p in walk(whole, "") if p]
-    sections = sorted({p.rpartition(".")[0] for p in found})
-    return found + [f"{s}.unknown" if s else "unknown" for s in sections]
+    found = [(p, kind) for p, kind in walk(whole, "") if p]
+    sections = sorted({p.rpartition(".")[0] for p, _ in found})
+    return found + [(f"{s}.unknown" if s else "unknown", None) for s in sections]
 
 
 CONFIGS = {"toy": runs.TOY, "clip": runs.CLIP, "full": FULL}
@@ -152,52 +172,51 @@ GOOD = {  # values that mean something, by option
     "quarantine": ["%q.jsonl"],
     "out": ["%out"],
     "splits": ["train", "val"],
+    "profile": ["1:2"],
 }
 
 
+# Would start JAX anew, which takes a process of its own (tests/train/test_plan.py).
+STARTS_JAX = ("devices", "gpu", "topology", "slices")
 OUTPUTS = ("--out", "--json", "--html", "--quarantine")
 
 
 @st.composite
 def command_lines(draw):
     """Arguments of one command; "@NAME" stands for a file of the sandbox, "%NAME" for one to be written."""
-    argv = draw(st.sampled_from(sorted(_parsers())))
-    parser = _parsers()[argv]
-    out = argv.split()
+    rng = random.Random(draw(st.integers(0, 2**64)))  # even draws: hypothesis would repeat itself
+    command = rng.choice([*sorted(_parsers()), *5 * ["train"], "plan", "eval"])
+    parser, out = _parsers()[command], command.split()
     for action in parser._actions:
-        if action.help == argparse.SUPPRESS or "--help" in action.option_strings:
-            continue
         usual = not action.option_strings or action.required
-        if draw(st.integers(0, 9)) >= (9 if usual else 2):
-            continue
-        out += draw(_option(action))
-    if argv in ("train", "plan", "eval"):
-        names = [a for a in out if a.startswith("@")]
-        config = next((n[1:-5] for n in names if n.endswith(".json")), "full")
-        for _ in range(draw(st.integers(0 if argv != "train" else 1, 2))):
-            place = draw(st.sampled_from(places(config)))
-            out.append(f"--config.{place}={draw(VALUES)}")
+        if rng.random() < (0.99 if usual else 0.04) and "--help" not in action.option_strings:
+            out += _option(action, rng)
+    if command in ("train", "plan", "eval"):
+        named = (a.removeprefix("--config=@").removesuffix(".json") for a in out)
+        config = next((a for a in named if a in CONFIGS), "toy")
+        for _ in range(rng.choice((1, 1, 2)) if command != "eval" else rng.randrange(3)):
+            place, kind = rng.choice(places(config))
+            if command == "eval" and rng.random() < 0.8:
+                inside = [p for p in places("full") if p[0].startswith(("data", "evals"))]
+                place, kind = rng.choice(inside)
+            out.append(f"--config.{place}={value(rng, kind)}")
     return out
 
 
-def _option(action):
+def _option(action, rng):
+    """An option (or a place) with values."""
     flag = action.option_strings[-1:]
     if action.nargs == 0:
-        return st.just(flag)
+        return flag
+    if action.dest in STARTS_JAX:
+        return []
     good = GOOD.get(action.dest, [str(c) for c in action.choices or ["1", "2", "a"]])
-    if action.dest in (
-        "devices",
-        "gpu",
-        "topology",
-        "slices",
-    ):  # start JAX anew, in a process of its own
-        return st.just([])
-    value = st.one_of(st.sampled_from(good), st.sampled_from(good), VALUES)
-    if action.dest in ("config", "workdir"):
-        value = st.sampled_from([*good, *good, *good, "@none", "", "@a.png"])
-    many = 2 if action.nargs in ("+", "*") else 1
-    glue = lambda values: [f"{flag[0]}={values[0]}"] if flag and many == 1 else [*flag, *values]
-    return st.lists(value, min_size=1, max_size=many).map(glue)
+    usual = 0.97 if action.dest in ("config", "workdir", "models") else 0.6
+    many = rng.choice((1, 2)) if action.nargs in ("+", "*") else 1
+    values = [rng.choice(good) if rng.random() < usual else value(rng) for _ in range(many)]
+    if action.dest in ("workdir", "out") and values[0] == "~":
+        values = ["%new"]
+    return [f"{flag[0]}={values[0]}"] if flag and many == 1 else [*flag, *values]
 
 
 @functools.cache
@@ -272,6 +291,10 @@ def listing(folder):
     }
 
 
+def _inside(path, folder):
+    return os.path.join(path, "").startswith(os.path.join(folder, ""))
+
+
 def check_one(argv, sandbox, training=False):
     import shutil
     import tempfile
@@ -307,13 +330,10 @@ def check_one(argv, sandbox, training=False):
     if answer.code == 1 and not any(w in argv for w in ("plan", "verify")):
         assert len(told) == 1, (shown, answer)
     assert "Traceback" not in answer.err, shown
-    target = {a.partition("=")[2] or a for a in real}
+    target = {os.path.abspath(a.partition("=")[2] or a) for a in real if a}
     for folder, was in zip((sandbox, pathlib.Path.cwd()), before):
         for path, value in listing(folder).items():
-            named = any(
-                t and os.path.abspath(t) in (path, *map(str, pathlib.Path(path).parents))
-                for t in target
-            )
+            named = any(_inside(path, t) or _inside(t, path) for t in target)
             named = named or (argv[0] == "report" and path.endswith(".html"))  # there by default
             assert was.get(path) == value or named, f"vlp {shown} wrote {path}"
     if answer.reached or "plan" in argv or "eval" in argv:

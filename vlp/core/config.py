@@ -164,11 +164,15 @@ def build(cls: type[T], section: Any, where: str) -> T:
 def build_named(table: Mapping[str, type], section: Any, where: str, default: str = "") -> Any:
     """Builds the component of `table` that `section["name"]` names (or `default`) from the rest of it."""
     if not isinstance(section, Mapping):
-        do = f"write {where}.name={section}" if section in table else f"name one of {list(table)}"
+        do = (
+            f"write {where}.name={section}"
+            if section in list(table)
+            else f"name one of {list(table)}"
+        )
         raise check.error(where, repr(section), "a section", do)
     rest = dict(section)
     name = rest.pop("name", default)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise check.unknown(f"{where}.name", str(name), table)
     return build(table[name], rest, where)
 
