@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(f"vlp.cli.{name}").add_parser(subparsers)
     progress.in_log = chosen == ["train"]  # whose mistakes are alone on standard error
     try:
+        for a in (a for a in argv if a.startswith("-") and a.endswith("=--")):
+            raise check.error(a.removesuffix("=--"), "'--'", "a value", "write one")
         args, rest = parser.parse_known_args(argv)
         taken = [a for a in rest if a.startswith("--config.") and hasattr(args, "config")]
         args.overrides = [a.removeprefix("--config.") for a in taken]
@@ -63,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with progress.phase(f"vlp {chosen[0] if chosen else ''}"):
             return args.run(args)
     except UserError as mistake:
-        print(f"vlp: {mistake}", file=sys.stderr)
+        print(f"vlp: {check.line(mistake)}", file=sys.stderr)
         return 1 if isinstance(mistake, check.MachineError) else 2
     except Exception as e:
         if not (told := failure(e)):
             raise
-        print(f"vlp: {told}", file=sys.stderr)
+        print(f"vlp: {check.line(told)}", file=sys.stderr)
         return 1
 
 

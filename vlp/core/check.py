@@ -72,12 +72,17 @@ def machine(where: object, e: BaseException) -> MachineError | None:
     return MachineError(f"{where}: got {got}, expected room for more; {_FAULTS[code]}")
 
 
+def line(text: object) -> str:
+    """A message as one line of text: what a terminal would not show (line breaks of a name, say) is written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Ends a script with its main's exit code; with 2 and one line for a mistake of the user's."""
     try:
         sys.exit(main())
     except UserError as mistake:
-        print(mistake, file=sys.stderr)
+        print(line(mistake), file=sys.stderr)
         sys.exit(2)
 
 

@@ -164,11 +164,15 @@ def build(cls: type[T], section: Any, where: str) -> T:
 def build_named(table: Mapping[str, type], section: Any, where: str, default: str = "") -> Any:
     """Builds the component of `table` that `section["name"]` names (or `default`) from the rest of it."""
     if not isinstance(section, Mapping):
-        do = f"write {where}.name={section}" if section in table else f"name one of {list(table)}"
+        do = (
+            f"write {where}.name={section}"
+            if section in list(table)
+            else f"name one of {list(table)}"
+        )
         raise check.error(where, repr(section), "a section", do)
     rest = dict(section)
     name = rest.pop("name", default)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise check.unknown(f"{where}.name", str(name), table)
     return build(table[name], rest, where)
 
@@ -291,6 +295,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value if isinstance(value, hint) else build(hint, value, where)
     elif type(value) is int and hint in (int, float) and abs(value) >= 2**53:
         raise check.error(where, value, "a number of less than 53 bits", "change it")
+    elif hint is float and value != value:
+        raise check.error(where, value, "a number", "correct the value")
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:

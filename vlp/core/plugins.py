@@ -134,7 +134,7 @@ def extended(
     names: what will be looked up; if the table has them all, no plugin is loaded ("" is never there).
     Raises UserError if a plugin is gone or broken, and for a name that is there already.
     """
-    if not plugins or all(name in table for name in names):
+    if not plugins or all(name in list(table) for name in names):
         return table
     out = dict(table)
     for plugin in plugins:
@@ -157,7 +157,7 @@ def _module(plugin: Plugin) -> types.ModuleType:
     where = "config.plugins"
     if plugin.file:
         if not os.path.isfile(plugin.file):
-            do = "bring it back, or name another with --config.plugins"
+            do = "bring it back"
             raise check.error(where, f"{plugin.file}, which is gone", "the run's plugin", do)
         found = of_file(plugin.file)["sha256"]
         if plugin.sha256 and found != plugin.sha256:

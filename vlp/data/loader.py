@@ -288,9 +288,14 @@ def check_data(data: Data) -> None:
         ("shuffle_block", data.shuffle_block >= 0, "at least 0"),
         ("shuffle_window", data.shuffle_window >= 1, "at least 1"),
         ("shuffle_block", data.shuffle or not data.shuffle_block, "0 without shuffle"),
+        ("shuffle_block", data.shuffle_block < 2**31, "below 2^31"),
+        ("shuffle_window", data.shuffle_window < 2**31, "below 2^31"),
         ("image_px", data.image_px >= 1, "at least 1"),
+        ("image_px", data.image_px <= 2**14, "at most 16,384"),
         ("text_len", data.text_len >= 3, "at least 3 (bos, a piece, eos)"),
+        ("text_len", data.text_len <= 2**17, "at most 131,072"),
         ("num_captions", data.num_captions >= 1, "at least 1"),
+        ("num_captions", data.num_captions <= 2**10, "at most 1,024"),
         (
             "num_captions",
             data.num_captions == 1 or data.captions == "all",
@@ -314,6 +319,9 @@ def check_data(data: Data) -> None:
         ("workers", data.workers >= 0, "at least 0"),
         ("read_threads", data.read_threads >= 0, "at least 0"),
         ("prefetch", data.prefetch >= 1, "at least 1"),
+        ("workers", data.workers <= 2**10, "at most 1,024"),
+        ("read_threads", data.read_threads <= 2**10, "at most 1,024"),
+        ("prefetch", data.prefetch <= 2**16, "at most 65,536"),
     )
     for field, good, expected in bounds:
         if not good:

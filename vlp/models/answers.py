@@ -26,7 +26,10 @@ def check_needs(
 
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-_SIZES = ("depth", "embed", "heads", "patch", "vocab", "width")
+_SIZES = {  # the largest of each: what is beyond would only fill the memory, or take hours to trace
+    "depth": 2**10, "embed": 2**17, "heads": 2**12, "patch": 2**12, "vocab": 2**24, "width": 2**17, "queries": 2**16,
+}  # fmt: skip
+_COUNTS = {"mlp": 2**19, "registers": 2**12}  # may be 0
 
 
 def check_fields(module: Any, where: str) -> None:
@@ -40,10 +43,13 @@ def check_fields(module: Any, where: str) -> None:
             check_fields(value, name)
         elif field.name in _SIZES and isinstance(value, int) and value < 1:
             raise check.error(name, value, "1 or more", "change it")
+        elif field.name in _COUNTS and isinstance(value, int) and value < 0:
+            raise check.error(name, value, "at least 0", "change it")
+        elif isinstance(value, int) and value > (_SIZES | _COUNTS).get(field.name, value):
+            most = (_SIZES | _COUNTS)[field.name]
+            raise check.error(name, value, f"at most {most:,}", "change it")
         elif field.name in ("dropout", "drop_path") and not 0 <= (value or 0) < 1:
             raise check.error(name, value, "in [0, 1)", "change it")
-        elif field.name == "registers" and (value or 0) < 0:
-            raise check.error(name, value, "at least 0", "change it")
         elif field.name == "scale" and isinstance(value, float) and not 0 < value < math.inf:
             raise check.error(name, value, "above 0: the factor of the logits", "change it")
         elif field.name in ("mean", "std") and isinstance(value, tuple):

@@ -38,6 +38,7 @@ from vlp.train.session import (
     open_session,
     save,
     say_changes,
+    say_model,
 )
 from vlp.train.sinks import check_sinks
 from vlp.train.stages import parse
@@ -91,6 +92,7 @@ def run(
         session = open_session(
             resolved, settings, workdir, mesh, stop, all_parts[0], position, profile
         )
+        say_model(session, all_parts)
         say_changes(meta, session)
         state = None
         interval = Interval((meta or {}).get("interval"))

@@ -14,7 +14,7 @@ from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.models.answers import abstract_params
 from vlp.train.parts import assemble, trace
-from vlp.train.stages import parse
+from vlp.train.stages import Stage, parse
 
 
 def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -26,17 +26,22 @@ def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     for stage in built:
         with jax.set_mesh(mesh):
             trace(assemble(stage, alone, mesh))  # refuses what training would refuse
-        counts = parameters(stage.model, stage.data.image_px, stage.data.text_len)
-        rows.append({
-            "stage": stage.name,
-            "batch": stage.batch,
-            "steps": stage.num_steps,
-            "samples": stage.num_steps * stage.batch,
-            "image_px": stage.data.image_px,
-            "text_len": stage.data.text_len,
-            **{f"parameters/{k}": v for k, v in counts.items()},
-        })  # fmt: skip
+        rows.append(row(stage))
     return rows
+
+
+def row(stage: Stage) -> dict[str, Any]:
+    """A stage's length, sizes and parameters by group, flat."""
+    counts = parameters(stage.model, stage.data.image_px, stage.data.text_len)
+    return {
+        "stage": stage.name,
+        "batch": stage.batch,
+        "steps": stage.num_steps,
+        "samples": stage.num_steps * stage.batch,
+        "image_px": stage.data.image_px,
+        "text_len": stage.data.text_len,
+        **{f"parameters/{k}": v for k, v in counts.items()},
+    }
 
 
 def parameters(model: Any, image_px: int, text_len: int) -> dict[str, int]:

@@ -6,18 +6,18 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import jax
-from clu import parameter_overview
 from jax.sharding import Mesh
 
 from vlp.ckpt.manager import Checkpoints
 from vlp.core import tree
 from vlp.core.config import difference, plain
 from vlp.optim import make as optimisers
-from vlp.train import hosts, sinks
+from vlp.train import hosts, plan, sinks
 from vlp.train import workdir as files
 from vlp.train.parts import Parts
 from vlp.train.profile import Profile
@@ -76,7 +76,7 @@ def open_session(
     followers = sinks.make(settings.sinks, workdir, config)
     with hosts.together("config.sinks"):  # a server may refuse
         metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
-    session = Session(
+    return Session(
         config,
         settings,
         workdir,
@@ -89,23 +89,46 @@ def open_session(
         lock,
         Profile(workdir / "profile", profile),
     )
+
+
+def say_model(session: Session, all_parts: Sequence[Parts]) -> None:
+    """Logs what will be trained: the plan (stages, parameters by part), data, every parameter, rules."""
+    first = all_parts[0]
     params = first.abstract.params
-    log.info("%s", parameter_overview.get_parameter_overview(params, include_stats="sharding"))
-    num = tree.size(params)
-    log.info(
-        "%s: %s parameters on %s × %s",
-        config["name"],
-        f"{num:,}",
-        versions["devices"],
-        versions["device"],
-    )
-    log.info(
-        "data: %s records, %s",
-        f"{first.main.num_records:,}",
-        first.stage.data.path or first.stage.data.source,
-    )
+    log.info("%s", plan.table([plan.row(parts.stage) for parts in all_parts]))
+    num, devices = tree.size(params), session.versions["devices"]
+    device = session.versions["device"]
+    log.info("%s: %s parameters on %s × %s", session.config["name"], f"{num:,}", devices, device)
+    where = first.stage.data.path or first.stage.data.source
+    log.info("data: %s records, %s", f"{first.main.num_records:,}", where)
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
+    log.info("%s", parameters(params, width))
     log.info("%s", optimisers.table(first.stage.optim.rules, params))
-    return session
+
+
+def parameters(params: Any, width: int) -> str:
+    """A line per parameter (name, shape, type, size, mesh axes of its dimensions), none wider than `width`."""
+    rows = [("parameter", "shape", "type", "size", "mesh axes")]
+    for name, leaf in tree.named(params).items():
+        spec = getattr(getattr(leaf, "sharding", None), "spec", ())
+        axes = ["+".join(a) if isinstance(a, tuple) else a for a in spec if a]
+        shape = " × ".join(map(str, leaf.shape)) or "a number"
+        rows.append((name, shape, str(leaf.dtype), f"{tree.size(leaf):,}", ", ".join(axes)))
+    wide = [max(len(row[k]) for row in rows) for k in range(5)]
+    room = width - sum(wide[1:]) - 2 * 4
+    if room < 20:  # long axes: they are cut, too
+        wide[4] = max(wide[4] - (20 - room), len(rows[0][4]))
+        room = max(width - sum(wide[1:]) - 2 * 4, 20)
+    wide[0] = min(wide[0], room)
+    lines = []
+    for name, shape, kind, size, axes in rows:
+        if len(name) > wide[0]:  # its end says most
+            name = "…" + name[len(name) - wide[0] + 1 :]
+        if len(axes) > wide[4]:
+            axes = axes[: wide[4] - 1] + "…"
+        cells = f"{name:{wide[0]}}  {shape:{wide[1]}}  {kind:{wide[2]}}  {size:>{wide[3]}}  {axes}"
+        lines.append(cells.rstrip()[:width])
+    return "\n".join(lines)
 
 
 def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:

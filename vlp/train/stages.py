@@ -35,6 +35,7 @@ LOCAL = (
     "data.cache_mb",
     "data.path",
 )
+MAX_BATCH = 2**26
 # What acts where it is said: a later stage does not have it from the config above the stages.
 ONCE = ("init", "init_match")
 FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "micro_remat", "platform",
@@ -226,8 +227,12 @@ def _build(
     stage = build(Stage, section | built, "config")
     if stage.micro_remat not in MICRO_REMAT:
         raise check.unknown("config.micro_remat", stage.micro_remat, MICRO_REMAT)
-    if stage.batch < 1:
-        raise check.error("config.batch", stage.batch, "1 or more", "change it")
+    batches = {"config.batch": stage.batch}
+    batches |= {f"config.streams.{k}.batch": s.batch for k, s in stage.streams.items()}
+    for key, batch in batches.items():
+        if not 1 <= batch <= MAX_BATCH:
+            expected = "1 or more" if batch < 1 else f"at most {MAX_BATCH:,}"
+            raise check.error(key, batch, expected, "change it")
     if bool(stage.steps) == bool(stage.samples) or stage.num_steps < 1:
         got = f"steps={stage.steps}, samples={stage.samples}"
         raise check.error(
