@@ -124,14 +124,15 @@ def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
 
 
 def step(num_records: int) -> int:
-    """Every how manieth record's captions a tokenizer is trained on."""
+    """How many records apart those are whose captions a tokenizer is trained on."""
     return max(1, -(-num_records // MAX_RECORDS))
 
 
 def train_tokenizer(texts: Iterable[str], wanted: str) -> tokenizers.Tokenizer | None:
     """Trains one of about `wanted` pieces, or, for AUTO, of as many as the texts can fill.
 
-    Every character is a piece in any case; a few are special. None if there are no texts (records with labels alone).
+    Every character is a piece in any case; a few are special. None if there are no texts, but
+    labels alone.
     """
     texts = list(_visible(texts))
     if not texts:
