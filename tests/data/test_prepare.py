@@ -210,6 +210,7 @@ def test_tokenizers(tmp_path, small_tokenizer, capsys):
 
     assert made("none", "--tokenizer", "") is None
     assert made("some", "--tokenizer", 40).vocab_size == 40
+    assert 20 < made("characters", "--tokenizer", 1).vocab_size < 40
     assert made("file", "--tokenizer", model) == small_tokenizer
     assert "pieces, given," in capsys.readouterr().out
     auto = made("auto")
@@ -227,6 +228,8 @@ def test_tokenizers(tmp_path, small_tokenizer, capsys):
     assert made("labels", path=tmp_path / "classes") is None
     with pytest.raises(check.UserError, match="--tokenizer: got 'no.model', which is no file"):
         made("x", "--tokenizer", "no.model")
+    with pytest.raises(check.UserError, match="--tokenizer: got '0'"):
+        made("x", "--tokenizer", "0")
     with pytest.raises(check.UserError, match="another dataset there already"):
         made("some", "--tokenizer", 50)
 

@@ -113,7 +113,7 @@ def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
     """
     if wanted == AUTO:
         return tokenizers.load(beside) if reads.exists(beside) else None
-    if not wanted or wanted.isdecimal():
+    if not wanted or wanted.isdecimal() and int(wanted):
         return None
     if not reads.exists(wanted):
         do = "train one with `vlp data tokenizer`, or correct the path"
@@ -123,23 +123,22 @@ def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
 
 
 def step(num_records: int) -> int:
-    """Every how manieth record's captions a tokenizer is trained on."""
+    """How many records apart those are whose captions a tokenizer is trained on."""
     return max(1, -(-num_records // MAX_RECORDS))
 
 
 def train_tokenizer(texts: Iterable[str], wanted: str) -> tokenizers.Tokenizer | None:
-    """Trains one of `wanted` pieces at most, or, for AUTO, of as many as the texts can fill.
+    """Trains one of about `wanted` pieces, or, for AUTO, of as many as the texts can fill.
 
-    None if there are no texts (records with labels alone).
+    Every character is a piece in any case; a few are special. None if there are no texts, but
+    labels alone.
     """
     texts = list(_visible(texts))
     if not texts:
         return None
-    size = int(wanted) if wanted != AUTO else 0
-    if not size:
-        characters = len({c for text in texts for c in text.casefold()})
-        size = min(MAX_PIECES, sum(map(len, texts)) // CHARS_PER_PIECE)
-        size += characters + 8  # every character is a piece, and some are special
+    least = len({c for text in texts for c in text.casefold()}) + 8
+    fill = min(MAX_PIECES, sum(map(len, texts)) // CHARS_PER_PIECE)
+    size = least + fill if wanted == AUTO else max(int(wanted), least)
     return tokenizers.train(texts, size, model_type="bpe")
 
 

@@ -181,7 +181,8 @@ def others(path: str, splits: Sequence[str]) -> list[str]:
 def tokenizer_file(path: str) -> str:
     """Returns where a tokenizer beside the data would be."""
     path = path.removeprefix("file://")
-    root = os.path.dirname(path) if os.path.isfile(path) else path.rstrip("/")
+    is_file = os.path.isfile(path) or reads.is_remote(path) and bool(_kind(path))
+    root = os.path.dirname(path) if is_file else path.rstrip("/")
     return f"{root or '.'}/{TOKENIZER}"
 
 
