@@ -39,6 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         image_px=64,
         text_len=16,
         captions="uniform",  # the Unicode name or one of its aliases
+        langs=("en",),  # the records have names in 14 languages
         group_by="base",
         min_area_frac=0.5,
         cache_decoded=True,

@@ -16,6 +16,8 @@ NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if "def get_config" in p.read
 
 
 def load(name, arg):
+    if name == "small" and "smoke" not in arg:
+        pytest.skip("it needs a dataset: tests/test_small.py")
     return configs.load(f"{FOLDER / name}.py:{arg}")
 
 

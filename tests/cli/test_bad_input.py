@@ -94,7 +94,12 @@ MISTAKES = {
     "gallery": ({"evals": {"retrieval": {"gallery": -5, "batch": 8}}}, "gallery: got -5"),
     "the same split twice": (zeroshot(extra_splits=["test"]), "splits that differ"),
     "prompts that are cut": (
-        zeroshot(templates=["one two three four five six seven eight nine ten of a {}"]),
+        zeroshot(
+            phrases=[
+                "one two three four five six seven eight circle",
+                "one two three four five six seven",
+            ]
+        ),
         "the same tokens for 'circle' and 'square'",
     ),
     "items": (zeroshot(items=-1), "items: got -1, expected at least 0"),

@@ -84,7 +84,13 @@ ZOO = {  # name → what is wrong with the record, and the reason counted
 }
 NUM = 4 * len(ZOO)
 DATA = loader.Data(
-    image_px=16, text_len=8, bad_records="replace", max_bad_frac=1.0, flip=True, read_threads=0
+    langs=("en",),
+    image_px=16,
+    text_len=8,
+    bad_records="replace",
+    max_bad_frac=1.0,
+    flip=True,
+    read_threads=0,
 )
 
 

@@ -11,6 +11,14 @@ from vlp.data import emoji, tokenizer
 
 
 def run(*argv):
+    """`vlp data argv`; a conversion adds no val and no tokenizer unless told to (test_prepare.py)."""
+    for flag, off in (("--val-fraction", 0), ("--tokenizer", "")):
+        if argv[0] == "convert" and flag not in argv:
+            argv += (flag, off)
+    return run_as_is(*argv)
+
+
+def run_as_is(*argv):
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers())
     args = parser.parse_args(["data", *map(str, argv)])
@@ -118,7 +126,7 @@ def test_a_model_of_ours_is_imported_as_it_is(tmp_path, small_tokenizer):
 
 def test_splits_that_were_not_asked_for_are_told(dataset_dir, tmp_path, capsys):
     loose = ("--min-side-px", 0, "--min-words", 1)
-    for argv in (("convert",), ("filter", *loose)):
+    for argv in (("convert", "--splits", "train"), ("filter", *loose, "--splits", "train")):
         action, *more = argv
         assert run(action, dataset_dir, "--out", tmp_path / action, *more) == 0
         assert "not asked for: val (name them after --splits)" in capsys.readouterr().out
@@ -127,10 +135,10 @@ def test_splits_that_were_not_asked_for_are_told(dataset_dir, tmp_path, capsys):
             dataset_dir,
             "--out",
             tmp_path / f"{action}2",
+            *more,
             "--splits",
             "train",
             "val",
-            *more,
         )
         assert run(*argv) == 0
         assert "not asked for" not in capsys.readouterr().out

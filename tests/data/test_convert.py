@@ -421,3 +421,44 @@ def test_a_runner_without_beam_claims_nothing(tmp_path, monkeypatch):
     with pytest.raises(check.UserError, match=r"vlp\[beam\]"):
         convert.run(convert.Job(str(path), str(tmp_path / "out")), runner="DirectRunner")
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_work_directory_that_is_not_ones_own_is_refused(tmp_path, monkeypatch):
+    """Shards would be written through a link, and what it leads to removed."""
+    formats.tar(tmp_path / "a.tar", formats.rows(2))
+    victim, work = tmp_path / "victim", tmp_path / ".out.convert"
+    victim.mkdir()
+    command = ("convert", tmp_path / "a.tar", "--out", tmp_path / "out")
+    work.symlink_to(victim)
+    refused = lambda why: pytest.raises(check.UserError, match=why)
+    with refused("a link to"):
+        test_cli_data.run(*command)
+    assert not list(victim.iterdir())
+    work.unlink()
+    work.symlink_to(tmp_path / "nowhere")
+    with refused("a link to"):
+        test_cli_data.run(*command)
+    assert not (tmp_path / "nowhere").exists()
+    work.unlink()
+    work.write_text("mine")
+    with refused("no directory"):
+        test_cli_data.run(*command)
+    assert work.read_text() == "mine"
+    work.unlink()
+    work.mkdir()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with refused("of the user"):
+        test_cli_data.run(*command)
+    assert not list(work.iterdir())
+    monkeypatch.undo()
+    assert test_cli_data.run(*command) == 0 and not work.exists()
+
+
+def test_a_split_named_twice_is_refused(tmp_path):
+    formats.tar(tmp_path / "a.tar", formats.rows(2))
+    for command in ("convert", "filter"):
+        argv = (command, tmp_path / "a.tar", "--out", tmp_path / "o", "--splits", "train", "train")
+        with pytest.raises(check.UserError, match="train twice"):
+            test_cli_data.run(*argv)
+        assert not (tmp_path / "o").exists() and not (tmp_path / ".o.convert").exists()

@@ -196,3 +196,14 @@ def test_tokenizer_and_bench(dataset_dir, tmp_path, capsys):
     assert [line.split()[0] for line in text.splitlines()] == [
         "read", "image", "text", "all", "limits:", "loader",
     ]  # fmt: skip
+
+
+def test_bench_of_a_bad_row(tmp_path, capsys):
+    """Half of a surrogate pair, which no UTF-8 can hold: it costs what it costs, as in training."""
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(formats.jpeg(i))
+    captions = ("a cat", "half \ud800", "a dog")
+    rows = [{"image": f"{i}.jpg", "caption": c} for i, c in enumerate(captions)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    argv = ("bench", tmp_path / "t.jsonl", "--num-images", 3, "--batch", 2, "--image-px", 16)
+    assert test_cli_data.run(*argv) == 0 and "limits:" in capsys.readouterr().out

@@ -458,6 +458,51 @@ def test_files_of_tfds_stay_in_its_directory(tmp_path):
         sources.open_path(path)
 
 
+INFO = {
+    "a name that leads out": ({"name": "../../x"}, "the name '../../x'"),
+    "a split that leads out": ({"splits": [{"name": "a/../../x"}]}, "the name 'a/"),
+    "no list of splits": ({"splits": "q"}, "splits 'q'"),
+    "no splits within": ({"splits": ["train"]}, "splits "),
+    "a null": (None, "None, expected a JSON object"),
+    "a number": ({"fileFormat": [3]}, "ParseError"),
+}
+
+
+@pytest.mark.parametrize("name", INFO)
+def test_what_tfds_json_may_say(tmp_path, name):
+    pytest.importorskip("tensorflow_datasets")
+    own = "tensorflow_datasets.core.features."
+    inner = {"image": {"pythonClassName": f"{own}image_feature.Image", "image": {}}}
+    feature = {
+        "pythonClassName": f"{own}features_dict.FeaturesDict",
+        "featuresDict": {"features": inner},
+    }
+    info = {"name": "d", "version": "1.0.0", "fileFormat": "array_record", "splits": []}
+    change, message = INFO[name]
+    (tmp_path / "features.json").write_text(json.dumps(feature))
+    (tmp_path / "dataset_info.json").write_text(json.dumps(change and info | change))
+    with pytest.raises(check.UserError, match=message):
+        sources.open_path(tmp_path)
+    for broken in ("null", "[1]"):
+        (tmp_path / "features.json").write_text(broken)
+        with pytest.raises(check.UserError, match="expected a JSON object"):
+            sources.open_path(tmp_path)
+
+
+def test_a_map_is_no_caption(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    tags = pa.array([[("a key", "a value")]] * 2, pa.map_(pa.string(), pa.string()))
+    image = [formats.jpeg(i) for i in range(2)]
+    columns = {"image": image, "caption": ["x", "y"], "text": tags}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = sources.open_path(tmp_path)
+    assert [[c["text"] for c in source[i]["captions"]] for i in range(2)] == [["x"], ["y"]]
+    with pytest.raises(check.UserError, match="'text'.*a map"):
+        sources.open_path(tmp_path, given=fields.Fields(captions=("text",)))
+
+
 def test_convert_names_no_key_that_it_does_not_know(tmp_path):
     formats.parquet(tmp_path / "a.parquet", [*formats.rows(2), formats.rows(3)[2] | {"jpg": None}])
     job = convert.Job(str(tmp_path), str(tmp_path / "out"))
@@ -484,3 +529,31 @@ def test_a_large_folder_is_read_once(tmp_path, monkeypatch):
         assert sources.open_path(folder.parent).fingerprint == found.fingerprint
     (folder / "03.txt").write_text("other 3")
     assert sources.open_path(folder.parent).fingerprint != found.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_files_missing_by_the_names_of_the_others_are_told(tmp_path, kind, caplog):
+    write, rows = getattr(formats, kind), formats.rows(6)
+    for i in (0, 2):
+        write(tmp_path / f"train-{i:05d}-of-00003.{kind}", rows[2 * i :][:2])
+    with pytest.raises(check.UserError, match="2 of 3 files, without train-00001-of-00003"):
+        sources.open_path(tmp_path, strict=True)
+    assert not caplog.records and len(sources.open_path(tmp_path)) == 4
+    assert "without train-00001-of-00003" in caplog.text
+    caplog.clear()
+    sources.open_path(tmp_path / f"train-00000-of-00003.{kind}", strict=True)  # asked for alone
+    write(tmp_path / f"train-00001-of-00003-9f.{kind}", rows[2:4])  # a hash in it, as on the hub
+    assert len(sources.open_path(tmp_path, strict=True)) == 6
+    for i in (1, 2):  # numbered from 1 on
+        (tmp_path / "one").mkdir(exist_ok=True)
+        write(tmp_path / "one" / f"{i}-of-2.{kind}", rows[2 * i :][:2])
+    assert len(sources.open_path(tmp_path / "one", strict=True)) == 4
+    assert not caplog.records
+
+
+def test_tables_beside_images_without_texts_are_named(tmp_path):
+    pairs(tmp_path / "in", range(2), None)
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / "in" / name).write_text("file_name,caption\n0000.jpg,a cat\n")
+    with pytest.raises(check.UserError, match=r"the path of the table: a\.csv, b\.csv"):
+        convert.run(convert.Job(str(tmp_path / "in"), str(tmp_path / "out")))

@@ -93,7 +93,33 @@ def test_quoting_is_what_the_whole_file_supports(made, name):
     assert texts(sources.open_path(made(file, content))) == [[t] for t in wanted]
 
 
+WRITTEN = {
+    "csv": (",", [["0.jpg", "in the morning\nthe dog, a boy"], ["1.jpg", "x\ny, z"]]),
+    "csv, image last": (",", [["a, b\nc", "0.jpg"], ["x", "1.jpg"], ["d, e\n\nf", "2.jpg"]]),
+    "csv, a row too long": (",", [["0.jpg", "in\nthe dog, a boy"], ["1.jpg", "x", "y"]]),
+    "tsv": ("\t", [["0.jpg", "first\nsecond\tthird"], ["1.jpg", "x"]]),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_lines_within_cells_stay_in_them_where_both_readings_fit(made, name):
+    import csv
+    import io
+
+    separator, cells = WRITTEN[name]
+    header = ["image", "caption"] if cells[0][0] == "0.jpg" else ["caption", "image"]
+    out = io.StringIO()
+    csv.writer(out, delimiter=separator).writerows([header, *cells])
+    source = sources.open_path(made(f"a.{'tsv' if separator != ',' else 'csv'}", out.getvalue()))
+    at = header.index("caption")
+    for i, row in enumerate(cells):
+        if len(row) == 2:
+            assert [c["text"] for c in source[i]["captions"]] == [row[at]]
+
+
 REFUSED = {
+    "cells or rows": ('path,caption\n0,"a\n1,b"\n2,c\n', "line 2"),
+    "cut in a cell of lines": ('path,caption\n0.jpg,"a\nb, c"\n1.jpg,"d\ne, f\n', "line 4"),
     "never closed": ('path,caption\n0.jpg,"one"\n1.jpg,"two\n2.jpg,three\n', "line 3"),
     "text behind": ('path,caption\n0.jpg,"one"\n1.jpg,"two" and a half\n', "line 3"),
     "joins lines": ('path,caption\n0.jpg,"a"\n1.jpg,"b\n2.jpg,c"\n', "line 3"),
@@ -462,3 +488,75 @@ def test_images_within_the_rows(made):
     assert [source[i]["image"] for i in range(2)] == [formats.jpeg(3), formats.jpeg(4)]
     with pytest.raises(image_ops.BadImage, match="fetch it with img2dataset first"):
         source[2]
+
+
+# --- values that no row should have
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_nul_in_a_path_is_a_bad_row(made, tmp_path, ending):
+    if ending == "csv":
+        path = made("a.csv", "image,caption\n0.jpg\0,a\n1.jpg,b\n")
+    else:
+        things = [("0.jpg\0", "a"), ("1.jpg", "b")]
+        path = made("a.jsonl", [{"image": i, "caption": c} for i, c in things])
+    assert list(sources.open_path(path).inputs()) == [str(path), str(tmp_path / "1.jpg")]
+    rows_, left_out = converted(path, tmp_path / "out")
+    assert len(rows_) == 1 and [x["reason"] for x in left_out] == ["bad row"]
+
+
+def test_ids_of_coco_that_are_no_ids_cost_their_own_entries(made, tmp_path):
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (0, 1)]
+    images.append({"id": {}, "file_name": "2.jpg"})
+    entries = [{"image_id": 0, "caption": "a"}, {"image_id": [1], "caption": "b"}]
+    found = {"images": images, "annotations": entries, "categories": [{"id": {}, "name": "x"}]}
+    assert texts(sources.open_path(made("a.json", json.dumps(found)))) == [["a"], [], []]
+    found["annotations"] = [{"image_id": 0, "category_id": 1}, {"image_id": 1, "category_id": {}}]
+    found["categories"].append({"id": 1, "name": {}})
+    source = sources.open_path(made("b.json", json.dumps(found)))
+    assert [source[i].get("label") for i in range(3)] == [1, None, None]
+
+
+def test_an_image_of_karpathy_without_a_name_is_a_bad_row(made, tmp_path):
+    images = [{"sentences": [{"raw": "a"}], "filename": "0.jpg"}, {"sentences": [{"raw": "b"}]}]
+    path = made("a.json", json.dumps({"images": images}))
+    rows_, left_out = converted(path, tmp_path / "out")
+    assert len(rows_) == 1 and ["names no image" in x["detail"] for x in left_out] == [True]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_labels_of_one_image_that_differ_are_left_out_and_told(made, tmp_path, capsys, kind):
+    things = [(0, "a", "cat"), (0, "b", "dog"), (1, "c", "cow"), (1, "d", "cow"), (2, "e", "")]
+    if kind == "csv":
+        text = "".join(f"{i}.jpg,{c},{x}\n" for i, c, x in things)
+        path = made("a.csv", f"image,caption,label\n{text}")
+    else:
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        names = ("image", "caption", "label")
+        columns = {
+            n: [f"{t[0]}.jpg" if not k else t[k] for t in things] for k, n in enumerate(names)
+        }
+        path = tmp_path / "a.parquet"
+        pyarrow.parquet.write_table(pa.table(columns), path)
+    rows_, left_out = converted(path, tmp_path / "out")
+    assert [r.get("label") for r in rows_] == [None, "cow", None] and not left_out
+    assert [len(r["captions"]) for r in rows_] == [2, 2, 1]
+    assert "left out of records: {'label': 1}" in capsys.readouterr().out
+
+
+def test_a_caption_that_nobody_sees_is_none(made, tmp_path):
+    things = [{"image": f"{i}.jpg", "caption": c} for i, c in enumerate(("\u200b\u200b", "x"))]
+    rows_, left_out = converted(made("a.jsonl", things), tmp_path / "out")
+    assert len(rows_) == 1 and [x["reason"] for x in left_out] == ["no text"]
+
+
+def test_base64_that_is_none_is_a_bad_row(made):
+    good = base64.encodebytes(formats.jpeg(0)).decode()  # in lines, as some write it
+    rows_ = [{"image": {"base64": b}, "caption": "a"} for b in ("!!!", good, f"!{good}", "abc")]
+    source = sources.open_path(made("a.jsonl", rows_))
+    assert source[1]["image"] == formats.jpeg(0)
+    for i in (0, 2, 3):
+        with pytest.raises(ValueError, match=f"row {i}, line {i + 1} is no base64"):
+            source[i]

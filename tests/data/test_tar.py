@@ -277,3 +277,50 @@ def test_convert_reads_a_joined_archive_of_a_mac(tmp_path, capsys):
         assert test_cli_data.run("convert", tmp_path / "a.tar", "--out", out, *strict) == 0
         assert keys(records.open_split(out, "train")) == ["./a", "./b"]
     assert "'sidecar': 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("depth", [2_000, 100_000])
+def test_json_nested_too_deep_is_a_bad_row(tmp_path, depth, capsys):
+    """2000 deep: the parser takes it, what walks it would not."""
+    deep = b'{"caption": ' + b"[" * depth + b"]" * depth + b"}"
+    rows = [*pair("a"), ("b.jpg", formats.jpeg(1)), ("b.json", deep), *pair("c", 2)]
+    (tmp_path / "a.tar").write_bytes(archive(rows))
+    with pytest.raises(ValueError, match=r"b\.json: JSON nested too deep"):
+        sources.open_path(tmp_path / "a.tar")[1]
+    flags = {
+        "convert": ("--out", tmp_path / "o"),
+        "inspect": (),
+        "filter": ("--out", tmp_path / "f", "--min-side-px", 0, "--min-words", 1),
+        "tokenizer": ("--out", tmp_path / "t", "--vocab-size", 30),
+        "bench": ("--num-images", 3, "--batch", 2, "--image-px", 16),
+    }
+    for command, more in flags.items():
+        assert test_cli_data.run(command, tmp_path / "a.tar", *more) == 0, command
+    assert records.read_manifest(tmp_path / "o")["info"]["left_out"] == {"bad row": 1}
+
+
+def test_parts_that_do_not_fit_are_counted(tmp_path):
+    """As in a folder: a caption, a label, a language and a key that was guessed."""
+    meta = b'{"caption": ["b", 7], "label": 1.5, "lang": 5}'
+    data = archive([("a.jpg", formats.jpeg(0)), ("a.json", meta), *pair("c", 2)])
+    source = opened(tmp_path, data)
+    record, notes = source.read(0)
+    assert [c["text"] for c in record["captions"]] == ["b"] and record == source[0]
+    assert sorted(part for part, _ in notes.parts) == ["caption", "label", "lang"]
+    convert.run(convert.Job(str(tmp_path / "a.tar"), str(tmp_path / "o")))
+    info = records.read_manifest(tmp_path / "o")["info"]
+    assert info["parts_left_out"] == {"caption": 1, "label": 1, "lang": 1}
+
+
+@pytest.mark.parametrize(
+    "stats",
+    ["[]", "{", "[" * 100_000, '{"status_dict": null}', '{"status_dict": []}',
+     '{"status_dict": {"success": "x"}}', '{"status_dict": {"success": 1.5}}'],
+    ids=range(7),
+)  # fmt: skip
+def test_broken_stats_of_img2dataset_count_as_an_unfinished_shard(tmp_path, stats):
+    opened(tmp_path, archive(pair("a")))
+    (tmp_path / "a_stats.json").write_text(stats)
+    convert.run(convert.Job(str(tmp_path / "a.tar"), str(tmp_path / "o")))
+    info = records.read_manifest(tmp_path / "o")["info"]
+    assert info["img2dataset"] == {"train": {"unfinished_shards": 1}}

@@ -14,7 +14,7 @@ from PIL import Image
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
-from vlp.data import emoji, records
+from vlp.data import emoji, records, shapes
 from vlp.data.loader import Data, Dataset, Part, Reweight, open_dataset
 from vlp.evals import io as ios
 from vlp.evals import zeroshot as zs
@@ -119,6 +119,20 @@ def test_broken_model_is_never_right():
 def test_prompts():
     assert zs.prompts("", ("person {} walking", "{}, a hand")) == ["person walking", ", a hand"]
     assert zs.prompts("dark {}", ("a {}",)) == ["a dark {}"]
+
+
+def test_long_prompts_keep_the_class():
+    """The template's words go first, from its beginning; then, if it must be, the end of the class."""
+    small_tokenizer = shapes.Shapes(8).tokenizer()
+    ids = lambda text, length=8: small_tokenizer.encode(text, length).tolist()
+    encoded = lambda *args: (lambda ids_L, cut: (ids_L.tolist(), cut))(
+        *zs.encoded(small_tokenizer, *args)
+    )
+    assert encoded("red", "a big {}", 8) == (ids("a big red"), False)
+    long = "red red red red red red {} red"
+    kept = [n for n in range(7) if ids("red " * n + "blue red", 99)[8:].count(0) == 91]
+    assert kept and encoded("blue", long, 8) == (ids("red " * kept[-1] + "blue red"), True)
+    assert encoded("blue " * 9, long, 8) == (ids("blue " * 9), True)
 
 
 @pytest.mark.parametrize(

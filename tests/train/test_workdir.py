@@ -170,3 +170,18 @@ def test_infinities_of_a_config(toy, tmp_path):
     workdir.write_json(tmp_path / "run" / "config.json", config)
     workdir.write_json(tmp_path / "run" / "metrics.jsonl", {"step": 1})
     workdir.check_config(tmp_path / "run", config)
+
+
+def test_rows_with_any_text(tmp_path):
+    """Names may hold what Python takes for ends of lines; what is no row is left out."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"kind": "train", "step": 1, "stage": "a\u2028b\x85c"}, {"kind": "eval", "step": 2}]
+    text = [workdir.dump(row) for row in rows] + [
+        "[1]",
+        "null",
+        '{"step": "3"}',
+        "[" * 10**5,
+        '{"st',
+    ]
+    path.write_text("\n".join(text))
+    assert workdir.read(path) == rows

@@ -46,7 +46,7 @@ class Checkpoints:
                 str(directory),
                 "no checkpoints",
                 "a workdir of `vlp train`",
-                "train first, or check it",
+                _what_to_do(self._path),
             )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -70,6 +70,10 @@ class Checkpoints:
         self._failed = False
         self._saved: int | None = None  # the last step that is known to be whole
         self._on_saved = on_saved
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self._path
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -247,13 +251,19 @@ def _reason(e: Exception) -> str:
     return f"{type(e).__name__} ({str(e).splitlines()[0][:160] if str(e) else ''})"
 
 
+def _what_to_do(directory: pathlib.Path) -> str:
+    """About checkpoints that are not there: a run that saved some says so (`saved.json`)."""
+    gone = (directory.parent / "saved.json").exists()
+    return "bring its checkpoints back" if gone else "train first, or check it"
+
+
 def select(checkpoints: Checkpoints, workdir: str | pathlib.Path, step: int | None) -> int:
     """The wanted step, or the newest whole one; raises UserError if there is none."""
     steps = checkpoints.steps()
     if not steps or step not in (None, *steps):
         got = "no checkpoint" if not steps else f"no step {step}"
         expected = f"one of steps {steps}" if steps else "a saved step"
-        do = "take one of them" if steps else "train first"
+        do = "take one of them" if steps else _what_to_do(checkpoints.path)
         raise check.error(str(workdir), got, expected, do)
     if step is None:
         step = checkpoints.newest()

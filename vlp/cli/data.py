@@ -25,12 +25,26 @@ def add_parser(subparsers) -> None:
     convert = actions.add_parser(
         "convert", help="folder, CSV, TSV, JSONL, Parquet, tar shards or TFDS → records"
     )
-    _add_input(convert)
+    _add_input(convert, splits=None)
     convert.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     convert.add_argument("--rows-per-shard", type=_number, default=16384, help="default 16384")
     convert.add_argument("--workers", type=_number, default=1, help="processes (default 1)")
     convert.add_argument("--strict", action="store_true", help="refuse tars with damaged tails")
     convert.add_argument("--check-images", action="store_true", help="leave out what cannot decode")
+    convert.add_argument(
+        "--val-fraction",
+        type=_fraction,
+        default=0.0,
+        metavar="F",
+        help="without a split val: hold this share of train out (default 0: none)",
+    )
+    convert.add_argument(
+        "--tokenizer",
+        default="auto",
+        metavar="N|FILE",
+        help="train N pieces on train's captions, or take a file; '' for none (default: the one"
+        " beside the input, or one trained as large as the captions can fill)",
+    )
     convert.add_argument("--runner", default="", help="of Apache Beam, instead of this machine")
     convert.add_argument("--runner-args", nargs="*", default=[], help="options of the runner")
     verify = actions.add_parser("verify", help="check digests and decode every image")
@@ -42,7 +56,7 @@ def add_parser(subparsers) -> None:
     _add_input(inspect)
     inspect.add_argument("--html", metavar="FILE", help="write a page with images and captions")
     keep = actions.add_parser("filter", help="ALIGN's image and text rules, with counts by rule")
-    _add_input(keep)
+    _add_input(keep, splits=None)
     keep.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     for flag, default in _RULES.items():
         keep.add_argument(f"--{flag}", type=type(default), default=default, help=f"[{default}]")
@@ -84,10 +98,27 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _add_input(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def _fraction(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number in [0, 1)")
+    return found
+
+
+def _add_input(
+    parser: argparse.ArgumentParser,
+    *,
+    optional: bool = False,
+    splits: tuple[str, ...] | None = ("train",),
+) -> None:
+    """splits: those that are read by default; None: all that the input has."""
     nargs = "?" if optional else None
     parser.add_argument("input", metavar="PATH", nargs=nargs, help="a directory, shard or table")
-    parser.add_argument("--splits", nargs="+", default=["train"], help="default: train")
+    usual = f"default: {' '.join(splits) if splits else 'train, and val, test, dev if there are'}"
+    parser.add_argument("--splits", nargs="+", default=splits, help=usual)
     for name in ("key", "image", "lang", "label"):
         off = "" if name == "image" else "; '' for none, whatever the columns are called"
         words = f'column, or a path into one ("a.b"){off}'
@@ -170,19 +201,24 @@ def _exists(out: str) -> bool:
 
 def _convert(args: argparse.Namespace) -> int:
     from vlp.data import convert, sources
+    from vlp.data.sources import fields
 
     begin = time.monotonic()
     if not args.input:
         raise check.error("PATH", "''", "a directory, a shard or a table", "name one")
     existed = _exists(args.out)
+    args.splits = tuple(args.splits or sources.held(args.input))
+    fields.check_splits(args.splits)
     job = convert.Job(
         args.input,
         args.out,
-        splits=tuple(args.splits),
+        splits=args.splits,
         given=_fields(args),
         rows_per_shard=args.rows_per_shard,
         strict=args.strict,
         check_images=args.check_images,
+        tokenizer=args.tokenizer,
+        **_val(args),
     )
     for split in job.splits:
         source = job.source(split)
@@ -199,9 +235,16 @@ def _convert(args: argparse.Namespace) -> int:
         job, workers=args.workers, runner=args.runner, runner_args=args.runner_args
     )
     for split, entry in manifest["splits"].items():
-        print(f"{split}: {entry['num_records']} records in {len(entry['shards'])} shards")
+        held = ", held out of train (--val-fraction)" if split not in job.splits else ""
+        print(f"{split}: {entry['num_records']} records in {len(entry['shards'])} shards{held}")
+    if job.val_frac and "val" not in manifest["splits"]:
+        print("val: none, as train has fewer than two different images")
     _tell_others(args)
     info = manifest["info"]
+    if words := info.get("tokenizer"):
+        print(
+            f"tokenizer: {words['pieces']} pieces, {words['from']}, sha256 {words['sha256'][:12]}…"
+        )
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
     if parts := info.get("parts_left_out"):
         print(f"parts that do not fit, left out of records: {parts}")
@@ -209,7 +252,21 @@ def _convert(args: argparse.Namespace) -> int:
         if counts := {s: c for s, c in info.get(kind, {}).items() if c}:
             print(f"{kind}: {counts}")
     print(f"{args.out}: {_SAME if existed else 'written'}, {time.monotonic() - begin:.1f} s")
+    if words and "val" in manifest["splits"]:
+        workdir = f"runs/{os.path.basename(os.path.abspath(args.out))}"
+        print(f"next: vlp train --config configs/small.py:path={args.out} --workdir {workdir}")
     return 0
+
+
+def _val(args: argparse.Namespace) -> dict:
+    """What `--val-fraction` asks of a job whose input has the splits `args.splits`."""
+    from vlp.data.sources import fields
+
+    has = set(fields.names_of("val")) & set(args.splits) or "train" not in args.splits
+    if args.val_fraction and has:
+        got = f"{args.val_fraction} beside the splits {list(args.splits)}"
+        raise check.error("--val-fraction", got, "'train' without a split val", "drop it")
+    return {"val_frac": args.val_fraction}
 
 
 def _tell_others(args: argparse.Namespace) -> None:
@@ -276,8 +333,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _filter(args: argparse.Namespace) -> int:
     from vlp.data import filter as filter_lib
-    from vlp.data import records
+    from vlp.data import prepare, records, sources
+    from vlp.data.sources import fields
 
+    args.splits = args.splits or sources.held(args.input)
+    fields.check_splits(args.splits)
     rules = filter_lib.Rules(**{k: getattr(args, k) for k in (f.replace("-", "_") for f in _RULES)})
     counts = {split: collections.Counter() for split in args.splits}
     kept, existed = {}, _exists(args.out)
@@ -287,8 +347,10 @@ def _filter(args: argparse.Namespace) -> int:
             source, filter_lib.survey(source, rules), rules, counts[split]
         )
     info = {"filter": dataclasses.asdict(rules), "input": os.path.basename(args.input)}
+    words = prepare.given_tokenizer(prepare.AUTO, sources.tokenizer_file(args.input))
+    more = {records.TOKENIZER: words.to_bytes()} if words else {}
     try:
-        records.write(args.out, kept, name=os.path.basename(args.out), info=info)
+        records.write(args.out, kept, name=os.path.basename(args.out), info=info, files=more)
     finally:  # also when nothing is left: they say by which rule
         for split, by_rule in counts.items():
             print(json.dumps({"split": split, **dict(sorted(by_rule.items()))}))

@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vlp import __version__
 from vlp.core import check, progress
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "orbax",
     ):  # what they raise is told; they would tell it first, with its trace
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    sys.excepthook = _excepthook
     if not any(isinstance(h, progress.Said) for h in logging.getLogger().handlers):
         logging.getLogger().addHandler(progress.Said())
     parser = Parser(prog="vlp", description="Vision-language pretraining in JAX.")
@@ -71,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vlp: {check.line(told)}", file=sys.stderr)
         return 1
+
+
+def _excepthook(kind: type[BaseException], e: BaseException, trace: Any) -> None:
+    """Prints an error that nothing caught, but for what TensorStore's threads call back into a save that has failed."""
+    if not (kind is RuntimeError and str(e) == "Event loop is closed"):
+        sys.__excepthook__(kind, e, trace)
 
 
 # What a run's numbers depend on, whatever the shell or a JAX configuration says.

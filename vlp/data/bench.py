@@ -3,6 +3,7 @@
 import contextlib
 import time
 
+from vlp.core import check
 from vlp.data import image_ops, loader, order
 
 
@@ -18,8 +19,12 @@ def stages(dataset: loader.Dataset, num_images: int) -> dict[str, float]:
     rows = []
     begin = time.perf_counter()
     for i in ids:
-        with contextlib.suppress(image_ops.BadImage):
+        try:
             rows.append(dataset.source[i])
+        except check.UserError:
+            raise  # a file that cannot be read is no property of the record
+        except ValueError:
+            pass  # a bad record: `BadImage`, or a row that does not parse
     read_end = time.perf_counter()
     for position, row in enumerate(rows):
         image = row["image"]

@@ -3,7 +3,7 @@
 Output shard j is a pure function of input rows j·n … (j+1)·n - 1, so it does not matter who makes
 it or in what order: a killed conversion keeps its finished shards and goes on, and every runner
 gives the same bytes. Rows that cannot be a record are left out, counted by reason and listed in
-`left_out.jsonl`. Not here: reading the formats (sources/).
+`left_out.jsonl`. Not here: reading the formats (sources/), what is held out (prepare.py).
 """
 
 import collections
@@ -18,12 +18,16 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from vlp.core import check
-from vlp.data import counts, image_ops, processes, records, sources
-from vlp.data.sources import fields, files, tar
+import numpy as np
+
+from vlp.core import check, progress
+from vlp.data import counts, image_ops, prepare, processes, records, sources
+from vlp.data import tokenizer as tokenizers
+from vlp.data.sources import fields, files, tables, tar
 
 LEFT_OUT = "left_out.jsonl"
 INPUTS = ".inputs"  # in the output, unknown to its manifest: what the input files looked like
@@ -40,6 +44,9 @@ class Job:
     rows_per_shard: int = 16384
     strict: bool = False
     check_images: bool = False  # decode every image; what fails is left out
+    val_frac: float = 0.0  # of the rows of "train" that become "val" (0: none)
+    max_val: int = 0  # … so many at most (0: any number)
+    tokenizer: str = ""  # for the dataset: prepare.AUTO, pieces to train, a file, or "" for none
 
     @property
     def work(self) -> str:
@@ -52,10 +59,31 @@ class Job:
         given = dataclasses.replace(self.given, group=self.given.group is not False)
         return _opened(self.path, split, self.strict, given)
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The splits of the output."""
+        return (*self.splits, "val") if self.val_frac else self.splits
+
+    @property
+    def held_out(self) -> str:
+        """The file that says which rows of "train" become "val"."""
+        return os.path.join(self.work, "val.npy")
+
+    def part(self, split: str) -> records.Source:
+        """Returns what becomes a split of the output: a split of the input, or a part of one."""
+        if not self.val_frac or split not in ("train", "val"):
+            return self.source(split)
+        return prepare.Subset(self.source("train"), _rows(self.held_out), others=split == "train")
+
 
 @functools.lru_cache(maxsize=8)
 def _opened(path: str, split: str, strict: bool, given: fields.Fields) -> records.Source:
     return records.in_order(sources.open_path(path, split, strict=strict, given=given))
+
+
+@functools.lru_cache(maxsize=1)
+def _rows(path: str) -> np.ndarray:
+    return np.load(path)
 
 
 def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[str] = ()) -> dict:
@@ -65,39 +93,112 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     Raises: `UserError` if `out` or the work directory belongs to something else.
     """
     _opened.cache_clear()
+    _rows.cache_clear()
     if job.rows_per_shard < 1:
         raise check.error("rows_per_shard", job.rows_per_shard, "at least 1", "raise it")
     if workers < 1:
         raise check.error("workers", workers, "at least 1", "raise it")
+    if not 0 <= job.val_frac < 1:
+        raise check.error("val_frac", job.val_frac, "in [0, 1)", "correct it")
+    if job.val_frac and ("train" not in job.splits or "val" in job.splits):
+        got = f"{job.val_frac} beside the splits {list(job.splits)}"
+        raise check.error("val_frac", got, "'train' and no 'val'", "set it to 0")
+    fields.check_splits(job.splits)
     records.refuse_foreign(job.out)
+    _refuse_foreign_work(job)
     beam = _beam(runner) if runner else None
     plan = _plan(job)
     if _done(job, plan):
         shutil.rmtree(job.work, ignore_errors=True)
         return records.read_manifest(job.out)
     _claim(job, plan)
-    tasks = [(s, j) for s in job.splits for j in range(_num_shards(job, s))]
+
+    def do(make: Callable, todo: list, what: str) -> None:
+        done = 0
+        with progress.phase(lambda: f"{what}: {done} of {len(todo)} blocks of rows done"):
+            if beam:
+                _on_beam(beam, make, todo, runner, runner_args)
+            elif workers > 1 and len(todo) > 1:
+                spawn = multiprocessing.get_context("spawn")
+                end, pool = processes.end_with_parent, concurrent.futures.ProcessPoolExecutor
+                with (
+                    processes.without_main(),
+                    pool(workers, mp_context=spawn, initializer=end) as made,
+                ):
+                    for done, _ in enumerate(made.map(make, todo), start=1):  # noqa: B007
+                        pass
+            else:
+                for done, task in enumerate(todo):  # noqa: B007
+                    make(task)
+
+    if job.val_frac and not os.path.isfile(job.held_out):
+        _hold_out(job, do)
+    tasks = [(s, j) for s in job.written for j in range(_num_shards(job, s))]
     todo = [t for t in tasks if not os.path.isfile(f"{_shard(job, *t)}.json")]
-    make = functools.partial(make_shard, job)
-    if beam:
-        _on_beam(beam, make, todo, runner, runner_args)
-    elif workers > 1 and len(todo) > 1:
-        spawn = multiprocessing.get_context("spawn")
-        end, pool = processes.end_with_parent, concurrent.futures.ProcessPoolExecutor
-        with processes.without_main(), pool(workers, mp_context=spawn, initializer=end) as made:
-            list(made.map(make, todo))
-    else:
-        for task in todo:
-            make(task)
+    do(functools.partial(make_shard, job), todo, "writing records")
     return _publish(job, plan, tasks)
+
+
+def _refuse_foreign_work(job: Job) -> None:
+    """Raises a `UserError` for a work directory that is a link, no directory or another user's: what is
+    written and removed there must be our own."""
+    try:
+        found = os.lstat(job.work)
+    except FileNotFoundError:
+        return
+    got = ""
+    if stat.S_ISLNK(found.st_mode):
+        got = f"a link to {os.readlink(job.work)}"
+    elif not stat.S_ISDIR(found.st_mode):
+        got = "no directory"
+    elif found.st_uid != os.geteuid():
+        got = f"a directory of the user {found.st_uid}"
+    if got:
+        expected, do = "nothing, or a directory of yours", "remove it or choose another --out"
+        raise check.error(f"work directory {job.work}", got, expected, do)
+
+
+def _hold_out(job: Job, do: Callable[[Callable, list, str], None]) -> None:
+    """Decides which rows become "val", after a look at the images of all."""
+    blocks = -(-len(job.source("train")) // job.rows_per_shard)
+    paths = [_looked(job, number) for number in range(blocks)]
+    todo = [n for n, p in enumerate(paths) if not os.path.isfile(p)]
+    do(functools.partial(look, job), todo, "looking for copies of images, for val")
+    rows = prepare.hold_out(prepare.Blocks(paths), job.val_frac, job.max_val)
+    _save(job.held_out, rows)
+
+
+def look(job: Job, number: int) -> None:
+    """Writes the digests of the images in block `number` of the rows of "train"."""
+    source, first = job.source("train"), number * job.rows_per_shard
+    rows = range(first, min(first + job.rows_per_shard, len(source)))
+    digests = np.full(len(rows), prepare.NO_IMAGE)
+    for k, i in enumerate(rows):
+        record, reason, _, _ = _row(job, source, i)
+        if not reason:
+            digests[k] = prepare.digest(record["image"])
+    _save(_looked(job, number), digests)
+
+
+def _looked(job: Job, number: int) -> str:
+    return os.path.join(job.work, f"look-{number:05d}.npy")
+
+
+def _save(path: str, array: np.ndarray) -> None:
+    part = f"{path}.{os.getpid()}.part"
+    with open(part, "wb") as f:
+        np.save(f, array)
+    os.replace(part, path)
 
 
 def make_shard(job: Job, task: tuple[str, int]) -> None:
     """Writes one shard and then, as the sign that it is whole, its .json."""
     split, number = task
-    source, path = job.source(split), _shard(job, split, number)
+    source, path = job.part(split), _shard(job, split, number)
     first = number * job.rows_per_shard
     keys, left_out, parts = [], [], collections.Counter()
+    words: list[str] = []  # for the tokenizer
+    step = prepare.step(len(source)) if split == "train" and job.tokenizer else 0
 
     def rows() -> Iterator[dict]:
         for i in range(first, min(first + job.rows_per_shard, len(source))):
@@ -109,6 +210,8 @@ def make_shard(job: Job, task: tuple[str, int]) -> None:
                 left_out.append(entry)
             else:
                 keys.append(record["key"])
+                if step and i % step == 0:
+                    words.extend(caption["text"] for caption in record["captions"])
                 parts.update(part for part, _ in notes.parts)
                 left_out.extend({"split": split, **row, "key": record["key"]} for row in notes.rows)
                 yield record
@@ -117,7 +220,8 @@ def make_shard(job: Job, task: tuple[str, int]) -> None:
     records.write_shard(part, rows())
     entry = {"records": len(keys), **records.file_entry(part)}
     os.replace(part, path)
-    text = json.dumps({"entry": entry, "keys": keys, "left_out": left_out, "parts": parts})
+    found = {"entry": entry, "keys": keys, "left_out": left_out, "parts": parts, "words": words}
+    text = json.dumps(found)
     with open(part, "w", encoding="utf-8") as f:
         f.write(text)
     os.replace(part, f"{path}.json")
@@ -171,7 +275,7 @@ def shown(source: records.Source, given: fields.Fields) -> str:
 
 
 def _num_shards(job: Job, split: str) -> int:
-    return -(-len(job.source(split)) // job.rows_per_shard)
+    return -(-len(job.part(split)) // job.rows_per_shard)
 
 
 def _shard(job: Job, split: str, number: int) -> str:
@@ -180,7 +284,7 @@ def _shard(job: Job, split: str, number: int) -> str:
 
 def _plan(job: Job) -> dict:
     """What decides every byte of the output; "seen", beside that, changes when an input file does."""
-    return {
+    plan = {
         "version": 1,
         "inputs": {s: [job.source(s).fingerprint, len(job.source(s))] for s in job.splits},
         "fields": dataclasses.asdict(job.given),
@@ -188,6 +292,25 @@ def _plan(job: Job) -> dict:
         "check_images": job.check_images,
         "seen": [sources.stamp(job.source(s)) for s in job.splits],
     }
+    if job.val_frac:
+        plan["val"] = [job.val_frac, job.max_val]
+    if job.tokenizer:
+        given = _given_tokenizer(job)
+        plan["tokenizer"] = given.sha256 if given else job.tokenizer
+    return plan
+
+
+def _given_tokenizer(job: Job) -> tokenizers.Tokenizer | None:
+    return prepare.given_tokenizer(job.tokenizer, sources.tokenizer_file(job.path))
+
+
+def _tokenizer(job: Job, tasks: Sequence[tuple[str, int]]) -> tokenizers.Tokenizer | None:
+    """The dataset's tokenizer: the given one, or one of the captions that the shards noted."""
+    if not job.tokenizer or (given := _given_tokenizer(job)):
+        return given if job.tokenizer else None
+    texts = (w for t in tasks if t[0] == "train" for w in _finished(job, t)["words"])
+    with progress.phase("training the tokenizer"):
+        return prepare.train_tokenizer(texts, job.tokenizer)
 
 
 def _digest(plan: dict) -> str:
@@ -214,6 +337,7 @@ def _done(job: Job, plan: dict) -> bool:
 def _claim(job: Job, plan: dict) -> None:
     """Makes the work directory, or goes on in the one that the same plan left behind."""
     file = os.path.join(job.work, "plan.json")
+    _refuse_foreign_work(job)
     os.makedirs(job.work, exist_ok=True)
     if os.path.isfile(file):
         with open(file, encoding="utf-8") as f:
@@ -236,7 +360,9 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     parts: collections.Counter = collections.Counter()
     with open(os.path.join(final, LEFT_OUT), "w", encoding="ascii") as lines:
         tell = lambda row: lines.write(json.dumps(row, ensure_ascii=True) + "\n")
-        for split in job.splits:
+        for split in job.written:
+            if split not in job.splits and not len(job.part(split)):
+                continue  # too few images to hold any out
             joined, keys, shards = hashlib.sha256(), counts.Counts(), []
             for task in (t for t in tasks if t[0] == split):
                 found = _finished(job, task)
@@ -255,6 +381,9 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
                 got = f"0 records ({dict(reasons)}{detail})"
                 do = "check the input"
                 if set(reasons) == {"no text"}:
+                    there = _tables_in(job.source(split if split in job.splits else "train"))
+                    if there:
+                        do = f"give the path of the table: {there}"
                     do += ", or keep labels alone by --captions ''"
                 raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
             entries = []
@@ -290,15 +419,32 @@ def _publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
                     failures = tar.img2dataset_failures(written, job.given.key)
                 for row in itertools.chain(source.left_out, failures):
                     tell({"split": split, **row})
-    manifest = records.write_manifest(
-        final, os.path.basename(job.out), info, splits, {LEFT_OUT: None}
-    )
+    more: dict[str, bytes | None] = {LEFT_OUT: None}
+    if job.val_frac:
+        info["val"] = {"frac": job.val_frac, "at_most": job.max_val, "by": "digests of the images"}
+    if tokenizer := _tokenizer(job, tasks):
+        more[records.TOKENIZER] = tokenizer.to_bytes()
+        how = "given" if _given_tokenizer(job) else "trained on the captions of train"
+        info["tokenizer"] = {
+            "pieces": tokenizer.vocab_size,
+            "sha256": tokenizer.sha256,
+            "from": how,
+        }
+    manifest = records.write_manifest(final, os.path.basename(job.out), info, splits, more)
     pathlib.Path(final, INPUTS).write_text(json.dumps(plan["seen"]))
     if os.path.isdir(job.out):
         os.rmdir(job.out)  # empty, or `_done` would have said so
     os.replace(final, job.out)
     shutil.rmtree(job.work)
     return manifest
+
+
+def _tables_in(source: records.Source) -> str:
+    """Names the tables that lie in a folder of images and are not read; "" if there are none."""
+    if not isinstance(source, files.FolderSource):
+        return ""
+    found = [x["file"] for x in source.left_out if x["file"].lower().endswith(tables.ENDINGS)]
+    return ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
 
 
 def _finished(job: Job, task: tuple[str, int]) -> dict:

@@ -127,7 +127,7 @@ def _spec(model: bytes, where: str) -> dict:
         spec = json.loads(model)
         for part in (_old_ids, _special, _told):  # raise where something is not as expected
             part(spec)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
         raise _no_tokenizer(where, e) from None
     return spec
 

@@ -73,6 +73,7 @@ class Begin:
     position: int = 0
     given: tuple[int, ...] = ()  # () = none
     orders: tuple[int, ...] = ()  # () = 0, 1, …
+    before: tuple[int, ...] = ()  # beside `given`, samples in another order, for the counts alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Data:
     text_len: int = 16  # tokens, with bos and eos
     captions: str = "first"  # first | uniform | weighted | all (num_captions of them, cycled)
     num_captions: int = 1
-    langs: tuple[str, ...] = ("en",)  # () = every language
+    langs: tuple[str, ...] = ()  # captions in these languages alone (("en",)); () = in every one
     caption_sources: tuple[
         CaptionSource, ...
     ] = ()  # () = every source, by the captions' own weights
@@ -487,9 +488,10 @@ class Dataset:
         return (sum(self.begin.given) + position - self.begin.position,)
 
     def source_counts(self, position: int) -> dict[str, int]:
-        """`given` by the names of a mixture's parts; {} for other data."""
-        names = (p.name for p in self.data.mixture)
-        return dict(zip(names, self.given(position)))
+        """By the names of a mixture's parts, how many samples each gave the run; {} for other data."""
+        before = self.begin.before or (0,) * len(self.data.mixture)
+        counts = (n + more for n, more in zip(self.given(position), before))
+        return dict(zip((p.name for p in self.data.mixture), counts))
 
     def laws(self) -> tuple[tuple, ...]:
         """Of each part, what decides the order of its records, beside the seed; all different."""
@@ -776,6 +778,7 @@ def in_stages(stages: Sequence[tuple[Dataset, int, int]]) -> list[Dataset]:
     """
     out: list[Dataset] = []
     given: dict[tuple, int] = {}  # by law
+    read: dict[tuple, int] = {}  # by data
     orders: dict[tuple, int] = {}
     for dataset, position, num in stages:
         laws = dataset.laws()
@@ -783,9 +786,12 @@ def in_stages(stages: Sequence[tuple[Dataset, int, int]]) -> list[Dataset]:
             begin = out[-1].begin
         else:
             own = tuple(orders.setdefault(law, k) for k, law in enumerate(laws))
-            begin = Begin(position, tuple(given.get(law, 0) for law in laws), own)
+            had = tuple(given.get(law, 0) for law in laws)
+            before = tuple(read.get(law[:2], 0) - n for law, n in zip(laws, had))
+            begin = Begin(position, had, own, before)
         out.append(dataset.beginning(begin))
         given |= dict(zip(laws, out[-1].given(position + num)))
+        read |= {law[:2]: given[law] + n for law, n in zip(laws, begin.before)}
     return out
 
 
@@ -838,7 +844,8 @@ def _train_sample(
     rng = order.sample_rng(seed, "shorten", position)
     num_words = data.text_len - 2  # beside bos and eos
     short = [text_ops.shorten(t, num_words, data.shorten, rng) for t in texts]
-    short = [old if tokenizer.is_blank(new) else new for old, new in zip(texts, short)]
+    is_blank = _is_blank(tokenizer)
+    short = [old if is_blank(new) else new for old, new in zip(texts, short)]
     return [(new, new is not old) for old, new in zip(texts, short)]
 
 
@@ -893,6 +900,11 @@ def _eval_image(
     return [("", False)] * (data.num_captions if data.captions == "all" else 1)
 
 
+def _is_blank(tokenizer: Any) -> Callable[[str], bool]:
+    """Whether a text is nothing to a tokenizer; a user's own may not say."""
+    return getattr(tokenizer, "is_blank", text_ops.is_invisible)
+
+
 def _texts(
     record: dict,
     data: Data,
@@ -907,7 +919,7 @@ def _texts(
         sources={c.name: c.weight for c in data.caption_sources},
         num=data.num_captions,
         rng=rng,
-        is_blank=tokenizer.is_blank,
+        is_blank=_is_blank(tokenizer),
         where=f"record {record.get('key')!r}",
     )
 

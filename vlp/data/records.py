@@ -317,7 +317,7 @@ def read_manifest(path: str | os.PathLike) -> dict:
     try:
         manifest = json.loads(reads.whole(file))
         version = manifest.get("format")
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise check.error(file, f"broken JSON ({e})", "a manifest", do) from None
     if version != FORMAT:
         raise check.error(file, f"format {version!r}", f"format {FORMAT}", do)

@@ -18,6 +18,7 @@ from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
 from vlp.data import order
 from vlp.data.loader import Dataset
+from vlp.data.tokenizer import Tokenizer
 from vlp.evals import io as ios
 
 log = logging.getLogger(__name__)
@@ -74,10 +75,9 @@ class Zeroshot:
         """Raises UserError for classes that no prompt tells apart, warns of prompts that are cut."""
         length, known, num_cut = io.data.text_len, {}, 0
         for name, phrase in zip(self.classes, self.phrases or self.classes):
-            texts = prompts(phrase, self.templates)
-            ids = tuple(tuple(io.tokenizer.encode(text, length).tolist()) for text in texts)
-            longer = [io.tokenizer.encode(text, 2 * length)[length:] for text in texts]
-            num_cut += sum(bool((more != io.tokenizer.pad_id).any()) for more in longer)
+            found = [encoded(io.tokenizer, phrase, t, length) for t in self.templates]
+            ids = tuple(tuple(ids_L.tolist()) for ids_L, _ in found)
+            num_cut += sum(cut for _, cut in found)
             if ids in known:
                 got = f"the same tokens for {known[ids]!r} and {name!r}"
                 do = "change the phrases or templates, or raise config.data.text_len"
@@ -87,7 +87,7 @@ class Zeroshot:
         if num_cut:
             total = len(self.classes) * len(self.templates)
             log.warning(
-                "%s: %d of %d prompts are cut at text_len %d", where, num_cut, total, length
+                "%s: %d of %d prompts are shortened to text_len %d", where, num_cut, total, length
             )
 
     @property
@@ -195,13 +195,27 @@ def prompts(phrase: str, templates: Sequence[str]) -> list[str]:
     return [" ".join(template.replace("{}", phrase).split()) for template in templates]
 
 
+def encoded(
+    tokenizer: Tokenizer, phrase: str, template: str, length: int
+) -> tuple[Int[np.ndarray, "L"], bool]:
+    """A prompt's ids, and whether it was too long: then it loses words of the template, from its beginning up to the
+    class, before it loses the class."""
+    before, _, after = template.partition("{}")
+    words = before.split(" ")  # the last one stands beside the class
+    for dropped in range(len(words)):
+        text = prompts(phrase, [" ".join(words[dropped:]) + "{}" + after])[0]
+        if (tokenizer.encode(text, 2 * length)[length:] == tokenizer.pad_id).all():
+            return tokenizer.encode(text, length), dropped > 0
+    return tokenizer.encode(text, length), True
+
+
 def embed_classes(
     apply: Apply, mesh: Mesh, io: ios.IO, zeroshot: Zeroshot
 ) -> Float[np.ndarray, "C E"]:
     """One unit vector for each class: the mean of its prompts' unit embeddings, normalised."""
     phrases = zeroshot.phrases or zeroshot.classes
-    texts = [p for phrase in phrases for p in prompts(phrase, zeroshot.templates)]
-    ids_NL = np.stack([io.tokenizer.encode(text, io.data.text_len) for text in texts])
+    each = [(phrase, template) for phrase in phrases for template in zeroshot.templates]
+    ids_NL = np.stack([encoded(io.tokenizer, *pair, io.data.text_len)[0] for pair in each])
     run, found = apply.jit(_text), []
     mine_b = np.concatenate([np.arange(b.start, b.stop) for b in local.rows(zeroshot.batch, mesh)])
     for start in range(0, len(ids_NL), zeroshot.batch):

@@ -108,10 +108,12 @@ def run(
                 with progress.phase(lambda: f"training: {session.watchdog.phase}"):
                     state = train_stage(session, parts, state, interval)
                 if int(state.step) < total and stop.asked(int(state.step)):
+                    session.checkpoints.wait()  # before it is said
                     log.info(
                         "stopped at step %d and saved; the same command continues", int(state.step)
                     )
                     return PREEMPTED
+            session.checkpoints.wait()  # before it is said
             log.info("done: %s", workdir)
             return 0
 

@@ -112,13 +112,16 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").split("\n")  # names may hold other ends of lines
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                log.warning("%s: line %d is broken; left out", path, number)
+            row = json.loads(line) if line else {}
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif line and number < len(lines):
+            log.warning("%s: line %d is broken; left out", path, number)
     return rows
 
 
@@ -222,7 +225,9 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
         return
     try:
         old = json.loads(path.read_text())
-    except ValueError:
+        if not isinstance(old, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError):
         do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
         raise check.error(str(path), "a broken file", "the run's config", do) from None
     config = json.loads(dump(config))  # as it is stored: infinities are text

@@ -3,6 +3,7 @@ a CSV, TSV, JSONL or JSON table, or a folder of images."""
 
 import collections
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from vlp.data import reads, records
 from vlp.data.sources import fields, files, parquet, tables, tar, tfds
 
 TOKENIZER = records.TOKENIZER
+_PART = re.compile(r"(?:^|(?<=[-_.]))(?P<number>\d+)[-_]of[-_](?P<total>\d+)")
 log = logging.getLogger(__name__)
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
@@ -58,6 +60,8 @@ def open_path(
     if kind == "records":
         there = records.read_manifest(path)["splits"]
         return records.open_split(path, fields.existing(split, there))
+    if kind in ("tar", "parquet") and found != [path]:
+        _check_whole(found, strict)
     root = os.path.dirname(path) if found == [path] and kind != "folder" else path.rstrip("/")
     beside = f"{root or '.'}/{TOKENIZER}"
     if kind == "tar":
@@ -70,6 +74,33 @@ def open_path(
     if kind == "folder":
         return files.FolderSource(found[0], fields=given, root=root, tokenizer=beside)
     return tfds.TfdsSource(path, split, fields=given, tokenizer=beside)
+
+
+def _check_whole(found: Sequence[str], strict: bool) -> None:
+    """Tells of files that are missing by the names of the others: train-00001-of-00003. Raises: `UserError`
+    if `strict`."""
+    there: dict[tuple[str, str], dict[int, str]] = {}
+    for file in found:
+        if match := _PART.search(_name(file)):
+            begin, number, total = _name(file)[: match.start("number")], *match.group(1, 2)
+            there.setdefault((begin, total), {})[int(number)] = file
+    for (begin, total), parts in there.items():
+        count, first = int(total), int(int(total) in parts)  # from 0 on, or from 1 to the total
+        missing = count - sum(first <= n < first + count for n in parts)
+        if missing <= 0:
+            continue
+        file = next(iter(parts.values()))
+        match = _PART.search(_name(file))
+        assert match
+        like = f"{{:0{len(match['number'])}}}" + _name(file)[match.end("number") : match.end()]
+        gaps = (n for n in range(first, first + count) if n not in parts)
+        names = ", ".join(begin + like.format(n) for n in itertools.islice(gaps, 4))
+        got = f"{len(parts)} of {count} files, without {names}" + (", …" if missing > 4 else "")
+        do = "fetch the missing ones, or read it without strict mode"
+        e = check.error(os.path.dirname(file) or ".", got, "all of them", do)
+        if strict:
+            raise e
+        log.warning("%s: %s", os.path.dirname(file) or ".", got)
 
 
 def stamp(source: Any) -> str:
@@ -145,6 +176,29 @@ def others(path: str, splits: Sequence[str]) -> list[str]:
         names |= {_name(e) for e in _inner(f"{path.rstrip('/')}/data")}
     asked = {n for s in splits for n in fields.names_of(s)}
     return [s for s in fields.SPLITS if s not in asked and any(_is_named(n, s) for n in names)]
+
+
+def tokenizer_file(path: str) -> str:
+    """Returns where a tokenizer beside the data would be."""
+    path = path.removeprefix("file://")
+    root = os.path.dirname(path) if os.path.isfile(path) else path.rstrip("/")
+    return f"{root or '.'}/{TOKENIZER}"
+
+
+def held(path: str) -> tuple[str, ...]:
+    """Returns "train" and whichever other usual splits `path` has."""
+    there = others(path, ("train",)) or []
+    if os.path.isfile(path) and tables.stem_ending(path) == ".json":
+        own = tables.own_splits(path)
+        there = [s for s in fields.SPLITS if s != "train" and set(fields.names_of(s)) & set(own)]
+    splits = ["train"]
+    for split in there:
+        try:
+            find(path, split)
+            splits.append(split)
+        except check.UserError:
+            pass  # files that only sound like it
+    return tuple(splits)
 
 
 def _find_file(path: str, split: str) -> tuple[str, list[str]]:

@@ -6,10 +6,12 @@ column named by hand is strict. Not here: reading the formats.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vlp.core import check
+from vlp.data import text_ops
 
 KEY = ("key", "id", "image_id", "sample_id", "uid", "uuid")
 IMAGE = ("image", "image_bytes", "jpg", "jpeg", "png", "webp", "img", "bytes")
@@ -27,6 +29,7 @@ SPLITS = {  # usual names of splits, and what else they are called
     "test": ("testing",),
     "dev": (),
 }
+DEEPEST = 100  # lists and objects in each other in JSON: what walks them recurses
 GUESSED = ("key", "captions", "lang", "label")
 
 
@@ -70,6 +73,13 @@ def names_of(split: str) -> tuple[str, ...]:
 def existing(split: str, splits: Iterable[str]) -> str:
     """Returns the name that a split has among `splits`; itself if it has none."""
     return next((n for n in names_of(split) if n in splits), split)
+
+
+def check_splits(splits: Sequence[str]) -> None:
+    """Raises a `UserError` if a split is named twice."""
+    if repeated := sorted({s for s in splits if splits.count(s) > 1}):
+        got = f"{', '.join(repeated)} twice in {list(splits)}"
+        raise check.error("--splits", got, "each split once", "name it once")
 
 
 def column(columns: Iterable[str], path: str) -> str:
@@ -139,6 +149,27 @@ def sniff(
     return found
 
 
+def parsed(data: str | bytes, what: str) -> Any:
+    """Returns the value of a JSON text that is not our own. Raises: ValueError, and nothing else, for what
+    does not parse, is not UTF-8 or is nested deeper than `DEEPEST`."""
+    deep = f"{what}: JSON nested too deep"
+    try:
+        data = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        found = json.loads(data)
+    except RecursionError:
+        raise ValueError(deep) from None
+    except ValueError as e:
+        raise ValueError(f"{what}: {e}") from None
+    if isinstance(found, (list, dict)) and data.count("[") + data.count("{") > DEEPEST:
+        level = [found]
+        for _ in range(DEEPEST):
+            inner = (y for x in level for y in (x.values() if isinstance(x, dict) else x))
+            level = [y for y in inner if isinstance(y, (list, dict))]
+        if level:
+            raise ValueError(deep)
+    return found
+
+
 def text(value: str | bytes, what: str) -> str:
     """Returns the value as text. Raises: ValueError for bytes that are not UTF-8, and for what no
     UTF-8 can hold (half of a surrogate pair)."""
@@ -188,7 +219,7 @@ def captions(
                 wrong = wrong or f"column {name!r} holds {_no_text(name, found)}"
                 continue
             found = text(found, f"column {name!r}").strip()
-            if found and all(found != c["text"] for c in out):
+            if not text_ops.is_invisible(found) and all(found != c["text"] for c in out):
                 out.append({"text": found, "source": name, "lang": lang})
     if wrong and not out:
         raise ValueError(wrong)
@@ -279,14 +310,29 @@ def _unfit(part: str, e: ValueError, strict: bool, notes: Notes | None) -> str:
     return ""
 
 
-def merged(records: Iterable[dict]) -> dict:
-    """Returns one record for several of one image: the first, with the captions of all."""
+def path_text(value: str | bytes, what: str) -> str:
+    """Returns a path as text. Raises: ValueError for what no path can hold: no UTF-8, or a NUL."""
+    found = text(value, what)
+    if "\0" in found:
+        raise ValueError(f"{what} holds a NUL character: {found!r:.80}")
+    return found
+
+
+def merged(records: Iterable[dict], notes: Notes) -> dict:
+    """Returns one record for several of one image: the first, with the captions of all.
+
+    Labels that differ are no label of the image: they are left out, and noted.
+    """
     first, *others = records
     captions = list(first["captions"])
     for other in others:
         captions += [c for c in other["captions"] if all(c["text"] != d["text"] for d in captions)]
-        if "label" in other:
-            first.setdefault("label", other["label"])
+    labels = list(dict.fromkeys(r["label"] for r in (first, *others) if "label" in r))
+    first = {k: v for k, v in first.items() if k != "label"}
+    if len(labels) == 1:
+        first["label"] = labels[0]
+    elif labels:
+        notes.parts.append(("label", f"rows of one image have the labels {labels!r:.120}"))
     return first | {"captions": captions}
 
 

@@ -7,7 +7,6 @@ there is a `BadImage`, like one that cannot be decoded. Not here: remote folders
 import collections
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 
@@ -205,7 +204,8 @@ class FolderSource:
             what = as_text(os.path.basename(file))
             text = fields_lib.text(self._read(file), what).removeprefix("\ufeff")
             if ending == "json":
-                row = {**_json(text, what), **row}
+                meta = fields_lib.parsed(text, what)
+                row = {**meta, **row} if isinstance(meta, dict) else row
             elif ending == "cls":
                 text = text.strip()
                 row["cls"] = int(text) if text.isdecimal() and len(text) < 19 else text
@@ -339,16 +339,6 @@ def _is_dir(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _json(text: str, what: str) -> dict:
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{what}: JSON nested too deep") from None
-    except ValueError as e:
-        raise ValueError(f"{what}: {e}") from None
-    return found if isinstance(found, dict) else {}
 
 
 def as_text(name: str) -> str:

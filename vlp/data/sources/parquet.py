@@ -73,14 +73,25 @@ def _plain_rows(table: Any, keep: str = "") -> list[dict]:
         return table.cast(pyarrow.schema(names)).to_pylist()
 
 
+def _element(kind: Any) -> Any:
+    """Returns the type of the elements of (nested) lists, any other type as it is."""
+    import pyarrow
+
+    lists = (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
+    while any(is_list(kind) for is_list in lists):
+        kind = kind.value_type
+    return kind
+
+
 def _nested(names: Sequence[str], types: Sequence[Any], before: str = "") -> Iterator[str]:
-    """Yields the paths of a schema, top columns included; lists are entered."""
+    """Yields the paths of a schema, top columns included; lists are entered, maps left out."""
     import pyarrow
 
     for name, kind in zip(names, types):
+        kind = _element(kind)
+        if pyarrow.types.is_map(kind):
+            continue
         yield f"{before}{name}"
-        while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-            kind = kind.value_type
         if pyarrow.types.is_struct(kind):
             inner = [kind.field(i) for i in range(kind.num_fields)]
             yield from _nested([f.name for f in inner], [f.type for f in inner], f"{before}{name}.")
@@ -105,8 +116,14 @@ class ParquetSource:
         self.real_root = os.path.realpath(self._root)
         opened = [open_file(f) for f in self.files]
         schema = opened[0].schema_arrow
-        nested = _nested(schema.names, schema.types)
-        self.fields = fields_lib.sniff(schema.names, fields, where=self.files[0], nested=nested)
+        nested = list(_nested(schema.names, schema.types))
+        usable = [n for n in schema.names if n in nested]
+        for name in (fields.key, fields.image, fields.lang, fields.label, *fields.captions):
+            top = fields_lib.column(schema.names, name) if name else ""
+            if top and top not in usable:
+                do = "write it as columns of their own"
+                raise check.error(f"{self.files[0]}: column {name!r}", "a map", "values", do)
+        self.fields = fields_lib.sniff(usable, fields, where=self.files[0], nested=nested)
         if not self.fields.image:
             raise check.error(
                 self.files[0],
@@ -232,7 +249,7 @@ class ParquetSource:
                 notes.rows.append(self._place(number) | {"reason": "bad row", "detail": detail})
         if wrong is not None and not found:
             raise wrong
-        record = fields_lib.merged(found)
+        record = fields_lib.merged(found, notes)
         return record | {"image": self._bytes(image, numbers[0], record["key"])}, notes
 
     def _bytes(self, value: Any, row: int, key: str) -> bytes:
@@ -245,7 +262,7 @@ class ParquetSource:
             detail = f"{where}: {self.fields.image} {value!r:.40}"
             raise image_ops.BadImage("missing", detail, key)
         return rows.read_file(
-            os.path.join(os.path.dirname(self.files[file]), fields_lib.text(name, where)),
+            os.path.join(os.path.dirname(self.files[file]), fields_lib.path_text(name, where)),
             self.real_root,
             where=f"{where}: {name!r}",
             key=key,

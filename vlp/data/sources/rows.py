@@ -91,7 +91,7 @@ def same_path(directory: str, name: str) -> bytes:
 def is_inside(path: str, root: str) -> bool:
     """True if a path, all links followed, leads to something under `root` (itself without links)."""
     directory, name = os.path.split(path)
-    found = os.path.join(_real(directory), name)
+    found = os.path.join(_real(os.path.join(os.getcwd(), directory)), name)
     if name in ("", ".", "..") or os.path.islink(found):
         found = os.path.realpath(found)
     return found == root or found.startswith(root.rstrip(os.sep) + os.sep)
@@ -99,7 +99,7 @@ def is_inside(path: str, root: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _real(directory: str) -> str:
-    return os.path.realpath(directory or ".")
+    return os.path.realpath(directory)
 
 
 def read_file(path: str, root: str, *, where: str, key: str | None, allow_outside: bool) -> bytes:

@@ -34,6 +34,10 @@ ENDINGS = (*TABLES, ".csv.gz", ".tsv.gz", ".jsonl.gz", ".json.gz")
 SEPARATORS = (",", "\t", ";", "|")
 MAX_COLUMNS = 4096  # of a JSONL, whose keys may be data
 csv.field_size_limit(2**27)
+# the end of an image's path, or an address, somewhere in a line
+_IMAGE_NAME = re.compile(
+    r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic)[\"\s]*([,\t;|]|$)|://", re.I
+)
 log = logging.getLogger(__name__)
 
 
@@ -172,7 +176,7 @@ class TableSource:
                 notes.rows.append(self._place(number) | {"reason": "bad row", "detail": detail})
         if wrong is not None and not found:
             raise wrong
-        record = fields_lib.merged(found)
+        record = fields_lib.merged(found, notes)
         record["image"] = self._image(record.pop("image"), self._place(numbers[0]), record["key"])
         return record, notes
 
@@ -187,12 +191,15 @@ class TableSource:
     def _image(self, value: Any, place: dict, key: str) -> bytes:
         where = f"row {place['row']}" + (f", line {place['line']}" if "line" in place else "")
         if isinstance(value, dict) and isinstance(value.get("base64"), str):
-            return base64.b64decode(value["base64"])
+            try:
+                return base64.b64decode("".join(value["base64"].split()), validate=True)
+            except ValueError as e:  # signs of no base64 are not skipped
+                raise ValueError(f"the image of {where} is no base64 ({e})") from None
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]  # as Hugging Face writes it
         if not isinstance(value, str) or not value:
             raise image_ops.BadImage("missing", f"{where} names no image", key)
-        name = fields_lib.text(value, f"the image path of {where}")
+        name = fields_lib.path_text(value, f"the image path of {where}")
         if "://" in name:
             detail = f"{where} has the address {name:.80}: fetch it with img2dataset first"
             raise image_ops.BadImage("missing", detail, key)
@@ -216,7 +223,7 @@ class TableSource:
                 found = fields_lib.value(self.row(self._row_numbers(i)[0]), self.fields.image)
                 if not isinstance(found, str) or not found or "://" in found:
                     continue
-                path = self._beside(fields_lib.text(found, "a path"))
+                path = self._beside(fields_lib.path_text(found, "a path"))
                 if self.fields.allow_outside or rows.is_inside(path, self.real_root):
                     yield path
             except ValueError:
@@ -243,10 +250,7 @@ def _line(text: str) -> str:
 
 
 def _json_object(text: str) -> dict:
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"JSON nested too deep: {text:.40}") from None
+    found = fields_lib.parsed(text, f"{text:.40}")
     if not isinstance(found, dict):
         raise ValueError(f"no JSON object: {text:.40}")
     return found
@@ -312,6 +316,8 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
     # lines with a quote, with two in a row, with a cell in quotes, with such a one that has two in it
     marks = {"any": 0, "pairs": 0, "full": 0, "doubled": 0}
     joined = 0  # the first line on which a quoted row goes on to the next
+    open_row = [0, 0]  # lines of the quoted row that is being read, and those that name an image
+    joins = {"rows": 0, "cells": 0, "unclear": 0}  # what the lines of joined rows look like
 
     def lines(f: IO[bytes]) -> Iterator[str]:  # for the reader that quotes; counts for the other
         nonlocal at, number
@@ -321,6 +327,9 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
             digest.update(data)
             marks["any"] += '"' in text
             if bare := _line(text):
+                if '"' in bare or number > line:
+                    open_row[0] += 1
+                    open_row[1] += bool(_IMAGE_NAME.search(bare))
                 if not plain.columns:
                     plain.columns = bare.split(separator)
                 else:
@@ -340,15 +349,17 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
                 if not quoted.columns:
                     quoted.columns = cells
                 elif cells:
-                    joined = joined or (line if number > line else 0)
+                    if number > line:
+                        joined = joined or line
+                        joins[_joins(*open_row)] += 1
                     quoted.add(len(cells), begin, line)
-                begin, line = at, number + 1
+                begin, line, open_row[:] = at, number + 1, (0, 0)
         except csv.Error as e:
             reason = "a quote that is never closed" if "unexpected end" in str(e) else str(e)
             quoted.wrong = f"{reason} (the row on line {line})"
             for _ in each:  # the other way goes on
                 pass
-    use_quotes = _use_quotes(quoted, plain, marks, joined, is_tsv=separator == "\t")
+    use_quotes = _use_quotes(quoted, plain, marks, joins, joined, is_tsv=separator == "\t")
     if isinstance(use_quotes, str):
         if "new-line" in use_quotes:
             raise csv.Error(use_quotes)
@@ -364,23 +375,43 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
     return facts, found.offsets, found.lines
 
 
+def _joins(num_lines: int, num_named: int) -> str:
+    """Says what the lines of one quoted row are: "rows" of their own, each with an image, "cells" of
+    one row, with one image, or "unclear"."""
+    return {num_lines: "rows", 1: "cells"}.get(num_named, "unclear")
+
+
 def _use_quotes(
-    quoted: _Reading, plain: _Reading, marks: dict[str, int], joined: int, *, is_tsv: bool
+    quoted: _Reading,
+    plain: _Reading,
+    marks: dict[str, int],
+    joins: dict[str, int],
+    joined: int,
+    *,
+    is_tsv: bool,
 ) -> bool | str:
     """Returns whether a file is read with quoting, or why it cannot be told.
 
-    What reads fewer ragged rows is right. Where both ways read well, a CSV quotes, a TSV only if it
-    shows that its writer did: a header in quotes, doubled quotes, or quotes on every line.
+    What reads fewer ragged rows is right. Where quotes join lines and both ways read as well, they
+    quote if each joined row names one image, and are text if each of its lines does. Where they
+    join none, a CSV quotes, a TSV only if it shows that its writer did: a header in quotes, doubled
+    quotes, or quotes on every line.
     """
     header = quoted.columns != plain.columns
+    num_joined = sum(joins.values())
     if quoted.wrong:
-        as_text = not header and (not marks["full"] or (is_tsv and not plain.ragged))
+        are_cells = 0 < num_joined == joins["cells"]
+        as_text = not (header or are_cells) and (not marks["full"] or (is_tsv and not plain.ragged))
         return False if as_text else quoted.wrong
     if header:
         return True
     if len(quoted.lines) < len(plain.lines):  # quotes join lines
-        if plain.ragged:
+        if quoted.ragged < plain.ragged or (plain.ragged and quoted.ragged > plain.ragged):
             return quoted.ragged < plain.ragged
+        if quoted.ragged == plain.ragged and joins["rows"] < num_joined:
+            if joins["cells"] == num_joined:
+                return True
+            return f"a quote that may join whole lines (the row on line {joined})"
         both = marks["pairs" if is_tsv else "full"]
         return f"a quote that joins whole lines (the row on line {joined})" if both else False
     if quoted.ragged != plain.ragged:
@@ -460,8 +491,8 @@ def _json_rows(file: IO[bytes], path: str, split: str) -> Iterator[dict]:
     """Yields the images of a .json with their captions: COCO's, Karpathy's, or a list of objects."""
     expected = "a list of objects, or COCO's images and annotations"
     try:
-        found = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:
+        found = fields_lib.parsed(file.read(), os.path.basename(path))
+    except ValueError as e:
         do = "name it .jsonl if every line is an object of its own"
         raise check.error(path, f"broken JSON ({e!s:.80})", expected, do) from None
     images = found.get("images") if isinstance(found, dict) else found
@@ -477,23 +508,35 @@ def _json_rows(file: IO[bytes], path: str, split: str) -> Iterator[dict]:
         yield from images
         return
     captions: dict[Any, list] = {}
-    kinds = {c.get("id"): c.get("name") for c in _objects(found.get("categories"))}
+    categories = _objects(found.get("categories"))
+    kinds = {c.get("id"): c.get("name") for c in categories if _is_id(c.get("id"))}
     labels: dict[Any, set] = {}
+    bad = 0
     for entry in _objects(found.get("annotations")):
-        if "caption" in entry:
-            captions.setdefault(entry.get("image_id"), []).append(entry["caption"])
-        elif "category_id" in entry:
-            kind = entry["category_id"]
-            labels.setdefault(entry.get("image_id"), set()).add(kinds.get(kind) or kind)
+        one, kind = entry.get("image_id"), entry.get("category_id")
+        if not _is_id(one) or ("caption" not in entry and not _is_id(kind)):
+            bad += "caption" in entry or "category_id" in entry
+        elif "caption" in entry:
+            captions.setdefault(one, []).append(entry["caption"])
+        else:
+            name = kinds.get(kind)
+            labels.setdefault(one, set()).add(name if name and _is_id(name) else kind)
+    if bad:
+        log.warning("%s: %d annotations left out: an id that is no number or text", path, bad)
     for image in images:
         one, row = image.get("id"), {}
+        known = one if _is_id(one) else None  # of no annotation
         if captions:
-            row["captions"] = captions.get(one, [])
-        if len(labels.get(one, ())) == 1:  # several: no class of the image
-            row["label"] = next(iter(labels[one]))
+            row["captions"] = captions.get(known, [])
+        if len(labels.get(known, ())) == 1:  # several: no class of the image
+            row["label"] = next(iter(labels[known]))
         elif labels and not captions:
             row["label"] = None
         yield {"id": one, "file_name": image.get("file_name"), **row}
+
+
+def _is_id(found: Any) -> bool:
+    return isinstance(found, (str, int, float))
 
 
 def _objects(found: Any) -> list[dict]:
@@ -507,7 +550,9 @@ def _karpathy(images: Sequence[dict], path: str, split: str) -> Iterator[dict]:
     for image in images:
         if image.get("split", split) in wanted:
             num += 1
-            name = os.path.join(str(image.get("filepath") or ""), str(image["filename"]))
+            name = image.get("filename")  # without one, a row that names no image
+            if name:
+                name = os.path.join(str(image.get("filepath") or ""), str(name))
             one = next((image[k] for k in ("cocoid", "imgid") if k in image), name)
             yield {
                 "id": one,
@@ -517,6 +562,20 @@ def _karpathy(images: Sequence[dict], path: str, split: str) -> Iterator[dict]:
     if not num:
         have = sorted({str(x.get("split")) for x in images})
         raise check.error(f"split {split!r}", f"splits {have} in {path}", "one of them", "name it")
+
+
+def own_splits(path: str) -> list[str]:
+    """Returns the names of the splits that a .json in Karpathy's form has; [] for other tables."""
+    if stem_ending(path) != ".json":
+        return []
+    opened: Callable[..., Any] = gzip.open if path.lower().endswith(".gz") else open
+    try:
+        with opened(path, "rb") as f:
+            found = fields_lib.parsed(f.read(), path)
+    except (OSError, EOFError, zlib.error, ValueError):
+        return []  # whoever reads its rows says what is wrong
+    images = _objects(found.get("images") if isinstance(found, dict) else found)
+    return sorted({str(x["split"]) for x in images if {"sentences", "filename", "split"} <= set(x)})
 
 
 def _image_places(path: str) -> list[str]:

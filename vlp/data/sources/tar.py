@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
 import logging
 import os
 import re
@@ -445,9 +444,14 @@ def img2dataset_counts(files: Sequence[str]) -> dict[str, int]:
             out["unfinished_shards"] += 1
             continue
         try:
-            for cause, num in json.loads(reads.whole(file)).get("status_dict", {}).items():
-                out[_cause(cause)] += num
+            found = fields_lib.parsed(reads.whole(file), file)
         except ValueError:
+            found = None
+        counts = found.get("status_dict", {}) if isinstance(found, dict) else None
+        if isinstance(counts, dict) and all(type(n) is int and n >= 0 for n in counts.values()):
+            for cause, num in counts.items():
+                out[_cause(cause)] += num
+        else:
             out["unfinished_shards"] += 1
     return dict(out)
 
@@ -466,7 +470,7 @@ def img2dataset_failures(files: Sequence[str], key: str = "") -> Iterator[dict]:
         if {key, "status", "error_message"} <= set(table.schema_arrow.names):
             for r in table.read([key, "status", "error_message"]).to_pylist():
                 if r["status"] != "success":
-                    reason = _cause(r["error_message"] or r["status"])
+                    reason = _cause(str(r["error_message"] or r["status"]))
                     yield {"key": str(r[key]), "reason": reason}
 
 
@@ -558,6 +562,10 @@ class TarSource:
         return sum(map(reads.size, self.files))
 
     def __getitem__(self, i: int) -> dict:
+        return self.read(i)[0]
+
+    def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
+        """Returns record i, and what of it was left out."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         found = self._index
@@ -573,7 +581,8 @@ class TarSource:
             parts = [data[o - begin : o - begin + n] for o, n in zip(at, sizes)]
         else:
             parts = [reads.read(file, o, n) for o, n in zip(at, sizes)]
-        return self._record(found.text("key", i), dict(zip(names, parts)))
+        notes = fields_lib.Notes()
+        return self._record(found.text("key", i), dict(zip(names, parts)), notes), notes
 
     def place(self, i: int) -> dict:
         """Says what record i is: {row, file, key}."""
@@ -581,12 +590,12 @@ class TarSource:
         file = found.text("file", int(np.searchsorted(found["sample_ends"], i, side="right")))
         return {"row": i, "file": file.rsplit("/", 1)[-1], "key": found.text("key", i)}
 
-    def _record(self, key: str, parts: Mapping[str, bytes]) -> dict:
+    def _record(self, key: str, parts: Mapping[str, bytes], notes: fields_lib.Notes) -> dict:
         given, wanted = self.fields, self._wanted
         image = next(parts[m] for m in wanted.images if m in parts)
         row: dict[str, Any] = {}
         if "json" in parts:
-            meta = json.loads(parts["json"].decode("utf-8-sig"))
+            meta = fields_lib.parsed(parts["json"], f"{key}.json")
             row = meta if isinstance(meta, dict) else {}
         names = (*self._columns, given.key, given.lang, given.label)
         for name in (*names, *fields_lib.LANG, *fields_lib.LABEL):
@@ -606,11 +615,9 @@ class TarSource:
             lang=first("lang", fields_lib.LANG),
             label=label,
         )
-        return {
-            "key": fields_lib.key(row, given.key, key, strict=True) if given.key else key,
-            "image": image,
-            **fields_lib.parts(row, found, given, fields_lib.Notes()),
-        }
+        if given.key:
+            key = fields_lib.key(row, given.key, key, strict=True, notes=notes)
+        return {"key": key, "image": image, **fields_lib.parts(row, found, given, notes)}
 
     def inputs(self) -> Sequence[str]:
         """Returns the paths of all files behind it."""

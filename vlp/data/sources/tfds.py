@@ -20,6 +20,7 @@ from vlp.data.sources import fields as fields_lib
 
 # classes of features that TFDS may import, and the messages in which it keeps their settings
 _CLASS = re.compile(r"tensorflow_datasets\.core\.features\.(?!\w*test\.)\w+\.\w+")
+_NAME = re.compile(r"\w[\w.+\-]*")  # of a dataset or a split: part of its files' names
 _PROTO = re.compile(r"tensorflow_datasets\.\w+")
 
 
@@ -37,10 +38,14 @@ class TfdsSource:
         self.path, self.split, self._given, self._tokenizer = path, split, fields, tokenizer
         check_files(path)
         import tensorflow_datasets as tfds
+        from google.protobuf import json_format
 
         try:
             builder: Any = tfds.builder_from_directory(path)
-        except (ValueError, KeyError, AttributeError) as e:  # by field of the JSON
+            _check_paths(path, builder.info.splits)
+        except (ValueError, KeyError, TypeError, AttributeError, json_format.Error) as e:
+            if isinstance(e, check.UserError):
+                raise
             expected = "a dataset that TFDS can open"
             raise check.error(
                 path, f"{type(e).__name__} ({e!s:.120})", expected, "prepare it again"
@@ -122,6 +127,19 @@ def check_files(path: str) -> None:
         except (ValueError, RecursionError) as e:
             do = "prepare it again"
             raise check.error(file, f"broken JSON ({e!s:.80})", "TFDS's own", do) from None
+        if not isinstance(found, dict):
+            raise check.error(file, f"{found!r:.80}", "a JSON object", "prepare it again")
+        names = [found.get("name", "")] if name == "dataset_info.json" else []
+        if names:
+            splits = found.get("splits")
+            if not isinstance(splits, list) or not all(isinstance(x, dict) for x in splits):
+                expected = "a list of objects"
+                raise check.error(file, f"splits {splits!r:.80}", expected, "prepare it again")
+            names += [x.get("name", "") for x in splits]
+        for one in names:
+            if not (isinstance(one, str) and _NAME.fullmatch(one)):
+                expected = "letters, digits and any of _ . + -"
+                raise check.error(file, f"the name {one!r:.100}", expected, "correct it")
         for kind, value in _named(found):
             own = {"class": _CLASS, "message": _PROTO}.get(kind)
             if own and not (isinstance(value, str) and own.fullmatch(value)):
@@ -133,6 +151,16 @@ def check_files(path: str) -> None:
             ):
                 expected = "names within the dataset"
                 raise check.error(file, f"the path {value!r:.100}", expected, "correct it")
+
+
+def _check_paths(path: str, splits: Any) -> None:
+    """Raises a `UserError` if a file of a split lies outside of the dataset's directory."""
+    inside = os.path.abspath(path) + os.sep
+    for name, split in splits.items():
+        for file in split.filepaths if split.num_shards else ():
+            if not os.path.abspath(str(file)).startswith(inside):
+                got, expected = f"a file {str(file)!r:.100}", "files within the dataset"
+                raise check.error(f"{path}: split {name!r}", got, expected, "prepare it again")
 
 
 def _named(found: Any) -> Iterator[tuple[str, Any]]:
