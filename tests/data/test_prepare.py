@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlp.core import check
-from vlp.data import convert, loader, prepare, records, tokenizer
+from vlp.data import convert, loader, prepare, records, sources, tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +44,9 @@ def table(path, pairs, name="photos.csv"):
 
 
 def run_as_is(*argv):
-    """`vlp data argv`; a conversion holds a tenth out where it may."""
-    if argv[0] == "convert" and not {"--val-fraction", "--splits"} & set(argv):
+    """`vlp data argv`; a conversion of an input without val holds a tenth out."""
+    own = {"--val-fraction", "--splits"} & set(argv)
+    if argv[0] == "convert" and not own and tuple(sources.held(str(argv[1]))) == ("train",):
         argv += ("--val-fraction", 0.1)
     return test_cli_data.run_as_is(*argv)
 
