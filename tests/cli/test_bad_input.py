@@ -107,6 +107,12 @@ MISTAKES = {
     "a word for a model": ({"model": "dual"}, "write config.model.name=dual"),
     "no evaluators": ({"evals": None}, "config.evals: got None, expected a section of evaluators"),
     "a number for stages": ({"stages": 3}, "config.stages: got 3, expected a list of dicts"),
+    "a list for a section": ({"objective": ["clip"]}, "got ['clip'], expected a section"),
+    "a list for a name": ({"objective.name": ["clip"]}, "config.objective.name: got"),
+    "nan": ({"schedule.lr": float("nan")}, "config.schedule.lr: got nan, expected a number"),
+    "too deep": ({"model.image_tower.depth": 2**31}, "expected at most 1,024"),
+    "too large": ({"data.image_px": 2**31}, "expected at most 16,384"),
+    "batch": ({"batch": 2**31}, "expected at most 67,108,864"),
     "hang_secs": ({"hang_secs": -1.0}, "config.hang_secs: got -1.0, expected at least 0"),
     "no such data": ({"data": {"path": "/nowhere", "image_px": 16}}, "/nowhere"),
 }
@@ -168,6 +174,8 @@ def test_the_command_line(tmp_path, capsys):
     run = ("train", *config, "--workdir", tmp_path / "run")
     assert "expected --config.batch=64" in refused(capsys, *run, "--config.batch", "64")
     assert "an empty name" in refused(capsys, *run, "--config..batch=3")
+    assert "--mfu: got '--'" in refused(capsys, "plan", *config, "--mfu=--")
+    assert "a\\nb" in refused(capsys, "train", "--config", "a\nb", "--workdir", tmp_path / "run")
     assert "--devices: got 100000000" in refused(capsys, "plan", *config, "--devices", 10**8)
     assert "--gpu: got" in refused(capsys, "plan", *config, "--gpu", "H100:100000000")
     for argv in ([], ["plan"], ["plan", "--confg=x"], ["trian"], ["eval", "--workdir"]):
