@@ -416,6 +416,7 @@ def _texts(
             except ValueError as e:  # a bad image or row
                 left_out[getattr(e, "reason", "unreadable")] += 1
                 continue
+            left_out["no_caption"] += not captions
             for caption in captions:
                 if not text_ops.is_caption(caption):
                     left_out["bad_caption"] += 1
@@ -425,7 +426,7 @@ def _texts(
                     left_out["other_language"] += 1
                 else:
                     texts.append(caption["text"])
-    return texts, left_out
+    return texts, +left_out
 
 
 def _bench(args: argparse.Namespace) -> int:
