@@ -3,8 +3,6 @@
 import argparse
 import os
 
-MAX_DEVICES = 4096  # simulated ones take memory and threads
-
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     about = "count a config's parameters; compile its step for devices that you do not have yet"
@@ -65,11 +63,14 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError for options that do not go together."""
     from vlp.core import check
+    from vlp.core.chips import MAX_SIMULATED
 
     target = args.topology or args.devices or args.gpu is not None
     check.output_file("--json", args.json)
-    if args.devices is not None and not 1 <= args.devices <= MAX_DEVICES:
-        raise check.error("--devices", args.devices, f"1 or more, up to {MAX_DEVICES}", "change it")
+    if args.devices is not None and not 1 <= args.devices <= MAX_SIMULATED:
+        raise check.error(
+            "--devices", args.devices, f"1 or more, up to {MAX_SIMULATED}", "change it"
+        )
     if args.slices != 1 and not args.topology:
         raise check.error("--slices", args.slices, "a --topology beside it", "add it")
     do = "add --topology v5e:16x16, --devices 8 or --gpu"

@@ -13,6 +13,7 @@ class Chip:
     hbm_bytes: int
 
 
+MAX_SIMULATED = 4096  # devices of this process in the place of others: they take memory and threads
 GB = 10**9
 GiB = 2**30
 # By JAX's device_kind. TPUs: cloud.google.com/tpu/docs, system architecture of each version; a v2, v3 or 7x

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from vlp.core import check, flops, hlo
 from vlp.core import mesh as meshes
-from vlp.core.chips import CHIPS
+from vlp.core.chips import CHIPS, MAX_SIMULATED
 from vlp.core.types import Apply, Ctx
 from vlp.models.answers import with_fields
 from vlp.train.parts import Parts, assemble
@@ -106,9 +106,11 @@ def _imagined(gpus: str) -> Callable[[], Target]:
     if not name or not kinds:
         raise check.unknown("--gpu", name, known)
     num = int(count or 1) if (count or "1").isdecimal() else 0
-    if not 1 <= num <= 4096:
+    if not 1 <= num <= MAX_SIMULATED:
         do = "write it so"
-        raise check.error("--gpu", repr(gpus), "a kind and a number up to 4096, as H100:8", do)
+        raise check.error(
+            "--gpu", repr(gpus), f"a kind and a number up to {MAX_SIMULATED}, as H100:8", do
+        )
     jax.config.update("jax_num_cpu_devices", num)
     name = f"{num} × {kinds[0]} (imagined)"
     return lambda: Target(name, jax.devices("cpu"), stands_for=kinds[0])

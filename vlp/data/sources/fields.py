@@ -7,7 +7,7 @@ column named by hand is strict. Not here: reading the formats.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vlp.core import check
@@ -316,6 +316,28 @@ def path_text(value: str | bytes, what: str) -> str:
     if "\0" in found:
         raise ValueError(f"{what} holds a NUL character: {found!r:.80}")
     return found
+
+
+def of_rows(
+    numbers: Iterable[int],
+    make: Callable[[int], dict],
+    place: Callable[[int], dict],
+    notes: Notes,
+) -> dict:
+    """Returns the record that the rows of one image make (`merged`); bad ones are left out, and noted by their place.
+
+    Raises: ValueError if all are bad.
+    """
+    found, wrong = [], None
+    for number in numbers:
+        try:
+            found.append(make(number))
+        except ValueError as e:
+            wrong = wrong or e
+            notes.rows.append(place(number) | {"reason": "bad row", "detail": f"{e!s:.200}"})
+    if wrong is not None and not found:
+        raise wrong
+    return merged(found, notes)
 
 
 def merged(records: Iterable[dict], notes: Notes) -> dict:

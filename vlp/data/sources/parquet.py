@@ -233,23 +233,15 @@ class ParquetSource:
     def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
         """Returns record i, and what of its rows was left out."""
         notes, numbers = fields_lib.Notes(), self._row_numbers(i)
-        found, wrong, image = [], None, None
-        for number in numbers:
-            row = self._row(number, with_image=number == numbers[0])
-            if number == numbers[0]:
-                image = fields_lib.value(row, self.fields.image)
-            try:
-                key, parts = self._made_key(number), self._given
-                strict = bool(self._given.key)
-                key = fields_lib.key(row, self.fields.key, key, strict=strict, notes=notes)
-                found.append({"key": key, **fields_lib.parts(row, self.fields, parts, notes)})
-            except ValueError as e:
-                wrong = wrong or e
-                detail = f"{e!s:.200}"
-                notes.rows.append(self._place(number) | {"reason": "bad row", "detail": detail})
-        if wrong is not None and not found:
-            raise wrong
-        record = fields_lib.merged(found, notes)
+        rows = {number: self._row(number, with_image=number == numbers[0]) for number in numbers}
+        image = fields_lib.value(rows[numbers[0]], self.fields.image)
+
+        def make(number: int) -> dict:
+            row, key, strict = rows[number], self._made_key(number), bool(self._given.key)
+            key = fields_lib.key(row, self.fields.key, key, strict=strict, notes=notes)
+            return {"key": key, **fields_lib.parts(row, self.fields, self._given, notes)}
+
+        record = fields_lib.of_rows(numbers, make, self._place, notes)
         return record | {"image": self._bytes(image, numbers[0], record["key"])}, notes
 
     def _bytes(self, value: Any, row: int, key: str) -> bytes:

@@ -165,18 +165,8 @@ class TableSource:
     def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
         """Returns record i, and what of its rows was left out."""
         notes, numbers = fields_lib.Notes(), self._row_numbers(i)
-        found, wrong = [], None
-        for number in numbers:
-            try:
-                row = self.row(number)
-                found.append(self._record(row, number, notes))
-            except ValueError as e:
-                wrong = wrong or e
-                detail = f"{e!s:.200}"
-                notes.rows.append(self._place(number) | {"reason": "bad row", "detail": detail})
-        if wrong is not None and not found:
-            raise wrong
-        record = fields_lib.merged(found, notes)
+        make = lambda number: self._record(self.row(number), number, notes)
+        record = fields_lib.of_rows(numbers, make, self._place, notes)
         record["image"] = self._image(record.pop("image"), self._place(numbers[0]), record["key"])
         return record, notes
 
