@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 from vlp import __version__
 from vlp.core import check, progress
-from vlp.core.check import UserError, failure
 
 COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "report")
 
@@ -64,14 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(wrong)}")
         with progress.phase(f"vlp {chosen[0] if chosen else ''}"):
             return args.run(args)
-    except UserError as mistake:
-        print(f"vlp: {check.line(mistake)}", file=sys.stderr)
-        return 1 if isinstance(mistake, check.MachineError) else 2
     except Exception as e:
-        if not (told := failure(e)):
+        if (told := check.answer(e)) is None:
             raise
-        print(f"vlp: {check.line(told)}", file=sys.stderr)
-        return 1
+        print(f"vlp: {told[0]}", file=sys.stderr)
+        return told[1]
 
 
 def _excepthook(kind: type[BaseException], e: BaseException, trace: Any) -> None:

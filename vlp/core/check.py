@@ -77,13 +77,26 @@ def line(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def answer(e: BaseException) -> tuple[str, int] | None:
+    """The line to print for an error, and its exit code: 2 for a user's mistake, 1 for a fault of the machine.
+
+    None for a crash.
+    """
+    if isinstance(e, UserError):
+        return line(e), 1 if isinstance(e, MachineError) else 2
+    told = failure(e)
+    return (line(told), 1) if told else None
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Ends a script with its main's exit code; with 2 and one line for a mistake of the user's."""
     try:
         sys.exit(main())
     except UserError as mistake:
-        print(line(mistake), file=sys.stderr)
-        sys.exit(2)
+        told = answer(mistake)
+        assert told is not None
+        print(told[0], file=sys.stderr)
+        sys.exit(told[1])
 
 
 def output_file(where: str, path: str | pathlib.Path | None) -> None:

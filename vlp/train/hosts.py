@@ -137,13 +137,14 @@ def joined(
             logging.getLogger().setLevel(logging.WARNING)
         yield
     except BaseException as error:
-        if told := str(error) if isinstance(error, check.UserError) else check.failure(error):
-            print(f"vlp: {told}", file=sys.stderr)
+        told = check.answer(error)
+        if told:
+            print(f"vlp: {told[0]}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if isinstance(error, check.UserError) else 1)
+        os._exit(told[1] if told else 1)
     jax.distributed.shutdown()
 
 
