@@ -21,7 +21,7 @@ def main() -> None:
     args = bench.options(parser)
     os.environ["JAX_PLATFORMS"] = "cpu"
     from vlp.core import mesh as meshes
-    from vlp.train import compiled
+    from vlp.plan import compiled
 
     mesh = meshes.make(meshes.MeshShape(), compiled.topology(args.topology).devices[:1])
     print(

@@ -43,7 +43,7 @@ def main() -> None:
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from vlp.train import compiled
+    from vlp.plan import compiled
 
     devices = compiled.target(args.topology, num_cpu=args.devices).devices
     if args.step:
@@ -103,8 +103,9 @@ def measure(devices, batch, impl, args) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from vlp.core import flops, hlo
+    from vlp.core import flops
     from vlp.core import mesh as meshes
+    from vlp.plan import hlo
 
     mesh = meshes.make(meshes.MeshShape(), devices)
     meshes.check_batch(batch, mesh, where="--batch")
@@ -145,7 +146,7 @@ def whole_step(devices, batch, impl, args) -> dict:
 
     from vlp.core.config import load
     from vlp.losses import contrastive
-    from vlp.train import compiled
+    from vlp.plan import compiled
     from vlp.train.stages import parse
 
     def nothing(zi_BE, zt_BE, scale, **options):

@@ -48,7 +48,7 @@ def lower(stage: stages.Stage, batch: int) -> Any:
     px, length = stage.data.image_px, stage.data.text_len
     params = nn.unbox(state.abstract_params(model, px, length))
     updater = optimisers.make(stage.optim, params)
-    start = functools.partial(state.create, updater=updater, teachers={}, extra=(), step=0)
+    start = functools.partial(state.create, updater=updater, teachers={}, method_state=(), step=0)
     step = functools.partial(
         train_step,
         model=model,
@@ -82,11 +82,19 @@ def of_config(config: Mapping[str, Any]) -> list[tuple[stages.Stage, float]]:
 
 def flip() -> list[dict[str, Any]]:
     """FLIP's table 1: L/16 at 224 px, 32 tokens; FLOPs of a sample relative to the unmasked step."""
-    flops = {keep: of_config(load(f"flip:keep={keep},tune=False"))[0][1] for keep in (1, 0.5, 0.25)}
+    load_flip = lambda ratio: load(f"flip:keep_ratio={ratio},tune=False")
+    flops = {ratio: of_config(load_flip(ratio))[0][1] for ratio in (1, 0.5, 0.25)}
+
     paper = {1: 1.0, 0.5: 0.52, 0.25: 0.28}
     return [
-        row("FLIP L/16", f"{1 - keep:.0%} masked", f, ratio=f / flops[1], paper=paper[keep])
-        for keep, f in flops.items()
+        row(
+            "FLIP L/16",
+            f"{1 - keep_ratio:.0%} masked",
+            f,
+            ratio=f / flops[1],
+            paper=paper[keep_ratio],
+        )
+        for keep_ratio, f in flops.items()
     ]
 
 
@@ -99,7 +107,7 @@ def coca() -> list[dict[str, Any]]:
     product with the vocabulary, a tenth of the step, runs nearer to the peak than the rest).
     """
     base = load("coca:size=base", model=dict(text_tower=dict(depth=6), multimodal=dict(depth=6)))
-    alone = dict(name="clip", keep=1.0)
+    alone = dict(name="clip", keep_ratio=1.0)
     variants = {
         "contrastive only, 12 text layers": dict(
             model=dict(text_tower=dict(depth=12), queries=0, cascade=False), objective=alone
@@ -109,7 +117,7 @@ def coca() -> list[dict[str, Any]]:
         ),
         "captioning only": dict(
             model=dict(contrastive=False, text_tower=dict(pool="none")),
-            objective=dict(name="cap", keep=1.0),
+            objective=dict(name="cap", keep_ratio=1.0),
             evals=dict(retrieval=dict(name="captions")),
         ),
         "CoCa": {},
@@ -138,7 +146,7 @@ def clipa() -> list[dict[str, Any]]:
     """
     v1 = [
         dict(samples=round(6.4 * LAION_400M)),
-        dict(samples=round(0.36 * LAION_400M), objective=dict(keep=1.0)),
+        dict(samples=round(0.36 * LAION_400M), objective=dict(keep_ratio=1.0)),
     ]
     runs = [  # label, argument, stages laid over, hours
         ("v1 B/16, I50 T16", "size=B/16,image_px=112,text_len=16", v1, 444),
@@ -159,7 +167,7 @@ def clipa() -> list[dict[str, Any]]:
         found = of_config(config)
         full = of_stage(
             dataclasses.replace(
-                found[1][0], objective=dataclasses.replace(found[1][0].objective, keep=1.0)
+                found[1][0], objective=dataclasses.replace(found[1][0].objective, keep_ratio=1.0)
             )
         )
         total = sum(f * stage.samples for stage, f in found)

@@ -27,7 +27,9 @@ import jax
 
 from vlp.cli.main import start_jax
 from vlp.core import check, config, mesh
-from vlp.train import loop, parts, stages, workdir
+from vlp.runtime import workdir
+from vlp.train import build as builds
+from vlp.train import loop, stages
 
 ROOT = bench.ROOT
 
@@ -58,20 +60,24 @@ MAMMUT = {  # its one text decoder has the depth of the demo's text tower
 }
 
 
-CLIP = {"name": "clip", "keep": 1.0}
-COCA = {"name": "coca", "caption_weight": 0.5, "keep": 1.0}  # the demo's weight, not the paper's 2
+CLIP = {"name": "clip", "keep_ratio": 1.0}
+COCA = {
+    "name": "coca",
+    "caption_weight": 0.5,
+    "keep_ratio": 1.0,
+}  # the demo's weight, not the paper's 2
 METHODS = {
     "CLIP": Method(CLIP),
     # Zhai et al. 2023, §3.2: scale 10 and bias -10 at the start.
     "SigLIP": Method({"name": "siglip"}, patch={"model": {"scale": 10.0, "bias": -10.0}}),
     "CoCa": Method(COCA),
     "MaMMUT": Method({"name": "mammut"}, model=MAMMUT),
-    "FLIP 50 %": Method(CLIP | {"keep": 0.5}),
-    "FLIP 50 % + tuning": Method(CLIP, {"objective": {"keep": 0.5}}),
-    "FLIP 75 %": Method(CLIP | {"keep": 0.25}),
-    "FLIP 75 % + tuning": Method(CLIP, {"objective": {"keep": 0.25}}),
+    "FLIP 50 %": Method(CLIP | {"keep_ratio": 0.5}),
+    "FLIP 50 % + tuning": Method(CLIP, {"objective": {"keep_ratio": 0.5}}),
+    "FLIP 75 %": Method(CLIP | {"keep_ratio": 0.25}),
+    "FLIP 75 % + tuning": Method(CLIP, {"objective": {"keep_ratio": 0.25}}),
     "CLIPA": Method(CLIP, {"data": {"image_px": 32, "text_len": 8}}),
-    "CoCa 50 % + tuning (demo)": Method(COCA, {"objective": {"keep": 0.5}}),
+    "CoCa 50 % + tuning (demo)": Method(COCA, {"objective": {"keep_ratio": 0.5}}),
 }
 DEMO = list(METHODS)[-1]
 
@@ -103,8 +109,8 @@ def flops(resolved: Mapping[str, Any]) -> tuple[float, int]:
     total = 0.0
     with jax.set_mesh(device_mesh):
         for stage in built:
-            ready = parts.prepare(stage, settings, device_mesh)
-            batch = parts.abstract_batch(stage, device_mesh)
+            ready = builds.prepare(stage, settings, device_mesh)
+            batch = builds.abstract_batch(stage, device_mesh)
             lowered = ready.step.lower(ready.abstract, batch)
             total += lowered.cost_analysis()["flops"] * stage.num_steps
     return total, built[-1].end_samples

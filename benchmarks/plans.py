@@ -66,7 +66,8 @@ def main() -> None:
 def measure(size: str, topology: str, overrides: tuple) -> dict:
     """One row: the compiler's verdict, and the estimate."""
     from vlp.core import config
-    from vlp.train import compiled, estimate, stages
+    from vlp.plan import compiled, estimate
+    from vlp.train import stages
 
     settings, (stage,) = stages.parse(
         config.load(f"{ROOT / 'configs' / 'coca.py'}:size={size}", overrides)

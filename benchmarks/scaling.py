@@ -69,7 +69,7 @@ def measure(point: dict, args: argparse.Namespace) -> dict:
     import jax
 
     from vlp.core.config import load
-    from vlp.train import compiled, estimate
+    from vlp.plan import compiled, estimate
     from vlp.train.stages import parse
 
     if args.topology:

@@ -64,7 +64,7 @@ def clip(image: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
 
 
 def siglip() -> dict[str, Any]:
-    text = tower(768, 12, 12, vocab=32_000, pool="last", causal=False, see_pads=True)
+    text = tower(768, 12, 12, vocab=32_000, pool="last", causal=False, attend_padding=True)
     image = tower(768, 12, 12, patch=16, pool="map")
     joint = dict(embed=768, scale=10.0, bias=-10.0, project_image=False, text_bias=True)
     return dict(name="dual", image_tower=image, text_tower=text) | joint
@@ -305,12 +305,12 @@ def ours(job: argparse.Namespace) -> Built:
     if depth and "multimodal" in section:
         section = config.overlay(section, dict(multimodal=dict(depth=depth)))
     model = config.build_named(KINDS, section, "model")
-    loss = config.build_named(OBJECTIVES, dict(keep=1 - job.mask, **objective), "objective")
+    loss = config.build_named(OBJECTIVES, dict(keep_ratio=1 - job.mask, **objective), "objective")
     inputs = jnp.zeros((1, image_px, image_px, 3), jnp.uint8), jnp.zeros((1, length), jnp.int32)
     init = lambda key: nn.unbox(model.init(key, *inputs)["params"])
     params = jax.jit(init)(jax.random.key(0))
     updater = optimisers.make(optimisers.Optim(clip_norm=None), params)
-    start = functools.partial(states.create, updater=updater, teachers={}, extra=(), step=0)
+    start = functools.partial(states.create, updater=updater, teachers={}, method_state=(), step=0)
     state = jax.jit(start)(params)
     rng = np.random.default_rng(0)
     text = rng.integers(3, model.text_tower.vocab - 1, (job.batch, length))

@@ -23,7 +23,7 @@ def main() -> None:
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from vlp.train import compiled
+    from vlp.plan import compiled
 
     devices = compiled.target(args.topology, num_cpu=8).devices
     rows = [

@@ -1,8 +1,8 @@
 """ALIGN (Jia et al. 2021, arXiv:2102.05918) with transformers on both sides.
 
-Arguments: path, keep, smoke. Of the paper (§4.2, §5.1): batch 16,384, 1.2 M steps, lr 1e-3, 10,000 warm-up steps, then
-linear decay to 0, weight decay 1e-5, a learned temperature that starts at 1, images of 289 px cut from 346, at most 64
-tokens, BERT-Large's text tower (24 × 1024) read at its first token.
+Arguments: path, keep_ratio, smoke. Of the paper (§4.2, §5.1): batch 16,384, 1.2 M steps, lr 1e-3, 10,000 warm-up
+steps, then linear decay to 0, weight decay 1e-5, a learned temperature that starts at 1, images of 289 px cut from
+346, at most 64 tokens, BERT-Large's text tower (24 × 1024) read at its first token.
 
 Where this differs: the image tower is ViT-H/14 (631 M parameters) at 280 px, not EfficientNet-L2 (480 M) at 289;
 AdamW, not LAMB; no label smoothing (0.1 in the paper); the vocabulary is your tokenizer's (100 k WordPieces in the
@@ -18,7 +18,7 @@ from vlp.core.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    arg = parse_arg(arg, path="data/pairs", keep=1.0, smoke=False)
+    arg = parse_arg(arg, path="data/pairs", keep_ratio=1.0, smoke=False)
     bert = dict(vocab=100_000, pool="first", causal=False, **towers.text(1024, 24, 16))
     model = dict(
         name="dual",
@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     c = pretraining("align", model, arg.path)
     c.batch = 16_384
-    c.objective = dict(name="clip", keep=arg.keep)
+    c.objective = dict(name="clip", keep_ratio=arg.keep_ratio)
     c.data.update(image_px=280, text_len=64, min_area_frac=(289 / 346) ** 2, flip=True)
     c.optim = dict(weight_decay=1e-5)
     c.schedule = dict(lr=1e-3, shape="linear", warmup_steps=10_000)

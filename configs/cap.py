@@ -11,13 +11,13 @@ from vlp.core.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    arg = parse_arg(arg, path="data/pairs", keep=1.0, smoke=False)
+    arg = parse_arg(arg, path="data/pairs", keep_ratio=1.0, smoke=False)
     c = coca.get_config(f"size=base,path={arg.path}")
     c.name = "cap_base"
     c.batch = 4_096
     c.model.contrastive = False
     c.model.text_tower.depth = c.model.multimodal.depth = 6
     c.model.text_tower.pool = "none"  # no embedding, so no CLS
-    c.objective = dict(name="cap", keep=arg.keep)
+    c.objective = dict(name="cap", keep_ratio=arg.keep_ratio)
     del c.evals["retrieval"]
     return smoke(c) if arg.smoke else c

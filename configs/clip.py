@@ -1,9 +1,9 @@
 """CLIP (Radford et al. 2021, arXiv:2103.00020, tables 18-20): ViT-B/32, B/16 or L/14 with the paper's text towers.
 
-Arguments: size (and S/32 … G/14: OpenCLIP's), path, keep (below 1: FLIP's masking), smoke. Of the paper: batch 32,768,
-32 epochs of 400 M pairs, AdamW β2 0.98, ε 1e-6, weight decay 0.2, lr 5e-4 (B/32, B/16) or 4e-4 (L/14), 2,000 warm-up
-steps, cosine, random square crops alone. Not of the paper: gradients are clipped to norm 1 (the default), and the
-vocabulary is your tokenizer's (49,408 at most). Larger sizes take L/14's rate.
+Arguments: size (and S/32 … G/14: OpenCLIP's), path, keep_ratio (below 1: FLIP's masking), smoke. Of the paper: batch
+32,768, 32 epochs of 400 M pairs, AdamW β2 0.98, ε 1e-6, weight decay 0.2, lr 5e-4 (B/32, B/16) or 4e-4 (L/14), 2,000
+warm-up steps, cosine, random square crops alone. Not of the paper: gradients are clipped to norm 1 (the default), and
+the vocabulary is your tokenizer's (49,408 at most). Larger sizes take L/14's rate.
 """
 
 import ml_collections
@@ -16,10 +16,10 @@ LR = {"S/32": 5e-4, "S/16": 5e-4, "B/32": 5e-4, "B/16": 5e-4}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    arg = parse_arg(arg, size="B/32", path="data/pairs", keep=1.0, smoke=False)
+    arg = parse_arg(arg, size="B/32", path="data/pairs", keep_ratio=1.0, smoke=False)
     c = pretraining(f"clip_{arg.size}", towers.clip(arg.size), arg.path)
     c.batch = 32_768
-    c.objective = dict(name="clip", keep=arg.keep)
+    c.objective = dict(name="clip", keep_ratio=arg.keep_ratio)
     c.data.update(image_px=224, text_len=77)
     c.optim = dict(b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
     c.schedule = dict(lr=LR.get(arg.size, 4e-4), warmup_steps=2_000)

@@ -21,11 +21,11 @@ from vlp.core.config import parse_arg
 UNIT = 131_072_000  # samples
 
 
-def stage(name: str, samples: int, batch: int, lr: float, keep: float, **data: int) -> dict:
+def stage(name: str, samples: int, batch: int, lr: float, keep_ratio: float, **data: int) -> dict:
     """A stage at full text; lr is per 256 examples."""
     schedule = dict(lr=lr * batch / 256, warmup_samples=26_214_400)
     data = dict(text_len=32, shorten="truncate", jitter=0.0, **data)
-    return dict(name=name, samples=samples, batch=batch, objective=dict(keep=keep),
+    return dict(name=name, samples=samples, batch=batch, objective=dict(keep_ratio=keep_ratio),
                 schedule=schedule, data=data)  # fmt: skip
 
 
@@ -36,15 +36,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )  # fmt: skip
     c = pretraining(f"clipa_{arg.size}", towers.clipa(arg.size), arg.path)
     c.batch = 65_536
-    c.objective = dict(name="clip", keep=1.0)
+    c.objective = dict(name="clip", keep_ratio=1.0)
     c.data.update(image_px=arg.image_px, text_len=arg.text_len, shorten=arg.shorten)
     c.data.update(min_area_frac=0.4, jitter=0.4)
     c.optim = dict(b1=0.9, b2=0.95, weight_decay=0.2, clip_norm=None, mu_dtype="bfloat16")
     c.schedule = dict(lr=8e-6 * c.batch / 256, warmup_samples=3_200 * c.batch)
     c.stages = [
         dict(name="short", samples=12_800_000_000),
-        stage("full", 4 * UNIT, 32_768, 4e-7, keep=0.7, image_px=224),
+        stage("full", 4 * UNIT, 32_768, 4e-7, keep_ratio=0.7, image_px=224),
     ]
     if arg.high:
-        c.stages = [*c.stages, stage("high", UNIT, 16_384, 1e-7, keep=0.6, image_px=336)]
+        c.stages = [*c.stages, stage("high", UNIT, 16_384, 1e-7, keep_ratio=0.6, image_px=336)]
     return smoke(c) if arg.smoke else c

@@ -22,7 +22,7 @@ SIZES = {  # image depth, MLP; unimodal and multimodal depth, MLP; width; heads;
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    arg = parse_arg(arg, size="base", path="data/pairs", keep=1.0, smoke=False)
+    arg = parse_arg(arg, size="base", path="data/pairs", keep_ratio=1.0, smoke=False)
     if arg.size not in SIZES:
         raise check.unknown("config argument size", arg.size, SIZES)
     depth, mlp, lower, upper, text_mlp, width, heads, tied = SIZES[arg.size]
@@ -42,7 +42,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         queries=256,
         cascade=True,
     )
-    c.objective = dict(name="coca", contrastive_weight=1.0, caption_weight=2.0, keep=arg.keep)
+    c.objective = dict(
+        name="coca", contrastive_weight=1.0, caption_weight=2.0, keep_ratio=arg.keep_ratio
+    )
     c.data = dict(path=arg.path, image_px=288, text_len=64, captions="uniform", workers=8)
     c.optim = dict(name="adafactor", b1=0.9, b2=0.999, weight_decay=0.01)
     c.schedule = dict(lr=8e-4, shape="linear", warmup_frac=0.02)

@@ -86,14 +86,14 @@ def clip(size: str) -> dict[str, Any]:
 def flip(size: str) -> dict[str, Any]:
     """FLIP's: fixed positions, the mean of all image tokens with the CLS; text that sees both ways, at its first token.
 
-    FLIP's text tower has no mask: a pad is a word (see_pads). Joint space: the text tower's width.
+    FLIP's text tower has no mask: a pad is a word (attend_padding). Joint space: the text tower's width.
     """
     lower = pick("flip", size)
     return dict(
         name="dual",
         image_tower=dict(pool="mean", cls=True, pos="sincos", **IMAGE[size], **COMPUTE),
         text_tower=dict(
-            vocab=30_523, pool="first", causal=False, see_pads=True, **lower, **COMPUTE
+            vocab=30_523, pool="first", causal=False, attend_padding=True, **lower, **COMPUTE
         ),
         embed=lower["width"],
     )
@@ -108,7 +108,9 @@ def clipa(size: str) -> dict[str, Any]:
     return dict(
         name="dual",
         image_tower=dict(pool="mean", pos="sincos", **IMAGE[size], **COMPUTE),
-        text_tower=dict(vocab=32_000, pool="last", causal=False, see_pads=True, **lower, **COMPUTE),
+        text_tower=dict(
+            vocab=32_000, pool="last", causal=False, attend_padding=True, **lower, **COMPUTE
+        ),
         embed=lower["width"],
     )
 
@@ -122,7 +124,9 @@ def siglip(size: str) -> dict[str, Any]:
     return dict(
         name="dual",
         image_tower=dict(pool="map", **IMAGE[size], **COMPUTE),
-        text_tower=dict(vocab=32_000, pool="last", causal=False, see_pads=True, **lower, **COMPUTE),
+        text_tower=dict(
+            vocab=32_000, pool="last", causal=False, attend_padding=True, **lower, **COMPUTE
+        ),
         embed=lower["width"],
         scale=10.0,
         bias=-10.0,

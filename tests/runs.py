@@ -28,7 +28,8 @@ from vlp.core.mesh import logical
 from vlp.core.types import Out, Term
 from vlp.models import MODELS
 from vlp.objectives import OBJECTIVES
-from vlp.train import loop, workdir
+from vlp.runtime import workdir
+from vlp.train import loop
 from vlp.train import state as states
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,14 +57,14 @@ COCA = CLIP | {
         "image_tower": {"patch": 8, "dropout": 0.1, **TOWER},
         "text_tower": {"vocab": 128, "dropout": 0.1, **TOWER},
     },
-    "objective": {"name": "coca", "keep": 0.5},
+    "objective": {"name": "coca", "keep_ratio": 0.5},
     "teachers": {"ema": {"decay": 0.9}},
     "eval_params": "ema",
     "evals": {"retrieval": {"every_steps": 3, "batch": 8}},
     "stages": [
         {"name": "masked", "steps": 5},
         {
-            "name": "unmasked", "steps": 4, "batch": 16, "objective": {"keep": 1.0},
+            "name": "unmasked", "steps": 4, "batch": 16, "objective": {"keep_ratio": 1.0},
             "data": {"image_px": 24, "text_len": 10},
             "evals": {"captions": {"batch": 8, "items": 2}},
         },
@@ -92,7 +93,7 @@ class Toy(nn.Module):
     def __call__(self, image, text):
         self.image(image), self.text(text)
 
-    def image(self, image, *, keep=1.0, keys=None):
+    def image(self, image, *, keep_ratio=1.0, keys=None):
         return {"embed": image.astype(jnp.float32).mean(axis=(1, 2)) / 255 @ self.colour}
 
     def text(self, text, *, keys=None):

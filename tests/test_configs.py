@@ -9,7 +9,8 @@ import runs
 from vlp.core import config as configs
 from vlp.core import tree
 from vlp.optim import make as optimisers
-from vlp.train import plan, stages, state, workdir
+from vlp.runtime import workdir
+from vlp.train import stages, state, summary
 
 FOLDER = runs.ROOT / "configs"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if "def get_config" in p.read_text())
@@ -54,7 +55,7 @@ def test_json(name):
 )
 def test_coca_parameters(size, image, decoder, both):
     """CoCa's table 1 in millions: base and large count both embeddings, giant one (tied)."""
-    (row,) = plan.stages(load("coca", f"size={size}"))
+    (row,) = summary.stages(load("coca", f"size={size}"))
     counts = {k.removeprefix("parameters/"): v / 1e6 for k, v in row.items() if "/" in k}
     assert counts["image + decoder"] == pytest.approx(both, rel=0.005)
     if image:

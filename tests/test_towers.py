@@ -7,7 +7,7 @@ import runs
 
 from vlp.core.config import build_named
 from vlp.models import MODELS
-from vlp.train import plan
+from vlp.train import summary
 
 sys.path.insert(0, str(runs.ROOT / "configs"))
 import towers  # beside the configs
@@ -18,7 +18,7 @@ sys.path.pop(0)
 def counts(section, image_px=224, text_len=77):
     """Millions of parameters: image, text (each without its projection), projections, total."""
     model = build_named(MODELS, section, "config.model")
-    found = {k: v / 1e6 for k, v in plan.parameters(model, image_px, text_len).items()}
+    found = {k: v / 1e6 for k, v in summary.parameters(model, image_px, text_len).items()}
     return found | {"joint": found["projections and heads"]}
 
 

@@ -19,8 +19,8 @@ SMALL = dict(
 )
 
 
-def small(keep):
-    config = configs.overlay(flops.load(f"flip:keep={keep},tune=False"), SMALL)
+def small(keep_ratio):
+    config = configs.overlay(flops.load(f"flip:keep_ratio={keep_ratio},tune=False"), SMALL)
     return stages.parse(config)[1][0]
 
 

@@ -39,7 +39,7 @@ def draw(random_params):
 
 def test_equal_sizes_to_the_bit(draw):
     old, fresh = draw(model(), 16, 8, 0), draw(model(), 16, 8, 1)
-    carried = init_from.carry(old, fresh)
+    carried = init_from.transfer_params(old, fresh)
     assert jax.tree.structure(carried) == jax.tree.structure(fresh)
     np.testing.assert_equal(named(carried), named(old))
 
@@ -47,7 +47,7 @@ def test_equal_sizes_to_the_bit(draw):
 @pytest.mark.parametrize(("px", "length"), [(24, 8), (16, 12), (8, 5)])
 def test_positions_are_resized(draw, px, length):
     old, fresh = draw(model(), 16, 8, 0), draw(model(), px, length, 1)
-    carried, before = named(init_from.carry(old, fresh)), named(old)
+    carried, before = named(init_from.transfer_params(old, fresh)), named(old)
     grid = posembed.resize_grid(jnp.asarray(before.pop("image_tower/pos")), (px // 8) ** 2)
     np.testing.assert_array_equal(carried.pop("image_tower/pos"), grid)
     words = carried.pop("text_tower/pos")
@@ -59,7 +59,7 @@ def test_positions_are_resized(draw, px, length):
 def test_sincos_has_no_table(draw):
     old, fresh = draw(model(pos="sincos"), 16, 8, 0), draw(model(pos="sincos"), 24, 8, 1)
     assert "image_tower/pos" not in named(fresh)
-    np.testing.assert_equal(named(init_from.carry(old, fresh)), named(old))
+    np.testing.assert_equal(named(init_from.transfer_params(old, fresh)), named(old))
 
 
 def test_new_and_dropped_leaves_are_named(draw, caplog):
@@ -67,7 +67,7 @@ def test_new_and_dropped_leaves_are_named(draw, caplog):
     old = {**draw(model(), 16, 8, 0), "old_head": {"kernel": jnp.ones(3)}}
     fresh["probe"] = {"kernel": jnp.full(2, 7.0)}
     with caplog.at_level(logging.INFO):
-        carried = init_from.carry(old, fresh, "stage 'x'")
+        carried = init_from.transfer_params(old, fresh, "stage 'x'")
     assert "stage 'x': new, initialised: probe/kernel" in caplog.messages
     assert "stage 'x': not used: old_head/kernel" in caplog.messages
     np.testing.assert_array_equal(carried["probe"]["kernel"], [7, 7])
@@ -78,9 +78,9 @@ def test_a_pattern_picks_what_is_carried(draw):
     """LiT: another run's image tower, and nothing else of it, whatever shapes the rest has."""
     old, fresh = draw(model(), 16, 8, 0), draw(model(), 24, 8, 1)
     old["text_tower"] = {"pos": jnp.ones((3, 5))}
-    picked = init_from.pick(old, "image_tower/.*", "init")
+    picked = init_from.select_params(old, "image_tower/.*", "init")
     init_from.check_fits(picked, fresh, "init")
-    carried = named(init_from.carry(picked, fresh))
+    carried = named(init_from.transfer_params(picked, fresh))
     for name, leaf in named(fresh).items():
         if name != "image_tower/pos":  # which is resized
             want = named(old)[name] if name.startswith("image_tower/") else leaf
@@ -89,7 +89,7 @@ def test_a_pattern_picks_what_is_carried(draw):
     with pytest.raises(
         check.UserError, match="init_match: got 'image_towr/.*', expected a pattern for"
     ):
-        init_from.pick(old, "image_towr/.*", "init")
+        init_from.select_params(old, "image_towr/.*", "init")
 
 
 def test_other_shapes_are_refused(draw):
@@ -97,7 +97,7 @@ def test_other_shapes_are_refused(draw):
     message = (
         r"init: image_tower/encoder/blocks/mlp/.*: got shape \(1, .*16.*\), expected \(1, .*24"
     )
-    for refuse in (init_from.carry, init_from.check_fits):
+    for refuse in (init_from.transfer_params, init_from.check_fits):
         with pytest.raises(check.UserError, match=message):
             refuse(old, fresh, "init")
     wide = {"image_tower": {"pos": jnp.ones((9, 8))}}, {"image_tower": {"pos": jnp.ones((4, 6))}}
@@ -112,7 +112,7 @@ def test_shards_and_types_of_the_fresh(draw):
     shards = meshes.shardings(boxed, mesh)
     fresh = jax.device_put(draw(model(), 24, 8, 1), nn.unbox(shards))
     old = jax.tree.map(lambda x: np.asarray(x, np.float64), draw(model(), 16, 8, 0))
-    carried = init_from.carry(old, fresh)
+    carried = init_from.transfer_params(old, fresh)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, carried, fresh))
     assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, carried, fresh))
     assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(carried))

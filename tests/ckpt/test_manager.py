@@ -30,7 +30,7 @@ def trees(step):
     rest = {
         "step": jnp.int32(step),
         "teachers": {"ema": average},
-        "extra": (),
+        "method_state": (),
         "opt": [None, put(np.ones(64), None)],
     }
     return params, rest

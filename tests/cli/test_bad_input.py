@@ -40,8 +40,8 @@ MISTAKES = {
     "stage key": ({"stages": [{"stepps": 3}]}, "did you mean 'steps'"),
     "type": ({"optim.b1": "big"}, "config.optim.b1: got 'big', expected float"),
     "objective": ({"objective.name": "cilp"}, "did you mean 'clip'"),
-    "objective key": ({"objective.kep": 0.5}, "did you mean 'keep'"),
-    "keep": ({"objective.keep": 1.5}, "got 1.5"),
+    "objective key": ({"objective.kep": 0.5}, "did you mean 'keep_ratio'"),
+    "keep_ratio": ({"objective.keep_ratio": 1.5}, "got 1.5"),
     "evaluator": ({"evals": {"retrieval": {"splitt": "val"}}}, "did you mean 'split'"),
     "eval split": ({"evals": {"retrieval": {"split": "tset", "batch": 8}}}, "test"),
     "two lengths": ({"samples": 80}, "steps=4, samples=80"),
@@ -184,7 +184,13 @@ def test_the_command_line(tmp_path, capsys):
 
 
 def test_a_plan_refuses_what_training_refuses(tmp_path, capsys):
-    for name in ("keep", "captions of a dual encoder", "rule without leaf", "no bias", "resize"):
+    for name in (
+        "keep_ratio",
+        "captions of a dual encoder",
+        "rule without leaf",
+        "no bias",
+        "resize",
+    ):
         changes = MISTAKES[name][0] if name in MISTAKES else {"data.resize": "bilinaer"}
         argv = runs.arguments(changed(CLIP, **changes), tmp_path / "run")
         message = MISTAKES[name][1] if name in MISTAKES else "did you mean 'bilinear'"
@@ -213,7 +219,7 @@ def test_later_stage(tmp_path, capsys):
     """What would only go wrong in the second stage is told before the first."""
     config = changed(COCA, **{"stages.1.data.image_px": 21})
     assert "image_px" in refused(capsys, *runs.arguments(config, tmp_path / "run"))
-    config = changed(COCA, **{"stages.1.carry_optimizer": True})
+    config = changed(COCA, **{"stages.1.keep_opt_state": True})
     assert "optimiser" in refused(capsys, *runs.arguments(config, tmp_path / "run"))
 
 

@@ -77,7 +77,7 @@ def test_refused(coca_run, tmp_path, capsys):
         captured = capsys.readouterr()
         assert message in captured.err and not captured.out
     for change, message in (
-        ("objective.keep=1.0", "train with it instead"),
+        ("objective.keep_ratio=1.0", "train with it instead"),
         ("data.text_len=4", "train with it instead"),
         ("model={}", "train with it instead"),
         ("data.resize=bilinaer", "did you mean 'bilinear'"),

@@ -37,7 +37,7 @@ class Colours(nn.Module):
     def __call__(self, image, text):
         self.image(image), self.text(text)
 
-    def image(self, image, *, keep=1.0, keys=None):
+    def image(self, image, *, keep_ratio=1.0, keys=None):
         return {"embed": image.astype(jnp.float32).mean(axis=(1, 2)) / 255 @ self.colour}
 
     def text(self, text, *, keys=None):

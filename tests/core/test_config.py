@@ -123,14 +123,15 @@ def test_overrides_that_every_stage_replaces(tmp_path):
         """
 def get_config(arg):
     return dict(
-        name="run", batch=8, steps=10, model=dict(width=1, depth=2), objective=dict(name="clip", keep=0.5), seed=1,
+        name="run", batch=8, steps=10, model=dict(width=1, depth=2), objective=dict(name="clip", keep_ratio=0.5),
+        seed=1,
         stages=[dict(name="a", batch=4, steps=5, model=dict(depth=3), objective=dict(name="cap")),
-                dict(name="b", batch=2, samples=64, objective=dict(name="clip", keep=1.0))],
+                dict(name="b", batch=2, samples=64, objective=dict(name="clip", keep_ratio=1.0))],
     )
 """
     )
     load = lambda *items: config.load(str(tmp_path / "c.py"), items)
-    for item in ("batch=16", "steps=3", "samples=3", "objective.keep=0.1"):
+    for item in ("batch=16", "steps=3", "samples=3", "objective.keep_ratio=0.1"):
         name = item.partition("=")[0]
         refused(f"config.{name}: got a value that each stage replaces", load, item)
     for item in ("model.width=3", "model.depth=4", "seed=2", "eval.x=1"):
@@ -150,14 +151,14 @@ def test_plain_is_json_and_a_copy():
 
 
 def test_overlay():
-    base = {"a": {"x": 1, "y": {"z": 2}}, "o": {"name": "clip", "keep": 0.5}, "l": [1, 2]}
-    same = config.overlay(base, {"a": {"y": {"w": 3}}, "o": {"keep": 1.0}, "l": [3]})
+    base = {"a": {"x": 1, "y": {"z": 2}}, "o": {"name": "clip", "keep_ratio": 0.5}, "l": [1, 2]}
+    same = config.overlay(base, {"a": {"y": {"w": 3}}, "o": {"keep_ratio": 1.0}, "l": [3]})
     assert same == {
         "a": {"x": 1, "y": {"z": 2, "w": 3}},
-        "o": {"name": "clip", "keep": 1.0},
+        "o": {"name": "clip", "keep_ratio": 1.0},
         "l": [3],
     }
-    assert config.overlay(base, {"o": {"name": "clip", "k": 1}})["o"]["keep"] == 0.5
+    assert config.overlay(base, {"o": {"name": "clip", "k": 1}})["o"]["keep_ratio"] == 0.5
     assert config.overlay(base, {"o": {"name": "cap"}})["o"] == {
         "name": "cap"
     }  # another kind: whole

@@ -22,9 +22,11 @@ FLOORS = {
     "objectives": 3,
     "evals": 3,
     "infer": 3,
+    "runtime": 3,
     "train": 4,
     "report": 4,
-    "cli": 5,
+    "plan": 5,
+    "cli": 6,
 }
 FILES = sorted(
     p.relative_to(ROOT) for p in ROOT.rglob("*.py") if len(p.relative_to(ROOT).parts) > 1

@@ -71,7 +71,7 @@ def test_every_command(hurried, capsys, monkeypatch, tmp_path):
 
 def test_a_run(toy, hurried, capsys, monkeypatch, tmp_path):
     """Its phases are named, in order."""
-    for name in ("prepare", "enter", "train_stage"):
+    for name in ("prepare", "start_stage", "train_stage"):
         function = getattr(loop, name)
 
         def slow(*args, function=function):

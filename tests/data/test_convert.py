@@ -13,8 +13,9 @@ import pytest
 import test_cli_data
 
 from vlp.core import check
-from vlp.data import convert, records, sources
+from vlp.data import records, sources
 from vlp.data.sources import fields
+from vlp.data.tools import convert
 
 
 @pytest.fixture(autouse=True)

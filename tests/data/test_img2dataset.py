@@ -19,8 +19,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from vlp.data import convert, records
+from vlp.data import records
 from vlp.data.sources import fields, tar
+from vlp.data.tools import convert
 
 COMMAND = os.environ.get("VLP_IMG2DATASET") or shutil.which("img2dataset")
 STALL_SECS = 4

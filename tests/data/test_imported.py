@@ -10,7 +10,7 @@ import pytest
 import test_cli_data
 
 from vlp.core import check
-from vlp.data import imported, loader, order, tokenizer
+from vlp.data import loader, order, tokenizer, tokenizer_formats
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -53,7 +53,7 @@ def test_tokenizer_json(tmp_path):
     assert tok.encode("a red cats", 5).tolist() == [1, 4, 5, 6, 2]
     assert tok.decode([1, 4, 5, 6, 7, 2, 0]) == "a red cats"
     assert tok.vocab_size == 8 and tok.lower
-    assert imported.Pieces(tok.to_bytes(), "").old_ids == [0, 2, 3, 1, 4, 5, 6, 7]
+    assert tokenizer_formats.Pieces(tok.to_bytes(), "").old_ids == [0, 2, 3, 1, 4, 5, 6, 7]
     assert pickle.loads(pickle.dumps(tok)) == tok
     with pytest.raises(check.UserError, match="no tokenizer"):
         tokenizer.Tokenizer(b"{}")
@@ -62,8 +62,8 @@ def test_tokenizer_json(tmp_path):
 def test_clip_merges():
     merges = ["#version: 0.2", "c a", "ca t</w>", "d o", "do g</w>"]
     data = gzip.compress("\n".join(merges).encode())
-    tok = tokenizer.Tokenizer(imported.clip_bpe(data))
-    old = imported.Pieces(tok.to_bytes(), "").old_ids
+    tok = tokenizer.Tokenizer(tokenizer_formats.clip_bpe(data))
+    old = tokenizer_formats.Pieces(tok.to_bytes(), "").old_ids
     assert tok.vocab_size == 512 + 4 + 2 + 2  # with a pad and an unk, which CLIP has not
     ids = [old[i] for i in tok.encode("Cat  dog's!", 10).tolist()]
     # start, cat, dog, ', s at a word's end, !, end: by hand from the order of the file
@@ -74,7 +74,7 @@ def test_clip_merges():
     assert tok.decode(tok.encode("a cat, Über", 40)) == "a cat , über"
     assert json.loads(tok.to_bytes())["model"]["type"] == "BPE"
     with pytest.raises(check.UserError, match="no pairs"):
-        imported.clip_bpe(b"#version\none two three")
+        tokenizer_formats.clip_bpe(b"#version\none two three")
 
 
 def made(kind, special=("<unk>", "<s>", "</s>", "<pad>")):
@@ -131,7 +131,10 @@ def test_every_special_token_of_the_file_is_kept_out_of_texts():
     t.add_special_tokens(["<|im_start|>"])
     t.add_tokens(["dollars"])
     tok = tokenizer.Tokenizer(t.to_str().encode())
-    old, ids = imported.Pieces(tok.to_bytes(), "").old_ids, t.get_vocab(with_added_tokens=True)
+    old, ids = (
+        tokenizer_formats.Pieces(tok.to_bytes(), "").old_ids,
+        t.get_vocab(with_added_tokens=True),
+    )
     assert sorted(i for i in old if i >= 0) == sorted(ids.values())
     for text, name in (("a [MASK] b", "[MASK]"), ("<|im_start|>a", "<|im_start|>")):
         assert ids[name] not in [old[i] for i in tok.encode(text, 40)]
@@ -143,7 +146,7 @@ def test_every_special_token_of_the_file_is_kept_out_of_texts():
 def own(tok, t):
     """The file's tokens that got the ids pad, bos, eos, unk."""
     names = {i: n for n, i in t.get_vocab(with_added_tokens=True).items()}
-    return [names.get(i) for i in imported.Pieces(tok.to_bytes(), "").old_ids[:4]]
+    return [names.get(i) for i in tokenizer_formats.Pieces(tok.to_bytes(), "").old_ids[:4]]
 
 
 def template(t, single):

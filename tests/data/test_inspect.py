@@ -11,8 +11,9 @@ import test_cli_data
 from PIL import Image
 
 from vlp.core import check, pages
-from vlp.data import filter as filter_lib
-from vlp.data import inspect, loader, records, tokenizer
+from vlp.data import loader, records, tokenizer
+from vlp.data.tools import filter as filter_lib
+from vlp.data.tools import inspect
 
 
 def record(key, texts, image=None, lang="en"):

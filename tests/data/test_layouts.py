@@ -15,8 +15,9 @@ from PIL import Image
 from test_tables import converted, texts
 
 from vlp.core import check
-from vlp.data import convert, loader, records, sources
+from vlp.data import loader, records, sources
 from vlp.data.sources import fields, files, parquet, tfds
+from vlp.data.tools import convert
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vlp.core import check
-from vlp.data import loader, order, reads, records
+from vlp.data import loader, order, records, storage
 
 SHAPES = loader.Data(
     source="shapes", num_records=37, image_px=16, captions="uniform", flip=True, jitter=0.2
@@ -161,13 +161,13 @@ def test_shortened_texts_are_drawn_anew_in_every_epoch():
 
 def test_what_batches_tell(dataset_dir):
     """Truncated texts, reads, bytes, seconds and memory, as sums over what was consumed."""
-    reads.reset()
+    storage.reset()
     data = loader.Data(
         path=str(dataset_dir), image_px=8, langs=(), text_len=4, captions="all", num_captions=2,
         read_threads=0,
     )  # fmt: skip
     d = loader.open_dataset(data)
-    reads.news()  # what opening cost
+    storage.news()  # what opening cost
     batches = list(d.train_iter(start=0, batch=6, num_batches=4, seed=0))
     row, cut = np.empty(4, np.int32), 0
     for i in order.record_ids(0, 24, 23, 0).tolist():

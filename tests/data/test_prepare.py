@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlp.core import check
-from vlp.data import convert, loader, prepare, records, sources, tokenizer
+from vlp.data import loader, records, sources, tokenizer
+from vlp.data.tools import convert, prepare
 
 
 @pytest.fixture(autouse=True)

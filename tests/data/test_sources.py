@@ -21,14 +21,14 @@ import runs
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vlp.core import check
-from vlp.data import loader, reads, records, sources
+from vlp.data import loader, records, sources, storage
 from vlp.data.sources import fields, tar
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    reads.reset()
+    storage.reset()
 
 
 def same_as(source, pairs):
@@ -264,8 +264,8 @@ def faulty(monkeypatch):
     Faulty.store.clear()
     Faulty.draws = random.Random(0)
     Faulty.log.update(errors=0, stalls=0, short=0)
-    policy = reads.Policy(pause_secs=0.001, stall_secs=0.3, block_bytes=2048, cache_blocks=8)
-    monkeypatch.setattr(reads, "POLICY", policy)
+    policy = storage.Policy(pause_secs=0.001, stall_secs=0.3, block_bytes=2048, cache_blocks=8)
+    monkeypatch.setattr(storage, "POLICY", policy)
     return fsspec.filesystem("faulty")
 
 
@@ -283,7 +283,7 @@ def test_a_failing_store_gives_the_same_data_and_true_counts(tmp_path, faulty, k
     order = random.Random(1).sample(range(30), 30)
     assert [remote[i] for i in order] == [local[i] for i in order]
     assert remote.fingerprint == local.fingerprint
-    counts = reads.counts()
+    counts = storage.counts()
     assert {k: counts[k] for k in ("errors", "short")} | {"stalls": 0} == Faulty.log | {"stalls": 0}
     assert counts["stalls"] >= Faulty.log["stalls"]  # a starved machine may add some
     assert Faulty.log["errors"] > 0 or kind == "records"
@@ -295,7 +295,7 @@ def test_a_run_on_a_failing_store_is_the_same_run(tmp_path, faulty, small_tokeni
     faulty.pipe_file("/bucket/a.tar", (tmp_path / "a.tar").read_bytes())
     read, data = {}, loader.Data(image_px=16, langs=(), read_threads=2)
     for path in (str(tmp_path / "a.tar"), "faulty://bucket/a.tar"):
-        reads.reset()
+        storage.reset()
         Faulty.log.update(errors=0, stalls=0, short=0)
         source = sources.open_path(path)
         dataset = loader.Dataset(dataclasses.replace(data, path=path), source, small_tokenizer)
@@ -308,7 +308,7 @@ def test_a_run_on_a_failing_store_is_the_same_run(tmp_path, faulty, small_tokeni
     assert told["read_errors"] == Faulty.log["errors"] and told["read_short"] == Faulty.log["short"]
     assert told["read_stalls"] >= Faulty.log["stalls"] and told["read_cached"] > 0
     # everything was read through the cache's blocks, each asked for anew once it had been dropped
-    assert told["read_bytes"] <= told["read_reads"] * reads.POLICY.block_bytes
+    assert told["read_bytes"] <= told["read_reads"] * storage.POLICY.block_bytes
 
 
 def test_few_shards_of_a_store_are_open_and_on_disk(tmp_path, faulty, monkeypatch, make_records):
@@ -337,13 +337,13 @@ def test_few_shards_of_a_store_are_open_and_on_disk(tmp_path, faulty, monkeypatc
 def test_a_dead_store_and_a_missing_file_are_named(faulty, monkeypatch):
     faulty.pipe_file("/bucket/a.tar", b"x" * 3000)
     monkeypatch.setattr(
-        reads, "POLICY", dataclasses.replace(reads.POLICY, tries=2, stall_secs=60.0)
+        storage, "POLICY", dataclasses.replace(storage.POLICY, tries=2, stall_secs=60.0)
     )
     monkeypatch.setattr(Faulty, "cat_file", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(check.UserError, match=r"a\.tar: got 2 failed reads \(last: OSError gone"):
-        reads.whole("faulty://bucket/a.tar")
+        storage.whole("faulty://bucket/a.tar")
     with pytest.raises(check.UserError, match="FileNotFoundError"):
-        reads.whole("faulty://bucket/none")
+        storage.whole("faulty://bucket/none")
 
 
 def test_shard_copies_stay_within_their_bound(tmp_path, faulty):
@@ -352,7 +352,8 @@ def test_shard_copies_stay_within_their_bound(tmp_path, faulty):
     kept = tmp_path / "copies"
     for name in "abca":
         with open(
-            reads.local_copy(f"faulty://bucket/{name}", directory=str(kept), limit_bytes=2000), "rb"
+            storage.local_copy(f"faulty://bucket/{name}", directory=str(kept), limit_bytes=2000),
+            "rb",
         ) as f:
             assert f.read() == name.encode() * 1000
         assert sum(p.stat().st_size for p in kept.iterdir()) <= 2000
@@ -360,7 +361,7 @@ def test_shard_copies_stay_within_their_bound(tmp_path, faulty):
 
 def test_a_file_behaves_as_files_do(tmp_path):
     (tmp_path / "f").write_bytes(bytes(range(100)))
-    file, true = reads.File(str(tmp_path / "f")), io.BytesIO(bytes(range(100)))
+    file, true = storage.File(str(tmp_path / "f")), io.BytesIO(bytes(range(100)))
     for step in (("seek", 90, 0), ("read", 20), ("seek", -5, 2), ("read",), ("read", 3), ("tell",)):
         assert getattr(file, step[0])(*step[1:]) == getattr(true, step[0])(*step[1:])
 

@@ -12,8 +12,9 @@ import pytest
 import test_cli_data
 
 from vlp.core import check
-from vlp.data import convert, image_ops, loader, records, sources
+from vlp.data import image_ops, loader, records, sources
 from vlp.data.sources import fields, rows, tables
+from vlp.data.tools import convert
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,15 @@ import pytest
 import test_cli_data
 
 from vlp.core import check
-from vlp.data import convert, reads, records, sources
+from vlp.data import records, sources, storage
 from vlp.data.sources import fields
+from vlp.data.tools import convert
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    reads.reset()
+    storage.reset()
 
 
 def archive(rows, *, form=tarfile.GNU_FORMAT) -> bytes:

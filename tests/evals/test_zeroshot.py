@@ -14,7 +14,7 @@ from PIL import Image
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
-from vlp.data import emoji, records, shapes
+from vlp.data import emoji, records, toy_shapes
 from vlp.data.loader import Data, Dataset, Part, Reweight, open_dataset
 from vlp.evals import io as ios
 from vlp.evals import zeroshot as zs
@@ -123,7 +123,7 @@ def test_prompts():
 
 def test_long_prompts_keep_the_class():
     """The template's words go first, from its beginning; then, if it must be, the end of the class."""
-    small_tokenizer = shapes.Shapes(8).tokenizer()
+    small_tokenizer = toy_shapes.Shapes(8).tokenizer()
     ids = lambda text, length=8: small_tokenizer.encode(text, length).tolist()
     encoded = lambda *args: (lambda ids_L, cut: (ids_L.tolist(), cut))(
         *zs.encoded(small_tokenizer, *args)

@@ -189,7 +189,7 @@ def test_evaluation_ignores_keep_and_dropout(image):
 
     off = dict(dropout=0.0, drop_path=0.0)
     towers = {n: getattr(MODEL, n).clone(**off) for n in ("image_tower", "text_tower")}
-    assert program(MODEL, keep=0.5) == program(MODEL.clone(**towers))
+    assert program(MODEL, keep_ratio=0.5) == program(MODEL.clone(**towers))
 
 
 def test_draws_come_from_each_examples_key(params, image):
@@ -198,7 +198,7 @@ def test_draws_come_from_each_examples_key(params, image):
     @jax.jit
     def draw(params, keys, image, text):
         apply = Apply(MODEL, params)
-        out = apply("image", image, keep=0.5, keys=keys)
+        out = apply("image", image, keep_ratio=0.5, keys=keys)
         text = apply("text", text, keys=keys)
         hidden = apply("decode", text["tokens"], out["feats"], keys=keys)["hidden"]
         return {"image": out["embed"], "text": text["embed"], "kept": out["kept"], "hidden": hidden}

@@ -126,8 +126,8 @@ def test_map_pooling_equals_its_definition(params):
 
 
 def test_pads_are_words_where_the_paper_has_no_mask(params):
-    """see_pads: what the PAD row holds matters, and all positions reach the pool."""
-    tower = TOWERS["first"].clone(see_pads=True)
+    """attend_padding: what the PAD row holds matters, and all positions reach the pool."""
+    tower = TOWERS["first"].clone(attend_padding=True)
     other = params | {"embedding": params["embedding"].copy()}
     other["embedding"][0] *= -1.0
     before, after = (run(tower, p, TEXT_BL) for p in (params, other))

@@ -34,7 +34,7 @@ def image():
     return np.random.default_rng(1).integers(0, 256, (3, PX, PX, 3)).astype(np.uint8)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("keep", "layers"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("keep_ratio", "layers"))
 def run(tower, params, image, **kwargs):
     return Apply(tower, params)("__call__", image, **kwargs)
 
@@ -48,7 +48,7 @@ def test_patches_are_cut_row_by_row(image):
 
 
 def test_keeping_all_is_no_masking_to_the_bit(params, image):
-    whole, kept = run(VIT, params, image), run(VIT, params, image, keep=1.0, keys=KEYS)
+    whole, kept = run(VIT, params, image), run(VIT, params, image, keep_ratio=1.0, keys=KEYS)
     assert kept["kept"] is None
     for name in ("tokens", "pooled"):
         np.testing.assert_array_equal(whole[name], kept[name])
@@ -69,7 +69,7 @@ def test_masked_is_the_subset_of_the_whole(params, image):
     """With attention switched off, each token is a function of its patch and position alone."""
     off = lambda name, x: np.zeros_like(x) if "self/out" in name else x
     alone = tree.map_named(off, params)
-    out = run(VIT, alone, image, keep=0.5, keys=KEYS)
+    out = run(VIT, alone, image, keep_ratio=0.5, keys=KEYS)
     kept = np.asarray(out["kept"])
     assert kept.shape == (3, 8) and len({tuple(row) for row in kept}) == 3
     want = np.take_along_axis(np.asarray(run(VIT, alone, image)["tokens"]), kept[..., None], axis=1)
@@ -77,13 +77,13 @@ def test_masked_is_the_subset_of_the_whole(params, image):
 
 
 def test_dropped_patches_are_not_seen(params, image):
-    out = run(VIT, params, image, keep=0.5, keys=KEYS)
+    out = run(VIT, params, image, keep_ratio=0.5, keys=KEYS)
     kept = np.asarray(out["kept"])
     assert out["tokens"].shape == (3, 8, 16)
     grid = np.zeros((3, NUM), bool)
     np.put_along_axis(grid, kept, True, axis=1)
     seen = np.kron(grid.reshape(3, 4, 4), np.ones((4, 4), bool))[..., None]
-    blank = run(VIT, params, np.where(seen, image, 0).astype(np.uint8), keep=0.5, keys=KEYS)
+    blank = run(VIT, params, np.where(seen, image, 0).astype(np.uint8), keep_ratio=0.5, keys=KEYS)
     np.testing.assert_array_equal(out["tokens"], blank["tokens"])
     again = run(VIT, params, image, kept=out["kept"])
     np.testing.assert_allclose(out["tokens"], again["tokens"], atol=1e-6)
@@ -94,7 +94,7 @@ def test_pools(params, image, random_params):
     np.testing.assert_allclose(out["pooled"], out["tokens"].mean(axis=1), atol=1e-6)
     cls = VIT.clone(pool="cls")
     with_cls = tower_params(random_params, cls)
-    out = run(cls, with_cls, image, keep=0.5, keys=KEYS)
+    out = run(cls, with_cls, image, keep_ratio=0.5, keys=KEYS)
     assert out["tokens"].shape == (3, 9, 16)  # the CLS is never dropped
     np.testing.assert_array_equal(out["pooled"], out["tokens"][:, 0])
     assert {"cls"} == set(with_cls) - set(params)
@@ -132,10 +132,10 @@ def test_registers_are_seen_and_not_returned(params, random_params, image):
     tower = VIT.clone(registers=3)
     with_registers = tower_params(random_params, tower)
     assert {"registers"} == set(with_registers) - set(params)
-    out = run(tower, with_registers, image, keep=0.5, keys=KEYS, layers=True)
+    out = run(tower, with_registers, image, keep_ratio=0.5, keys=KEYS, layers=True)
     assert out["tokens"].shape == (3, 8, 16) and out["layers"].shape == (2, 3, 8, 16)
     others = with_registers | {"registers": -with_registers["registers"]}
-    other = run(tower, others, image, keep=0.5, keys=KEYS)
+    other = run(tower, others, image, keep_ratio=0.5, keys=KEYS)
     assert (np.abs(out["pooled"] - other["pooled"]).max(axis=1) > 1e-4).all()
     deaf = tree.map_named(lambda name, x: np.zeros_like(x) if "self/out" in name else x, others)
     plain = {k: v for k, v in deaf.items() if k != "registers"}
@@ -146,7 +146,7 @@ def test_registers_are_seen_and_not_returned(params, random_params, image):
 def test_the_mean_counts_the_cls_where_there_is_one(params, random_params, image):
     """FLIP averages over all tokens that its blocks give, the CLS among them."""
     tower = VIT.clone(cls=True)
-    out = run(tower, tower_params(random_params, tower), image, keep=0.5, keys=KEYS)
+    out = run(tower, tower_params(random_params, tower), image, keep_ratio=0.5, keys=KEYS)
     assert out["tokens"].shape == (3, 9, 16)
     np.testing.assert_allclose(out["pooled"], out["tokens"].mean(axis=1), atol=1e-6)
 

@@ -42,12 +42,14 @@ class Training:
         mesh = meshes.make(MeshShape(*shape), jax.devices()[: int(np.prod(shape))])
         return mesh, meshes.to_global(batch, mesh)
 
-    def loss(self, params: Any, batch: Any, extra: Any, frozen: Any, num_micro: int) -> jax.Array:
+    def loss(
+        self, params: Any, batch: Any, method_state: Any, frozen: Any, num_micro: int
+    ) -> jax.Array:
         ctx = Ctx(
             Apply(self.model, params),
             batch,
             seed=jax.random.key(0),
-            extra=extra,
+            method_state=method_state,
             frozen={k: Apply(t[0], frozen[k]) for k, t in self.teachers.items()},
             num_micro=num_micro,
         )
@@ -69,7 +71,7 @@ class Training:
             boxed = states.abstract_params(self.model, self.px, self.length)
             params = jax.device_put(self.params, meshes.shardings(boxed, mesh))
             run = self.compiled(num_micro, grads)
-            return jax.device_get(run(params, placed, self.extra(), frozen))
+            return jax.device_get(run(params, placed, self.method_state(), frozen))
 
     def compiled(self, num_micro: int, grads: bool) -> Any:
         """`loss` under jit, the same function at each call (so that it compiles once for a mesh)."""
@@ -84,8 +86,8 @@ class Training:
         step = lambda p, g: np.asarray(p - lr * g, np.float32)
         return dataclasses.replace(self, params=jax.tree.map(step, self.params, grads))
 
-    def extra(self) -> Any:
-        init = getattr(self.objective, "init_extra", None)
+    def method_state(self) -> Any:
+        init = getattr(self.objective, "init_method_state", None)
         return () if init is None else init(jax.random.key(7))
 
     def start(self, shape: tuple[int, int, int] = (1, 1, 1), num_micro: int = 1) -> Any:
@@ -95,7 +97,7 @@ class Training:
             states.create,
             updater=updater,
             teachers={name: t[2] for name, t in self.teachers.items()},
-            extra=self.extra(),
+            method_state=self.method_state(),
             step=0,
         )
         mesh, _ = self.on(shape, {})

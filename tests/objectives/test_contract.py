@@ -44,7 +44,7 @@ class Views:
     reads: ClassVar[frozenset[str]] = frozenset({"image"})
     queue: int = 12
 
-    def init_extra(self, key: jax.Array) -> Any:
+    def init_method_state(self, key: jax.Array) -> Any:
         return {
             "queue": jax.random.normal(key, (self.queue, 8)),
             "kept": jnp.zeros((8, 2, 8), jnp.int32),
@@ -52,17 +52,17 @@ class Views:
 
     def __call__(self, ctx: Ctx) -> Out:
         zs_B2E, zt_B2E, kept_B2M = ctx.map(self.encode)
-        queue_QE = ctx.extra["queue"]
+        queue_QE = ctx.method_state["queue"]
         positive_B = (zs_B2E[:, 0] * zt_B2E[:, 1]).sum(-1)
         logits_BQ = jnp.concatenate([positive_B[:, None], zs_B2E[:, 0] @ queue_QE.T], axis=1)
         nll_B = jax.nn.logsumexp(logits_BQ, axis=1) - logits_BQ[:, 0]
         queue_QE = jnp.concatenate([zt_B2E[:, 1], queue_QE])[: self.queue]
-        extra = {"queue": queue_QE, "kept": kept_B2M}
-        return Out({"views": Term(nll_B.sum(), nll_B.size)}, extra=extra)
+        method_state = {"queue": queue_QE, "kept": kept_B2M}
+        return Out({"views": Term(nll_B.sum(), nll_B.size)}, method_state=method_state)
 
     def encode(self, ctx: Ctx) -> Any:
         views = [ctx.batch["image"][:, t] for t in range(2)]
-        ours = [ctx.student("image", x, keep=0.5, draw=t) for t, x in enumerate(views)]
+        ours = [ctx.student("image", x, keep_ratio=0.5, draw=t) for t, x in enumerate(views)]
         theirs = [ctx.teachers["ema"]("image", x)["embed"] for x in views]
         stack = lambda name: jnp.stack([out[name] for out in ours], axis=1)
         return stack("embed"), jnp.stack(theirs, axis=1), stack("kept")
@@ -114,7 +114,7 @@ class HardNegatives:
         )
 
     def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep=0.5)
+        image = ctx.student("image", ctx.batch["image"], keep_ratio=0.5)
         return image["embed"], ctx.student("text", ctx.batch["text"])["embed"]
 
     def match(self, ctx: Ctx, zi_BE: jax.Array, negative: dict[str, jax.Array]) -> Any:
@@ -232,20 +232,20 @@ def test_training_on_a_cube_is_training_on_one_device(toys, batches, trained, er
         for key in ours:
             np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-5, err_msg=key)
     assert error(run_8[1].opt[1].mu, run[1].opt[1].mu) < 1e-5
-    assert error(run_8[1].extra["queue"], run[1].extra["queue"]) < 1e-5
-    np.testing.assert_array_equal(run_8[2].extra["kept"], run[2].extra["kept"])
+    assert error(run_8[1].method_state["queue"], run[1].method_state["queue"]) < 1e-5
+    np.testing.assert_array_equal(run_8[2].method_state["kept"], run[2].method_state["kept"])
 
 
 def test_views_draw_their_own_masks_which_are_kept_in_extra(trained):
     run, _ = trained("Views")
-    kept_B2M = run[1].extra["kept"]
+    kept_B2M = run[1].method_state["kept"]
     assert (kept_B2M[:, 0] != kept_B2M[:, 1]).any(axis=1).sum() >= 7
-    np.testing.assert_array_equal(run[2].extra["kept"], kept_B2M)  # the same samples again
+    np.testing.assert_array_equal(run[2].method_state["kept"], kept_B2M)  # the same samples again
 
 
 def test_the_queue_is_carried_and_changed_by_each_step(trained, batches):
     run, _ = trained("Views")
-    start, first, second = (run[i].extra["queue"] for i in range(3))
+    start, first, second = (run[i].method_state["queue"] for i in range(3))
     embed = jax.jit(lambda p, x: Apply(STUDENT, p)("image", x)["embed"])
     for before, after, old in ((run[0], first, start), (run[1], second, first)):
         want = embed(before.teachers["ema"], batches["Views"]["image"][:, 1])
@@ -294,14 +294,14 @@ def test_no_gradient_flows_into_a_teacher(name, teacher, toys, batches):
     _, batch = case.on((1, 1, 1), batches[name])
     frozen = {teacher: jax.tree.map(jnp.asarray, case.teachers[teacher][2])}
     loss = functools.partial(case.loss, num_micro=1)
-    grads = jax.jit(jax.grad(loss, 3))(case.params, batch, case.extra(), frozen)
+    grads = jax.jit(jax.grad(loss, 3))(case.params, batch, case.method_state(), frozen)
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
 def shapes_of(case, batch, num_micro=1):
     frozen = {name: t[2] for name, t in case.teachers.items()}
     loss = functools.partial(case.loss, num_micro=num_micro)
-    return jax.eval_shape(loss, case.params, batch, case.extra(), frozen)
+    return jax.eval_shape(loss, case.params, batch, case.method_state(), frozen)
 
 
 def test_asking_for_what_is_not_there(toys, batches):

@@ -19,7 +19,7 @@ from vlp.models.vit import ViT
 from vlp.objectives.coca import Coca
 from vlp.optim import make as optimisers
 from vlp.train import state as states
-from vlp.train.parts import abstract_state
+from vlp.train.build import abstract_state
 from vlp.train.stages import parse
 
 TOWER = dict(width=32, depth=1, heads=2, mlp=64, dropout=0.1)
@@ -29,7 +29,7 @@ MODEL = Captioner(ViT(patch=4, **TOWER), Text(vocab=24, **TOWER), Multimodal(1),
 @pytest.fixture(scope="module")
 def case(training, random_params):
     params = random_params(MODEL, 16, 8)
-    return training(model=MODEL, objective=Coca(keep=0.5), params=params)
+    return training(model=MODEL, objective=Coca(keep_ratio=0.5), params=params)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlp.core.types import Apply
-from vlp.data.shapes import Shapes
+from vlp.data.toy_shapes import Shapes
 from vlp.losses import contrastive
 from vlp.models.captioner import Captioner, Multimodal
 from vlp.models.text import Text

@@ -15,7 +15,7 @@ from test_shipped import MODELS
 
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx
-from vlp.models.answers import with_fields
+from vlp.models.interface import with_fields
 from vlp.objectives import OBJECTIVES
 from vlp.ops.params import rows, spread
 
@@ -45,10 +45,12 @@ def sums_in_half(jaxpr):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("keep, num_micro", [(1.0, 1), (0.5, 2)])
-def test_nothing_is_summed_in_half_precision(make_batch, random_params, name, keep, num_micro):
+@pytest.mark.parametrize("keep_ratio, num_micro", [(1.0, 1), (0.5, 2)])
+def test_nothing_is_summed_in_half_precision(
+    make_batch, random_params, name, keep_ratio, num_micro
+):
     model = with_fields(MODELS[name], dtype="bfloat16")
-    objective = OBJECTIVES[name](keep=keep)
+    objective = OBJECTIVES[name](keep_ratio=keep_ratio)
     f = functools.partial(loss, model=model, objective=objective, num_micro=num_micro)
     gradient = jax.make_jaxpr(jax.grad(f))(random_params(model, 16, 8), make_batch(8))
     assert list(sums_in_half(gradient.jaxpr)) == []
@@ -91,7 +93,7 @@ def test_every_gradient_at_two_batch_sizes(make_batch, name):
     one = make_batch(1)
     init = jax.jit(model.init)(jax.random.key(0), one["image"], one["text"])
     params = nn.unbox(init["params"])
-    objective = OBJECTIVES[name](keep=1.0)
+    objective = OBJECTIVES[name](keep_ratio=1.0)
 
     def grads(dtype, batch):
         f = functools.partial(loss, model=with_fields(model, dtype=dtype), objective=objective)

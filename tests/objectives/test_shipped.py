@@ -49,7 +49,9 @@ GOLDEN = {
 def cases(training, random_params):
     return {
         name: training(
-            model=model, objective=OBJECTIVES[name](keep=0.5), params=random_params(model, 16, 8)
+            model=model,
+            objective=OBJECTIVES[name](keep_ratio=0.5),
+            params=random_params(model, 16, 8),
         )
         for name, model in MODELS.items()
     }
@@ -136,7 +138,7 @@ def test_number_of_devices_changes_nothing(shape, cases, reference, make_batch):
 @functools.cache
 def mask_program(num_micro, draw):
     """params, batch → which patches are kept; everything else of the tower is dead code here."""
-    view = lambda c: c.student("image", c.batch["image"], keep=0.5, draw=draw)["kept"]
+    view = lambda c: c.student("image", c.batch["image"], keep_ratio=0.5, draw=draw)["kept"]
 
     def kept(params, batch):
         seed = jax.random.key(0)
@@ -180,8 +182,8 @@ def test_weights_and_counts(cases, make_batch):
     assert {k: t.weight for k, t in out.terms.items()} == {"contrastive": 1.0, "caption": 2.0}
     assert float(out.terms["caption"].count) == (batch["text"][:, 1:] != 0).sum()
     assert float(out.terms["contrastive"].count) == 8
-    program = lambda keep: str(
-        jax.make_jaxpr(functools.partial(evaluate, type(case.objective)(keep=keep)))(
+    program = lambda keep_ratio: str(
+        jax.make_jaxpr(functools.partial(evaluate, type(case.objective)(keep_ratio=keep_ratio)))(
             case.params, batch
         )
     )
@@ -213,7 +215,7 @@ def test_the_moving_average_lies_as_the_parameters_do():
     params = nn.unbox(states.abstract_params(model, 16, 8))
     updater = optimisers.make(optimisers.Optim(), params)
     create = functools.partial(
-        states.create, updater=updater, teachers={"ema": params}, extra=(), step=0
+        states.create, updater=updater, teachers={"ema": params}, method_state=(), step=0
     )
     abstract = jax.eval_shape(create, params)
     layout = states.shardings(model, 16, 8, updater, abstract, mesh)

@@ -8,11 +8,11 @@ from vlp.ops import masking
 
 
 @pytest.mark.parametrize(
-    "num, keep, kept",
+    "num, keep_ratio, kept",
     [(196, 0.5, 98), (196, 0.25, 49), (256, 0.3, 76), (10, 0.7, 7), (16, 0.01, 1), (9, 1.0, 9)],
 )
-def test_num_kept_is_static_and_rounds_down(num, keep, kept):
-    assert masking.num_kept(num, keep) == kept
+def test_num_kept_is_static_and_rounds_down(num, keep_ratio, kept):
+    assert masking.num_kept(num, keep_ratio) == kept
 
 
 def test_ids_are_an_ascending_uniform_subset():

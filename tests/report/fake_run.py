@@ -71,8 +71,8 @@ CONFIG = {
     ],
     "optim": {"name": "adamw", "lr": 1e-3, "warmup_steps": 200, "wd": 0.1, "b1": 0.9, "b2": 0.98},
     "stages": [
-        {"name": "masked", "share": 0.8, "keep": 0.5},
-        {"name": "unmasked", "share": 0.2, "keep": 1.0},
+        {"name": "masked", "share": 0.8, "keep_ratio": 0.5},
+        {"name": "unmasked", "share": 0.2, "keep_ratio": 1.0},
     ],
     "evals": {"retrieval": {"every_steps": 400}, "captions": {"every_steps": 400}},
 }

@@ -14,8 +14,9 @@ from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.mesh import MeshShape
 from vlp.report import html
-from vlp.train import hosts, loop
-from vlp.train.watchdog import PREEMPTED
+from vlp.runtime import hosts
+from vlp.runtime.watchdog import PREEMPTED
+from vlp.train import loop
 
 FACTS = {"config": {"batch": 8, "optim": {"b2": 0.99}}, "versions": {"git": "abc"}}
 
@@ -326,7 +327,7 @@ def test_asked_to_stop_on_one_host_and_continued_by_one_process(toy, tmp_path, p
 TINY = runs.changed(
     runs.CLIP,
     **{
-        "objective.keep": 0.5, "evals": {"retrieval": {"batch": 16}},
+        "objective.keep_ratio": 0.5, "evals": {"retrieval": {"batch": 16}},
         "model.image_tower.dropout": 0.1, "model.text_tower.dropout": 0.1,
     },
 )  # fmt: skip

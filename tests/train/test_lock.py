@@ -4,7 +4,7 @@ import pytest
 import runs
 
 from vlp.core import check
-from vlp.train import workdir
+from vlp.runtime import workdir
 
 
 def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path):

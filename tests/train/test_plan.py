@@ -13,10 +13,10 @@ import pytest
 import runs
 
 from vlp.core import config as configs
-from vlp.core import flops, hlo
-from vlp.models.answers import with_fields
+from vlp.core import flops
+from vlp.models.interface import with_fields
 from vlp.ops.attention import attend
-from vlp.train import compiled, estimate, fit
+from vlp.plan import compiled, estimate, hlo, memory_search
 from vlp.train.stages import parse
 
 SMOKE = f"{runs.ROOT / 'configs' / 'coca.py'}:smoke"
@@ -40,7 +40,7 @@ def test_bytes_of_the_state_are_exact():
 def unrolled_flops(parts):
     """The compiler's count of the step, layers unrolled, as lowered."""
     model = with_fields(parts.stage.model, scan=False, remat="none")
-    grad = jax.grad(lambda p, b: compiled.loss(parts.stage, model, p, b, 1))
+    grad = jax.grad(lambda p, b: metrics.loss(parts.stage, model, p, b, 1))
     bare = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t)
     lowered = jax.jit(grad).lower(bare(parts.abstract.params), bare(dict(parts.batch)))
     return lowered.cost_analysis()["flops"] / parts.stage.batch
@@ -78,7 +78,7 @@ def test_flops_of_what_is_computed_again_and_of_masking():
     fused = compiled.step_flops(*prepared(SMOKE, *wide, "model.image_tower.attention=splash"))
     assert fused["flops_per_example"] == plain["flops_per_example"]
     assert fused["step_flops_per_example"] > plain["step_flops_per_example"]
-    masked = compiled.step_flops(*prepared(SMOKE, *wide, "objective.keep=0.5"))
+    masked = compiled.step_flops(*prepared(SMOKE, *wide, "objective.keep_ratio=0.5"))
     assert masked["unmasked_flops_per_example"] == plain["flops_per_example"]
     assert masked["flops_per_example"] < plain["flops_per_example"]
 
@@ -157,18 +157,18 @@ def test_collectives_are_read_in_every_form(line, sent):
 
 def test_mfu_is_told_where_the_peak_is_known(monkeypatch):
     from vlp.core.chips import Chip
-    from vlp.train import clock, loop
+    from vlp.train import loop, metrics
 
     parts, mesh = prepared()
     assert loop.flops_frac(parts, mesh) is None  # a CPU
-    assert "time/mfu" not in clock.Clock(8).read()
+    assert "time/mfu" not in metrics.Clock(8).read()
     flops_each = compiled.step_flops(parts, mesh)["flops_per_example"]
     monkeypatch.setitem(loop.CHIPS, "cpu", Chip(flops=1e9, hbm_bytes=1))
     frac = loop.flops_frac(parts, mesh)
     assert frac == pytest.approx(flops_each / 8e9)
     ticks = iter([0.0, 2.0])
-    monkeypatch.setattr(clock.time, "monotonic", lambda: next(ticks))
-    watch = clock.Clock(8, frac)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(ticks))
+    watch = metrics.Clock(8, frac)
     watch.count()  # 8 examples in 2 s
     assert watch.read()["time/mfu"] == pytest.approx(4 * frac, rel=1e-3)
 
@@ -198,14 +198,14 @@ def test_the_plan_compiles_for_devices_and_writes_its_rows(capsys, tmp_path):
 def test_what_would_fit_is_found_by_trying(monkeypatch):
     """A device with less memory than the step wants: the first cheaper setting that does."""
     target = CPU()
-    wide = ("batch=64", "model.image_tower.depth=4", "objective.keep=1.0")
+    wide = ("batch=64", "model.image_tower.depth=4", "objective.keep_ratio=1.0")
     config = configs.load(SMOKE, wide)
-    peak = lambda c: fit.check(c, target, fast=True)[0]["peak_bytes"]
-    patches = dict((flags, patch) for patch, flags in fit.candidates(config, 0))
+    peak = lambda c: memory_search.check(c, target, fast=True)[0]["peak_bytes"]
+    patches = dict((flags, patch) for patch, flags in memory_search.candidates(config, 0))
     first, *_ = (f for f in patches if "micro_batches=2" in f and "micro_remat=blocks" in f)
     limit = peak(configs.overlay(config, patches[first])) / 0.97 + 1
     monkeypatch.setattr(compiled, "usable_bytes", lambda target: limit)
-    (row,) = fit.check(config, target, fast=True)
+    (row,) = memory_search.check(config, target, fast=True)
     assert row["fits"] is False and row["would_fit"]
     assert row["would_fit/peak_bytes"] <= limit < row["peak_bytes"]
 
@@ -214,7 +214,7 @@ def test_what_would_fit_is_told_in_flags_that_do():
     """Also where a stage has words of its own."""
     config = configs.load(SMOKE)
     config["stages"][0] |= {"micro_batches": 1, "model": {"image_tower": {"remat": "none"}}}
-    for patch, flags in fit.candidates(config, 0):
+    for patch, flags in memory_search.candidates(config, 0):
         by_flags = configs.load(SMOKE)
         by_flags["stages"][0] |= {"micro_batches": 1, "model": {"image_tower": {"remat": "none"}}}
         for flag in flags.split():

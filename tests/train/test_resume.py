@@ -50,8 +50,8 @@ DEATHS = [
     ("while step 4 is saved", loop, "save", after(1), ("train", 4)),
     ("before the save at the boundary", loop, "save", before(2), ("eval", 5)),
     ("after the save at the boundary", loop, "save", after(1), ("eval", 5)),
-    ("before entering stage 2", loop, "enter", before(2), ("eval", 5)),
-    ("after entering stage 2", loop, "enter", after(2), ("eval", 5)),
+    ("before entering stage 2", loop, "start_stage", before(2), ("eval", 5)),
+    ("after entering stage 2", loop, "start_stage", after(2), ("eval", 5)),
     ("after the first step of stage 2", loop, "evaluate", before(1), ("train", 6)),
     ("before the last save", loop, "save", before(3), ("eval", 9)),
 ]

@@ -30,7 +30,7 @@ class Deep(nn.Module):
     def __call__(self, image, text):
         self.image(image)
 
-    def image(self, image, *, keep=1.0, keys=None):
+    def image(self, image, *, keep_ratio=1.0, keys=None):
         first, second = self.layers
         return {"embed": second(nn.relu(first(image.astype(jnp.float32).mean(axis=(1, 2)) / 255)))}
 
@@ -44,7 +44,7 @@ class Rich:
 
     reads: ClassVar = frozenset({"image", "text", "more.image"})
 
-    def init_extra(self, key):
+    def init_method_state(self, key):
         return {"queue": jax.random.normal(key, (6, 4)), "turns": jnp.int32(0)}
 
     def __call__(self, ctx):
@@ -54,10 +54,12 @@ class Rich:
         more_BE = ctx.stream("more").student("image", ctx.batch["more.image"])["embed"]
         near = lambda a, b: Term(jnp.square(a - b).sum(), a.shape[0])
         terms = {name: near(zi_BE, f("image", image)["embed"]) for name, f in ctx.teachers.items()}
-        terms["queue"] = near(zt_BE, jnp.broadcast_to(ctx.extra["queue"].mean(0), zt_BE.shape))
+        terms["queue"] = near(
+            zt_BE, jnp.broadcast_to(ctx.method_state["queue"].mean(0), zt_BE.shape)
+        )
         terms["more"] = Term(jnp.square(more_BE).sum(), more_BE.shape[0])
-        queue = jnp.concatenate([ctx.extra["queue"][2:], zi_BE[:2]])
-        turns = ctx.extra["turns"] + 1
+        queue = jnp.concatenate([ctx.method_state["queue"][2:], zi_BE[:2]])
+        turns = ctx.method_state["turns"] + 1
         return Out(terms, {"queue": queue, "turns": turns}, {"turns": Term(turns, 1)})
 
 

@@ -13,7 +13,7 @@ import pytest
 import runs
 
 from vlp.core import mesh as meshes
-from vlp.train.watchdog import HANG, PREEMPTED, Watchdog
+from vlp.runtime.watchdog import HANG, PREEMPTED, Watchdog
 
 LONG = runs.changed(runs.TOY, steps=600, save_every_steps=50)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import runs
 
-from vlp.train import loop, sinks, workdir
+from vlp.runtime import sinks, workdir
+from vlp.train import loop
 
 CONFIG = runs.changed(runs.TOY, sinks=["tensorboard"], steps=6, save_every_steps=4)
 EVALS = {"retrieval": {"batch": 8, "every_steps": 2, "gallery": 0}}

@@ -23,16 +23,16 @@ AT_ENTRY = [{"name": "one", "steps": 3}, {"name": "two", "steps": 2}]
 @contextlib.contextmanager
 def watched():
     """Yields what will hold, for every stage entered, the state before and the state after, on the host."""
-    seen, enter = [], loop.enter
+    seen, start_stage = [], loop.start_stage
     named = lambda state: None if state is None else tree.named(jax.tree.map(np.array, state))
 
     def watch(session, parts, previous, position):
         before = named(previous)
-        state = enter(session, parts, previous, position)
+        state = start_stage(session, parts, previous, position)
         seen.append(types.SimpleNamespace(stage=parts.stage, before=before, after=named(state)))
         return state
 
-    with mock.patch.object(loop, "enter", watch):
+    with mock.patch.object(loop, "start_stage", watch):
         yield seen
 
 
@@ -95,9 +95,7 @@ def test_optimizer_and_teachers(toy, tmp_path, carried):
     config = runs.changed(runs.TOY, steps=0, stages=AT_ENTRY, teachers=teachers)
     with watched() as seen:
         assert (
-            runs.train(
-                runs.changed(config, **{"stages.1.carry_optimizer": carried}), tmp_path / "r"
-            )
+            runs.train(runs.changed(config, **{"stages.1.keep_opt_state": carried}), tmp_path / "r")
             == 0
         )
     first, second = seen
@@ -190,7 +188,7 @@ INHERITED = {
     "data": runs.DATA | {"image_px": 8}, "optim": {"b1": 0.5}, "schedule": {"lr": 0.5},
     "samples": 0, "steps": 7, "micro_batches": 2, "micro_remat": "blocks",
     "streams": {"more": {"data": runs.DATA, "batch": 2}}, "teachers": {"ema": {"decay": 0.5}},
-    "evals": {"retrieval": {"batch": 2}}, "eval_params": "ema", "carry_optimizer": True,
+    "evals": {"retrieval": {"batch": 2}}, "eval_params": "ema", "keep_opt_state": True,
 }  # fmt: skip
 NOT_INHERITED = {"init": "/a/run", "init_match": "colour"}
 
@@ -308,7 +306,7 @@ def test_counters_of_a_second_stream(toy, tmp_path, monkeypatch):
 REFUSED = {
     "another width": ({"stages.1.model": {"embed": 5}}, "stage 'two': colour: got shape (3, 4)"),
     "optimiser of a frozen model": (
-        {"stages.1.carry_optimizer": True,
+        {"stages.1.keep_opt_state": True,
          "stages.1.optim": {"rules": [{"match": "colour", "freeze": True}, {"match": ".*"}]}},
         "stage 'two': got an optimiser state of other shapes",
     ),
@@ -320,8 +318,8 @@ REFUSED = {
     ),
     "evaluating nobody": ({"eval_params": "emma"}, "expected one of ['student']"),
     "moments of other parameters": (
-        {"stages.1.init": "/a/run", "stages.1.carry_optimizer": True},
-        "config.stages.1.carry_optimizer: got True beside init",
+        {"stages.1.init": "/a/run", "stages.1.keep_opt_state": True},
+        "config.stages.1.keep_opt_state: got True beside init",
     ),
     "words for stages": ({"stages": "(dict(steps=3),)"}, "config.stages: got '(dict(steps=3),)'"),
     "two of a name": ({"stages.1.name": "one"}, "name 'one' twice"),
@@ -382,7 +380,7 @@ def test_a_given_scale_outside_of_the_clamp(clip_run, tmp_path, capsys):
     """SigLIP's published models end at 112; the default rules would set it to 100 without a word."""
     at_112 = {"temperature/logit_scale": np.float32(np.log(112.0))}
     config = runs.changed(runs.CLIP, init=str(clip_run))
-    with mock.patch("vlp.train.enter.initial", lambda stage: at_112):
+    with mock.patch("vlp.train.start.initial", lambda stage: at_112):
         with mock.patch.object(loop, "open_session", side_effect=AssertionError("too late")):
             assert runs.train(config, tmp_path / "run") == 2
     assert "(its exponential is 112) from stage 'stage0': init from" in capsys.readouterr().err

@@ -27,13 +27,13 @@ class Queue:
     reads: ClassVar = frozenset({"image", "text"})
     how: str = "right"
 
-    def init_extra(self, key):
+    def init_method_state(self, key):
         return {"queue": jnp.zeros((6, 4)), "turns": jnp.int32(0)}
 
     def __call__(self, ctx):
         z_BE = ctx.map(lambda part: part.student("image", part.batch["image"])["embed"])
-        queue, turns = ctx.extra["queue"], ctx.extra["turns"] + 1
-        extra = {
+        queue, turns = ctx.method_state["queue"], ctx.method_state["turns"] + 1
+        method_state = {
             "right": {"queue": queue + 1, "turns": turns},
             "longer": {"queue": jnp.concatenate([queue, z_BE]), "turns": turns},
             "another type": {"queue": queue.astype(jnp.bfloat16), "turns": turns},
@@ -42,16 +42,16 @@ class Queue:
             "nothing": (),
             "more": {"queue": queue, "turns": turns, "new": turns},
         }[self.how]
-        return Out({"x": Term(jnp.square(z_BE).sum(), z_BE.shape[0])}, extra)
+        return Out({"x": Term(jnp.square(z_BE).sum(), z_BE.shape[0])}, method_state)
 
 
 WRONG = {
-    "longer": "extra['queue']: got float32[14, 4], expected float32[6, 4]",
-    "another type": "extra['queue']: got bfloat16[6, 4], expected float32[6, 4]",
-    "a float": "extra['turns']: got float32[], expected int32[]",
-    "part of it": "extra['turns']: got none after a step, expected int32[]",
-    "nothing": "extra['queue']: got none after a step, expected float32[6, 4]",
-    "more": "extra['new']: got int32[], expected none, as before it",
+    "longer": "method_state['queue']: got float32[14, 4], expected float32[6, 4]",
+    "another type": "method_state['queue']: got bfloat16[6, 4], expected float32[6, 4]",
+    "a float": "method_state['turns']: got float32[], expected int32[]",
+    "part of it": "method_state['turns']: got none after a step, expected int32[]",
+    "nothing": "method_state['queue']: got none after a step, expected float32[6, 4]",
+    "more": "method_state['new']: got int32[], expected none, as before it",
 }
 
 

@@ -9,7 +9,7 @@ import runs
 
 from vlp.ckpt.manager import Checkpoints, check_path
 from vlp.core import check
-from vlp.train import workdir
+from vlp.runtime import workdir
 
 NAMES = [
     "lr[1e-3]",

@@ -26,7 +26,7 @@ RESIZE: dict[str, Resize] = {
 }
 
 
-def carry(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
+def transfer_params(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
     """`fresh` with the values of `old`: same name and shape carried, position tables resized, new leaves kept fresh.
 
     Leaves that only `old` has are dropped; both kinds are logged. A leaf whose shape changed otherwise is a
@@ -53,8 +53,8 @@ def carry(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
     return tree.map_named(one, fresh)
 
 
-def pick(params: PyTree, match: str, where: str) -> dict[str, Any]:
-    """The leaves whose names match in full, as a flat tree {name: leaf} for `carry`; UserError if there is none."""
+def select_params(params: PyTree, match: str, where: str) -> dict[str, Any]:
+    """Returns the leaves whose whole name matches, as a flat tree {name: leaf}. Raises: UserError if none does."""
     leaves = tree.named(params)
     found = {name: leaf for name, leaf in leaves.items() if re.fullmatch(match, name)}
     if not found:
@@ -65,7 +65,7 @@ def pick(params: PyTree, match: str, where: str) -> dict[str, Any]:
 
 
 def check_fits(old: PyTree, fresh: PyTree, where: str) -> None:
-    """Raises the UserError that `carry` would, from shapes alone."""
+    """Raises the UserError that `transfer_params` would, from shapes alone."""
     values = tree.named(old)
     for name, leaf in tree.named(fresh).items():
         shape = values[name].shape if name in values else leaf.shape

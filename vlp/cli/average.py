@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     weights = parse_weights(args.weights, len(args.models))
     models = [load(*parse_model(text)) for text in args.models]
     average.write(pathlib.Path(args.out), models, weights)
-    parts = (f"{w:.3g} × {text}" for w, text in zip(weights, args.models))
-    print(f"{args.out}: {' + '.join(parts)}")
+    plan = (f"{w:.3g} × {text}" for w, text in zip(weights, args.models))
+    print(f"{args.out}: {' + '.join(plan)}")
     return 0
 
 

@@ -80,7 +80,7 @@ def add_parser(subparsers) -> None:
     bench.add_argument("--workers", type=int, default=0)
 
 
-# flags of `vlp data filter`: the fields of vlp.data.filter.Rules with the paper's numbers
+# flags of `vlp data filter`: the fields of vlp.data.tools.filter.Rules with the paper's numbers
 _RULES = {
     "min-side-px": 200,
     "max-aspect": 3.0,
@@ -200,8 +200,9 @@ def _exists(out: str) -> bool:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from vlp.data import convert, sources
+    from vlp.data import sources
     from vlp.data.sources import fields
+    from vlp.data.tools import convert
 
     begin = time.monotonic()
     if not args.input:
@@ -246,8 +247,8 @@ def _convert(args: argparse.Namespace) -> int:
             f"tokenizer: {words['pieces']} pieces, {words['from']}, sha256 {words['sha256'][:12]}…"
         )
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
-    if parts := info.get("parts_left_out"):
-        print(f"parts that do not fit, left out of records: {parts}")
+    if plan := info.get("parts_left_out"):
+        print(f"plan that do not fit, left out of records: {plan}")
     for kind in ("tar", "folder", "img2dataset"):
         if counts := {s: c for s, c in info.get(kind, {}).items() if c}:
             print(f"{kind}: {counts}")
@@ -278,7 +279,7 @@ def _tell_others(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> int:
     """Checks every digest, record and image; returns 1 if anything is wrong."""
-    from vlp.data import inspect
+    from vlp.data.tools import inspect
 
     begin, num = time.monotonic(), 0
     if args.quarantine:
@@ -316,7 +317,7 @@ def _write_new(path: str, data: bytes) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from vlp.data import inspect
+    from vlp.data.tools import inspect
 
     for split in args.splits:
         source = _open(args, split)
@@ -332,9 +333,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _filter(args: argparse.Namespace) -> int:
-    from vlp.data import filter as filter_lib
-    from vlp.data import prepare, records, sources
+    from vlp.data import records, sources
     from vlp.data.sources import fields
+    from vlp.data.tools import filter as filter_lib
+    from vlp.data.tools import prepare
 
     args.splits = args.splits or sources.held(args.input)
     fields.check_splits(args.splits)
@@ -360,7 +362,7 @@ def _filter(args: argparse.Namespace) -> int:
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
-    from vlp.data import imported, tokenizer
+    from vlp.data import tokenizer, tokenizer_formats
 
     if bool(args.other) == bool(args.input):
         raise check.error(
@@ -369,11 +371,13 @@ def _tokenizer(args: argparse.Namespace) -> int:
     if args.other:
         data = tokenizer.model_bytes(args.other)
         ours = data[:1] == b"{" or args.other.endswith(".model")  # else: whatever CLIP's has become
-        data = data if ours else imported.clip_bpe(data, args.other)
+        data = data if ours else tokenizer_formats.clip_bpe(data, args.other)
         if args.lower and data[:1] != b"{":
             raise check.error("--lower", args.other, "a tokenizer.json or CLIP's BPE", "drop it")
         tokenizer.Tokenizer(data, args.other)  # refuses what is none
-        tok = tokenizer.Tokenizer(imported.lowered(data, args.other) if args.lower else data)
+        tok = tokenizer.Tokenizer(
+            tokenizer_formats.lowered(data, args.other) if args.lower else data
+        )
         _write_new(args.out, tok.to_bytes())
         print(f"{args.out}: {tok.vocab_size} pieces, {_policy(tok)}, sha256 {tok.sha256}")
         if tok.roles:
@@ -430,7 +434,8 @@ def _texts(
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from vlp.data import bench, loader, tokenizer
+    from vlp.data import loader, tokenizer
+    from vlp.data.tools import bench
 
     data = loader.Data(
         path=args.input,

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.core import check, mesh, progress
     from vlp.evals.io import IO, check_ready
     from vlp.infer.load import load
-    from vlp.train import workdir
+    from vlp.runtime import workdir
 
     start_jax()
     directory = pathlib.Path(args.workdir)
@@ -81,7 +81,8 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
     from vlp.core.config import build, override, plain
     from vlp.data.loader import Data
     from vlp.infer.load import load, plugins_of, stage_config
-    from vlp.train import stages, workdir
+    from vlp.runtime import workdir
+    from vlp.train import stages
 
     config = workdir.latest(pathlib.Path(args.workdir), loaded.meta["config"])
     section = stage_config(config, loaded.meta["stage"])

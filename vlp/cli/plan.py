@@ -89,19 +89,21 @@ def _plan(args: argparse.Namespace) -> int:
     import pathlib
 
     from vlp.core.config import load
-    from vlp.train import compiled, fit, plan, workdir
+    from vlp.plan import compiled, memory_search
+    from vlp.runtime import workdir
+    from vlp.train import summary
 
     config = load(args.config, args.overrides)
     target = None  # before anything is traced, which starts JAX
     if args.topology or args.devices or args.gpu is not None:
         target = compiled.target(args.topology, args.slices, args.devices or 0, args.gpu)
-    plans = plan.stages(config)
-    print(plan.table(plans))
+    plans = summary.stages(config)
+    print(summary.table(plans))
     fits = True
     if target:
         fast = args.fast or bool(target.stands_for)
-        found = fit.check(config, target, args.stage, fast=fast, alone=args.alone)
-        print(fit.report(found, args.mfu))
+        found = memory_search.check(config, target, args.stage, fast=fast, alone=args.alone)
+        print(memory_search.report(found, args.mfu))
         fits = all(row["fits"] is not False for row in found)
         plans = [row | more for row, more in zip(plans, found)] if not args.stage else found
     if args.json:

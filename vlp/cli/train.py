@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     from vlp.core import check
     from vlp.core.config import load
-    from vlp.train import hosts, loop, profile, stages, workdir
+    from vlp.runtime import hosts, profile, restart, workdir
+    from vlp.train import loop
 
     secs = hosts.SECS if args.wait_secs is None else args.wait_secs
     if not 0 < secs < math.inf:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if place is None:
         return loop.run(config, args.workdir, steps, args.extend)
     facts = {
-        "config": stages.fixed(config, stages.LOCAL),
+        "config": restart.fixed(config, restart.LOCAL),
         "profile": args.profile,
         "extend": args.extend,
         "versions": workdir.code_versions(),

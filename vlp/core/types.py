@@ -44,11 +44,11 @@ class Out:
     """What an objective returns.
 
     terms: the loss is the sum of weight · total / count. metrics: logged means, without gradient.
-    extra: the objective's next non-gradient state (queue, prototypes), of the structure `init_extra` gave.
+    method_state: the objective's next state without gradient (queue, prototypes), as `init_method_state` shapes it.
     """
 
     terms: dict[str, Term]
-    extra: PyTree = ()
+    method_state: PyTree = ()
     metrics: dict[str, Term] = struct.field(default_factory=dict)
 
     def loss(self) -> jax.Array:
@@ -113,7 +113,7 @@ class Ctx:
     batch: Mapping[str, jax.Array]
     seed: jax.Array | None = None  # a PRNG key in training, None in evaluation
     step: jax.Array | int = 0
-    extra: PyTree = ()
+    method_state: PyTree = ()
     frozen: Mapping[str, Apply] = dataclasses.field(default_factory=dict)
     num_micro: int = 1
     micro_remat: str = "full"
@@ -251,7 +251,7 @@ class Objective(Protocol):
     """A training method: a frozen dataclass of numbers.
 
     reads: batch leaves, checked against the data before compiling. It may also declare `needs`, what the model must
-    answer ("decode", "image.embed"), and define `init_extra(key)` → arrays (see `Out.extra`).
+    answer ("decode", "image.embed"), and define `init_method_state(key)` → arrays (see `Out.method_state`).
     """
 
     reads: ClassVar[frozenset[str]]

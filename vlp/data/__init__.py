@@ -3,7 +3,7 @@
 `loader.open_dataset(loader.Data(...))` is the way in; `SOURCES` lists what it can read.
 """
 
-from vlp.data import shapes, sources
+from vlp.data import sources, toy_shapes
 
 # name in config.data.source → function from the config section to a `records.Source`
-SOURCES = {"records": sources.open_data, "shapes": shapes.open_data}
+SOURCES = {"records": sources.open_data, "shapes": toy_shapes.open_data}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import reads
+from vlp.data import storage
 
 MAGIC = "vlp-index-1"
 _ALIGN = 64  # bytes
@@ -190,7 +190,7 @@ def own_dir(kind: str) -> str:
 
     Raises: `UserError` if it is somebody else's: what lies there could be anything.
     """
-    path = reads.cache_dir(kind)
+    path = storage.cache_dir(kind)
     os.makedirs(path, mode=0o700, exist_ok=True)
     found = os.stat(path)
     if found.st_uid != os.getuid():

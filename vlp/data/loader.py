@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import SOURCES, image_ops, index, order, processes, reads, sources, text_ops
+from vlp.data import SOURCES, image_ops, index, order, processes, sources, storage, text_ops
 from vlp.data import tokenizer as tokenizers
 
 log = logging.getLogger(__name__)
@@ -331,7 +331,7 @@ def check_data(data: Data) -> None:
 
 
 WHO = 2  # entries at the start of what is told that say which process, and its memory
-COUNTS = ("texts", "texts_truncated", *(f"read_{k}" for k in reads.COUNTS))
+COUNTS = ("texts", "texts_truncated", *(f"read_{k}" for k in storage.COUNTS))
 
 
 @dataclasses.dataclass
@@ -377,8 +377,8 @@ class Tally:
 
 def _telling(secs: np.ndarray, texts: int, cut: int) -> np.ndarray:
     """f64: process id, its MB, seconds by stage, and `COUNTS` since this process told last."""
-    new = reads.news()
-    counts = [texts, cut, *(new[k] for k in reads.COUNTS)]
+    new = storage.news()
+    counts = [texts, cut, *(new[k] for k in storage.COUNTS)]
     return np.array([os.getpid(), resident_mb(), *secs, *counts], np.float64)
 
 
@@ -942,8 +942,8 @@ def start_plan(dataset: Dataset, *, batch: int, samples: int, num_hosts: int = 1
     ]
     if data.cache_decoded:
         parts[-1] += f" and {data.cache_mb} MB of decoded images a process"
-    if reads.is_remote(data.path) or any(reads.is_remote(p.path) for p in data.mixture):
-        parts[-1] += f", {reads.bounds()}"
+    if storage.is_remote(data.path) or any(storage.is_remote(p.path) for p in data.mixture):
+        parts[-1] += f", {storage.bounds()}"
     return "; ".join(parts)
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from array_record.python import array_record_module as array_record  # pyright: ignore  # compiled, without stubs
 
 from vlp.core import check
-from vlp.data import reads
+from vlp.data import storage
 from vlp.data import tokenizer as tokenizers
 
 FORMAT = 1
@@ -310,12 +310,12 @@ def read_manifest(path: str | os.PathLike) -> dict:
     path = os.fspath(path)
     file = os.path.join(path, MANIFEST)
     do = "copy or build the dataset again"
-    if not path or not reads.exists(file):
+    if not path or not storage.exists(file):
         got, make = f"{path!r} without {MANIFEST}", "make one with `vlp data convert`"
         make += " (the demo's: `vlp data emoji --out DIR`), or correct the path"
         raise check.error("path of the data", got, "a dataset directory", make)
     try:
-        manifest = json.loads(reads.whole(file))
+        manifest = json.loads(storage.whole(file))
         version = manifest.get("format")
     except (ValueError, AttributeError, RecursionError) as e:
         raise check.error(file, f"broken JSON ({e})", "a manifest", do) from None
@@ -366,11 +366,11 @@ def _missing(manifest: Mapping) -> str:
 def check_file(path: str, entry: Mapping, *, hashed: bool) -> None:
     """Raises a `UserError` if the file is missing or differs from its manifest entry."""
     do = "copy or build the dataset again"
-    if not reads.exists(path):
+    if not storage.exists(path):
         raise check.error(path, "no file", f"{entry['bytes']} bytes", do)
-    if (size := reads.size(path)) != entry["bytes"]:
+    if (size := storage.size(path)) != entry["bytes"]:
         raise check.error(path, f"{size} bytes", f"{entry['bytes']} bytes", do)
-    if hashed and (digest := _sha256(reads.local_copy(path))) != entry["sha256"]:
+    if hashed and (digest := _sha256(storage.local_copy(path))) != entry["sha256"]:
         raise check.error(
             path, f"sha256 {digest[:12]}… (changed bytes)", f"{entry['sha256'][:12]}…", do
         )
@@ -385,7 +385,7 @@ def open_split(
     is ≤ 1 GB). In an object store, a shard is fetched whole at its first record and checked then.
     """
     path, manifest = os.fspath(path), read_manifest(path)
-    remote = reads.is_remote(path)
+    remote = storage.is_remote(path)
     path = path if remote else os.path.abspath(path)
     if split not in manifest["splits"]:
         raise check.unknown(f"split of {path}", split, manifest["splits"])
@@ -397,7 +397,7 @@ def open_split(
         check_file(file, shard, hashed=hashed)
         if remote and not hashed:
             continue
-        if (count := _open_shard(reads.local_copy(file)).num_records()) != shard["records"]:
+        if (count := _open_shard(storage.local_copy(file)).num_records()) != shard["records"]:
             raise check.error(
                 file,
                 f"{count} records",
@@ -483,7 +483,7 @@ class RecordSource:
     def __init__(self, path: str, split: str, counts: tuple[int, ...], fingerprint: str):
         self.path, self.split, self.counts, self.fingerprint = path, split, counts, fingerprint
         self._ends = np.cumsum(counts)
-        self._remote, self._number = reads.is_remote(path), next(_numbers)
+        self._remote, self._number = storage.is_remote(path), next(_numbers)
         self._readers = _COPIES if self._remote else _LOCAL
         weakref.finalize(self, self._readers.forget, self._number)
 
@@ -496,7 +496,7 @@ class RecordSource:
         if not self._remote:
             return file
         entry = read_manifest(self.path)["splits"][self.split]["shards"][shard]
-        return reads.local_copy(file, sha256=entry["sha256"])
+        return storage.local_copy(file, sha256=entry["sha256"])
 
     @property
     def num_bytes(self) -> int:
@@ -514,7 +514,7 @@ class RecordSource:
         key = (self._number, shard)
         reader = self._readers.get(key, functools.partial(self._file, shard))
         data = reader.read(local, local + 1)[0]  # an eighth of the time of [local]
-        reads.note(len(data))
+        storage.note(len(data))
         return decode(data)
 
     def in_order(self) -> "RecordSource":

@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 
 from vlp.core import check
-from vlp.data import imported, reads, text_ops
+from vlp.data import storage, text_ops, tokenizer_formats
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 MAX_BYTES = 4192  # SentencePiece's own bound on a line, over which it leaves lines out
@@ -31,7 +31,7 @@ class Tokenizer:
     def __init__(self, model: bytes, where: str = "tokenizer"):
         self._model = bytes(model)
         if self._model[:1] == b"{":  # a tokenizer.json
-            self._sp: Any = imported.Pieces(self._model, where)
+            self._sp: Any = tokenizer_formats.Pieces(self._model, where)
         else:
             self._sp = _sentencepiece(self._model, where)
         self.vocab_size: int = self._sp.vocab_size()
@@ -158,18 +158,18 @@ def _controls(model: bytes) -> bytes:
 
 def model_bytes(path: str) -> bytes:
     """Reads a model; a tokenizer.json with the roles that the files beside it name."""
-    data = reads.whole(path)
+    data = storage.whole(path)
     if data[:1] != b"{":
         return data
-    names = {name: os.path.join(os.path.dirname(path), name) for name in imported.BESIDE}
-    beside = {name: reads.whole(at) for name, at in names.items() if reads.exists(at)}
-    return imported.with_roles(data, beside, path)
+    names = {name: os.path.join(os.path.dirname(path), name) for name in tokenizer_formats.BESIDE}
+    beside = {name: storage.whole(at) for name, at in names.items() if storage.exists(at)}
+    return tokenizer_formats.with_roles(data, beside, path)
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
     """Reads a model file. Raises: `UserError` if it is missing or breaks the contract."""
     path = os.fspath(path)
-    if not reads.exists(path):
+    if not storage.exists(path):
         raise check.error(
             "config.data.tokenizer",
             f"{path!r}, which is no file",

@@ -20,7 +20,7 @@ from vlp.core.types import Evaluator
 from vlp.data.loader import Data, Dataset, open_dataset
 from vlp.data.text_ops import BadCaption
 from vlp.data.tokenizer import Tokenizer
-from vlp.models.answers import check_needs
+from vlp.models.interface import check_needs
 
 log = logging.getLogger(__name__)
 

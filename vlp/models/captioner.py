@@ -104,13 +104,13 @@ class Captioner(nn.Module):
         self,
         image: Num[Array, "B R R 3"],
         *,
-        keep: float = 1.0,
+        keep_ratio: float = 1.0,
         keys: Key[Array, "B"] | None = None,
         kept: Int[Array, "B M"] | None = None,
         layers: bool = False,
     ) -> dict[str, Any]:
         """What ViT returns, and feats [B Q D] for `decode`, and embed: unit vectors [B E] (if contrastive)."""
-        out = self.image_tower(image, keep=keep, keys=keys, kept=kept, layers=layers)
+        out = self.image_tower(image, keep_ratio=keep_ratio, keys=keys, kept=kept, layers=layers)
         feats = self.pool_caption(out["tokens"]) if self.queries else out["tokens"]
         out = out | {"feats": feats}
         if self.contrastive:

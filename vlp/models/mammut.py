@@ -115,13 +115,13 @@ class Mammut(nn.Module):
         self,
         image: Num[Array, "B R R 3"],
         *,
-        keep: float = 1.0,
+        keep_ratio: float = 1.0,
         keys: Key[Array, "B"] | None = None,
         kept: Int[Array, "B M"] | None = None,
         layers: bool = False,
     ) -> dict[str, Any]:
         """What ViT returns, and feats (its tokens) for `decode`, and embed: unit vectors [B E]."""
-        out = self.image_tower(image, keep=keep, keys=keys, kept=kept, layers=layers)
+        out = self.image_tower(image, keep_ratio=keep_ratio, keys=keys, kept=kept, layers=layers)
         return out | {"feats": out["tokens"], "embed": self.joint_image(out["pooled"])}
 
     def text(

@@ -25,7 +25,7 @@ class Text(nn.Module):
     (CLIP); "first" the first token, for towers that see the future (BERT's [CLS]; FLIP, ALIGN);
     "last" the last position whatever it holds (SigLIP); "mean" averages the real tokens; "map" is
     attention pooling over them; "none" pools nothing. Padding is never looked at, and the number of
-    pads changes nothing but for "last", which is defined by the padded length; with see_pads a pad
+    pads changes nothing but for "last", which is defined by the padded length; with attend_padding a pad
     is a word like any other (the released FLIP and SigLIP towers have no mask).
     """
 
@@ -38,7 +38,7 @@ class Text(nn.Module):
     pool: str = "cls"
     pad_id: int = 0
     eos_id: int = 2
-    see_pads: bool = False
+    attend_padding: bool = False
     activation: str = "gelu"
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -78,7 +78,7 @@ class Text(nn.Module):
             "pos", logical(nn.initializers.normal(0.01), "tokens", "embed"), (length, self.width)
         )
         mask_BL = text != self.pad_id
-        seen_BL = jnp.ones_like(mask_BL) if self.see_pads else mask_BL
+        seen_BL = jnp.ones_like(mask_BL) if self.attend_padding else mask_BL
         x: Any = rows(self.embedding, text, self.dtype)
         x += spread(pos, x.shape, x.dtype)
         x = jnp.where(

@@ -53,7 +53,7 @@ class ViT(nn.Module):
         self,
         image: Num[Array, "B R R 3"],
         *,
-        keep: float = 1.0,
+        keep_ratio: float = 1.0,
         keys: Key[Array, "B"] | None = None,
         kept: Int[Array, "B M"] | None = None,
         layers: bool = False,
@@ -61,20 +61,22 @@ class ViT(nn.Module):
         """image: u8, or float in [0, 1]. Returns tokens [B N D] (with the CLS, if any, first; without registers),
         pooled [B D] or None, kept ids [B M] or None.
 
-        keep: fraction of patches kept when `keys` are given (FLIP); without keys the image is whole. A patch
+        keep_ratio: fraction of patches kept when `keys` are given (FLIP); without keys the image is whole. A patch
         keeps the position it had. kept: which patches to keep, instead of a random draw. layers: also the
         output of every block, [depth B N D].
         """
         if self.pool not in POOLS:
             raise check.unknown("model.image.pool", self.pool, POOLS)
-        if not 0 < keep <= 1:
-            raise check.error("config.objective.keep", keep, "a fraction in (0, 1]", "change it")
+        if not 0 < keep_ratio <= 1:
+            raise check.error(
+                "config.objective.keep_ratio", keep_ratio, "a fraction in (0, 1]", "change it"
+            )
         patches_BNP = patchify(image, self.patch)
         num = patches_BNP.shape[1]
         pos_ND = constrain(self._positions(num), None, None)
         draw_keys = fold(keys, 0)
-        if kept is None and keep < 1 and draw_keys is not None:
-            kept = masking.keep_ids(draw_keys, num, keep)
+        if kept is None and keep_ratio < 1 and draw_keys is not None:
+            kept = masking.keep_ids(draw_keys, num, keep_ratio)
         if (
             kept is not None
         ):  # dropping before the linear map equals dropping after it, and costs less

@@ -13,12 +13,12 @@ from vlp.losses import caption
 class Cap:
     """−log P(token | tokens before it, image), over the number of real tokens of the global batch.
 
-    keep: fraction of patches the image tower sees in training (FLIP).
+    keep_ratio: fraction of patches the image tower sees in training (FLIP).
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
     needs: ClassVar[frozenset[str]] = frozenset({"image.feats", "text.tokens", "decode"})
-    keep: float = 1.0
+    keep_ratio: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:
         loss = ctx.map(self.encode)
@@ -29,7 +29,7 @@ class Cap:
         )
 
     def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
         captions = []
         for k, words in enumerate(ctx.texts()):
             text = ctx.student("text", words, draw=k)

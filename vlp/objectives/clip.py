@@ -19,15 +19,15 @@ class Clip:
     leave_one_out: the pair's own score stays out of its denominators (InfoLOOB; CLOOB, Fürst et al. 2022,
     arXiv:2110.11316, eq. 2, without the factor 1/scale and the Hopfield retrieval): the loss is then unbounded below.
     focal: γ of the weight (1 − p)^γ, p the probability of the right match (Lin et al. 2017, arXiv:1708.02002, on the
-    softmax); 0 is the plain loss. keep: fraction of patches the image tower sees in training (FLIP, Li et al. 2022,
-    arXiv:2212.00794).
+    softmax); 0 is the plain loss.
+    keep_ratio: fraction of patches the image tower sees in training (FLIP, Li et al. 2022, arXiv:2212.00794).
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
     needs: ClassVar[frozenset[str]] = frozenset({"image.embed", "text.embed", "scale_bias"})
     leave_one_out: bool = False
     focal: float = 0.0
-    keep: float = 1.0
+    keep_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         right = self.focal == 0 or (self.focal >= 1 and not self.leave_one_out)
@@ -53,7 +53,7 @@ class Clip:
         )
 
     def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
         ctx, image = ctx.then(image)
         texts = [ctx.student("text", text, draw=k) for k, text in enumerate(ctx.texts())]
         return image["embed"], [text["embed"] for text in texts]

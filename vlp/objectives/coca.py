@@ -16,7 +16,7 @@ class Coca:
 
     As in the paper, the two contrastive directions are summed; CLIP, FLIP and open_clip's CoCa take their mean,
     which is contrastive_weight 0.5 here. Captioning divides by the real tokens of the global batch.
-    keep: fraction of patches the image tower sees in training (FLIP, Li et al. 2022, arXiv:2212.00794); both
+    keep_ratio: fraction of patches the image tower sees in training (FLIP, Li et al. 2022, arXiv:2212.00794); both
     losses read the same masked pass.
     """
 
@@ -26,7 +26,7 @@ class Coca:
     )
     contrastive_weight: float = 1.0
     caption_weight: float = 2.0
-    keep: float = 1.0
+    keep_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         bounds = {
@@ -50,7 +50,7 @@ class Coca:
         return Out(terms, metrics=contrastive.metrics(loss, scale) | accuracy)
 
     def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
         ctx, image = ctx.then(image)
         embeds, captions = [], []
         for k, words in enumerate(ctx.texts()):

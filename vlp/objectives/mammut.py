@@ -19,7 +19,7 @@ class Mammut:
     The model's `text` sees both ways and no image, its `decode` is causal with cross-attention; the image is encoded
     once. focal: γ of the weight (1 − p)^γ on the softmax's cross-entropy (`losses.focal`; 0 is without); the
     paper's focal contrastive loss and its loss weights could not be checked, so both weights are 1 and γ is 0.
-    keep: fraction of patches the image tower sees in training.
+    keep_ratio: fraction of patches the image tower sees in training.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
@@ -29,7 +29,7 @@ class Mammut:
     contrastive_weight: float = 1.0
     caption_weight: float = 1.0
     focal: float = 0.0
-    keep: float = 1.0
+    keep_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         right = self.focal == 0 or self.focal >= 1
@@ -59,7 +59,7 @@ class Mammut:
         return Out(terms, metrics=contrastive.metrics(loss, scale) | accuracy)
 
     def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
         embeds, captions = [], []
         for k, words in enumerate(ctx.texts()):
             text = ctx.student("text", words, draw=k)

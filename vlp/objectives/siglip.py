@@ -14,12 +14,12 @@ class Siglip:
     """−(1/B) Σᵢⱼ log σ(zᵢⱼ (t · xᵢ·yⱼ + b)), z = 1 for pairs and −1 for the rest (eq. 2); t and b are learned.
 
     The model needs a bias: `config.model.scale` 10 and `config.model.bias` −10 are the paper's start (§3.2), so that
-    the many negatives do not begin with a large loss. keep: fraction of patches the image tower sees in training.
+    the many negatives do not begin with a large loss. keep_ratio: fraction of patches the image tower sees in training.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
     needs: ClassVar[frozenset[str]] = frozenset({"image.embed", "text.embed", "scale_bias", "bias"})
-    keep: float = 1.0
+    keep_ratio: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, captions = ctx.map(self.encode)
@@ -32,7 +32,7 @@ class Siglip:
         return Out({"sigmoid": term}, metrics=metrics)
 
     def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep=self.keep)
+        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
         ctx, image = ctx.then(image)
         texts = [ctx.student("text", text, draw=k) for k, text in enumerate(ctx.texts())]
         return image["embed"], [text["embed"] for text in texts]

@@ -18,19 +18,17 @@ from tqdm import tqdm
 
 from vlp.core import check, local, plugins, progress
 from vlp.core import mesh as meshes
-from vlp.core.chips import CHIPS
 from vlp.core.config import plain
 from vlp.core.types import Apply
-from vlp.data.loader import resident_mb, start_plan
+from vlp.data.loader import start_plan
 from vlp.evals.io import IO
-from vlp.train import hosts
-from vlp.train import workdir as files
-from vlp.train.clock import Clock
-from vlp.train.compiled import own_flops
-from vlp.train.enter import check_length, check_start, enter, extension
-from vlp.train.interval import FINITE, Interval, Sums, values
-from vlp.train.parts import Parts, in_order, prepare
-from vlp.train.profile import check_range
+from vlp.runtime import hosts
+from vlp.runtime import workdir as files
+from vlp.runtime.profile import check_range
+from vlp.runtime.sinks import check_sinks
+from vlp.runtime.watchdog import PREEMPTED, Stop
+from vlp.train.build import StagePlan, in_order, prepare
+from vlp.train.metrics import FINITE, Clock, Interval, Sums, flops_frac, input_metrics, values
 from vlp.train.session import (
     Session,
     description_of_data,
@@ -40,10 +38,9 @@ from vlp.train.session import (
     say_changes,
     say_model,
 )
-from vlp.train.sinks import check_sinks
 from vlp.train.stages import parse
+from vlp.train.start import check_length, check_start, extension, start_stage
 from vlp.train.state import State
-from vlp.train.watchdog import PREEMPTED, Stop
 
 log = logging.getLogger(__name__)
 AHEAD = 2  # steps that the device may have in hand while the host prepares the next
@@ -64,7 +61,7 @@ def run(
     if "plugins" in resolved:
         resolved["plugins"] = plugins.resolve(resolved["plugins"])
     workdir = pathlib.Path(directory).absolute()
-    with hosts.together("start"):
+    with hosts.raise_together("start"):
         settings, stages = parse(resolved)
         files.check_config(workdir, resolved, extend)
         check_sinks(settings.sinks)
@@ -74,25 +71,23 @@ def run(
         meta = last_meta(workdir)
         position = meta["position"] if meta else {"step": 0, "stage": 0, "stage_step": 0}
         total = stages[-1].start_step + stages[-1].num_steps
-        with hosts.together("config.data") as said:
+        with hosts.raise_together("config.data") as said:
             check_range(profile, position["step"], total)
-            all_parts = []
+            plans = []
             for stage in stages:
                 with progress.phase(f"opening the data of stage {stage.name!r}, tracing its step"):
-                    all_parts.append(prepare(stage, settings, mesh))
-            all_parts = in_order(all_parts)
-            check_start(all_parts, position, meta)
-            check_length(all_parts[-1].stage, position)
+                    plans.append(prepare(stage, settings, mesh))
+            plans = in_order(plans)
+            check_start(plans, position, meta)
+            check_length(plans[-1].stage, position)
             if extend and meta:
                 log.info(
                     "--extend: %s",
                     extension(stages, files.latest(workdir, meta["config"]), position),
                 )
-            said |= {parts.stage.name: description_of_data(parts) for parts in all_parts}
-        session = open_session(
-            resolved, settings, workdir, mesh, stop, all_parts[0], position, profile
-        )
-        say_model(session, all_parts)
+            said |= {plan.stage.name: description_of_data(plan) for plan in plans}
+        session = open_session(resolved, settings, workdir, mesh, stop, plans[0], position, profile)
+        say_model(session, plans)
         say_changes(meta, session)
         state = None
         interval = Interval((meta or {}).get("interval"))
@@ -102,11 +97,11 @@ def run(
             for part in (session.lock, session.checkpoints, session.watchdog, session.metrics):
                 closing.callback(part.close)
             closing.callback(session.profile.close)
-            for parts in all_parts[position["stage"] :]:
-                with progress.phase(f"entering stage {parts.stage.name!r}"):
-                    state = enter(session, parts, state, position if state is None else None)
+            for plan in plans[position["stage"] :]:
+                with progress.phase(f"entering stage {plan.stage.name!r}"):
+                    state = start_stage(session, plan, state, position if state is None else None)
                 with progress.phase(lambda: f"training: {session.watchdog.phase}"):
-                    state = train_stage(session, parts, state, interval)
+                    state = train_stage(session, plan, state, interval)
                 if int(state.step) < total and stop.asked(int(state.step)):
                     session.checkpoints.wait()  # before it is said
                     log.info(
@@ -118,23 +113,23 @@ def run(
             return 0
 
 
-def train_stage(session: Session, parts: Parts, state: State, interval: Interval) -> State:
+def train_stage(session: Session, plan: StagePlan, state: State, interval: Interval) -> State:
     """Trains to the stage's end, or until asked to stop; the state returned is saved."""
-    stage, settings = parts.stage, session.settings
+    stage, settings = plan.stage, session.settings
     first = int(state.stage_step)
     if first:
-        make_up(session, parts, state, first)
-    batches = feed(parts, settings.seed, first, session.mesh, session.workdir)
+        make_up(session, plan, state, first)
+    batches = feed(plan, settings.seed, first, session.mesh, session.workdir)
     bar = tqdm(
         total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None, leave=True
     )
-    clock = Clock(stage.batch, flops_frac(parts, session.mesh))
+    clock = Clock(stage.batch, flops_frac(plan, session.mesh))
     pending: collections.deque[Done] = collections.deque()  # steps that were not looked at yet
 
     def record(ahead: int = 0) -> None:
         """Looks at all steps but the last `ahead`, which may still be running."""
         while len(pending) > ahead:
-            write_step(session, parts, pending.popleft(), clock, bar)
+            write_step(session, plan, pending.popleft(), clock, bar)
 
     for number in range(first, stage.num_steps):
         session.watchdog.beat("data")
@@ -143,7 +138,7 @@ def train_stage(session: Session, parts: Parts, state: State, interval: Interval
         step, last = stage.start_step + number + 1, number + 1 == stage.num_steps
         session.profile.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = parts.step(state, batch)
+            state, metrics = plan.step(state, batch)
         session.profile.after(step, metrics)
         finite = interval.add(metrics)
         logging_due = last or not number or (number + 1) % settings.log_every_steps == 0
@@ -154,39 +149,39 @@ def train_stage(session: Session, parts: Parts, state: State, interval: Interval
         if not bar.disable:
             progress.said()
         stopping = session.stop.asked(step)
-        due = due_evals(parts, number + 1)
+        due = due_evals(plan, number + 1)
         saving = last or stopping or step % settings.save_every_steps == 0
         if due or saving:
             record()
             with clock.paused():
                 try:
                     for label in due:
-                        evaluate(session, parts, state, label, step)
+                        evaluate(session, plan, state, label, step)
                 except Exception:  # a broken evaluation costs no training
-                    save(session, parts, state, number + 1, interval.plain())
+                    save(session, plan, state, number + 1, interval.plain())
                     raise
                 if saving:
-                    save(session, parts, state, number + 1, interval.plain())
+                    save(session, plan, state, number + 1, interval.plain())
         if stopping:
             break
     bar.close()
     return state
 
 
-def due_evals(parts: Parts, stage_step: int) -> list[str]:
+def due_evals(plan: StagePlan, stage_step: int) -> list[str]:
     """The evaluations that follow a step of the stage (from 1)."""
-    stage = parts.stage
+    stage = plan.stage
     step, last = stage.start_step + stage_step, stage_step == stage.num_steps
     every = lambda e: e.every_steps and step % e.every_steps == 0
     return [name for name, e in stage.evals.items() if last or every(e)]
 
 
-def make_up(session: Session, parts: Parts, state: State, stage_step: int) -> None:
+def make_up(session: Session, plan: StagePlan, state: State, stage_step: int) -> None:
     """Runs the evaluations of a restored step that the start before did not get done."""
-    step = parts.stage.start_step + stage_step
+    step = plan.stage.start_step + stage_step
     rows = session.metrics.begun if jax.process_index() == 0 else []
     there = {row.get("eval") for row in rows if row["kind"] == "eval" and row["step"] == step}
-    due = due_evals(parts, stage_step)
+    due = due_evals(plan, stage_step)
     missing = np.array([name not in there for name in due], bool)
     if due and jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -195,25 +190,25 @@ def make_up(session: Session, parts: Parts, state: State, stage_step: int) -> No
     for name in (n for n, is_missing in zip(due, missing) if is_missing):
         log.info("[%d] %s: was due when the run stopped; made up for now", step, name)
         try:
-            evaluate(session, parts, state, name, step)
+            evaluate(session, plan, state, name, step)
         except Exception as e:
-            if stage_step == parts.stage.num_steps:
+            if stage_step == plan.stage.num_steps:
                 raise
             log.warning("[%d] %s: failed again (%s: %s); skipped", step, name, type(e).__name__, e)
 
 
 def feed(
-    parts: Parts, seed: int, stage_step: int, mesh: Mesh, workdir: pathlib.Path
+    plan: StagePlan, seed: int, stage_step: int, mesh: Mesh, workdir: pathlib.Path
 ) -> Iterator[dict[str, jax.Array]]:
     """Global device batches from a stage's step on: the samples are a function of how many were seen."""
-    stage = parts.stage
+    stage = plan.stage
     streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
-    for name, data in parts.datasets.items():
+    for name, data in plan.datasets.items():
         batch = stage.streams[name].batch if name else stage.batch
         start = (stage.streams[name] if name else stage).start_samples + stage_step * batch
         num = stage.num_steps - stage_step
-        plan = start_plan(data, batch=batch, samples=num * batch, num_hosts=jax.process_count())
-        log.info("%s: %s", f"data of stream {name!r}" if name else "data", plan)
+        reading = start_plan(data, batch=batch, samples=num * batch, num_hosts=jax.process_count())
+        log.info("%s: %s", f"data of stream {name!r}" if name else "data", reading)
         bad = workdir / f"quarantine_{jax.process_index()}.jsonl"
         streams[name] = data.train_iter(
             start=start,
@@ -242,9 +237,9 @@ class Done:
     sums: Sums | None  # of the steps since the last row, if a row is due
 
 
-def write_step(session: Session, parts: Parts, done: Done, clock: Clock, bar: Any) -> None:
+def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar: Any) -> None:
     """Waits for a step; stops the run if its metrics are no numbers, and records the interval's if that is due."""
-    stage, settings = parts.stage, session.settings
+    stage, settings = plan.stage, session.settings
     clock.count()
     number, step = done.number, stage.start_step + done.number
     seen = stage.start_samples + number * stage.batch
@@ -253,8 +248,8 @@ def write_step(session: Session, parts: Parts, done: Done, clock: Clock, bar: An
         found = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
         session.metrics.write(row | found)
         session.metrics.flush()
-        ids = parts.main.record_ids(seen - stage.batch, stage.batch, settings.seed)
-        keys = parts.main.keys(ids[:64])
+        ids = plan.main.record_ids(seen - stage.batch, stage.batch, settings.seed)
+        keys = plan.main.keys(ids[:64])
         path = session.workdir / f"nonfinite_step{step}.json"
         files.write_json(
             path, {"step": step, "metrics": found, "records": ids.tolist(), "keys": keys}
@@ -267,11 +262,11 @@ def write_step(session: Session, parts: Parts, done: Done, clock: Clock, bar: An
     if done.sums is None:
         return
     averages = values(done.sums)
-    times = clock.read() | input_metrics(parts, number)
+    times = clock.read() | input_metrics(plan, number)
     session.metrics.write(row | averages | times)
     rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
     if wait > 0.05:
-        limit = parts.main.tally.limiting()
+        limit = plan.main.tally.limiting()
         log.info("waiting for data %.0f%%: mostly its stage %s", 100 * wait, limit)
     bar.set_postfix_str(
         f"loss {averages['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}"
@@ -284,30 +279,14 @@ def write_step(session: Session, parts: Parts, done: Done, clock: Clock, bar: An
         )  # fmt: skip
 
 
-def input_metrics(parts: Parts, num_steps: int) -> dict[str, float]:
-    """The loaders' tallies, how many samples each source gave the run by a step of the stage, and this
-    process's memory."""
-    out = {"time/rss_mb": round(resident_mb(), 1)}
-    for name, data in parts.datasets.items():
-        where = f"data/{name}." if name else "data/"
-        out |= {f"{where}bad_{reason}": float(n) for reason, n in data.tally.bad.items()}
-        # of this process's life, not of the run's: like all under time/, no two runs agree on it
-        measured = f"time/{name}.input_" if name else "time/input_"
-        out |= {f"{measured}{k}": v for k, v in data.tally.metrics().items()}
-        stream = parts.stage.streams[name] if name else parts.stage
-        position = stream.start_samples + num_steps * stream.batch
-        out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(position).items()}
-    return out
-
-
-def evaluate(session: Session, parts: Parts, state: State, label: str, step: int) -> None:
+def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: int) -> None:
     """Runs one evaluator on the present parameters and records what it yields."""
-    stage = parts.stage
+    stage = plan.stage
     session.watchdog.beat(f"eval {label}")
     began = time.monotonic()
     params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
     write = lambda name, value: files.write_artefact(session.workdir, name, {"step": step} | value)
-    io = IO(stage.data, parts.main.tokenizer, write)
+    io = IO(stage.data, plan.main.tokenizer, write)
     results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
     samples = stage.start_samples + (step - stage.start_step) * stage.batch
     row: dict[str, Any] = {
@@ -321,17 +300,6 @@ def evaluate(session: Session, parts: Parts, state: State, label: str, step: int
     session.metrics.write(row | {"time/eval_s": round(time.monotonic() - began, 3)})
     text = "  ".join(f"{r.metric} {r.value:.4g}" for r in results)
     tqdm.write(f"[{step}] {label}: {text}")
-
-
-def flops_frac(parts: Parts, mesh: Mesh) -> float | None:
-    """FLOPs of an example over the peak of the mesh: times examples/s, the MFU. None where the peak is not known.
-
-    Forward × 3, attention full, nothing for what is computed again.
-    """
-    kind = mesh.devices.flat[0].device_kind
-    if kind not in CHIPS:
-        return None
-    return own_flops(parts, mesh) / (CHIPS[kind].flops * mesh.size)
 
 
 def check_platform(wanted: str) -> None:

@@ -17,16 +17,22 @@ from vlp.ckpt.manager import Checkpoints
 from vlp.core import tree
 from vlp.core.config import difference, plain
 from vlp.optim import make as optimisers
-from vlp.train import hosts, plan, sinks
-from vlp.train import workdir as files
-from vlp.train.parts import Parts
-from vlp.train.profile import Profile
+from vlp.runtime import hosts, sinks
+from vlp.runtime import workdir as files
+from vlp.runtime.profile import Profile
+from vlp.runtime.watchdog import Stop, Watchdog
+from vlp.train import summary
 from vlp.train.stages import Run
 from vlp.train.state import State
-from vlp.train.watchdog import Stop, Watchdog
 
 log = logging.getLogger(__name__)
-REST = ("step", "stage_step", "opt", "teachers", "extra")  # of a State: all but the parameters
+REST = (
+    "step",
+    "stage_step",
+    "opt",
+    "teachers",
+    "method_state",
+)  # of a State: all but the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +58,12 @@ def open_session(
     workdir: pathlib.Path,
     mesh: Mesh,
     stop: Stop,
-    first: Parts,
+    first: StagePlan,
     position: Mapping[str, int],
     profile: tuple[int, int] | None = None,
 ) -> Session:
     """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
-    with hosts.together("--workdir"):
+    with hosts.raise_together("--workdir"):
         lock = files.lock(workdir)
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints, on_saved=note)
@@ -74,7 +80,7 @@ def open_session(
             tokenizer.write_bytes(first.main.tokenizer.to_bytes())
         tokenizer.replace(workdir / "tokenizer.model")
     followers = sinks.make(settings.sinks, workdir, config)
-    with hosts.together("config.sinks"):  # a server may refuse
+    with hosts.raise_together("config.sinks"):  # a server may refuse
         metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
     return Session(
         config,
@@ -91,11 +97,11 @@ def open_session(
     )
 
 
-def say_model(session: Session, all_parts: Sequence[Parts]) -> None:
+def say_model(session: Session, plans: Sequence[StagePlan]) -> None:
     """Logs what will be trained: the plan (stages, parameters by part), data, every parameter, rules."""
-    first = all_parts[0]
+    first = plans[0]
     params = first.abstract.params
-    log.info("%s", plan.table([plan.row(parts.stage) for parts in all_parts]))
+    log.info("%s", summary.table([summary.row(plan.stage) for plan in plans]))
     num, devices = tree.size(params), session.versions["devices"]
     device = session.versions["device"]
     log.info("%s: %s parameters on %s × %s", session.config["name"], f"{num:,}", devices, device)
@@ -156,7 +162,7 @@ def say_changes(meta: Mapping[str, Any] | None, session: Session) -> None:
 
 
 def save(
-    session: Session, parts: Parts, state: State, stage_step: int, interval: Mapping[str, Any]
+    session: Session, plan: StagePlan, state: State, stage_step: int, interval: Mapping[str, Any]
 ) -> None:
     """Puts the metrics on disk, then starts a checkpoint that claims them.
 
@@ -164,41 +170,41 @@ def save(
     """
     session.watchdog.beat("save")
     session.metrics.flush()
-    stage = parts.stage
+    stage = plan.stage
     step = stage.start_step + stage_step
     samples = stage.start_samples + stage_step * stage.batch
     position = {"step": step, "stage": stage.index, "stage_step": stage_step, "samples": samples}
-    meta = {"position": position, "interval": interval, **description(session, parts)}
+    meta = {"position": position, "interval": interval, **description(session, plan)}
     rest = {k: getattr(state, k) for k in REST}
     session.checkpoints.save(step, state.params, rest, meta)
 
 
-def restore(session: Session, parts: Parts, step: int) -> State:
+def restore(session: Session, plan: StagePlan, step: int) -> State:
     """The state of a checkpoint, in this run's shardings."""
-    target = parts.abstract
+    target = plan.abstract
     rest = {k: getattr(target, k) for k in REST}
     params, rest = session.checkpoints.restore(step, target.params, rest)
     log.info("restored step %d", step)
     return State(params=params, **rest)
 
 
-def description(session: Session, parts: Parts) -> dict[str, Any]:
+def description(session: Session, plan: StagePlan) -> dict[str, Any]:
     """All that is needed to use the parameters elsewhere."""
-    tokenizer = parts.main.tokenizer
+    tokenizer = plan.main.tokenizer
     return {
         "config": session.config,
-        "stage": parts.stage.index,
+        "stage": plan.stage.index,
         "tokenizer": files.encode_bytes(tokenizer.to_bytes()),
-        "preprocessing": plain(parts.stage.data),
+        "preprocessing": plain(plan.stage.data),
         "versions": session.versions,
         "cwd": os.getcwd(),  # what relative paths of the config mean
-        **description_of_data(parts),
+        **description_of_data(plan),
     }
 
 
-def description_of_data(parts: Parts) -> dict[str, Any]:
+def description_of_data(plan: StagePlan) -> dict[str, Any]:
     """What must be the same when the run goes on."""
     return {
-        "tokenizer_sha256": parts.main.tokenizer.sha256,
-        "fingerprints": {name: data.fingerprint for name, data in parts.datasets.items()},
+        "tokenizer_sha256": plan.main.tokenizer.sha256,
+        "fingerprints": {name: data.fingerprint for name, data in plan.datasets.items()},
     }

@@ -20,26 +20,14 @@ from vlp.core.types import MICRO_REMAT
 from vlp.data.loader import Data
 from vlp.evals import EVALS
 from vlp.models import MODELS
-from vlp.models.answers import check_fields
+from vlp.models.interface import check_fields
 from vlp.objectives import OBJECTIVES
 from vlp.optim.make import Optim
 from vlp.optim.schedules import Schedule
 
-# What may change between two starts of one run: the numbers do not depend on it (data is known by its fingerprint).
-# LOCAL: what may also differ between the processes of one run.
-LOCAL = (
-    "data.workers",
-    "data.read_threads",
-    "data.prefetch",
-    "data.cache_decoded",
-    "data.cache_mb",
-    "data.path",
-)
 MAX_BATCH = 2**26
 # What acts where it is said: a later stage does not have it from the config above the stages.
 ONCE = ("init", "init_match")
-FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "micro_remat", "platform",
-        "hang_secs", "sinks", "plugins", *LOCAL)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +61,7 @@ class Run:
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard", "wandb", "clu"
     hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
-    plugins: tuple[Plugin, ...] = ()  # modules and files with parts of their own (core.plugins)
+    plugins: tuple[Plugin, ...] = ()  # modules and files with plan of their own (core.plugins)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +89,7 @@ class Stage:
         ""  # workdir whose parameters the run starts from; a later stage, where it says so itself
     )
     init_match: str = ".*"  # … those whose names match in full ("image_tower/.*")
-    carry_optimizer: bool = False
+    keep_opt_state: bool = False
     index: int = 0
     start_step: int = 0
     start_samples: int = 0
@@ -248,37 +236,12 @@ def _build(
         if key == "student":
             raise check.error(where, "the name 'student'", "another name", "rename it")
     check.pattern("config.init_match", stage.init_match)
-    if index and stage.init and stage.carry_optimizer:
-        do = "drop carry_optimizer, or init"
+    if index and stage.init and stage.keep_opt_state:
+        do = "drop keep_opt_state, or init"
         got = "True beside init, whose parameters these moments do not belong to"
-        raise check.error(f"config.stages.{index}.carry_optimizer", got, "one of them", do)
+        raise check.error(f"config.stages.{index}.keep_opt_state", got, "one of them", do)
     known = ("student", *(k for k, t in stage.teachers.items() if t.decay is not None))
     if stage.eval_params not in known:
         raise check.unknown("config.eval_params", stage.eval_params, known)
     stage.schedule.at(stage.batch, stage.num_steps)
     return stage
-
-
-def extendable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run must agree on even if it is extended: `fixed`, less evaluators and the last stage's length."""
-    out = fixed(config, (*FREE, "evals"))
-    patches = out.get("stages") or []
-    has_length = lambda patch: bool({"steps", "samples"} & patch.keys())
-    own = [out] if all(map(has_length, patches[:-1])) else []  # the base's is no other stage's
-    for section in (*own, *patches[-1:]):
-        for key in ("steps", "samples"):
-            section.pop(key, None)
-    return out
-
-
-def fixed(config: Mapping[str, Any], free: Sequence[str] = FREE) -> dict[str, Any]:
-    """A config without its free keys. By default: what determines the numbers, a workdir's run must agree on."""
-    out = plain(config)
-    for section in (out, *out.get("stages", [])):
-        for path in free:
-            node: Any = section
-            *parents, last = path.split(".")
-            for part in parents:
-                node = node.get(part, {})
-            node.pop(last, None)
-    return out

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlp.core import mesh as meshes
-from vlp.models.answers import abstract_params
+from vlp.models.interface import abstract_params
 from vlp.optim.make import Updater
 
 PyTree = Any
@@ -21,7 +21,7 @@ PyTree = Any
 class State:
     """step counts over the whole run, stage_step since the stage began (schedules read it).
 
-    teachers: parameters by name, for those that the stage configures. extra: the objective's own arrays.
+    teachers: parameters by name, for those that the stage configures. method_state: the objective's own arrays.
     Leaves are arrays; in a tree of shapes or of shardings they are those.
     """
 
@@ -30,7 +30,7 @@ class State:
     params: PyTree
     opt: PyTree
     teachers: dict[str, PyTree]
-    extra: PyTree
+    method_state: PyTree
 
 
 def init_params(model: Any, image_px: int, text_len: int, seed: int, mesh: Mesh) -> PyTree:
@@ -56,16 +56,23 @@ def shardings(
         for name, tree in state.teachers.items()
     }
     opt = jax.tree_util.tree_map_with_path(lambda p, x: _like(by_shape, p, x, rest), state.opt)
-    extra = jax.tree.map(lambda _: rest, state.extra)
-    return State(step=rest, stage_step=rest, params=params, opt=opt, teachers=teachers, extra=extra)
+    method_state = jax.tree.map(lambda _: rest, state.method_state)
+    return State(
+        step=rest,
+        stage_step=rest,
+        params=params,
+        opt=opt,
+        teachers=teachers,
+        method_state=method_state,
+    )
 
 
 def create(
-    params: PyTree, updater: Updater, teachers: dict[str, PyTree], extra: PyTree, step: int
+    params: PyTree, updater: Updater, teachers: dict[str, PyTree], method_state: PyTree, step: int
 ) -> State:
     """A stage's first state: fresh optimiser state, counts from `step`."""
     zero = jnp.zeros((), jnp.int32)
-    return State(zero + step, zero, params, updater.init(params), teachers, extra)
+    return State(zero + step, zero, params, updater.init(params), teachers, method_state)
 
 
 def _inputs(image_px: int, text_len: int) -> tuple[jax.Array, jax.Array]:
@@ -92,8 +99,8 @@ def _like(
             return sharding
         if shape is None or len(shape) != len(leaf.shape) + 1:
             continue
-        parts = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+        plan = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
         for d in range(len(shape)):
             if shape[:d] + shape[d + 1 :] == leaf.shape:
-                return NamedSharding(sharding.mesh, PartitionSpec(*parts[:d], *parts[d + 1 :]))
+                return NamedSharding(sharding.mesh, PartitionSpec(*plan[:d], *plan[d + 1 :]))
     return rest

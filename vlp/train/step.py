@@ -43,7 +43,7 @@ def train_step(
             batch=batch,
             seed=jax.random.key(seed),
             step=state.stage_step,
-            extra=state.extra,
+            method_state=state.method_state,
             frozen={name: Apply(net, state.teachers[name]) for name, (net, _) in teachers.items()},
             num_micro=num_micro,
             micro_remat=micro_remat,
@@ -51,9 +51,9 @@ def train_step(
         out = answer(objective, ctx)
         loss = out.loss()
         metrics = {name: term.mean() for name, term in (out.terms | out.metrics).items()}
-        return loss, (jax.lax.stop_gradient(out.extra), metrics)
+        return loss, (jax.lax.stop_gradient(out.method_state), metrics)
 
-    (loss, (extra, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    (loss, (method_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     lr = lr_at(state.stage_step)
     trainable, opt, update_norm = updater.update(grads, state.opt, trainable, lr)
     params = tree.merge(trainable, frozen)
@@ -71,4 +71,4 @@ def train_step(
         "update_norm": update_norm,
     }
     metrics["param_norm"] = tree.norm(params)
-    return State(state.step + 1, state.stage_step + 1, params, opt, averages, extra), metrics
+    return State(state.step + 1, state.stage_step + 1, params, opt, averages, method_state), metrics

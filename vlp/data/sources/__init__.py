@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlp.core import check
-from vlp.data import reads, records
+from vlp.data import records, storage
 from vlp.data.sources import fields, files, parquet, tables, tar, tfds
 
 TOKENIZER = records.TOKENIZER
@@ -108,7 +108,7 @@ def stamp(source: Any) -> str:
     digest = hashlib.sha256()
     for file in source.inputs():
         try:
-            found = reads.stamp(file)
+            found = storage.stamp(file)
         except OSError:
             found = "missing"
         digest.update(found.encode() + b"\0")
@@ -125,8 +125,8 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
     path = path.removeprefix("file://")
     if not path:
         records.read_manifest(path)  # says how to get data
-    entries = reads.listing(path)
-    if not entries and (reads.is_remote(path) or not os.path.isdir(path)):
+    entries = storage.listing(path)
+    if not entries and (storage.is_remote(path) or not os.path.isdir(path)):
         return _find_file(path, split)
     names = {_name(e) for e in entries}
     if records.MANIFEST in names:
@@ -168,7 +168,7 @@ def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
 def others(path: str, splits: Sequence[str]) -> list[str]:
     """Returns the names of usual splits that `path` seems to hold beside `splits`."""
     path = path.removeprefix("file://")
-    names = {_name(e) for e in reads.listing(path)}
+    names = {_name(e) for e in storage.listing(path)}
     if records.MANIFEST in names:
         asked = {n for s in splits for n in fields.names_of(s)}
         return [s for s in records.read_manifest(path)["splits"] if s not in asked]
@@ -181,7 +181,7 @@ def others(path: str, splits: Sequence[str]) -> list[str]:
 def tokenizer_file(path: str) -> str:
     """Returns where a tokenizer beside the data would be."""
     path = path.removeprefix("file://")
-    is_file = os.path.isfile(path) or reads.is_remote(path) and bool(_kind(path))
+    is_file = os.path.isfile(path) or storage.is_remote(path) and bool(_kind(path))
     root = os.path.dirname(path) if is_file else path.rstrip("/")
     return f"{root or '.'}/{TOKENIZER}"
 
@@ -205,9 +205,9 @@ def held(path: str) -> tuple[str, ...]:
 def _find_file(path: str, split: str) -> tuple[str, list[str]]:
     """What a single file is taken for."""
     kind = _kind(path)
-    if not reads.exists(path):
-        got = "no file" if kind or reads.is_remote(path) else "no such file or directory"
-        got = "no regular file" if not reads.is_remote(path) and os.path.exists(path) else got
+    if not storage.exists(path):
+        got = "no file" if kind or storage.is_remote(path) else "no such file or directory"
+        got = "no regular file" if not storage.is_remote(path) and os.path.exists(path) else got
         raise check.error(path, got, "a directory, a shard or a table", "check the path")
     if not kind:
         got, expected, do = _unread(path)
@@ -243,7 +243,7 @@ def _in_directory(
     if holding:
         got = f"shards or tables in {[_name(d) for d in holding][:8]}"
         raise check.error(where, got, "one directory of them", "give its path")
-    if folders and not reads.is_remote(where) and files.has_images(where):
+    if folders and not storage.is_remote(where) and files.has_images(where):
         other = [_name(d) for d in folders if any(_is_named(_name(d), s) for s in _rest(split))]
         if not named and (split != "train" or other):
             got = f"none in {where}" + (f", which has {other}" if other else "")
@@ -282,7 +282,7 @@ def _is_named(name: str, split: str, *, anywhere: bool = True) -> bool:
 
 
 def _check_local(path: str) -> None:
-    if reads.is_remote(path):
+    if storage.is_remote(path):
         got, do = "image files in a store", "copy it to a disk first"
         raise check.error(path, got, "records, tars or Parquet", do)
 
@@ -298,7 +298,7 @@ def _kinds(
     where: str, entries: list[str], split: str, *, images: bool = True
 ) -> Iterator[tuple[str, list[str]]]:
     """What a directory may be taken for, most telling first, with its files (a folder: itself)."""
-    local = not reads.is_remote(where)
+    local = not storage.is_remote(where)
     # by their names alone, in a store; never a FIFO, which would keep whoever opens it waiting
     entries = [e for e in entries if not _name(e).startswith(".") and (not local or _is_file(e))]
     for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside tars and folders
@@ -323,12 +323,12 @@ def _is_file(path: str) -> bool:
 
 
 def _is_directory(path: str) -> bool:
-    return os.path.isdir(path) if not reads.is_remote(path) else "." not in _name(path)
+    return os.path.isdir(path) if not storage.is_remote(path) else "." not in _name(path)
 
 
 def _inner(path: str) -> list[str]:
     try:
-        return reads.listing(path)
+        return storage.listing(path)
     except PermissionError:
         return []
 

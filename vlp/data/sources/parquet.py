@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import image_ops, reads
+from vlp.data import image_ops, storage
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 from vlp.data.sources import rows
@@ -34,7 +34,7 @@ def open_file(path: str) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(reads.File(path))
+        return pyarrow.parquet.ParquetFile(storage.File(path))
     except pyarrow.ArrowException as e:
         raise check.error(path, f"no Parquet ({e!s:.80})", "a Parquet file", "remove it") from None
 
@@ -155,7 +155,7 @@ class ParquetSource:
                     digest.update(f"{row[self.fields.key]}\0".encode("utf-8", "surrogatepass"))
             else:
                 name = path.rsplit("/", 1)[-1]
-                digest.update(f"{name}:{reads.size(path)}:{file.metadata.num_rows}\0".encode())
+                digest.update(f"{name}:{storage.size(path)}:{file.metadata.num_rows}\0".encode())
         self._ends = np.cumsum(counts, dtype=np.int64).tolist()
         self._file_ends = np.cumsum([f.metadata.num_rows for f in opened]).tolist()
         self._cache: collections.OrderedDict[tuple, list[dict]] = collections.OrderedDict()
@@ -172,10 +172,10 @@ class ParquetSource:
 
     def _group(self) -> rows.Groups | None:
         """Compares the images of all rows; reads them once, as the result is kept in the cache."""
-        asked, remote = self.fields.group, any(map(reads.is_remote, self.files))
+        asked, remote = self.fields.group, any(map(storage.is_remote, self.files))
         if asked is False or (asked is None and (remote or self.num_bytes > HASHED_BYTES)):
             return None
-        what = f"{[(f, reads.stamp(f)) for f in self.files]}:{self.fields.image}"
+        what = f"{[(f, storage.stamp(f)) for f in self.files]}:{self.fields.image}"
         build = lambda: ({}, rows.group(self._image_digests()))
         _, found = rows.cached("parquet-groups", what, self.num_bytes, build)
         return rows.Groups(found) if found else None
@@ -212,7 +212,7 @@ class ParquetSource:
     @property
     def num_bytes(self) -> int:
         """Bytes of the files."""
-        return sum(map(reads.size, self.files))
+        return sum(map(storage.size, self.files))
 
     def _row_numbers(self, i: int) -> list[int]:
         if not 0 <= i < len(self):
@@ -250,7 +250,7 @@ class ParquetSource:
             return data
         file, in_file = self._in_file(row)
         where = f"{self.files[file]} row {in_file}"
-        if not name or "://" in name or reads.is_remote(self.files[file]):
+        if not name or "://" in name or storage.is_remote(self.files[file]):
             detail = f"{where}: {self.fields.image} {value!r:.40}"
             raise image_ops.BadImage("missing", detail, key)
         return rows.read_file(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from vlp.core import check
-from vlp.data import counts, image_ops, index, reads
+from vlp.data import counts, image_ops, index, storage
 
 CACHED_BYTES = 2**20  # a smaller file is indexed anew faster than the cache fills with its like
 Index = tuple[dict, dict[str, np.ndarray]]
@@ -120,5 +120,5 @@ def read_file(path: str, root: str, *, where: str, key: str | None, allow_outsid
         if fault := check.machine(path, e):
             raise fault from None
         raise image_ops.BadImage("missing", f"{where} ({path}: {type(e).__name__})", key) from None
-    reads.note(len(data))
+    storage.note(len(data))
     return data

@@ -24,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import image_ops, reads
+from vlp.data import image_ops, storage
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 from vlp.data.sources import rows
@@ -132,7 +132,7 @@ class TableSource:
     def row(self, i: int) -> dict:
         """Returns the columns of row i. Raises: ValueError if it does not parse."""
         begin, stop = int(self._offsets[i]), int(self._offsets[i + 1])
-        return self._parsed(reads.read(self._file, begin, stop - begin), i)
+        return self._parsed(storage.read(self._file, begin, stop - begin), i)
 
     def _parsed(self, data: bytes, i: int) -> dict:
         text = data.decode("utf-8" if i else "utf-8-sig")  # of a JSONL; a table has a header first
@@ -448,11 +448,11 @@ def _jsonl(file: str, path: str) -> tuple[dict, array.array, array.array]:
 
 def _plain_file(path: str, split: str) -> tuple[str, bool, str]:
     """Returns the file of plain rows behind a table, whether its lines are the table's, and a stamp."""
-    stamp = f"{os.path.abspath(path)}:{reads.stamp(path)}"
+    stamp = f"{os.path.abspath(path)}:{storage.stamp(path)}"
     is_json, packed = stem_ending(path) == ".json", path.lower().endswith(".gz")
     if not is_json and not packed:
         return path, True, stamp
-    directory = reads.cache_dir("tables")
+    directory = storage.cache_dir("tables")
     stamp += f":{split if is_json else ''}"
     name = hashlib.sha256(f"1:{stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
     target = os.path.join(directory, name + (".jsonl" if is_json else stem_ending(path)))

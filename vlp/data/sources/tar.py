@@ -22,7 +22,7 @@ import numpy as np
 
 from vlp.core import check
 from vlp.data import index as index_lib
-from vlp.data import reads
+from vlp.data import storage
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 from vlp.data.sources import parquet
@@ -58,8 +58,8 @@ class Member:
 
 def members(path: str) -> Iterator[Member]:
     """Yields what a tar holds, through all archives that were joined in it, at a constant cost in memory."""
-    total, at, ended = reads.size(path), 0, False
-    file = io.BufferedReader(reads.File(path), 2**14)
+    total, at, ended = storage.size(path), 0, False
+    file = io.BufferedReader(storage.File(path), 2**14)
 
     def bytes_at(offset: int, num: int) -> bytes:
         file.seek(offset)
@@ -371,9 +371,9 @@ def build_index(path: str, file: str, wanted: Wanted) -> None:
 
 
 def _no_tar(path: str) -> check.UserError:
-    if not reads.size(path):
+    if not storage.size(path):
         return check.error(path, "0 bytes", "a tar file", "remove it")
-    begin = reads.read(path, 0, min(8, reads.size(path)))
+    begin = storage.read(path, 0, min(8, storage.size(path)))
     for magic, name in _PACKED.items():
         if begin.startswith(magic):
             got = f"{name} data, which has no random access"
@@ -384,12 +384,12 @@ def _no_tar(path: str) -> check.UserError:
 
 def stamp(path: str, wanted: Wanted) -> str:
     """Returns what changes when the tar does, or what is wanted of it."""
-    return f"{VERSION}:{wanted}:{path}:{reads.stamp(path)}"
+    return f"{VERSION}:{wanted}:{path}:{storage.stamp(path)}"
 
 
 def index(files: Sequence[str], wanted: Wanted) -> index_lib.Index:
     """Returns the index of tars in their order, kept in the cache until one of them changes."""
-    files = [f if reads.is_remote(f) else os.path.abspath(f) for f in files]
+    files = [f if storage.is_remote(f) else os.path.abspath(f) for f in files]
     stamps = [stamp(f, wanted) for f in files]
 
     def one(number: int) -> index_lib.Index:
@@ -435,7 +435,7 @@ def img2dataset_counts(files: Sequence[str]) -> dict[str, int]:
     {"success": …, "<cause of failure>": …, "unfinished_shards": …}; {} if it wrote none of them.
     """
     out: collections.Counter = collections.Counter()
-    beside = set().union(*(reads.listing(os.path.dirname(f)) for f in {*files}))
+    beside = set().union(*(storage.listing(os.path.dirname(f)) for f in {*files}))
     stats = {f: f"{f.removesuffix('.tar')}_stats.json" for f in files}
     if not any(s in beside for s in stats.values()):
         return {}
@@ -444,7 +444,7 @@ def img2dataset_counts(files: Sequence[str]) -> dict[str, int]:
             out["unfinished_shards"] += 1
             continue
         try:
-            found = fields_lib.parsed(reads.whole(file), file)
+            found = fields_lib.parsed(storage.whole(file), file)
         except ValueError:
             found = None
         counts = found.get("status_dict", {}) if isinstance(found, dict) else None
@@ -464,7 +464,7 @@ def img2dataset_failures(files: Sequence[str], key: str = "") -> Iterator[dict]:
     key = key or "key"
     for file in files:
         sidecar = f"{file.removesuffix('.tar')}.parquet"
-        if not reads.exists(sidecar):
+        if not storage.exists(sidecar):
             continue
         table = parquet.open_file(sidecar)
         if {key, "status", "error_message"} <= set(table.schema_arrow.names):
@@ -559,7 +559,7 @@ class TarSource:
     @property
     def num_bytes(self) -> int:
         """Bytes of the files."""
-        return sum(map(reads.size, self.files))
+        return sum(map(storage.size, self.files))
 
     def __getitem__(self, i: int) -> dict:
         return self.read(i)[0]
@@ -577,10 +577,10 @@ class TarSource:
         stop = max(o + n for o, n in zip(at, sizes))
         # one ranged read for the whole sample, unless much lies between its members
         if stop - begin <= 2 * sum(sizes) + 2**16:
-            data = reads.read(file, begin, stop - begin)
+            data = storage.read(file, begin, stop - begin)
             parts = [data[o - begin : o - begin + n] for o, n in zip(at, sizes)]
         else:
-            parts = [reads.read(file, o, n) for o, n in zip(at, sizes)]
+            parts = [storage.read(file, o, n) for o, n in zip(at, sizes)]
         notes = fields_lib.Notes()
         return self._record(found.text("key", i), dict(zip(names, parts)), notes), notes
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlp.core import check
-from vlp.data import image_ops, reads
+from vlp.data import image_ops, storage
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 
@@ -108,7 +108,7 @@ class TfdsSource:
 
     def inputs(self) -> Sequence[str]:
         """Returns the paths of all files behind it."""
-        return reads.listing(self.path)
+        return storage.listing(self.path)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies beside the dataset."""
@@ -119,11 +119,11 @@ def check_files(path: str) -> None:
     """Raises a `UserError` for JSON that would have TFDS import or read what is not its own."""
     for name in ("features.json", "dataset_info.json"):
         file = os.path.join(path, name)
-        if not reads.exists(file):
+        if not storage.exists(file):
             do = "prepare the dataset again with `tfds build`"
             raise check.error(file, "no file", "a prepared TFDS dataset", do)
         try:
-            found = json.loads(reads.whole(file).decode())
+            found = json.loads(storage.whole(file).decode())
         except (ValueError, RecursionError) as e:
             do = "prepare it again"
             raise check.error(file, f"broken JSON ({e!s:.80})", "TFDS's own", do) from None

@@ -17,41 +17,41 @@ from vlp.core import check, tree
 from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.infer.load import load
+from vlp.runtime import workdir as files
 from vlp.train import state as states
-from vlp.train import workdir as files
-from vlp.train.parts import Parts, init_extra, same_shapes
+from vlp.train.build import StagePlan, init_method_state, same_shapes
 from vlp.train.session import Session, description_of_data, restore
 from vlp.train.stages import Stage, parse
 from vlp.train.state import State
 
 
 def check_start(
-    all_parts: Sequence[Parts], position: Mapping[str, int], meta: Mapping[str, Any] | None
+    plans: Sequence[StagePlan], position: Mapping[str, int], meta: Mapping[str, Any] | None
 ) -> None:
     """Raises UserError for data unlike the checkpoint's, and for parameters that a later stage could not take over."""
     if meta:
-        found = description_of_data(all_parts[position["stage"]])
+        found = description_of_data(plans[position["stage"]])
         for key, value in found.items():
             if meta.get(key, value) != value:
                 do = "bring back the run's data, or start a new --workdir"
                 raise check.error("config.data", f"other {key}", "the checkpoint's", do)
-    for previous, parts in zip((None, *all_parts), all_parts):
-        stage = parts.stage
+    for previous, plan in zip((None, *plans), plans):
+        stage = plan.stage
         if stage.index < position["stage"] or (stage.index == position["stage"] and meta):
             continue  # already entered
         where = f"stage {stage.name!r}"
         if previous is not None:
-            init_from.check_fits(previous.abstract.params, parts.abstract.params, where)
-            if stage.carry_optimizer and not same_shapes(previous.abstract.opt, parts.abstract.opt):
-                do = "set carry_optimizer=False for this stage"
+            init_from.check_fits(previous.abstract.params, plan.abstract.params, where)
+            if stage.keep_opt_state and not same_shapes(previous.abstract.opt, plan.abstract.opt):
+                do = "set keep_opt_state=False for this stage"
                 raise check.error(
                     where, "an optimiser state of other shapes", "the stage before's", do
                 )
         given = initial(stage) if stage.init else {}
-        check_clamps(previous, parts, given)
+        check_clamps(previous, plan, given)
         if stage.init:
-            init_from.check_fits(given, parts.abstract.params, source(stage))
-            check_frozen(parts, given)
+            init_from.check_fits(given, plan.abstract.params, source(stage))
+            check_frozen(plan, given)
         elif stage.init_match != ".*":
             do = "set config.init to that run's workdir"
             expected = "config.init, a run to take these parameters from"
@@ -91,18 +91,18 @@ def extension(stages: Sequence[Stage], old: Mapping[str, Any], position: Mapping
     return "; ".join(found) or "nothing differs"
 
 
-def check_clamps(previous: Parts | None, parts: Parts, given: Mapping[str, Any]) -> None:
+def check_clamps(previous: StagePlan | None, plan: StagePlan, given: Mapping[str, Any]) -> None:
     """Raises UserError for a parameter that may start outside of its clamp, where the first update would move it."""
-    rules = tree.named(parts.updater.rules)
+    rules = tree.named(plan.updater.rules)
     before = {} if previous is None else tree.named(previous.updater.rules)
-    start = getattr(parts.stage.model, "scale", None)
+    start = getattr(plan.stage.model, "scale", None)
     for name, rule in rules.items():
         if rule.freeze or rule.clamp is None:
             continue
         low, high = rule.clamp
         if name in given:
             what, values = (
-                source(parts.stage),
+                source(plan.stage),
                 (float(np.min(given[name])), float(np.max(given[name]))),
             )
         elif name in before:
@@ -117,18 +117,18 @@ def check_clamps(previous: Parts | None, parts: Parts, given: Mapping[str, Any])
                 got = f"{values[0]:.4g} (its exponential is {math.exp(values[0]):.4g}) from {what}"
             do = "give config.optim.rules one for it with a wider clamp, or None"
             expected = f"a start in the clamp of its rule, [{low:.4g}, {high:.4g}]"
-            raise check.error(f"stage {parts.stage.name!r}: {name}", got, expected, do)
+            raise check.error(f"stage {plan.stage.name!r}: {name}", got, expected, do)
 
 
-def check_frozen(parts: Parts, given: Mapping[str, Any]) -> None:
+def check_frozen(plan: StagePlan, given: Mapping[str, Any]) -> None:
     """Raises UserError for parameters that `init` should have given, did not, and that are never trained."""
-    rules = tree.named(parts.updater.rules)
-    match = parts.stage.init_match
+    rules = tree.named(plan.updater.rules)
+    match = plan.stage.init_match
     lost = [n for n, r in rules.items() if r.freeze and re.fullmatch(match, n) and n not in given]
     if lost:
         got = f"no {lost[0]!r}" + (f" and {len(lost) - 1} more" if lost[1:] else "")
         do = "start from a run of the same architecture, or do not freeze them"
-        raise check.error(source(parts.stage), got, "every parameter that is frozen here", do)
+        raise check.error(source(plan.stage), got, "every parameter that is frozen here", do)
 
 
 def source(stage: Stage) -> str:
@@ -137,27 +137,27 @@ def source(stage: Stage) -> str:
 
 def initial(stage: Stage) -> dict[str, Any]:
     """What `init` gives: the other run's parameters that match `init_match`."""
-    return init_from.pick(load(stage.init).apply.params, stage.init_match, source(stage))
+    return init_from.select_params(load(stage.init).apply.params, stage.init_match, source(stage))
 
 
-def enter(
-    session: Session, parts: Parts, previous: State | None, position: dict[str, Any] | None
+def start_stage(
+    session: Session, plan: StagePlan, previous: State | None, position: dict[str, Any] | None
 ) -> State:
     """The state at the point where training goes on: restored, carried over from the stage before, or fresh."""
-    stage, mesh = parts.stage, session.mesh
+    stage, mesh = plan.stage, session.mesh
     files.write_json(session.workdir / "preprocessing.json", plain(stage.data))
     if position is not None and position["stage_step"] > 0:
-        return restore(session, parts, position["step"])
+        return restore(session, plan, position["step"])
     where = f"stage {stage.name!r}"
-    if previous is not None and same_shapes(previous.params, parts.abstract.params):
+    if previous is not None and same_shapes(previous.params, plan.abstract.params):
         params = previous.params
     else:
         px, length = stage.data.image_px, stage.data.text_len
         params = states.init_params(stage.model, px, length, session.settings.seed, mesh)
         if previous is not None:
-            params = init_from.carry(previous.params, params, where)
+            params = init_from.transfer_params(previous.params, params, where)
     if stage.init:
-        params = init_from.carry(initial(stage), params, source(stage))
+        params = init_from.transfer_params(initial(stage), params, source(stage))
     teachers = {}
     for name, teacher in stage.teachers.items():
         if teacher.path:
@@ -165,15 +165,15 @@ def enter(
                 load(teacher.path).apply.params, meshes.replicated(mesh)
             )
         elif teacher.decay is not None and previous is not None and name in previous.teachers:
-            teachers[name] = init_from.carry(
+            teachers[name] = init_from.transfer_params(
                 previous.teachers[name], params, f"{where}: teacher {name!r}"
             )
         else:
             teachers[name] = jax.tree.map(jnp.copy, params)
-    extra = init_extra(stage, session.settings.seed)
-    if previous is not None and same_shapes(previous.extra, extra):
-        extra = previous.extra
-    state = states.create(params, parts.updater, teachers, extra, stage.start_step)
-    if stage.carry_optimizer and previous is not None:
+    method_state = init_method_state(stage, session.settings.seed)
+    if previous is not None and same_shapes(previous.method_state, method_state):
+        method_state = previous.method_state
+    state = states.create(params, plan.updater, teachers, method_state, stage.start_step)
+    if stage.keep_opt_state and previous is not None:
         state = dataclasses.replace(state, opt=previous.opt)
-    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, parts.abstract))
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, plan.abstract))

@@ -15,7 +15,7 @@ from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.data.loader import Dataset, check_data, in_stages, leaves, open_dataset
 from vlp.evals.io import IO, check_answers, check_ready
-from vlp.models.answers import check_needs
+from vlp.models.interface import check_needs
 from vlp.optim import make as optimisers
 from vlp.train import state as states
 from vlp.train.stages import Run, Stage
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class StagePlan:
     """A stage made ready: its data, optimiser, teachers' models, shapes and shardings of state and batch, its step."""
 
     stage: Stage
@@ -45,35 +45,35 @@ class Parts:
         return self.datasets[""]
 
 
-def prepare(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
+def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     """Opens a stage's data and checks everything that can be checked without compiling or writing."""
-    parts = assemble(stage, settings, mesh)
+    plan = assemble(stage, settings, mesh)
     datasets = {"": open_dataset(stage.data)}
     datasets |= {name: open_dataset(stream.data) for name, stream in stage.streams.items()}
     check_text(stage, datasets[""])
-    trace(parts)
+    trace(plan)
     for label, evaluator in stage.evals.items():
         io = IO(stage.data, datasets[""].tokenizer)
         check_ready(evaluator, stage.model, mesh, io, f"config.evals.{label}")
-    return dataclasses.replace(parts, datasets=datasets)
+    return dataclasses.replace(plan, datasets=datasets)
 
 
-def in_order(all_parts: Sequence[Parts]) -> list[Parts]:
+def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
     """The stages, each stream's data going on in one where the stages before left it (`loader.in_stages`)."""
-    datasets: list[dict[str, Dataset]] = [{} for _ in all_parts]
-    for name in sorted({name for parts in all_parts for name in parts.datasets}):
-        here = [i for i, parts in enumerate(all_parts) if name in parts.datasets]
+    datasets: list[dict[str, Dataset]] = [{} for _ in plans]
+    for name in sorted({name for plan in plans for name in plan.datasets}):
+        here = [i for i, plan in enumerate(plans) if name in plan.datasets]
         found = []
-        for parts in (all_parts[i] for i in here):
-            stream = parts.stage.streams[name] if name else parts.stage
-            num = parts.stage.num_steps * stream.batch
-            found.append((parts.datasets[name], stream.start_samples, num))
+        for plan in (plans[i] for i in here):
+            stream = plan.stage.streams[name] if name else plan.stage
+            num = plan.stage.num_steps * stream.batch
+            found.append((plan.datasets[name], stream.start_samples, num))
         for i, dataset in zip(here, in_stages(found)):
             datasets[i][name] = dataset
-    return [dataclasses.replace(parts, datasets=own) for parts, own in zip(all_parts, datasets)]
+    return [dataclasses.replace(plan, datasets=own) for plan, own in zip(plans, datasets)]
 
 
-def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
+def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     """All of a stage but its data, which a plan does without; checked, nothing compiled."""
     check_data(stage.data)
     meshes.check_batch(stage.batch, mesh, stage.micro_batches)
@@ -115,7 +115,7 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> Parts:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = keeping_state(step, f"objective {type(stage.objective).__name__}")
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
-    return Parts(stage, {}, updater, teachers, state, batch, compiled)
+    return StagePlan(stage, {}, updater, teachers, state, batch, compiled)
 
 
 def _load(workdir: str) -> Loaded:
@@ -124,19 +124,17 @@ def _load(workdir: str) -> Loaded:
     return load(workdir)
 
 
-def trace(parts: Parts) -> None:
+def trace(plan: StagePlan) -> None:
     """Traces the step, which is kept for the first one; what a method cannot do with its data or state shows here."""
     try:
-        parts.step.eval_shape(parts.abstract, parts.batch)
+        plan.step.eval_shape(plan.abstract, plan.batch)
     except check.UserError:
         raise
     except (TypeError, ValueError, AssertionError, IndexError) as e:
-        stage = parts.stage
+        stage = plan.stage
         if stage.data.captions != "all":
             raise
-        got = (
-            f"'all' (text {list(parts.batch['text'].shape)}) with {type(stage.objective).__name__}"
-        )
+        got = f"'all' (text {list(plan.batch['text'].shape)}) with {type(stage.objective).__name__}"
         expected = f"an objective that reads several captions ({type(e).__name__})"
         do = "set it to 'uniform', or change config.objective"
         raise check.error("config.data.captions", got, expected, do) from e
@@ -154,7 +152,7 @@ def keeping_state(step: Callable[..., Any], where: str) -> Callable[..., Any]:
                 if old.get(name) != new.get(name):
                     got = new.get(name, "none after a step")
                     expected = old.get(name, "none, as before it")
-                    do = "return Out(…, extra) of the shapes and types that init_extra gives"
+                    do = "return Out(…, method_state) of the shapes and types that init_method_state gives"
                     raise check.error(f"{where}: {field.name}{name}", got, expected, do)
         return after, metrics
 
@@ -189,8 +187,10 @@ def abstract_state(stage: Stage, updater: optimisers.Updater, mesh: Mesh) -> Sta
             loaded = _load(teacher.path)
             teachers[name] = jax.eval_shape(lambda tree: tree, loaded.apply.params)
     create = functools.partial(states.create, updater=updater, step=0)
-    extra = jax.eval_shape(lambda: init_extra(stage, 0))
-    state = jax.eval_shape(lambda p, t, e: create(p, teachers=t, extra=e), params, teachers, extra)
+    method_state = jax.eval_shape(lambda: init_method_state(stage, 0))
+    state = jax.eval_shape(
+        lambda p, t, e: create(p, teachers=t, method_state=e), params, teachers, method_state
+    )
     shardings = states.shardings(stage.model, px, length, updater, state, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
@@ -208,9 +208,9 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return out
 
 
-def init_extra(stage: Stage, seed: int) -> PyTree:
+def init_method_state(stage: Stage, seed: int) -> PyTree:
     """The objective's own arrays at the start, if it has any."""
-    init = getattr(stage.objective, "init_extra", None)
+    init = getattr(stage.objective, "init_method_state", None)
     return () if init is None else init(jax.random.fold_in(jax.random.key(seed), stage.index))
 
 

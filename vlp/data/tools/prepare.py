@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import reads
+from vlp.data import storage
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields
 
@@ -112,10 +112,10 @@ def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
     None if it is to be trained, or wanted is "". Raises: `UserError` if it is no tokenizer.
     """
     if wanted == AUTO:
-        return tokenizers.load(beside) if reads.exists(beside) else None
+        return tokenizers.load(beside) if storage.exists(beside) else None
     if not wanted or wanted.isdecimal() and int(wanted):
         return None
-    if not reads.exists(wanted):
+    if not storage.exists(wanted):
         do = "train one with `vlp data tokenizer`, or correct the path"
         got = f"{wanted!r}, which is no file"
         raise check.error("--tokenizer", got, "a number of pieces, a file, or ''", do)

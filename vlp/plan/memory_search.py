@@ -10,8 +10,8 @@ from vlp.core import check as checks
 from vlp.core.check import UserError
 from vlp.core.chips import CHIPS
 from vlp.core.config import overlay, plain
-from vlp.train import compiled, estimate
-from vlp.train.compiled import Target
+from vlp.plan import compiled, estimate
+from vlp.plan.compiled import Target
 from vlp.train.stages import parse
 
 SLACK = 1.03  # of the memory: a candidate estimated above this is not compiled
@@ -44,12 +44,12 @@ def _one(
     config: dict[str, Any], index: int, target: Target, fast: bool, alone: bool = False
 ) -> dict[str, Any]:
     settings, stages = parse(config)
-    parts, mesh = compiled.prepare(stages[index], settings, target)
+    plan, mesh = compiled.prepare(stages[index], settings, target)
     times = {"stage": stages[index].name, "samples": stages[index].num_steps * stages[index].batch}
     if not fast:
-        row = times | {"how": "compiled"} | compiled.measure(parts, mesh, target)
-        return row | (compiled.measure_parts(parts, mesh) if alone and row["fits"] else {})
-    return times | {"how": "estimated"} | estimate.measure(parts, mesh, target)
+        row = times | {"how": "compiled"} | compiled.measure(plan, mesh, target)
+        return row | (compiled.measure_parts(plan, mesh) if alone and row["fits"] else {})
+    return times | {"how": "estimated"} | estimate.measure(plan, mesh, target)
 
 
 def _search(config: dict[str, Any], index: int, target: Target, fast: bool) -> dict[str, Any]:
@@ -60,10 +60,10 @@ def _search(config: dict[str, Any], index: int, target: Target, fast: bool) -> d
         changed = overlay(config, patch)
         settings, stages = parse(changed)
         try:
-            parts, mesh = compiled.prepare(stages[index], settings, target)
+            plan, mesh = compiled.prepare(stages[index], settings, target)
         except UserError:
             continue  # a batch that does not divide, say
-        guess = estimate.peak(parts, mesh).peak_bytes
+        guess = estimate.peak(plan, mesh).peak_bytes
         if guess > (limit if fast else SLACK * limit):
             continue
         row, tried = _one(changed, index, target, fast), tried + 1

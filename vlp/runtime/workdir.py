@@ -24,8 +24,8 @@ from vlp import __version__
 from vlp.ckpt.manager import check_path
 from vlp.core import check
 from vlp.core.config import difference
-from vlp.train import stages
-from vlp.train.sinks import Sink
+from vlp.runtime import restart
+from vlp.runtime.sinks import Sink
 
 log = logging.getLogger(__name__)
 # What a run writes. A symbolic link in its place would lead out of the workdir (checkpoints/ may be one: big disks).
@@ -196,7 +196,7 @@ def latest(workdir: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
     """The config of a checkpoint, or the workdir's own where the run was extended since (evaluators, length)."""
     try:
         later = json.loads((workdir / "config.json").read_text())
-        same = not difference(stages.extendable(config), stages.extendable(later))
+        same = not difference(restart.extendable(config), restart.extendable(later))
     except (OSError, ValueError, AttributeError, TypeError):
         return config
     return later if same else config
@@ -231,15 +231,15 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
         do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
         raise check.error(str(path), "a broken file", "the run's config", do) from None
     config = json.loads(dump(config))  # as it is stored: infinities are text
-    changes = difference(stages.fixed(old), stages.fixed(config))
-    extends = bool(changes) and not difference(stages.extendable(old), stages.extendable(config))
+    changes = difference(restart.fixed(old), restart.fixed(config))
+    extends = bool(changes) and not difference(restart.extendable(old), restart.extendable(config))
     if changes and not begun(workdir):
         log.info(
             "--workdir %s: a run that never took a step; begun again as configured now", workdir
         )
         return
     if changes and extend:
-        changes = difference(stages.extendable(old), stages.extendable(config))
+        changes = difference(restart.extendable(old), restart.extendable(config))
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         do = "choose another --workdir, or the run's own config"

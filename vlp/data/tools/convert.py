@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check, progress
-from vlp.data import counts, image_ops, prepare, processes, records, sources
+from vlp.data import counts, image_ops, processes, records, sources
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields, files, tables, tar
+from vlp.data.tools import prepare
 
 LEFT_OUT = "left_out.jsonl"
 INPUTS = ".inputs"  # in the output, unknown to its manifest: what the input files looked like

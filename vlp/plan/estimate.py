@@ -19,8 +19,9 @@ import jax.extend.core as jax_core
 from jax.sharding import AbstractMesh, Mesh
 
 from vlp.core import mesh as meshes
-from vlp.train import compiled
-from vlp.train.parts import Parts, leaves
+from vlp.plan import compiled
+from vlp.train import metrics
+from vlp.train.build import StagePlan, leaves
 
 PRIME = 251  # examples of a traced micro-batch
 # Without arrays of their own: a compiler computes them where they are read.
@@ -42,33 +43,33 @@ class Estimate:
     held_bytes: int  # by the step, beside state and batch
 
 
-def peak(parts: Parts, mesh: Mesh) -> Estimate:
-    stage = parts.stage
+def peak(plan: StagePlan, mesh: Mesh) -> Estimate:
+    stage = plan.stage
     tiled = mesh.devices.flat[0].platform == "tpu"
     device = mesh.abstract_mesh.abstract_device  # by which kernels are chosen
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        jaxpr = _gradient(parts)
-    own = {x.shape for x in jax.tree.leaves(parts.abstract.params)}
+        jaxpr = _gradient(plan)
+    own = {x.shape for x in jax.tree.leaves(plan.abstract.params)}
     rows = stage.batch // stage.micro_batches / meshes.batch_ways(mesh)
     size = functools.partial(_size, own, tiled, rows / PRIME, 1 / mesh.shape["tensor"])
-    grads = compiled.shard_bytes(parts.abstract.params)
+    grads = compiled.shard_bytes(plan.abstract.params)
     held = round(max(_walk(jaxpr, size)))
-    state = sum(compiled.state_bytes(parts).values())
+    state = sum(compiled.state_bytes(plan).values())
     return Estimate(state + grads + held, grads + held)
 
 
-def measure(parts: Parts, mesh: Mesh, target: compiled.Target) -> dict[str, Any]:
+def measure(plan: StagePlan, mesh: Mesh, target: compiled.Target) -> dict[str, Any]:
     """The row of `compiled.measure` as far as it is known without a compiler."""
-    row = compiled.describe(parts, mesh, target) | compiled.step_flops(parts, mesh)
-    found = peak(parts, mesh)
+    row = compiled.describe(plan, mesh, target) | compiled.step_flops(plan, mesh)
+    found = peak(plan, mesh)
     limit = compiled.usable_bytes(target)
     fits = None if limit == float("inf") else found.peak_bytes <= limit
     return row | {"peak_bytes": found.peak_bytes, "fits": fits}
 
 
-def _gradient(parts: Parts) -> Any:
+def _gradient(plan: StagePlan) -> Any:
     """The jaxpr of the step's gradient, for PRIME examples of each micro-batch."""
-    stage = parts.stage
+    stage = plan.stage
     num = PRIME * stage.micro_batches
     small = dataclasses.replace(stage, batch=num)
     shapes = leaves(stage.data, num)
@@ -78,8 +79,8 @@ def _gradient(parts: Parts) -> Any:
         for k, (shape, dtype) in leaves(stream.data, rows).items():
             batch[f"{name}.{k}"] = jax.ShapeDtypeStruct(shape, dtype)
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    params = jax.tree.map(bare, parts.abstract.params)
-    grad = jax.grad(lambda p, b: compiled.loss(small, stage.model, p, b, stage.micro_batches))
+    params = jax.tree.map(bare, plan.abstract.params)
+    grad = jax.grad(lambda p, b: metrics.loss(small, stage.model, p, b, stage.micro_batches))
     return jax.make_jaxpr(grad)(params, batch).jaxpr
 
 

@@ -12,8 +12,8 @@ import jax
 
 from vlp.core import mesh as meshes
 from vlp.core import tree
-from vlp.models.answers import abstract_params
-from vlp.train.parts import assemble, trace
+from vlp.models.interface import abstract_params
+from vlp.train.build import assemble, trace
 from vlp.train.stages import Stage, parse
 
 

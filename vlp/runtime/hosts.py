@@ -27,7 +27,7 @@ import numpy as np
 
 from vlp.core import check
 from vlp.core.config import difference, plain
-from vlp.train.workdir import SHARED
+from vlp.runtime.workdir import SHARED
 
 log = logging.getLogger(__name__)
 SECS = 40.0  # how long a process waits for the others; all of them have ended within a minute
@@ -354,7 +354,7 @@ def numbers(values: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def together(where: str) -> Iterator[dict[str, Any]]:
+def raise_together(where: str) -> Iterator[dict[str, Any]]:
     """What one process refuses inside, all refuse. Put into the dict what must be the same everywhere.
 
     Nothing inside may wait for other processes. Outside a run of several it does nothing.

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from vlp.core import check, flops, hlo
+from vlp.core import check, flops
 from vlp.core import mesh as meshes
 from vlp.core.chips import CHIPS, MAX_SIMULATED
 from vlp.core.types import Apply, Ctx
-from vlp.models.answers import with_fields
-from vlp.train.parts import Parts, assemble
+from vlp.plan import hlo
+from vlp.train.build import StagePlan, assemble
+from vlp.train.metrics import context, loss, own_flops
 from vlp.train.stages import Run, Stage
 
 PyTree = Any
@@ -127,12 +128,12 @@ def usable_bytes(target: Target) -> float:
     return 0.95 * target.hbm_bytes if target.hbm_bytes else float("inf")
 
 
-def measure(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
+def measure(plan: StagePlan, mesh: Mesh, target: Target) -> dict[str, Any]:
     """Compiles the step. A flat row: bytes a device, FLOPs, traffic; `fits` is the compiler's verdict."""
-    row = describe(parts, mesh, target) | step_flops(parts, mesh)
+    row = describe(plan, mesh, target) | step_flops(plan, mesh)
     began = time.monotonic()
     with jax.set_mesh(mesh):
-        lowered = parts.step.lower(parts.abstract, parts.batch)
+        lowered = plan.step.lower(plan.abstract, plan.batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as e:
@@ -147,7 +148,7 @@ def measure(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
         else memory.argument_size_in_bytes + memory.temp_size_in_bytes
     )
     row["temp_bytes"] = memory.temp_size_in_bytes
-    row["kept_bytes"] = kept_bytes(parts, mesh)
+    row["kept_bytes"] = kept_bytes(plan, mesh)
     held = row["param_bytes"] + row["opt_bytes"] + row["batch_bytes"] + row["kept_bytes"]
     row["working_bytes"] = max(0, row["peak_bytes"] - held)
     for kind, traffic in hlo.collectives(compiled.as_text(), len(target.devices)).items():
@@ -156,7 +157,7 @@ def measure(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
     return row
 
 
-def describe(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
+def describe(plan: StagePlan, mesh: Mesh, target: Target) -> dict[str, Any]:
     """What is known before anything is compiled or traced."""
     return {
         "target": target.name,
@@ -164,21 +165,21 @@ def describe(parts: Parts, mesh: Mesh, target: Target) -> dict[str, Any]:
         "device": target.kind,
         "hbm_bytes": target.hbm_bytes,
         "mesh": " × ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "1 device",
-        "batch": parts.stage.batch,
-        "micro_batches": parts.stage.micro_batches,
-        "remat": remat_of(parts.stage),
-        **state_bytes(parts),
+        "batch": plan.stage.batch,
+        "micro_batches": plan.stage.micro_batches,
+        "remat": remat_of(plan.stage),
+        **state_bytes(plan),
     }
 
 
-def measure_parts(parts: Parts, mesh: Mesh) -> dict[str, Any]:
+def measure_parts(plan: StagePlan, mesh: Mesh) -> dict[str, Any]:
     """The same of the objective's loss alone, given what its forward passes return, and of one evaluation batch."""
-    stage = parts.stage
+    stage = plan.stage
     rows = meshes.batch_sharding(mesh)
     place = lambda tree, sharding: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
-    params, batch = parts.abstract.params, dict(parts.batch)
+    params, batch = plan.abstract.params, dict(plan.batch)
     with jax.set_mesh(mesh):
         mapped = jax.eval_shape(functools.partial(_mapped, stage), params, batch)
         grad = jax.grad(lambda given, p, b: _loss_of(stage, given, p, b))
@@ -264,12 +265,12 @@ def shard_bytes(tree: PyTree) -> int:
     return sum(map(size, jax.tree.leaves(tree)))
 
 
-def state_bytes(parts: Parts) -> dict[str, int]:
-    state = parts.abstract
+def state_bytes(plan: StagePlan) -> dict[str, int]:
+    state = plan.abstract
     return {
         "param_bytes": shard_bytes(state.params),
-        "opt_bytes": shard_bytes((state.opt, state.teachers, state.extra)),
-        "batch_bytes": shard_bytes(dict(parts.batch)),
+        "opt_bytes": shard_bytes((state.opt, state.teachers, state.method_state)),
+        "batch_bytes": shard_bytes(dict(plan.batch)),
     }
 
 
@@ -284,74 +285,43 @@ def remat_of(stage: Stage) -> str:
     return "/".join(sorted(found)) + micro
 
 
-def context(
-    stage: Stage, model: Any, params: PyTree, batch: Mapping[str, Any], num_micro: int,
-    kind: type[Ctx] = Ctx, **more: Any,
-) -> Ctx:  # fmt: skip
-    """What `train_step` gives the objective, with teachers of the student's parameters."""
-    frozen = {name: Apply(model, params) for name in stage.teachers}
-    key = jax.random.key(0)
-    init = getattr(stage.objective, "init_extra", None)
-    extra = () if init is None else init(key)
-    return kind(
-        Apply(model, params), batch, key, 0, extra, frozen, num_micro, stage.micro_remat, **more
-    )
-
-
-def loss(stage: Stage, model: Any, params: PyTree, batch: Mapping[str, Any], num_micro: int) -> Any:
-    """The stage's loss of one batch."""
-    return stage.objective(context(stage, model, params, batch, num_micro)).loss()
-
-
-def own_flops(parts: Parts, mesh: Mesh, objective: Any = None) -> float:
-    """FLOPs per example of the method itself (or of `objective`): three times its forward pass, as the backward pass
-    of a matrix product is two products. Nothing for what is computed again."""
-    stage = parts.stage
-    if objective is not None:
-        stage = dataclasses.replace(stage, objective=objective)
-    plain = with_fields(stage.model, remat="none", attention="xla")
-    forward = lambda p, b: loss(stage, plain, p, b, 1)
-    with jax.set_mesh(mesh):
-        return 3 * flops.of(forward, parts.abstract.params, dict(parts.batch)) / stage.batch
-
-
-def step_flops(parts: Parts, mesh: Mesh) -> dict[str, float]:
+def step_flops(plan: StagePlan, mesh: Mesh) -> dict[str, float]:
     """FLOPs per example: the method's own, those without its masking, and all that the step as configured computes."""
-    stage = parts.stage
-    model = own_flops(parts, mesh)
+    stage = plan.stage
+    model = own_flops(plan, mesh)
     out = {"flops_per_example": model, "unmasked_flops_per_example": model}
-    if getattr(stage.objective, "keep", 1.0) < 1:
-        whole = dataclasses.replace(stage.objective, keep=1.0)
-        out["unmasked_flops_per_example"] = own_flops(parts, mesh, whole)
+    if getattr(stage.objective, "keep_ratio", 1.0) < 1:
+        whole = dataclasses.replace(stage.objective, keep_ratio=1.0)
+        out["unmasked_flops_per_example"] = own_flops(plan, mesh, whole)
     step = jax.grad(lambda p, b: loss(stage, stage.model, p, b, stage.micro_batches))
     with jax.set_mesh(mesh):
-        again = flops.of(step, parts.abstract.params, dict(parts.batch))
+        again = flops.of(step, plan.abstract.params, dict(plan.batch))
     return out | {"step_flops_per_example": again / stage.batch}
 
 
-def kept_bytes(parts: Parts, mesh: Mesh) -> int:
+def kept_bytes(plan: StagePlan, mesh: Mesh) -> int:
     """Activations of the forward pass that a device holds for the backward pass (of one micro-batch, if those are
     computed again)."""
-    stage = parts.stage
+    stage = plan.stage
     again = stage.micro_batches > 1 and stage.micro_remat == "full"
     num = stage.batch // stage.micro_batches if again else stage.batch
     num_micro = 1 if again else stage.micro_batches
     resize = lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype)
-    batch = {k: resize(x) for k, x in parts.batch.items() if "." not in k} | {
-        k: x for k, x in parts.batch.items() if "." in k
+    batch = {k: resize(x) for k, x in plan.batch.items() if "." not in k} | {
+        k: x for k, x in plan.batch.items() if "." in k
     }
     f = functools.partial(loss, stage, stage.model, num_micro=num_micro)
     with jax.set_mesh(mesh):
         pull = jax.eval_shape(
-            lambda p, b: jax.vjp(lambda p: f(p, b), p)[1], parts.abstract.params, batch
+            lambda p, b: jax.vjp(lambda p: f(p, b), p)[1], plan.abstract.params, batch
         )
-    own = {x.shape for x in jax.tree.leaves(parts.abstract.params)}
+    own = {x.shape for x in jax.tree.leaves(plan.abstract.params)}
     rows = num // num_micro
     kept = [x for x in jax.tree.leaves(pull) if x.shape not in own and x.size % rows == 0]
     return sum(x.size * x.dtype.itemsize for x in kept) // meshes.batch_ways(mesh)
 
 
-def prepare(stage: Stage, settings: Run, target: Target) -> tuple[Parts, Mesh]:
+def prepare(stage: Stage, settings: Run, target: Target) -> tuple[StagePlan, Mesh]:
     """A stage on a target's mesh, checked, without its data."""
     mesh = meshes.make(settings.mesh, devices=target.devices)
     with jax.set_mesh(mesh):
