@@ -13,7 +13,7 @@ import runs
 
 from vlp.core import check
 from vlp.core.types import Out, Term
-from vlp.data.loader import Data
+from vlp.data.config import Data
 from vlp.evals.retrieval import Retrieval
 from vlp.infer.load import load
 from vlp.objectives import OBJECTIVES

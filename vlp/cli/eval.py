@@ -79,7 +79,7 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
 
     from vlp.core import check
     from vlp.core.config import build, override, plain
-    from vlp.data.loader import Data
+    from vlp.data.config import Data
     from vlp.infer.load import load, plugins_of, stage_config
     from vlp.runtime import workdir
     from vlp.train import stages

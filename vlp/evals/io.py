@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Evaluator
-from vlp.data.loader import Data, Dataset, open_dataset
+from vlp.data.config import Data
+from vlp.data.dataset import Dataset, open_dataset
 from vlp.data.text_ops import BadCaption
 from vlp.data.tokenizer import Tokenizer
 from vlp.models.interface import check_needs

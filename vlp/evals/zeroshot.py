@@ -17,7 +17,7 @@ from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
 from vlp.data import order
-from vlp.data.loader import Dataset
+from vlp.data.dataset import Dataset
 from vlp.data.tokenizer import Tokenizer
 from vlp.evals import io as ios
 

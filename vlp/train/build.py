@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
-from vlp.data.loader import Dataset, check_data, in_stages, leaves, open_dataset
+from vlp.data.config import check_data
+from vlp.data.dataset import Dataset, in_stages, leaves, open_dataset
 from vlp.evals.io import IO, check_answers, check_ready
 from vlp.models.interface import check_needs
 from vlp.optim import make as optimisers
@@ -59,7 +60,7 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
 
 
 def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
-    """The stages, each stream's data going on in one where the stages before left it (`loader.in_stages`)."""
+    """The stages, each stream's data going on in one where the stages before left it (`vlp.data.dataset.in_stages`)."""
     datasets: list[dict[str, Dataset]] = [{} for _ in plans]
     for name in sorted({name for plan in plans for name in plan.datasets}):
         here = [i for i, plan in enumerate(plans) if name in plan.datasets]

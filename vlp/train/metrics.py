@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from vlp.core import flops
 from vlp.core.chips import CHIPS
 from vlp.core.types import Apply, Ctx
-from vlp.data.loader import resident_mb
+from vlp.data.loader_stats import resident_mb
 from vlp.models.interface import with_fields
 from vlp.train.stages import Stage
 
@@ -128,10 +128,10 @@ def input_metrics(plan: StagePlan, num_steps: int) -> dict[str, float]:
     out = {"time/rss_mb": round(resident_mb(), 1)}
     for name, data in plan.datasets.items():
         where = f"data/{name}." if name else "data/"
-        out |= {f"{where}bad_{reason}": float(n) for reason, n in data.tally.bad.items()}
+        out |= {f"{where}bad_{reason}": float(n) for reason, n in data.loader_stats.bad.items()}
         # of this process's life, not of the run's: like all under time/, no two runs agree on it
         measured = f"time/{name}.input_" if name else "time/input_"
-        out |= {f"{measured}{k}": v for k, v in data.tally.metrics().items()}
+        out |= {f"{measured}{k}": v for k, v in data.loader_stats.metrics().items()}
         stream = plan.stage.streams[name] if name else plan.stage
         position = stream.start_samples + num_steps * stream.batch
         out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(position).items()}

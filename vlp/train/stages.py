@@ -17,7 +17,7 @@ from vlp.core.config import build, build_named, overlay, plain
 from vlp.core.mesh import MeshShape
 from vlp.core.plugins import Plugin
 from vlp.core.types import MICRO_REMAT
-from vlp.data.loader import Data
+from vlp.data.config import Data
 from vlp.evals import EVALS
 from vlp.models import MODELS
 from vlp.models.interface import check_fields
