@@ -180,10 +180,10 @@ def test_filter_by_repetition(tmp_path):
 
 
 def test_flags_and_rules_agree():
-    from vlp.cli import data as cli
+    from vlp.cli import data_options
 
     rules = {k.replace("_", "-"): v for k, v in dataclasses.asdict(filter_lib.Rules()).items()}
-    assert cli._RULES == rules
+    assert data_options.RULES == rules
 
 
 def test_tokenizer_and_bench(dataset_dir, tmp_path, capsys):
