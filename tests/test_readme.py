@@ -26,6 +26,7 @@ import runs
 from PIL import Image
 
 from vlp.core.types import Ctx, Out, Term
+from vlp.data import records, tokenizer
 from vlp.losses import caption
 from vlp.train import stages
 
@@ -34,17 +35,28 @@ PAGES = ("README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.
 
 SMALLER = "smaller towers and two epochs: seconds, not minutes"
 SHORT = "smoke: two steps on made-up shapes, not the minutes of the demo"
+TINY = " ".join(  # of the demo's config: its data, splits and evaluations stay
+    f"--config.{key}={value}"
+    for key, value in {
+        **{f"model.{t}.depth": 1 for t in ("image_tower", "text_tower", "multimodal")},
+        **{f"model.{t}.width": 16 for t in ("image_tower", "text_tower")},
+        **{"model.queries": 2, "model.embed": 16, "data.image_px": 16, "batch": 16},
+        **{f"evals.{e}.batch": 16 for e in ("retrieval", "validation", "skin_tone", "captions")},
+        "stages": """'({"name":"masked","steps":2},{"name":"unmasked","steps":1,"objective":{"keep_ratio":1.0}})'""",
+    }.items()
+)
 INSTEAD = {  # part of a command → what stands for it here, and why
     "small.py:path=data/mine --workdir": (
         "small.py:path=data/mine,px=16,epochs=2 --config.model.image_tower.depth=1"
         " --config.model.text_tower.depth=1 --config.model.multimodal.depth=1 --workdir",
         SMALLER,
     ),
-    "train --config configs/coca_emoji.py --workdir": (
-        "train --config configs/coca_emoji.py:smoke --workdir",
-        SHORT,
+    "coca_emoji.py --workdir runs/seen": ("coca_emoji.py:smoke --workdir runs/seen", SHORT),
+    "coca_emoji.py --workdir runs/coca_emoji": (
+        f"coca_emoji.py {TINY} --workdir runs/coca_emoji",
+        SMALLER,
     ),
-    "coca_emoji.py:seed=1": ("coca_emoji.py:seed=1,smoke", SHORT),
+    "coca_emoji.py:seed=1": (f"coca_emoji.py:seed=1 {TINY}", SMALLER),
     "--profile 20:25": ("--profile 1:2", "a smoke run has two steps"),
     "vlp data bench data/mine": (
         "vlp data bench data/mine --num-images 20 --batch 4 --image-px 32",
@@ -138,6 +150,25 @@ def shards():
                 archive.addfile(member, io.BytesIO(data))
 
 
+def emoji():
+    """data/emoji in small: the demo's splits and fields, skin tones where the demo has them, coloured squares."""
+    tones = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
+
+    def rows(split, num, tones=tones[:1]):
+        for k in range(num):
+            out = io.BytesIO()
+            Image.new("RGB", (16, 16), (250 - 9 * k, 9 * k, len(split))).save(out, "PNG")
+            text = {"text": f"{split} person {k}", "source": "unicode", "lang": "en"}
+            row = {"key": f"{split}{k}", "base": f"{split}{k}", "primary": True}
+            yield row | {"image": out.getvalue(), "captions": [text], "tone": tones[k % len(tones)]}
+
+    words = tokenizer.train([r["captions"][0]["text"] for r in rows("train", 24)], vocab_size=100)
+    splits = {"train": rows("train", 24, tones), "val": rows("val", 8), "test": rows("test", 8)}
+    splits |= {f"{s}_variants": rows(f"{s}_variants", 12, tones) for s in ("val", "test")}
+    files = {records.TOKENIZER: words.to_bytes()}
+    records.write("data/emoji", splits, name="emoji", info={}, files=files)
+
+
 def prepare(page, heading):
     """What the section takes for given: the reader's own files, and the repository's."""
     os.symlink(ROOT / "configs", "configs")
@@ -148,6 +179,8 @@ def prepare(page, heading):
         assert runs.vlp("data", "convert", "photos.csv", "--out", "data/english") == 0
     if heading == "A first tour":
         Image.new("RGB", (50, 40), (200, 30, 30)).save("my.png")
+        if not os.environ.get("VLP_SLOW"):  # the section's first command draws them
+            emoji()
 
 
 def shortened(command):

@@ -153,3 +153,80 @@ def test_anywhere(toy, tmp_path, monkeypatch):
         assert {row["num"] for row in json.loads(pathlib.Path("out.json").read_text())} == {num}
     for path in paths:
         path.chmod(0o755)
+
+
+def labelled(num, *tones):
+    """num records of one colour, whose field `tone` goes round."""
+    from PIL import Image
+
+    for i in range(num):
+        image = io.BytesIO()
+        Image.new("RGB", (20, 20), (9 * i % 250, 40, 90)).save(image, "PNG")
+        caption = {"text": f"number {i}", "source": "alt", "lang": "en"}
+        tone = tones[i % len(tones)]
+        yield {
+            "key": f"{tone}{i}",
+            "image": image.getvalue(),
+            "captions": [caption],
+            "tone": tone,
+        }
+
+
+@pytest.fixture(scope="module")
+def toned(tmp_path_factory):
+    """A run whose zero-shot evaluation reads two splits, of data whose val has one class alone."""
+    from vlp.data import records, tokenizer
+
+    runs.register_toy()
+    root = tmp_path_factory.mktemp("toned")
+    words = tokenizer.train([f"number {i}" for i in range(30)], vocab_size=64)
+    splits = {"train": labelled(8, "dark"), "val": labelled(9, "dark")}
+    splits |= {"test": labelled(10, "light", "dark"), "test_variants": labelled(6, "light", "dark")}
+    files = {"tokenizer.model": words.to_bytes()}
+    records.write(str(root / "data"), splits, name="toned", info={}, files=files)
+    data = {"path": str(root / "data"), "image_px": 16, "text_len": 8}
+    tone = {"name": "zeroshot", "label": "tone", "classes": ["light", "dark"], "batch": 8}
+    tone |= {"split": "test_variants", "extra_splits": ["test"], "templates": ["{}"]}
+    evals = {"retrieval": {"split": "test", "batch": 8}, "tone": tone}
+    assert runs.train(runs.TOY | {"steps": 2, "data": data, "evals": evals}, root / "run") == 0
+    return root / "run"
+
+
+def test_a_split_that_one_evaluator_cannot_read(toned, toy, tmp_path, capsys):
+    """It is skipped in one line that says why; asked for by name, or with no other, it is an error."""
+    out = tmp_path / "out.json"
+    argv = ["eval", "--workdir", toned, "--json", out]
+    capsys.readouterr()
+    assert runs.vlp(*argv, "--split", "val") == 0
+    (skipped,) = (
+        row
+        for row in capsys.readouterr().out.splitlines()
+        if row.startswith("tone") and "skip" in row
+    )
+    assert "'val'" in skipped and "no record of ['light']" in skipped
+    rows = json.loads(out.read_text())
+    assert {(row["eval"], row["split"], row["num"]) for row in rows} == {("retrieval", "val", 9)}
+    for named in (
+        ["--evals", "tone"],
+        ["--config.evals.tone.batch=4"],
+        ["--evals", "retrieval,tone"],
+    ):
+        assert runs.vlp(*argv, "--split", "val", *named) == 2
+        captured = capsys.readouterr()
+        assert "no record of ['light'] in ['val']" in captured.err and not captured.out
+    assert runs.vlp(*argv, "--split", "vla") == 2  # none can be done: a mistake, and no skipping
+    captured = capsys.readouterr()
+    assert "did you mean 'val'" in captured.err and not captured.out
+
+
+def test_a_split_is_all_that_is_read(toned, toy, tmp_path):
+    """--split names the records that count: further splits of an evaluator are not added to it."""
+    out = tmp_path / "out.json"
+    argv = ["eval", "--workdir", toned, "--json", out, "--evals", "tone"]
+    for extra, split, num in (
+        ([], "test_variants+test", 16),
+        (["--split", "test"], "test", 10),
+        (["--split", "test_variants"], "test_variants", 6),
+    ):
+        assert runs.vlp(*argv, *extra) == 0
+        assert {(r["split"], r["num"]) for r in json.loads(out.read_text())} == {(split, num)}

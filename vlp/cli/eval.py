@@ -23,7 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--evals", default="", metavar="A,B", help="labels in config.evals (default: all)"
     )
     parser.add_argument("--data", default="", metavar="PATH", help="other data than the run's")
-    parser.add_argument("--split", default="", help="another split than the config's")
+    parser.add_argument(
+        "--split", default="", help="this split alone; evaluations that cannot read it are skipped"
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="write the results as JSON")
     parser.add_argument(
         "--write", action="store_true", help="write galleries into DIR/evals, for the report"
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vlp.cli.main import start_jax
     from vlp.core import check, mesh, progress
-    from vlp.evals.io import IO, check_ready
+    from vlp.evals.io import IO
     from vlp.infer.load import load
     from vlp.runtime import workdir
 
@@ -56,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     )
     io = IO(loaded.data, loaded.tokenizer, **({"write": write} if args.write else {}))
     device_mesh = mesh.make(mesh.MeshShape())
-    for label, evaluator in chosen.items():
-        check_ready(evaluator, loaded.apply.model, device_mesh, io, f"config.evals.{label}")
+    chosen = ready(chosen, args, loaded, device_mesh, io)
     rows = []
     with jax.set_mesh(device_mesh):
         for label, evaluator in chosen.items():
@@ -105,5 +106,46 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
     for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):
         if label not in evals:
             raise check.unknown("--evals", label, evals)
-    split = {"split": args.split} if args.split else {}
-    return loaded, {label: dataclasses.replace(evals[label], **split) for label in labels}
+    return loaded, {label: evals[label] for label in labels}
+
+
+def ready(
+    chosen: dict[str, Any], args: argparse.Namespace, loaded: Loaded, device_mesh: Any, io: Any
+) -> dict[str, Any]:
+    """The evaluators, by label, that can be done on `--split` (default: on their own splits).
+
+    With `--split`, one that cannot be done is skipped in a line that says why, if another one can and no option names
+    it. Raises the UserError of the first that cannot, otherwise.
+    """
+    from vlp.core import check
+    from vlp.evals.io import check_ready
+
+    named = {a for a in args.evals.split(",") if a}
+    named |= {item.split(".")[1] for item in args.overrides if item.startswith("evals.")}
+    found, refused = {}, {}
+    for label, evaluator in chosen.items():
+        try:
+            evaluator = on_split(evaluator, args.split)
+            check_ready(evaluator, loaded.apply.model, device_mesh, io, f"config.evals.{label}")
+            found[label] = evaluator
+        except check.MachineError:
+            raise
+        except check.UserError as e:
+            if not args.split or label in named:
+                raise
+            refused[label] = e
+    if refused and not found:
+        raise next(iter(refused.values()))
+    for label, e in refused.items():
+        print(f"{label:12s} skipped on split {args.split!r}: {check.line(e)}")
+    return found
+
+
+def on_split(evaluator: Any, split: str) -> Any:
+    """The evaluator, reading this split and no other ("": its own)."""
+    import dataclasses
+
+    if not split:
+        return evaluator
+    alone = {"extra_splits": ()} if hasattr(evaluator, "extra_splits") else {}
+    return dataclasses.replace(evaluator, split=split, **alone)
