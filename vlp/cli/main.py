@@ -1,6 +1,7 @@
 """The command line: `vlp SUBCOMMAND …`.
 
-Exit codes: 0 done, 1 crash or a check that does not hold, 2 user error, 75 pre-empted and saved, 76 hang.
+Exit codes: 0 done, 1 crash or a check that does not hold, 2 user error, 75 pre-empted and saved, 76 hang,
+130 Ctrl-C (vlp.core.interrupt).
 """
 
 from __future__ import annotations

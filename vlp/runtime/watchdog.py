@@ -15,23 +15,36 @@ from types import FrameType, TracebackType
 
 import jax
 
+from vlp.core import interrupt
+
 PREEMPTED = 75  # exit code: saved, start me again
 HANG = 76  # exit code: nothing moved
 
 
 class Stop:
-    """Inside `with`, the first SIGTERM or Ctrl-C only asks to stop; a second Ctrl-C interrupts at once."""
+    """Inside `with`, the first SIGTERM or Ctrl-C only asks to stop; a second Ctrl-C interrupts at once.
+
+    Ctrl-C does so once there is `work` to save; before, it interrupts at once.
+    """
 
     def __init__(self) -> None:
         self._asked = False
         self._previous: dict[int, object] = {}
+        self._handler = self._ask  # one object: what is set is what is compared
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             alone = jax.process_count() == 1  # else JAX listens to SIGTERM, and agrees on a step
-            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
-                self._previous[number] = signal.signal(number, self._ask)
+            self._take(signal.SIGTERM if alone else signal.SIGINT)
         return self
+
+    def work(self) -> None:
+        """There is something to save from now on."""
+        if self._previous and signal.SIGINT not in self._previous:
+            self._take(signal.SIGINT)
+
+    def _take(self, number: int) -> None:
+        self._previous[number] = signal.signal(number, self._handler)
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
@@ -40,7 +53,7 @@ class Stop:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT and not interrupt.watched:
             raise KeyboardInterrupt
         self._asked = True
         if jax.process_count() > 1:

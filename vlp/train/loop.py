@@ -139,6 +139,7 @@ def train_stage(session: Session, plan: StagePlan, state: State, interval: Inter
         session.profile.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = plan.step(state, batch)
+        session.stop.work()
         session.profile.after(step, metrics)
         finite = interval.add(metrics)
         logging_due = last or not number or (number + 1) % settings.log_every_steps == 0
