@@ -18,12 +18,20 @@ FIRST_SECS = 4.0  # what takes less is not worth a line
 EVERY_SECS = 15.0
 _phases: list[object] = []  # from the outermost on; the innermost speaks
 in_log = False
+_write: Callable[[str], object] | None = None  # instead of print, where a bar is on the screen
 _last = 0.0  # when something was said last, by anyone (time.monotonic)
 
 
 @contextlib.contextmanager
-def phase(text: str | Callable[[], str]) -> Iterator[None]:
-    """Inside, "text … 19 s" is printed if nothing else is for a while. text may be a function of no argument."""
+def phase(
+    text: str | Callable[[], str], since: Callable[[], float] | None = None
+) -> Iterator[None]:
+    """Inside, "text … 19 s" is printed if nothing else is for a while.
+
+    Args:
+        text: Or a function that says it, where it changes on the way.
+        since: When that which the text names began (time.monotonic); by default, the phase.
+    """
     began, done = time.monotonic(), threading.Event()
     _phases.append(done)
 
@@ -39,8 +47,11 @@ def phase(text: str | Callable[[], str]) -> Iterator[None]:
                 _last = now
                 if logging.getLogger().isEnabledFor(logging.INFO):
                     what = text if isinstance(text, str) else text()
-                    stream = sys.stdout if in_log else sys.stderr
-                    print(f"{what} … {now - began:.0f} s", file=stream, flush=True)
+                    line = f"{what} … {now - (since() if since else began):.0f} s"
+                    if _write:
+                        _write(line)
+                    else:
+                        print(line, file=sys.stdout if in_log else sys.stderr, flush=True)
 
     threading.Thread(target=speak, daemon=True, name="progress").start()
     try:
@@ -48,6 +59,17 @@ def phase(text: str | Callable[[], str]) -> Iterator[None]:
     finally:
         done.set()
         _phases.remove(done)
+
+
+@contextlib.contextmanager
+def lines_by(write: Callable[[str], object]) -> Iterator[None]:
+    """Inside, lines are written so: by what clears a bar first, say."""
+    global _write
+    before, _write = _write, write
+    try:
+        yield
+    finally:
+        _write = before
 
 
 def said() -> None:

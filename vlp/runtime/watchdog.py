@@ -76,13 +76,13 @@ class Watchdog:
 
     def __init__(self, secs: float, folder: pathlib.Path | None = None) -> None:
         self._secs, self._folder = secs, folder if jax.process_count() > 1 else None
-        self._last, self.phase, self._beats = time.monotonic(), "start", 0
+        self.last, self.phase, self._beats = time.monotonic(), "start", 0
         self._closed = threading.Event()
         if secs:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self, phase: str) -> None:
-        self._last, self.phase = time.monotonic(), phase
+        self.last, self.phase = time.monotonic(), phase
         self._beats += 1  # the same calls on all hosts
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(self._secs / 4, 5.0)):
-            still = time.monotonic() - self._last
+            still = time.monotonic() - self.last
             others = self._tell()
             if still > self._secs:
                 got = f"no progress for {still:.0f} s in phase {self.phase!r}{others}"
