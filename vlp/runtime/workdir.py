@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # What a run writes. A symbolic link in its place would lead out of the workdir (checkpoints/ may be one: big disks).
 _WRITTEN = {
     ".lock", "config.json", "versions.json", "preprocessing.json", "saved.json", "tokenizer.model", "metrics.jsonl",
-    "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
+    "parameters.txt", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
 }  # fmt: skip
 _FLAGS = (
     "XLA_FLAGS",
@@ -127,11 +127,17 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes atomically, on process 0."""
+    write_bytes(path, (dump(value, indent=1) + "\n").encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes atomically, on process 0."""
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        with named(path), open_text(partial, "w") as f:
-            f.write(dump(value, indent=1) + "\n")
+        with named(path):
+            partial.unlink(missing_ok=True)  # which might be a link
+            partial.write_bytes(data)
         os.replace(partial, path)
 
 
