@@ -82,7 +82,7 @@ def vlp_epochs(directory: str, num: int, threads: int = 0):
         path=directory, image_px=IMAGE_PX, text_len=TEXT_LEN, langs=(), min_area_frac=0.9,
         max_aspect=4 / 3, resize="fast", bad_records="replace", read_threads=threads,
     )  # fmt: skip
-    dataset = open_dataset(data, tokenizer.train(texts, 64, model_type="bpe"))
+    dataset = open_dataset(data, tokenizer.train(texts, 64))
     start = 0
     while True:
         yield dataset.train_iter(start=start, batch=BATCH, num_batches=num // BATCH, seed=0)

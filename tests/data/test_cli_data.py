@@ -164,3 +164,21 @@ def test_what_the_vocabulary_leaves_out_is_told(tmp_path, capsys):
     formats.tar(tmp_path / "c.tar", pairs)
     with pytest.raises(check.UserError, match="no caption in .*'no_caption': 6"):
         run("tokenizer", tmp_path / "c.tar", "--out", tmp_path / "v")
+
+
+def test_one_kind_of_tokenizer_and_its_shortfall(tmp_path, capsys):
+    """`vlp data tokenizer` trains what `convert` does; fewer pieces than asked for are told by both."""
+    pairs = formats.rows(40)
+    for k, pair in enumerate(pairs):
+        pair["caption"] = f"a {('red', 'green', 'blue')[k % 3]} square, number {k} of its kind"
+    formats.tar(tmp_path / "a.tar", pairs)
+    out = tmp_path / "words.model"
+    assert run("tokenizer", tmp_path / "a.tar", "--out", out, "--vocab-size", 3000) == 0
+    assert "pieces, not 3,000: these texts fill no more" in capsys.readouterr().out
+    argv = ("convert", tmp_path / "a.tar", "--out", tmp_path / "d", "--tokenizer")
+    assert run(*argv, 3000) == 0
+    assert "pieces, not 3,000: these texts fill no more" in capsys.readouterr().out
+    mine, theirs = tokenizer.load(out), tokenizer.load(tmp_path / "d" / "tokenizer.model")
+    assert mine == theirs and mine.vocab_size > 60
+    assert run("tokenizer", tmp_path / "a.tar", "--out", tmp_path / "w", "--vocab-size", 50) == 0
+    assert "these texts" not in capsys.readouterr().out

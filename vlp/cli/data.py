@@ -50,7 +50,8 @@ def _emoji(args: argparse.Namespace) -> int:
     for split, entry in manifest["splits"].items():
         bases = manifest["info"]["num_bases"][split]
         print(f"{split:14} {entry['num_records']:5d} images of {bases:4d} emoji")
-    print(f"{'vocabulary':14} {manifest['info']['vocab_size']:5d} pieces")
+    pieces = manifest["info"]["vocab_size"]
+    print(f"{'vocabulary':14} {pieces:5d} pieces{_fewer(pieces, args.vocab_size)}")
     print(f"{args.out}: {_SAME if existed else 'written'}, {time.monotonic() - begin:.1f} s")
     print(f"{manifest['info']['attribution']} ({manifest['info']['license']})")
     return 0
@@ -110,9 +111,9 @@ def _convert(args: argparse.Namespace) -> int:
     _tell_others(args)
     info = manifest["info"]
     if words := info.get("tokenizer"):
-        print(
-            f"tokenizer: {words['pieces']} pieces, {words['from']}, sha256 {words['sha256'][:12]}…"
-        )
+        fewer = _fewer(words["pieces"], args.tokenizer) if args.tokenizer.isdecimal() else ""
+        pieces = f"{words['pieces']} pieces{fewer}"
+        print(f"tokenizer: {pieces}, {words['from']}, sha256 {words['sha256'][:12]}…")
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
     if plan := info.get("parts_left_out"):
         print(f"plan that do not fit, left out of records: {plan}")
@@ -260,10 +261,16 @@ def _tokenizer(args: argparse.Namespace) -> int:
         texts, args.vocab_size, lower=not args.keep_case, model_type=args.model_type
     )
     _write_new(args.out, tok.to_bytes())
-    print(f"{args.out}: {tok.vocab_size} pieces from {len(texts)} texts, {_policy(tok)}")
+    pieces = f"{tok.vocab_size} pieces{_fewer(tok.vocab_size, args.vocab_size)}"
+    print(f"{args.out}: {pieces}, from {len(texts)} texts, {_policy(tok)}")
     print(f"left out: {dict(left_out) or 'nothing'}")
     print(f"sha256 {tok.sha256}")
     return 0
+
+
+def _fewer(found: int, wanted: int | str) -> str:
+    """What to add to a number of pieces if more were wanted."""
+    return f", not {int(wanted):,}: these texts fill no more" if found < int(wanted) else ""
 
 
 def _policy(tok) -> str:
@@ -321,7 +328,7 @@ def _bench(args: argparse.Namespace) -> int:
     try:
         words = source.tokenizer()
     except check.UserError:  # none beside the data: any of about the usual size will do
-        words = tokenizer.train(_texts(args, [], limit=1000)[0], 8000, model_type="bpe")
+        words = tokenizer.train(_texts(args, [], limit=1000)[0], 8000)
     dataset = Dataset(data, source, words)
     rates = bench.stages(dataset, args.num_images)
     for stage, rate in rates.items():

@@ -57,7 +57,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     words.add_argument("--from", dest="other", metavar="FILE", help="tokenizer.json or CLIP's BPE")
     words.add_argument("--out", required=True, metavar="FILE", help="a new file")
     words.add_argument("--vocab-size", type=int, default=32000, help="ceiling (default 32000)")
-    words.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
+    words.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="[bpe]")
     words.add_argument("--keep-case", action="store_true", help="no lower-casing")
     words.add_argument("--lower", action="store_true", help="lower-case before --from's own rules")
     words.add_argument("--langs", nargs="+", default=[], help="captions in these only")

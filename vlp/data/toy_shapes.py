@@ -131,4 +131,4 @@ def _draw(size: str, color: str, shape: str, ground: str, place: str) -> np.ndar
 def _tokenizer() -> tokenizer.Tokenizer:
     source = Shapes(1000)
     texts = [c["text"] for i in range(len(source)) for c in source[i]["captions"]]
-    return tokenizer.train(texts, 128, model_type="bpe")
+    return tokenizer.train(texts, 128)

@@ -58,7 +58,7 @@ def build(
     splits = {k: v for k, v in splits.items() if v}
     keys = {e.key for e in all_emoji}
     texts = [text for e in splits["train"] for text, _, lang in e.captions if lang == "en"]
-    tok = tokenizer.train(texts, vocab_size)
+    tok = tokenizer.train(texts, vocab_size, model_type="unigram")
 
     def render(e: Emoji) -> dict:
         with open(e.file, encoding="utf-8") as f:
