@@ -106,17 +106,16 @@ def coca() -> list[dict[str, Any]]:
     cannot be had with 6, so that 12 is the likely reading; its column is a time, which FLOPs predict only roughly (the
     product with the vocabulary, a tenth of the step, runs nearer to the peak than the rest).
     """
-    base = load("coca:size=base", model=dict(text_tower=dict(depth=6), multimodal=dict(depth=6)))
+    base = load("coca:size=base", model=dict(text_tower=dict(depth=6), decoder=dict(depth=6)))
     alone = dict(name="clip", keep_ratio=1.0)
+    no_captions = dict(queries=0, cascade=False)
     variants = {
         "contrastive only, 12 text layers": dict(
-            model=dict(text_tower=dict(depth=12), queries=0, cascade=False), objective=alone
+            model=dict(text_tower=dict(depth=12), poolers=no_captions), objective=alone
         ),
-        "contrastive only, 6 text layers": dict(
-            model=dict(queries=0, cascade=False), objective=alone
-        ),
+        "contrastive only, 6 text layers": dict(model=dict(poolers=no_captions), objective=alone),
         "captioning only": dict(
-            model=dict(contrastive=False, text_tower=dict(pool="none")),
+            model=dict(embed=0, text_tower=dict(pool="none")),
             objective=dict(name="cap", keep_ratio=1.0),
             evals=dict(retrieval=dict(name="captions")),
         ),

@@ -41,7 +41,7 @@ DATA = {
 CLIP = {
     "name": "tiny", "batch": 8, "steps": 4,
     "model": {
-        "name": "dual", "embed": 8,
+        "name": "two_tower", "embed": 8,
         "image_tower": {"patch": 8, "pool": "mean", **TOWER},
         "text_tower": {"vocab": 128, "pool": "eos", **TOWER},
     },
@@ -53,7 +53,7 @@ CLIP = {
 COCA = CLIP | {
     "steps": 0,
     "model": {
-        "name": "captioner", "embed": 8, "queries": 2, "multimodal": {"depth": 1},
+        "name": "two_tower", "embed": 8, "poolers": {"queries": 2}, "decoder": {"depth": 1},
         "image_tower": {"patch": 8, "dropout": 0.1, **TOWER},
         "text_tower": {"vocab": 128, "dropout": 0.1, **TOWER},
     },

@@ -22,7 +22,12 @@ TOWER = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
 def model(**image):
     image_tower = {"patch": 8, "pool": "mean", **TOWER, **image}
     text_tower = {"vocab": 32, "pool": "eos", **TOWER}
-    section = {"name": "dual", "embed": 8, "image_tower": image_tower, "text_tower": text_tower}
+    section = {
+        "name": "two_tower",
+        "embed": 8,
+        "image_tower": image_tower,
+        "text_tower": text_tower,
+    }
     return build_named(MODELS, section, "config.model")
 
 

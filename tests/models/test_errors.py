@@ -8,16 +8,17 @@ from flax.core import FrozenDict
 
 from vlp.core.check import UserError
 from vlp.core.types import Apply
-from vlp.models.captioner import Captioner, Multimodal
-from vlp.models.dual import Dual
 from vlp.models.heads import HeadSpec
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 from vlp.train import state
 
 IMAGE, TEXT = ViT(4, 16, 1, 2), Text(16, 16, 1, 2)
-CAPTIONER = Captioner(IMAGE, TEXT, Multimodal(1), embed=8, queries=2)
-DUAL = Dual(IMAGE.clone(pool="cls"), TEXT, embed=8, heads=FrozenDict({"predict": HeadSpec(8, 4)}))
+CAPTIONER = TwoTower(IMAGE, TEXT, embed=8, decoder=Decoder(1), poolers=Poolers(queries=2))
+DUAL = TwoTower(
+    IMAGE.clone(pool="cls"), TEXT, embed=8, heads=FrozenDict({"predict": HeadSpec(8, 4)})
+)
 image = lambda **kwargs: CAPTIONER.clone(image_tower=IMAGE.clone(**kwargs))
 text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
 
@@ -52,7 +53,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         (image(heads=3), "width: got 16, expected a multiple of heads = 3"),
         (
             text(pool="eot"),
-            "got 'eot', expected one of ['cls', 'eos', 'first', 'last', 'map', 'mean', 'none']; did",
+            "got 'eot', expected one of ['cls', 'eos', 'first', 'last', 'map', 'mean', 'none', 'norm_mean'",
         ),
         (
             text(pool="first"),
@@ -64,7 +65,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         ),
         (
             text(pool="none"),
-            "text_tower.pool: got 'none', expected a pooled text for the contrastive embedding",
+            "text_tower.pool: got 'none', expected a pooled text to embed",
         ),
         (
             text(causal=False),

@@ -17,17 +17,16 @@ from vlp.core import mesh as meshes
 from vlp.core.check import UserError
 from vlp.core.types import Apply, Ctx, Out, Term, answer
 from vlp.losses import contrastive
-from vlp.models.captioner import Captioner, Multimodal
-from vlp.models.dual import Dual
 from vlp.models.heads import HeadSpec
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 from vlp.optim import make as optimisers
 from vlp.train import state as states
 from vlp.train.step import train_step
 
 TOWER = dict(width=8, depth=1, heads=2, mlp=16, dropout=0.1)
-STUDENT = Dual(
+STUDENT = TwoTower(
     ViT(patch=4, pool="mean", **TOWER),
     Text(vocab=24, pool="eos", **TOWER),
     embed=8,
@@ -173,13 +172,12 @@ def toys(training, random_params):
     params = random_params(STUDENT, 16, 8)
     big = STUDENT.clone(image_tower=STUDENT.image_tower.clone(width=16), heads=None)
     tower = TOWER | {"dropout": 0.0}
-    captioner = Captioner(
+    captioner = TwoTower(
         ViT(patch=4, **tower),
         Text(vocab=24, **tower),
-        Multimodal(1),
         embed=8,
-        queries=0,
-        cascade=False,
+        decoder=Decoder(1),
+        poolers=Poolers(queries=0, cascade=False),
     )
     student = functools.partial(training, model=STUDENT, params=params, lr=1e-2)
     return {

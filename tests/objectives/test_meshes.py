@@ -13,8 +13,8 @@ from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.core.config import load
 from vlp.core.mesh import MeshShape
-from vlp.models.captioner import Captioner, Multimodal
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 from vlp.objectives.coca import Coca
 from vlp.optim import make as optimisers
@@ -23,7 +23,13 @@ from vlp.train.build import abstract_state
 from vlp.train.stages import parse
 
 TOWER = dict(width=32, depth=1, heads=2, mlp=64, dropout=0.1)
-MODEL = Captioner(ViT(patch=4, **TOWER), Text(vocab=24, **TOWER), Multimodal(1), embed=8, queries=3)
+MODEL = TwoTower(
+    ViT(patch=4, **TOWER),
+    Text(vocab=24, **TOWER),
+    embed=8,
+    decoder=Decoder(1),
+    poolers=Poolers(queries=3),
+)
 
 
 @pytest.fixture(scope="module")

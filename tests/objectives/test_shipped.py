@@ -14,10 +14,8 @@ from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.core.mesh import MeshShape
 from vlp.core.types import Apply, Ctx
-from vlp.models.captioner import Captioner, Multimodal
-from vlp.models.dual import Dual
-from vlp.models.mammut import Decoder, Mammut
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 from vlp.objectives import OBJECTIVES
 from vlp.optim import make as optimisers
@@ -25,13 +23,15 @@ from vlp.train import state as states
 
 TOWER = dict(width=16, depth=1, heads=2, mlp=32, dropout=0.1)
 IMAGE, TEXT = ViT(patch=4, **TOWER | {"depth": 2}), Text(vocab=24, **TOWER)
-CAPTIONER = Captioner(IMAGE, TEXT, Multimodal(1), embed=8, queries=3)
+CAPTIONER = TwoTower(IMAGE, TEXT, embed=8, decoder=Decoder(1), poolers=Poolers(queries=3))
 MODELS = {
     "coca": CAPTIONER,
-    "cap": CAPTIONER.clone(text_tower=TEXT.clone(pool="none"), contrastive=False),
-    "clip": Dual(IMAGE.clone(pool="cls", drop_path=0.1), TEXT.clone(pool="eos"), embed=8),
-    "mammut": Mammut(IMAGE.clone(pool="mean"), Decoder(vocab=24, **TOWER), embed=8),
-    "siglip": Dual(
+    "cap": CAPTIONER.clone(text_tower=TEXT.clone(pool="none"), embed=0),
+    "clip": TwoTower(IMAGE.clone(pool="cls", drop_path=0.1), TEXT.clone(pool="eos"), embed=8),
+    "mammut": TwoTower(
+        IMAGE.clone(pool="mean"), TEXT.clone(pool="norm_mean", causal=False), embed=8, decoder=Decoder(),
+    ),
+    "siglip": TwoTower(
         IMAGE.clone(pool="map"), TEXT.clone(pool="last"), embed=16, scale=10.0, bias=-10.0,
         project_image=False, text_bias=True,
     ),
@@ -225,7 +225,7 @@ def test_the_moving_average_lies_as_the_parameters_do():
 
 
 def test_initial_values_depend_on_the_seed_alone():
-    model = Dual(
+    model = TwoTower(
         ViT(patch=8, width=8, depth=1, heads=2, pool="mean"),
         Text(vocab=8, width=8, depth=1, heads=2, pool="eos"),
         embed=8,

@@ -57,7 +57,7 @@ CONFIG = {
     "batch": BATCH,
     "objective": {"name": "coca", "caption_weight": 2.0, "contrastive_weight": 1.0},
     "model": {
-        "name": "captioner",
+        "name": "two_tower",
         "width": 384,
         "depth": 12,
         "image": {"patch_px": 16, "pool": "attention"},

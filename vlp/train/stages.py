@@ -19,7 +19,7 @@ from vlp.core.plugins import Plugin
 from vlp.core.types import MICRO_REMAT
 from vlp.data.config import Data
 from vlp.evals import EVALS
-from vlp.models import MODELS
+from vlp.models import MODELS, TOWERS
 from vlp.models.interface import check_fields
 from vlp.objectives import OBJECTIVES
 from vlp.optim.make import Optim
@@ -201,7 +201,8 @@ def _build(
     for key, table in tables.items():
         if key not in section:
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
-        section[key] = build_named(table, section[key], f"config.{key}")
+        towers = plugins.extended("TOWERS", TOWERS, added) if key == "model" else {}
+        section[key] = build_named(table, section[key], f"config.{key}", more=towers)
     check_fields(section["model"], "config.model")
     section["evals"] = evaluators(section.get("evals", {}), added)
     section.setdefault("optim", {})
