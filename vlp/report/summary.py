@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,21 +24,23 @@ READS = (
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def paragraph(run: load.Run) -> str:
-    """Returns the summary as one <p>."""
-    words = [_size(run)]
-    if row := _first(run, "i2t/R@1", "t2i/R@1"):
-        words.append(_retrieval(row))
-    if row := _first(run, "caption_loss"):
-        words.append(_captions(row))
-    if not run.evals:
-        words.append("It was not evaluated.")
-    words.append(_speed(run))
-    return f'<p class="lead">{" ".join(word for word in words if word)}</p>'
+def sentences(run: load.Run) -> dict[str, Any]:
+    """Returns the texts of templates/summary.html.j2; None for a sentence that the run has no numbers for."""
+    last = (run.train or run.evals)[-1]
+    retrieval, captions = _first(run, "i2t/R@1", "t2i/R@1"), _first(run, "caption_loss")
+    return {
+        "name": pages.visible(run.name, 200),
+        "samples": numbers.si(float(last.samples)),
+        "course": _course(run, last),
+        "retrieval": retrieval and _retrieval(retrieval),
+        "captions": captions and _captions(captions),
+        "evaluated": bool(run.evals),
+        "speed": _speed(run),
+    }
 
 
-def tiles(run: load.Run) -> str:
-    """Returns the figures as one <ul>; only those that the run has numbers for."""
+def figures(run: load.Run) -> list[tuple[str, str, str, str]]:
+    """Returns the figures in large type, as far as the run has numbers for them: label, value, note, curve."""
     last = (run.train or run.evals)[-1]
     found = [("samples seen", numbers.si(float(last.samples)), f"{numbers.count(last.step)} steps", "")]  # fmt: skip
     _, loss = curves.column(run.train, "loss")
@@ -45,7 +48,7 @@ def tiles(run: load.Run) -> str:
         found.append(("training loss", numbers.short(float(loss[-1])), "last row", svg.spark(loss)))
     for key in ("i2t/R@1", "t2i/R@1", "accuracy", "caption_loss", "exact_match"):
         if row := _first(run, key):
-            found.append(_tile(run, row, key))
+            found.append(_figure(run, row, key))
     rate, wait = (median(run.train, f"time/{k}") for k in ("examples_per_s", "data_wait_frac"))
     if rate is not None:
         note = f"{numbers.percent(wait)} waiting for data" if wait is not None else "median"
@@ -53,7 +56,7 @@ def tiles(run: load.Run) -> str:
         found.append(("examples / s", numbers.si(rate), note, course))
     if secs := seconds(run):
         found.append(("time", numbers.duration(secs), hardware(run.versions), ""))
-    return pages.tiles(found[:8])
+    return found[:8]
 
 
 def chance(row: load.Row, key: str) -> float | None:
@@ -112,40 +115,32 @@ def seconds(run: load.Run, step: int | None = None) -> float:
 # --- sentences
 
 
-def _size(run: load.Run) -> str:
-    last = (run.train or run.evals)[-1]
+def _course(run: load.Run, last: load.Row) -> str:
     stages = list(dict.fromkeys(row.stage for row in run.train if row.stage))
-    out = (
-        f"<b>{pages.text(run.name, 200)}</b> has seen <b>{numbers.si(float(last.samples))} samples</b> in "
-        f"{numbers.count(last.step)} step{'s' * (last.step != 1)}"
-    )
+    out = f"{numbers.count(last.step)} step{'s' * (last.step != 1)}"
     if 1 < len(stages) < len(_WORDS):
-        out += f", in {_WORDS[len(stages)]} stages ({', then '.join(pages.text(s, 80) for s in stages)})"
+        names = ", then ".join(pages.visible(stage, 80) for stage in stages)
+        out += f", in {_WORDS[len(stages)]} stages ({names})"
     elif len(stages) > 1:
         out += f", in {len(stages)} stages"
-    if secs := seconds(run):
-        out += f", in {numbers.duration(secs)}"
-    return out + "."
+    secs = seconds(run)
+    return out + (f", in {numbers.duration(secs)}" if secs else "")
 
 
-def _retrieval(row: load.Row) -> str:
-    finds = []
-    for key, what in (("i2t/R@1", "caption of an image"), ("t2i/R@1", "image of a caption")):
-        if key in row.values:
-            in_cases = " of cases" if not finds else ""
-            share = numbers.percent(row.values[key])
-            finds.append(f"the right {what} first in <b>{share}</b>{in_cases}")
+def _retrieval(row: load.Row) -> dict[str, Any]:
+    ways = (("i2t/R@1", "caption of an image"), ("t2i/R@1", "image of a caption"))
+    first = [(what, numbers.percent(row.values[k])) for k, what in ways if k in row.values]
     one = chance(row, "R@1")
-    by_chance = f"; chance is {numbers.percent(one, 2)}" if one else ""
-    return f"On {_where(row)} it ranks {', and '.join(finds)}{by_chance}."
+    by_chance = numbers.percent(one, 2) if one else ""
+    return {"where": _where(row), "first": first, "chance": by_chance}
 
 
-def _captions(row: load.Row) -> str:
+def _captions(row: load.Row) -> dict[str, str]:
     true, other = row.values["caption_loss"], row.values.get("caption_loss_shuffled", math.nan)
-    out = f"On {_where(row)} its caption loss is <b>{numbers.si(true)}</b>"
+    more = ""
     if math.isfinite(other):
-        out += f" with the true image and {numbers.si(other)} with another one{_conclusion(row)}"
-    return out + "."
+        more = f" with the true image and {numbers.si(other)} with another one{_conclusion(row)}"
+    return {"where": _where(row), "loss": numbers.si(true), "more": more}
 
 
 def _conclusion(row: load.Row) -> str:
@@ -166,7 +161,7 @@ def _speed(run: load.Run) -> str:
     on = hardware(run.versions)
     if on and not on[0].isdigit():
         on = ("an " if on[0] in "AEIONaeiou" else "a ") + on
-    on = f" on {pages.text(on)}" if on else ""
+    on = f" on {on}" if on else ""
     if rate is None:
         return f"It ran{on}." if on else ""
     out = f"Training went at {numbers.si(rate)} examples/s{on}"
@@ -174,7 +169,7 @@ def _speed(run: load.Run) -> str:
 
 
 def _where(row: load.Row) -> str:
-    split = f"the {pages.text(pages.words(row.split), 80)} split" if row.split else "its data"
+    split = f"the {pages.visible(pages.words(row.split), 80)} split" if row.split else "its data"
     num = row.values.get("num", math.nan)
     size = f" ({numbers.short(num)} records)" if num > 0 and math.isfinite(num) else ""
     return f"{split}{size}"
@@ -183,7 +178,7 @@ def _where(row: load.Row) -> str:
 # --- figures
 
 
-def _tile(run: load.Run, row: load.Row, key: str) -> tuple[str, str, str, str]:
+def _figure(run: load.Run, row: load.Row, key: str) -> tuple[str, str, str, str]:
     value, num = row.values[key], row.values.get("num", math.nan)
     notes = []
     if names.metric(key).percent and math.isfinite(around := error(value, num)):
