@@ -34,7 +34,7 @@ def workdir(tmp_path_factory):
         ([1], None),
     ],
 )
-def test_number(raw, want):
+def test_metrics_are_read_as_numbers(raw, want):
     assert (
         load.number(raw) == pytest.approx(want, nan_ok=True)
         if want is not None

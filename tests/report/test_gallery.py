@@ -125,12 +125,12 @@ def test_clock_that_a_restart_set_back_counts_on(tmp_path):
         (math.nan, "NaN"),
     ],
 )
-def test_si(value, want):
+def test_numbers_get_si_prefixes(value, want):
     assert numbers.si(float(value)) == want
 
 
 @pytest.mark.parametrize(
     ("secs", "want"), [(42.3, "42 s"), (600, "10 min"), (7980, "2 h 13 min"), (200_000, "2 d 7 h")]
 )
-def test_duration(secs, want):
+def test_durations_are_in_words(secs, want):
     assert numbers.duration(float(secs)) == want

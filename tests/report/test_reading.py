@@ -1,4 +1,4 @@
-"""What a workdir may hold without harm: damaged rows, links, pipes, huge files, hostile values."""
+"""A workdir may hold damaged rows, links, pipes, huge files and hostile values: the report leaves them out."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_pipes_and_folders_are_not_read(tmp_path):
     assert [note.split(":")[0] for note in found.notes] == ["config.json", "evals/pipe.json"]
     (run / "metrics.jsonl").unlink()
     os.mkfifo(run / "metrics.jsonl")
-    with pytest.raises(check.UserError, match="no regular file"):
+    with pytest.raises(check.UserError, match="not a regular file"):
         load.load(run)
 
 

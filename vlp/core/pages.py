@@ -56,12 +56,12 @@ def asset(package: str, name: str) -> Markup:
 
 
 def _digest(script: str) -> str:
-    """Returns what a page's policy calls a script: its SHA-256 in base64."""
+    """Returns the SHA-256 of a script in base64, by which a page's policy allows it."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def visible(value: object, most: int = MAX_CHARS) -> str:
-    """Returns at most `most` characters of a text, control characters as visible signs; not escaped."""
+    """Returns at most `most` characters of a text, with control characters as visible signs. Does not escape."""
     whole = str(value)
     cut = whole if len(whole) <= most else whole[:most] + "…"
     return cut.translate(_VISIBLE)

@@ -1,4 +1,4 @@
-"""Two or more runs side by side, as data: last evaluations, curves over each other, and the settings that differ."""
+"""Two or more runs side by side, as data: last evaluations, curves in one chart, and the settings that differ."""
 
 import itertools
 import math

@@ -16,25 +16,30 @@ from vlp.report import compare, curves, gallery, load, names, summary, svg, tabl
 def write(workdir: Path, out: Path | None = None) -> Path:
     """Writes the report of one workdir, by default to workdir/report.html, and returns its path.
 
-    The file appears whole or not at all. Raises: UserError without a workdir or its metrics.jsonl.
+    The file appears whole or not at all.
+
+    Raises:
+        UserError: there is no workdir, no metrics.jsonl with a readable row, or `out` cannot be written.
     """
     run = load.load(Path(workdir))
     return _publish(page(run), Path(out) if out is not None else run.path / "report.html")
 
 
 def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes one page about several runs, by default to ./compare.html, and returns its path."""
+    """Writes one page about several runs, by default to ./compare.html, and returns its path. Raises as `write`."""
     runs = [load.load(Path(workdir)) for workdir in workdirs]
     return _publish(comparison(runs), Path(out) if out is not None else Path("compare.html"))
 
 
 def _publish(text: str, out: Path) -> Path:
     if out.is_dir():
-        raise check.error("report.out", f"the folder {str(out)!r}", "a file", "add a file name")
+        raise check.error(
+            "report.out", f"the folder {str(out)!r}", "a file", f"give {str(out / 'report.html')!r}"
+        )
     if out.exists() and out.suffix.lower() not in (".html", ".htm"):
-        got = f"{str(out)!r}, which exists and is no page"
-        raise check.error("report.out", got, "a new file or an .html", "choose another name")
-    # A captioner may emit lone surrogates, which no encoding of text can hold.
+        got = f"{str(out)!r}, which exists and is not a page"
+        raise check.error("report.out", got, "a new file or an .html file", "name a new file")
+    # A captioner may emit lone surrogates, which no encoding can hold.
     data = text.encode("utf-8", "replace")
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
@@ -42,7 +47,7 @@ def _publish(text: str, out: Path) -> Path:
         part.write_bytes(data)
         os.replace(part, out)
     except OSError as e:
-        do = "give another --out"
+        do = "give --out a file in a folder that you may write to"
         raise check.error("report.out", f"{str(out)!r} ({e})", "a path to write", do) from e
     finally:
         with contextlib.suppress(OSError):

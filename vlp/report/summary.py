@@ -1,7 +1,7 @@
 """The run in one paragraph and a row of figures: its last evaluation, its size, its speed.
 
-A conclusion in words is drawn only where enough steps and records stand behind it, and a difference
-beyond its standard error; otherwise the numbers stand alone.
+The paragraph draws a conclusion only from enough steps and records, and from a difference beyond its standard error;
+otherwise it gives the numbers alone.
 """
 
 import math
@@ -18,9 +18,7 @@ from vlp.report import curves, load, names, numbers, svg
 MIN_STEPS = 100  # of training, before a conclusion is drawn
 MIN_RECORDS = 100  # of an evaluation
 SURE = 2.0  # standard errors
-READS = (
-    0.02  # of the caption loss: what another image must add to it, to say that the image is read
-)
+READS = 0.02  # share of the caption loss that another image must add to it, to conclude that the model reads the image
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -60,7 +58,7 @@ def figures(run: load.Run) -> list[tuple[str, str, str, str]]:
 
 
 def chance(row: load.Row, key: str) -> float | None:
-    """Returns what guessing reaches: k / candidates for R@k, k / classes for accuracy; None where it is not known."""
+    """Returns the chance level: k / candidates for R@k, k / classes for top-k accuracy; None if it is not known."""
     tail = key.rpartition("/")[2]
     if match := re.fullmatch(r"R@(\d{1,6})", tail, re.ASCII):
         k, num = int(match[1]), row.values.get("num", math.nan)
@@ -72,14 +70,14 @@ def chance(row: load.Row, key: str) -> float | None:
 
 
 def error(share: float, num: float) -> float:
-    """Returns the standard error of a share of `num` independent records; NaN where it is not known."""
+    """Returns the standard error of a share of `num` independent records; NaN if it is not known."""
     if not (0 < share < 1 and num > 0 and math.isfinite(num)):
         return math.nan
     return math.sqrt(share * (1 - share) / num)
 
 
 def hardware(versions: dict[str, object]) -> str:
-    """Returns the devices that a run names: "4 × TPU v5 lite", "CPU"; "" if it names none."""
+    """Returns the devices of a run: "4 × TPU v5 lite", "CPU"; "" if versions.json names none."""
     device, num = versions.get("device"), versions.get("devices")
     if isinstance(num, list):
         return ", ".join(_times(n, name) for name, n in Counter(map(str, num)).items())
@@ -103,7 +101,7 @@ def median(rows: Sequence[load.Row], key: str) -> float | None:
 
 
 def seconds(run: load.Run, step: int | None = None) -> float:
-    """Returns the seconds of training up to a step; a clock that a restart set back counts on."""
+    """Returns the seconds of training up to a step, over restarts: each sets its clock back."""
     rows = [row for row in run.train if step is None or row.step <= step]
     _, secs = curves.column(rows, "time/elapsed_s")
     secs = secs[np.isfinite(secs)]
@@ -144,7 +142,7 @@ def _captions(row: load.Row) -> dict[str, str]:
 
 
 def _conclusion(row: load.Row) -> str:
-    """Says whether the captions depend on the image, where the numbers can tell."""
+    """Returns whether the captions depend on the image, in words; "" if the numbers are not sufficient."""
     true, other = row.values["caption_loss"], row.values["caption_loss_shuffled"]
     margin = SURE * row.values.get("caption_gap_se", math.nan)
     enough = row.step >= MIN_STEPS and row.values.get("num", 0) >= MIN_RECORDS
@@ -196,7 +194,7 @@ def _figure(run: load.Run, row: load.Row, key: str) -> tuple[str, str, str, str]
 
 
 def _first(run: load.Run, *keys: str) -> load.Row | None:
-    """Returns the last row of the first evaluation that has any of the metrics; held-out data come before others."""
+    """Returns the last row of the first evaluation that has any of the metrics; the training split comes last."""
     rows = run.latest().values()
     return next((row for row in rows if any(key in row.values for key in keys)), None)
 

@@ -18,7 +18,7 @@ from vlp.report import axes, numbers, traces
 
 WIDTH, HEIGHT = 360, 190  # user units: about the pixels of a card, on a wide page as on a phone
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 34
-MIN_POINTS = 3  # finite values of a line; fewer are told as numbers
+MIN_POINTS = 3  # finite values of a line; fewer are shown as numbers
 STYLES = 6  # line styles s0 … s5 in report.css
 _WIDE_RATIO = 50  # max/median from which values, all positive, get a log axis
 
@@ -33,7 +33,7 @@ class Chart:
     x_label: str = "samples seen"
     percent: bool = False
     dots: bool = False
-    log: bool | None = None  # None: where the values span decades
+    log: bool | None = None  # None: if the values span decades
     bands: tuple[traces.Band, ...] = ()
     marks: tuple[float, ...] = ()
     levels: tuple[tuple[str, float], ...] = ()
@@ -72,12 +72,12 @@ def figure(chart: Chart) -> Markup:
 
 
 def is_curve(chart: Chart) -> bool:
-    """Whether a chart has a line of at least MIN_POINTS finite values: two points are no curve."""
+    """Returns whether a line of the chart has at least MIN_POINTS finite values."""
     return any(np.isfinite(s.y).sum() >= MIN_POINTS for s in chart.series)
 
 
 def spark(y: np.ndarray) -> Markup:
-    """Returns the shape of a series as a small line without axes; empty below three points."""
+    """Returns a series as a small line without axes; empty for fewer than three points."""
     y = y[np.isfinite(y)]
     if len(y) < 3:
         return Markup()
@@ -229,7 +229,7 @@ def _lost(chart: Chart, x_axis: axes.Axis) -> str:
     )
 
 
-# --- words around the drawing
+# --- around the drawing
 
 
 def _legend(chart: Chart) -> list[tuple[str, str]]:
@@ -247,7 +247,7 @@ def _aria(chart: Chart) -> str:
 def _hover(
     chart: Chart, lines: list[traces.Series], x_axis: axes.Axis, y_axis: axes.Axis
 ) -> dict[str, object]:
-    """Returns the drawn points in user units with their text; the script only looks them up."""
+    """Returns the drawn points in user units, with their text, for the script."""
     show: Callable[[float], str] = numbers.percent if chart.percent else _four
     series = [
         {

@@ -1,6 +1,6 @@
-"""Tables of the report as data: evaluations, stages, numbers that make no curve, settings, heat maps.
+"""Tables of the report as data: evaluations, stages, series too short for a curve, settings, heat maps.
 
-The templates draw them; every cell is text here.
+Every cell is text; the templates draw the tables.
 """
 
 import dataclasses
