@@ -34,7 +34,7 @@ def render(package: str, template: str, **values: Any) -> Markup:
 
 @functools.cache
 def _environment(package: str) -> jinja2.Environment:
-    packages = dict.fromkeys((package, __package__))
+    packages = dict.fromkeys((package, "vlp.core"))
     env = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in packages]),
         autoescape=True,
