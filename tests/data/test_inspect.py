@@ -73,7 +73,7 @@ def test_the_page_asks_nothing_and_shows_hostile_names_harmlessly(tmp_path):
     found = inspect.numbers(source)
     text = inspect.page(source, found, title=evil + controls)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
-    assert pages.CSS in text  # the style of `vlp report`
+    assert pages.asset("vlp.report", "page.css") in text  # the style of `vlp report`
     assert "<script" not in text and "<img src=http" not in text
     assert "&lt;script&gt;" in text and "␛[31mred" in text and "x" * 201 not in text
     assert not set(text) & set("\x07\x1b\x7f\x9b\u202e")
