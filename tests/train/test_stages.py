@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 
-from vlp.core import tree
+from vlp.core import check, tree
 from vlp.data import order
 from vlp.infer.load import load
 from vlp.ops import posembed
@@ -47,6 +47,36 @@ def entered(config, directory):
         with pytest.raises(runs.Killed):
             runs.train(config, directory)
     return seen[0].after
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("optim.lr", "schedule.lr"),
+        ("optim.learning_rate", "schedule.lr"),
+        ("stages.0.optim.lr", "schedule.lr"),
+        ("lr", "schedule.lr"),
+        ("stages.0.lr", "schedule.lr"),
+        ("schedule.weight_decay", "optim.weight_decay"),
+        ("data.batch", "batch"),
+        ("data.batch_size", "batch"),
+        ("schedule.seed", "seed"),
+        ("image_px", "data.image_px"),
+    ],
+)
+def test_a_field_of_another_section_is_answered_with_its_place(wrong, right, tmp_path, capsys):
+    config = runs.changed(runs.CLIP, stages=[{"name": "one"}], **{wrong: 1})
+    assert runs.train(config, tmp_path / "run") == 2
+    expected = f"expected config.{right}; write config.{right}"
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1, error
+    assert wrong.removeprefix("stages.0.") in error
+
+
+def test_a_synonym_within_the_section_is_named():
+    config = runs.changed(runs.CLIP, **{"schedule.learning_rate": 1})
+    with pytest.raises(check.UserError, match="rename it to config.schedule.lr"):
+        stages.parse(config)
 
 
 def test_other_sizes(tmp_path, monkeypatch):
