@@ -1,18 +1,11 @@
 """Parameter counts of the papers' towers, from shapes alone."""
 
-import sys
-
 import pytest
-import runs
+from configs import towers
 
 from vlp.core.config import build_named
 from vlp.models import MODELS
 from vlp.train import summary
-
-sys.path.insert(0, str(runs.ROOT / "configs"))
-import towers  # beside the configs
-
-sys.path.pop(0)
 
 
 def counts(section, image_px=224, text_len=77):

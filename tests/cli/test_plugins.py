@@ -143,6 +143,25 @@ def test_in_the_config_file_or_by_name(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
 
 
+def test_plugins_import_what_lies_beside_them_each_from_its_own_folder(tmp_path, capsys):
+    """With a dot or without; two plugins of one folder share one module."""
+    parts = PARTS.replace("class Colours", "from DOTbits import EMBED\n\n\nclass Colours")
+    parts = parts.replace("embed: int = 4", "embed: int = EMBED")
+    for dot in (".", ""):
+        for embed in (3, 5):
+            folder = tmp_path / f"{embed}{dot}"
+            argv = write(folder, CONFIG, parts.replace("DOT", dot))
+            (folder / "bits.py").write_text(f"EMBED = {embed}\n")
+            assert runs.vlp("plan", *argv) == 0
+            assert f"{(3 + 128) * embed:,}" in capsys.readouterr().out.replace("_", ",")
+    again = "from .my_parts import OBJECTIVES, Colours\nMODELS = {'more': Colours}\n"
+    argv = write(folder := tmp_path / "both", CONFIG | {"plugins": ["more", "my_parts"]})
+    (folder / "more.py").write_text(again)
+    assert runs.vlp("plan", *argv) == 0
+    (folder / "more.py").write_text("from .mine import x\n")
+    assert "got no module 'mine' in line 1" in refused(capsys, "plan", *argv)
+
+
 def test_gone_or_changed(run, tmp_path, capsys, caplog):
     """Only what needs the plugin asks for it: not the evaluation of one of vlp's models."""
     caplog.set_level("INFO")
