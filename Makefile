@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/vlp report $(WORKDIR)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q -n logical --dist worksteal --durations=12
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -63,9 +63,25 @@ def random_params():
 
 
 @pytest.fixture(scope="session")
+def error():
+    """The function (ours, reference) → relative norm of the difference of two trees of arrays."""
+    import numpy as np
+
+    def relative(ours, reference) -> float:
+        a, b = (
+            np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(t)])
+            for t in (ours, reference)
+        )
+        assert a.shape == b.shape
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    return relative
+
+
+@pytest.fixture(scope="session")
 def coca_run(tmp_path_factory):
     """The workdir of a finished two-stage run (`runs.COCA`). Read only: copy it to change it."""
-    import runs
+    from helpers import runs
 
     directory = tmp_path_factory.mktemp("coca") / "run"
     assert runs.train(runs.COCA, directory) == 0
@@ -75,7 +91,7 @@ def coca_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clip_run(tmp_path_factory):
     """The workdir of a finished run of one stage (`runs.CLIP`). Read only: copy it to change it."""
-    import runs
+    from helpers import runs
 
     directory = tmp_path_factory.mktemp("clip") / "run"
     assert runs.train(runs.CLIP, directory) == 0
@@ -85,8 +101,7 @@ def clip_run(tmp_path_factory):
 @pytest.fixture
 def toy(monkeypatch):
     """Knows the model and the objective "toy" (`runs.TOY`), which compile in no time."""
-    import runs
-
+    from helpers import runs
     from vlp.models import MODELS
     from vlp.objectives import OBJECTIVES
 

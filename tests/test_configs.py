@@ -6,8 +6,8 @@ import shutil
 
 import flax.linen as nn
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, tree
 from vlp.core import config as configs
 from vlp.optim import make as optimisers

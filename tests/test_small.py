@@ -6,10 +6,10 @@ import random
 
 import numpy as np
 import pytest
-import runs
-from configs import small as recipe
 from PIL import Image
 
+from configs import small as recipe
+from helpers import runs
 from vlp.core import check
 from vlp.core import config as configs
 from vlp.data import records, tokenizer

@@ -1,8 +1,8 @@
 """Parameter counts of the papers' towers, from shapes alone."""
 
 import pytest
-from configs import towers
 
+from configs import towers
 from vlp.core.config import build_named
 from vlp.models import MODELS
 from vlp.train import summary

@@ -3,8 +3,8 @@
 import importlib.util
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import config as configs
 from vlp.train import stages
 

@@ -5,8 +5,8 @@ import json
 import sys
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import config as configs
 from vlp.train import stages
 

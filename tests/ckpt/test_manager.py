@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints, select
 from vlp.core import check

@@ -6,9 +6,9 @@ import shutil
 from unittest import mock
 
 import pytest
-import runs
 from PIL import Image
 
+from helpers import runs
 from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints
 from vlp.core.config import build

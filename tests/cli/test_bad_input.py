@@ -3,18 +3,14 @@
 import shutil
 
 import pytest
-import runs
-from runs import CLIP, COCA, changed
 
+from helpers import runs
+from helpers.runs import CLIP, COCA, changed
 from vlp.train import loop
 
 
 def refused(capsys, *argv, devices=1):
-    """Runs a command that must be refused; returns its one line."""
-    assert runs.vlp(*argv, devices=devices) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    line = lines[0]
+    line = runs.refused(capsys, *argv, devices=devices)
     assert line.startswith("vlp: ") and "got " in line and ", expected " in line and "; " in line
     return line
 

@@ -6,7 +6,8 @@ import pathlib
 import shutil
 
 import pytest
-import runs
+
+from helpers import runs
 
 
 @pytest.fixture(scope="module")

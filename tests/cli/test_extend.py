@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import runs
-from runs import TOY, changed
+
+from helpers import runs
+from helpers.runs import TOY, changed
 
 EVALS = {"retrieval": {"batch": 8, "gallery": 0}}
 STAGES = TOY | {"steps": 0, "stages": [{"name": "a", "steps": 2}, {"name": "b", "steps": 2}]}

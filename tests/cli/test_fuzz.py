@@ -19,11 +19,11 @@ import signal
 import hypothesis
 import numpy as np
 import pytest
-import runs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers import runs
 from vlp.cli import main as cli
 from vlp.core.config import plain
 from vlp.data import records, tokenizer

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.infer import load as loading
 from vlp.infer.load import load
 from vlp.models import MODELS
@@ -96,13 +96,6 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def refused(capsys, *argv):
-    assert runs.vlp(*argv) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
 def test_every_command(run, tmp_path, capsys, monkeypatch):
     """Nothing is added to vlp's own tables; the checkpoint knows where its parts came from, and not from where
     the command is started."""
@@ -120,7 +113,7 @@ def test_every_command(run, tmp_path, capsys, monkeypatch):
     from PIL import Image
 
     Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
-    line = refused(capsys, "caption", "--workdir", run, tmp_path / "a.png")
+    line = runs.refused(capsys, "caption", "--workdir", run, tmp_path / "a.png")
     assert "got a Colours, expected a model with a decoder" in line
 
 
@@ -159,7 +152,7 @@ def test_plugins_import_what_lies_beside_them_each_from_its_own_folder(tmp_path,
     (folder / "more.py").write_text(again)
     assert runs.vlp("plan", *argv) == 0
     (folder / "more.py").write_text("from .mine import x\n")
-    assert "got no module 'mine' in line 1" in refused(capsys, "plan", *argv)
+    assert "got no module 'mine' in line 1" in runs.refused(capsys, "plan", *argv)
 
 
 def test_gone_or_changed(run, tmp_path, capsys, caplog):
@@ -179,7 +172,7 @@ def test_gone_or_changed(run, tmp_path, capsys, caplog):
     moved = run.parent / "mine" / "my_parts.py"
     moved.rename(tmp_path / "kept.py")
     loading._load.cache_clear()
-    line = refused(capsys, "eval", "--workdir", other)
+    line = runs.refused(capsys, "eval", "--workdir", other)
     assert str(moved) in line and "which is gone" in line
     (tmp_path / "kept.py").rename(moved)
 
@@ -201,5 +194,5 @@ def test_mistakes(mistake, tmp_path, capsys):
     parts, changes, message = MISTAKES[mistake]
     argv = write(tmp_path / "mine", CONFIG | changes, parts)
     for command in (["plan"], ["train", "--workdir", tmp_path / "run"]):
-        assert message in refused(capsys, *command, *argv)
+        assert message in runs.refused(capsys, *command, *argv)
     assert not (tmp_path / "run").exists()

@@ -5,8 +5,8 @@ import logging
 import time
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.cli import main, report
 from vlp.core import progress
 from vlp.train import loop

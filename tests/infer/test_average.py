@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, tree
 from vlp.infer import average
 from vlp.infer.load import load

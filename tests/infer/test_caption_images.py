@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+from helpers import runs
 from vlp.data.loader import Data, open_dataset
 from vlp.infer.caption import caption
 from vlp.infer.load import load

@@ -8,8 +8,8 @@ import textwrap
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, tree
 from vlp.core import mesh as meshes
 from vlp.infer.load import load
@@ -53,7 +53,7 @@ ELSEWHERE = """
     from vlp.infer.load import load
     assert not [m for m in sys.modules if m.startswith(("vlp.optim", "vlp.train", "vlp.objectives"))]
     from vlp.models import MODELS
-    import runs
+    from helpers import runs
     MODELS["toy"] = runs.Toy
     loaded = load(sys.argv[1])
     embed = loaded.apply("image", np.full((1, 16, 16, 3), 200, np.uint8))["embed"]

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from flax.core import FrozenDict
 
+from helpers import runs
 from vlp.core import tree
 from vlp.core.types import Apply
 from vlp.losses import caption

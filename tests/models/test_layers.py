@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import tree
 from vlp.models.layers import REMAT, Norm, Stack, drop, fold
 

@@ -157,18 +157,3 @@ def make_batch():
         }
 
     return make
-
-
-@pytest.fixture(scope="session")
-def error():
-    """Relative norm of the difference of two trees of arrays."""
-
-    def relative(ours: Any, reference: Any) -> float:
-        a, b = (
-            np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(t)])
-            for t in (ours, reference)
-        )
-        assert a.shape == b.shape
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-    return relative

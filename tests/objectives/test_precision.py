@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from test_shipped import MODELS
 
+from helpers import runs
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx
 from vlp.models.interface import with_fields

@@ -10,8 +10,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import config as configs
 from vlp.core import flops
 from vlp.models.interface import with_fields

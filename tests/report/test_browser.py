@@ -5,9 +5,9 @@ import re
 import shutil
 import subprocess
 
-import fake_run
 import pytest
 
+from helpers import fake_run
 from vlp.report import html, load
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)

@@ -5,11 +5,11 @@ import math
 import re
 from html.parser import HTMLParser
 
-import fake_run
 import numpy as np
 import pytest
 from test_report import Page, _metrics, _train
 
+from helpers import fake_run
 from vlp.report import compare, html, load, svg, traces
 
 

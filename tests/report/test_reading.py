@@ -4,9 +4,9 @@ import json
 import os
 import time
 
-import fake_run
 import pytest
 
+from helpers import fake_run
 from vlp.cli import main as cli
 from vlp.core import check
 from vlp.report import html, load

@@ -8,10 +8,10 @@ import json
 import math
 import re
 
-import fake_run
 import numpy as np
 import pytest
 
+from helpers import fake_run
 from vlp.cli import report as cli
 from vlp.core import check
 from vlp.report import (

@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.train import loop
 
 CONFIG = runs.changed(runs.TOY, steps=6, log_every_steps=50, **{"model.embed": 1024})

@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.mesh import MeshShape
@@ -294,7 +294,7 @@ def assert_close(directory, wanted, rtol):
 SLOW = """
     import logging, sys, time
     sys.path.insert(0, "tests")
-    import runs
+    from helpers import runs
     from vlp.core import mesh
     logging.root.handlers.clear()
     runs.register_toy()

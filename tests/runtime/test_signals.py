@@ -10,8 +10,8 @@ from unittest import mock
 
 import jax
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import mesh as meshes
 from vlp.runtime.watchdog import HANG, PREEMPTED, Watchdog
 
@@ -77,7 +77,7 @@ def test_stopped_and_killed(toy, tmp_path):
 STUCK = """
     import sys, time
     sys.path.insert(0, "tests")
-    import runs
+    from helpers import runs
     from vlp.data.loader import Dataset
     runs.register_toy()
     def stuck(self, **_):

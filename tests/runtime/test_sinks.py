@@ -6,8 +6,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.runtime import sinks, workdir
 from vlp.train import loop
 

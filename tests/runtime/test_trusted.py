@@ -9,8 +9,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check
 from vlp.core.types import Out, Term
 from vlp.data.loader import Data

@@ -5,8 +5,8 @@ import os
 import shutil
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.ckpt.manager import Checkpoints, check_path
 from vlp.core import check
 from vlp.runtime import workdir

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core.config import build
 from vlp.data import order
 from vlp.data.loader import Data, open_dataset

@@ -4,8 +4,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import mesh as meshes
 from vlp.data import order
 from vlp.train import loop

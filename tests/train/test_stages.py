@@ -8,8 +8,8 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, tree
 from vlp.data import order
 from vlp.infer.load import load

@@ -2,8 +2,8 @@
 
 import jax
 import pytest
-import runs
 
+from helpers import runs
 from vlp.train import session
 
 
