@@ -24,12 +24,12 @@ def load(name, arg):
     return configs.load(f"{FOLDER / name}.py:{arg}")
 
 
-def test_there_are_configs():
+def test_all_shipped_configs_are_tested():
     assert {"coca_emoji", "coca", "clip", "cap", "flip", "clipa", "align", "lit"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke(name, tmp_path):
+def test_every_config_trains_evaluates_and_saves_at_smoke_size(name, tmp_path):
     """Two steps, or one per stage; an evaluation; a save: through the command that users type."""
     directory = tmp_path / "run"
     argv = ["train", "--config", f"{FOLDER / name}.py:smoke", "--workdir", directory]
@@ -44,7 +44,7 @@ def test_smoke(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_json(name):
+def test_every_config_is_json_and_builds(name):
     for arg in ("smoke", ""):
         config = load(name, arg)
         assert json.loads(json.dumps(config)) == config
@@ -55,7 +55,7 @@ def test_json(name):
     ("size", "image", "decoder", "both"),
     [("base", 86, 297, 383), ("large", 303, 484, 787), ("giant", None, None, 2100)],
 )
-def test_coca_parameters(size, image, decoder, both):
+def test_coca_has_the_papers_parameter_counts(size, image, decoder, both):
     """CoCa's table 1 in millions: base and large count both embeddings, giant one (tied)."""
     (row,) = summary.stages(load("coca", f"size={size}"))
     counts = {k.removeprefix("parameters/"): v / 1e6 for k, v in row.items() if "/" in k}

@@ -96,7 +96,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_every_command(run, tmp_path, capsys, monkeypatch):
+def test_every_command_knows_the_parts_of_plugins(run, tmp_path, capsys, monkeypatch):
     """Nothing is added to vlp's own tables; the checkpoint knows where its parts came from, and not from where
     the command is started."""
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_every_command(run, tmp_path, capsys, monkeypatch):
     assert "got a Colours, expected a model with a decoder" in line
 
 
-def test_in_the_config_file_or_by_name(tmp_path, capsys, monkeypatch):
+def test_parts_may_lie_in_the_config_file_or_in_an_installed_module(tmp_path, capsys, monkeypatch):
     file = tmp_path / "config.py"
     config = {k: v for k, v in CONFIG.items() if k != "plugins"}
     file.write_text(f"{PARTS}\n\ndef get_config(arg):\n    return {config!r}\n")
@@ -155,7 +155,9 @@ def test_plugins_import_what_lies_beside_them_each_from_its_own_folder(tmp_path,
     assert "got no module 'mine' in line 1" in runs.refused(capsys, "plan", *argv)
 
 
-def test_gone_or_changed(run, tmp_path, capsys, caplog):
+def test_a_plugin_that_changed_is_noted_and_one_that_is_gone_is_named(
+    run, tmp_path, capsys, caplog
+):
     """Only what needs the plugin asks for it: not the evaluation of one of vlp's models."""
     caplog.set_level("INFO")
     config = runs.changed(runs.CLIP, steps=1, objective={"name": "distance"}, plugins=["my_parts"],
@@ -190,7 +192,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake, tmp_path, capsys):
+def test_mistakes_in_plugins_are_one_line(mistake, tmp_path, capsys):
     parts, changes, message = MISTAKES[mistake]
     argv = write(tmp_path / "mine", CONFIG | changes, parts)
     for command in (["plan"], ["train", "--workdir", tmp_path / "run"]):

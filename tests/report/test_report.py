@@ -309,7 +309,7 @@ def test_failed_write_leaves_the_old_report(workdir, tmp_path, monkeypatch):
         ([1], None),
     ],
 )
-def test_number(raw, want):
+def test_what_is_no_number_is_read_as_none(raw, want):
     assert (
         load.number(raw) == pytest.approx(want, nan_ok=True)
         if want is not None
@@ -545,14 +545,14 @@ def test_clock_that_a_restart_set_back_counts_on(tmp_path):
         (math.nan, "NaN"),
     ],
 )
-def test_si(value, want):
+def test_large_numbers_have_si_suffixes(value, want):
     assert numbers.si(float(value)) == want
 
 
 @pytest.mark.parametrize(
     ("secs", "want"), [(42.3, "42 s"), (600, "10 min"), (7980, "2 h 13 min"), (200_000, "2 d 7 h")]
 )
-def test_duration(secs, want):
+def test_durations_are_told_in_two_units(secs, want):
     assert numbers.duration(float(secs)) == want
 
 

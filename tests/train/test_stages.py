@@ -79,7 +79,7 @@ def test_a_synonym_within_the_section_is_named():
         stages.parse(config)
 
 
-def test_other_sizes(tmp_path, monkeypatch):
+def test_a_stage_of_other_sizes_resizes_positions_alone(tmp_path, monkeypatch):
     """Image size, text length and batch change: positions are resized by their rules, all else is carried."""
     positions, feed = [], loop.feed
 
@@ -161,7 +161,7 @@ def test_freezing_and_another_objective(toy, tmp_path):
     assert rows[3]["distance"] == pytest.approx(rows[3]["loss"]) and rows[3]["grad_norm"] > 0
 
 
-def test_init_from_another_run(clip_run, tmp_path):
+def test_a_stage_starts_from_another_runs_parameters(clip_run, tmp_path):
     """Fine-tuning: the other run's parameters, resized; a head that it had not is left as initialised."""
     heads = {"probe": {"width_in": 8, "width_out": 3}}
     config = runs.changed(runs.CLIP, **{"model.heads": heads, "data.image_px": 24})
@@ -223,7 +223,7 @@ INHERITED = {
 NOT_INHERITED = {"init": "/a/run", "init_match": "colour"}
 
 
-def test_what_stages_inherit(toy):
+def test_each_setting_is_inherited_or_acts_once(toy):
     """Every setting of a stage: had from above the stages, or acting once, where training begins."""
     own = {"name", "index", "start_step", "start_samples"}
     fields = {f.name for f in dataclasses.fields(stages.Stage)} - own
