@@ -1,12 +1,11 @@
 """Eight simulated CPU devices for every test, strict ranks, and one cache of compiled programs for the suite."""
 
+import importlib.metadata
 import os
 import pathlib
 
-import jaxlib
-
 # Before JAX starts: a third of the time to compile. Later versions of jaxlib lack the switch and refuse unknown ones.
-if jaxlib.__version__.startswith("0.10."):
+if importlib.metadata.version("jaxlib").startswith("0.10."):
     _flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
 

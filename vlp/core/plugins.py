@@ -28,7 +28,6 @@ from typing import Any
 from vlp.core import check
 
 log = logging.getLogger(__name__)
-_PACKAGE = r"vlp_(?:config|plugin)_\w+"  # what `execute` is given as package
 TABLES = {"MODELS": "vlp.models", "OBJECTIVES": "vlp.objectives", "EVALS": "vlp.evals"}
 
 
@@ -46,6 +45,7 @@ _plain: set[str] = (
     set()
 )  # names in sys.modules that a user's file imported from beside it, without a dot
 _open: list[str] = []  # the folders that `beside` is in, innermost last
+_PACKAGE = r"vlp_(?:config|plugin)_\w+"  # what `execute` is given as package
 _digests: dict[str, tuple[str, str]] = {}  # of plugins' files that ran: path and SHA-256, by module
 
 
