@@ -39,13 +39,9 @@ extras = {
     "fast": ["opencv-python-headless>=4.10"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.19"],
-    "eval": ["pycocoevalcap>=1.2"],
-    "export": ["safetensors>=0.5"],
-    "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
     "beam": ["apache-beam>=2.60"],
     "syntax": ["textblob>=0.19"],
     "hf": ["tokenizers>=0.20"],
-    "docs": ["nbclient", "nbformat", "ipykernel"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -62,7 +58,7 @@ extras["dev"] = (
     + extras["syntax"]
     + extras["hf"]
     + extras["test"]
-    + ["ruff>=0.14", "pyright>=1.1.400"]
+    + ["ruff>=0.14", "pyright>=1.1.400", "pre-commit>=4.0"]
 )
 
 setup(

@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import ml_collections
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+from helpers import runs
 from vlp.core.types import Ctx, Out, Term
 from vlp.losses import caption
 from vlp.train import stages

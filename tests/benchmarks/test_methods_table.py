@@ -5,8 +5,8 @@ import json
 import sys
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import config as configs
 from vlp.train import stages
 
@@ -22,7 +22,7 @@ def test_every_method_sees_as_many_samples(name):
     assert {s.model.image_tower.width for s in built} == {128}
 
 
-def test_the_demo_is_the_demo():
+def test_the_demos_row_is_its_config():
     """Its row is configs/coca_emoji.py as it is, but for the evaluations."""
     demo = configs.load(f"{runs.ROOT}/configs/coca_emoji.py:path=data/emoji")
     _, theirs = stages.parse(demo)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from everything import abstract
 
+from helpers.everything import abstract
 from vlp.ckpt import init_from
 from vlp.core import check, tree
 from vlp.core import mesh as meshes

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints, select
 from vlp.core import check
@@ -71,7 +71,7 @@ def test_round_trip_onto_another_mesh(three):
     assert params["w"].sharding.device_set == {jax.devices()[0]}
 
 
-def test_parameters_alone(three):
+def test_parameters_can_be_read_without_the_rest(three):
     checkpoints = Checkpoints(three, create=False)
     for teacher, tree in (("", trees(6)[0]), ("ema", trees(6)[1]["teachers"]["ema"])):
         params = checkpoints.params(6, teacher)
@@ -87,7 +87,7 @@ def test_reading_writes_nothing(three):
     assert runs.contents(three) == before
 
 
-def test_keeps_the_newest(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     save(checkpoints, 1, 2, 30)
     checkpoints.close()
@@ -145,7 +145,7 @@ def test_broken_checkpoints_are_passed_over(copied, caplog, harm):
     assert Checkpoints(copied, create=False).steps() == [4, 6, 8]
 
 
-def test_all_broken(copied):
+def test_if_all_checkpoints_are_broken_nothing_is_changed(copied):
     for folder in copied.iterdir():
         flip(folder)
     before = runs.contents(copied)
@@ -154,7 +154,7 @@ def test_all_broken(copied):
     assert runs.contents(copied) == before
 
 
-def test_every_file_counts(copied):
+def test_a_change_of_any_file_makes_a_checkpoint_broken(copied):
     folder = copied / "step_000000006"
     names = json.loads((folder / digest.FILE).read_text())
     files = {p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file()}
@@ -168,7 +168,7 @@ def test_every_file_counts(copied):
         (folder / name).write_bytes(data)
 
 
-def test_without_digests(copied):
+def test_checkpoints_without_digests_are_taken_if_complete(copied):
     """Copies that lost the file, and checkpoints of others: taken if their items are there."""
     for folder in copied.iterdir():
         (folder / digest.FILE).unlink()
@@ -214,7 +214,7 @@ def test_a_failed_save_is_not_lost(tmp_path, monkeypatch, how):
     assert Checkpoints(tmp_path / "c", create=False).newest() == 2
 
 
-def test_nothing_there(tmp_path):
+def test_an_empty_directory_has_no_checkpoint(tmp_path):
     with pytest.raises(check.UserError, match="got no checkpoints, expected a workdir"):
         Checkpoints(tmp_path / "run" / "checkpoints", create=False)
     assert not list(tmp_path.iterdir())

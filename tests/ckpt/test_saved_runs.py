@@ -6,9 +6,9 @@ import shutil
 from unittest import mock
 
 import pytest
-import runs
 from PIL import Image
 
+from helpers import runs
 from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints
 from vlp.core.config import build
@@ -18,7 +18,7 @@ from vlp.data.tokenizer import Tokenizer
 from vlp.train import loop, session
 
 
-def test_contents(coca_run):
+def test_a_checkpoint_holds_all_that_its_use_needs(coca_run):
     """All that is needed to use the model, in the checkpoint and beside it."""
     names = {p.name for p in coca_run.iterdir()} - {".lock"}
     expected = "checkpoints config.json evals metrics.jsonl preprocessing.json saved.json tokenizer.model versions.json"
@@ -59,7 +59,7 @@ def dying_after_step_4(config, directory):
         runs.train(config, directory)
 
 
-def test_a_broken_checkpoint(toy, tmp_path, capsys):
+def test_a_run_goes_on_from_before_a_broken_checkpoint(toy, tmp_path, capsys):
     """The run goes on from the one before, and ends as it would have."""
     config = runs.changed(runs.TOY, steps=6)
     assert runs.train(config, tmp_path / "whole") == 0

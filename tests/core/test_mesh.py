@@ -31,7 +31,7 @@ def cube():
         ((2, 2, 1, 2), (2, 2, 1, 2)),
     ],
 )
-def test_sizes(shape, sizes):
+def test_mesh_sizes_fill_the_devices(shape, sizes):
     mesh = meshes.make(MeshShape(*shape))
     assert tuple(mesh.shape[a] for a in meshes.AXES) == sizes
 

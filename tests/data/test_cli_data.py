@@ -2,9 +2,9 @@
 
 import argparse
 
-import formats
 import pytest
 
+from helpers import formats
 from vlp.cli import data as cli
 from vlp.core import check
 from vlp.data import tokenizer

@@ -5,12 +5,12 @@ import json
 import struct
 import zlib
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from helpers import formats
 from vlp.data import image_files, image_ops
 
 HEIGHT, WIDTH = 40, 96

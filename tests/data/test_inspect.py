@@ -4,12 +4,12 @@ import dataclasses
 import io
 import json
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 from PIL import Image
 
+from helpers import formats
 from vlp.core import check, pages
 from vlp.data import records, tokenizer
 from vlp.data.sources.combined import without

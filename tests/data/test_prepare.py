@@ -6,13 +6,13 @@ import os
 import random
 import shutil
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import formats
 from vlp.core import check
 from vlp.data import records, sources, tokenizer
 from vlp.data.config import Data

@@ -12,14 +12,13 @@ import tarfile
 import threading
 import time
 
-import formats
 import fsspec
 import numpy as np
 import pyarrow.parquet
 import pytest
-import runs
 from fsspec.implementations.memory import MemoryFileSystem
 
+from helpers import formats, runs
 from vlp.core import check
 from vlp.data import records, sources, storage
 from vlp.data.config import CaptionSource, Data, Part

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, tree
 from vlp.infer import average
 from vlp.infer.load import load
@@ -60,7 +60,7 @@ def test_models_that_do_not_match():
 
 
 @pytest.mark.parametrize("weights", ["0.5", "0.5,x", "0.5,0.6", "nan,nan"])
-def test_bad_weights(clip_run, tmp_path, capsys, weights):
+def test_weights_that_are_no_average_are_refused(clip_run, tmp_path, capsys, weights):
     argv = ["average", clip_run, clip_run, f"--weights={weights}", "--out", tmp_path / "out"]
     assert runs.vlp(*argv) == 2
     error = capsys.readouterr().err
@@ -68,7 +68,7 @@ def test_bad_weights(clip_run, tmp_path, capsys, weights):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_places(clip_run, tmp_path, capsys):
+def test_models_and_outputs_that_cannot_be_are_refused(clip_run, tmp_path, capsys):
     for model, out in [(clip_run, clip_run), (f"{clip_run}@3", "new"), (tmp_path / "none", "new")]:
         assert runs.vlp("average", model, "--out", tmp_path / out) == 2
         assert capsys.readouterr().err.count("\n") == 1

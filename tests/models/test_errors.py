@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from everything import abstract
 
+from helpers.everything import abstract
 from vlp.core.check import UserError
 from vlp.core.types import Apply
 from vlp.models import heads

@@ -118,7 +118,7 @@ def test_the_rate_falls_from_block_to_block():
         optimisers.make(Optim(rules=(Rule(".*", layer_decay=0.5),)), params)
 
 
-def test_user_errors():
+def test_mistakes_in_the_optimiser_are_one_line():
     with pytest.raises(UserError, match="config.optim.name: got 'adam', expected one of .*did you"):
         Optim("adam")
     with pytest.raises(UserError, match="config.optim.mu_dtype: got float16, expected 'float32'"):

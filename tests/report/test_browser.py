@@ -5,9 +5,9 @@ import re
 import shutil
 import subprocess
 
-import fake_run
 import pytest
 
+from helpers import fake_run
 from vlp.report import html, load
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -42,7 +42,7 @@ def _measure(tmp_path, text: str, width: int) -> dict:
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser here")
 @pytest.mark.parametrize("kind", ["run", "many evaluations", "runs"])
-def test_pages_fit(tmp_path, kind):
+def test_pages_fit_a_narrow_window(tmp_path, kind):
     runs = [fake_run.write(tmp_path / f"run-with-a-long-name-{i}", num_rows=60, seed=i) for i in range(3)]  # fmt: skip
     if kind == "many evaluations":
         path = runs[0] / "metrics.jsonl"

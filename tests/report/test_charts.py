@@ -4,11 +4,11 @@ import json
 import math
 import re
 
-import fake_run
 import numpy as np
 import pytest
-from page_parser import Page
 
+from helpers import fake_run
+from helpers.page_parser import Page
 from vlp.report import axes, curves, load, numbers, svg, traces
 from vlp.report import html as page
 

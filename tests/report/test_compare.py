@@ -3,9 +3,9 @@
 import json
 import re
 
-import fake_run
 import pytest
 
+from helpers import fake_run
 from vlp.cli import main as cli
 from vlp.report import compare, html, load, tables
 

@@ -4,12 +4,12 @@ import json
 import pathlib
 import re
 
-import fake_run
 import numpy as np
 import pytest
-from page_parser import Page
 
 import vlp
+from helpers import fake_run
+from helpers.page_parser import Page
 from vlp.core import pages
 from vlp.report import gallery, html, load, summary, svg, tables, traces
 

@@ -5,11 +5,10 @@ import math
 import re
 from html.parser import HTMLParser
 
-import fake_run
 import numpy as np
 import pytest
-from page_parser import Page
 
+from helpers.page_parser import Page
 from vlp.report import html, load, svg, traces
 
 

@@ -4,10 +4,10 @@ import json
 import os
 import time
 
-import fake_run
 import pytest
-from fake_run import train_row
 
+from helpers import fake_run
+from helpers.fake_run import train_row
 from vlp.cli import main as cli
 from vlp.core import check
 from vlp.report import html, load

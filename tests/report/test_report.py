@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import re
 
-import fake_run
 import pytest
-from page_parser import Page
 
+from helpers import fake_run
+from helpers.page_parser import Page
 from vlp.cli import report as cli
 from vlp.core import check
 from vlp.report import html as page

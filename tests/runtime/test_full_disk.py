@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.train import loop
 
 CONFIG = runs.changed(runs.TOY, steps=6, log_every_steps=50, **{"model.embed": 1024})
@@ -32,7 +32,7 @@ def limited(config, directory, kilobytes):
     return done.returncode, lines, time.monotonic() - began
 
 
-def test_files_may_not_grow(toy, tmp_path):
+def test_a_file_size_limit_is_answered_as_a_full_disk(toy, tmp_path):
     """As with `ulimit -f`, and as on a disk that is full: an error code of the system, in TensorStore's words."""
     run = tmp_path / "run"
     code, errors, secs = limited(CONFIG, run, 400)

@@ -1,8 +1,8 @@
 """One run per workdir at a time, and a record that outlives a broken line."""
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check
 from vlp.runtime import workdir
 

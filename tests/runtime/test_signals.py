@@ -10,8 +10,8 @@ from unittest import mock
 
 import jax
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import mesh as meshes
 from vlp.runtime.watchdog import HANG, PREEMPTED, Watchdog
 
@@ -36,7 +36,7 @@ def finish(process, signal_number=0):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(clip_run, tmp_path, number):
+def test_a_signal_saves_and_ends_with_code_75(clip_run, tmp_path, number):
     calls, before = iter(range(1, 100)), signal.getsignal(number)
     to_global = meshes.to_global
 
@@ -53,7 +53,7 @@ def test_asked_to_stop(clip_run, tmp_path, number):
     runs.assert_same_run(tmp_path / "run", clip_run)
 
 
-def test_stopped_and_killed(toy, tmp_path):
+def test_signals_at_any_time_lose_no_step(toy, tmp_path):
     """SIGTERM before the first step is compiled, SIGKILL wherever it hits, SIGTERM on the way, then to the end."""
     run = tmp_path / "run"
     start = lambda: runs.command(*runs.arguments(LONG, run))
@@ -77,7 +77,7 @@ def test_stopped_and_killed(toy, tmp_path):
 STUCK = """
     import sys, time
     sys.path.insert(0, "tests")
-    import runs
+    from helpers import runs
     from vlp.data.dataset import Dataset
     runs.register_toy()
     def stuck(self, **_):
@@ -88,7 +88,7 @@ STUCK = """
 """
 
 
-def test_hang(tmp_path):
+def test_a_hang_ends_with_code_76_and_all_stacks(tmp_path):
     argv = runs.arguments(runs.changed(runs.TOY, hang_secs=6.0), tmp_path / "run")
     process = runs.command(*argv, program=("-c", textwrap.dedent(STUCK)))
     _, errors = process.communicate(timeout=300)

@@ -6,8 +6,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.runtime import sinks, workdir
 from vlp.train import loop
 
@@ -85,7 +85,7 @@ def assert_follows(directory, sink="tensorboard"):
 
 
 @pytest.mark.parametrize("sink", sinks.SINKS)
-def test_killed_between_saves(sink, toy, tmp_path, monkeypatch):
+def test_sinks_have_each_step_once_after_a_kill(sink, toy, tmp_path, monkeypatch):
     """The run dies with steps 5 and 6 on record but not saved, and does them again."""
     for package in sinks.SINKS[sink][1]:
         pytest.importorskip(package)
@@ -136,7 +136,7 @@ def test_wandb_without_a_login(toy, tmp_path, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
-def test_asked_for_later(toy, tmp_path):
+def test_a_sink_added_at_a_restart_gets_the_whole_run(toy, tmp_path):
     """A sink is free to change at a restart, and then has the whole run."""
     run = tmp_path / "run"
     assert runs.train(runs.changed(CONFIG, sinks=[]), run) == 0
@@ -154,13 +154,13 @@ def test_not_a_number_is_followed(toy, tmp_path):
     )
 
 
-def test_unknown_sink(toy, tmp_path, capsys):
+def test_an_unknown_sink_is_one_line(toy, tmp_path, capsys):
     assert runs.train(runs.changed(CONFIG, sinks=["tensorbord"]), tmp_path / "run") == 2
     assert "did you mean 'tensorboard'?" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_package_is_missing(toy, tmp_path, capsys, monkeypatch):
+def test_a_sink_whose_package_is_missing_is_one_line(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
         sinks.SINKS, "tensorboard", (sinks.TensorBoard, ("no_such_package",), "vlp[tensorboard]")
     )
@@ -169,7 +169,7 @@ def test_package_is_missing(toy, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_profile(toy, tmp_path):
+def test_a_profile_holds_the_steps_asked_for_and_changes_no_number(toy, tmp_path):
     """The trace holds the steps asked for, and the run's numbers are what they are without it."""
     from jax.profiler import ProfileData
 
@@ -188,7 +188,7 @@ def test_profile(toy, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["3", "0:2", "3:2", "a:b", "-1:2", "2:5", "7:9"])
-def test_bad_profile(toy, tmp_path, capsys, text):
+def test_mistakes_in_profile_are_one_line(toy, tmp_path, capsys, text):
     argv = runs.arguments(runs.TOY, tmp_path / "run")
     assert runs.vlp(*argv, f"--profile={text}") == 2
     error = capsys.readouterr().err

@@ -9,8 +9,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check
 from vlp.core.types import Out, Term
 from vlp.data.config import Data
@@ -107,7 +107,7 @@ SHELL = {
 }  # fmt: skip
 
 
-def test_flags_of_the_shell(toy, tmp_path):
+def test_flags_of_the_shell_change_no_number_and_are_recorded(toy, tmp_path):
     """They change no number, are told, and are on record."""
     config = runs.changed(runs.TOY, steps=2)
     with mock.patch.dict(runs.os.environ, SHELL):

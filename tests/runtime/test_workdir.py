@@ -5,8 +5,8 @@ import os
 import shutil
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.ckpt.manager import Checkpoints, check_path
 from vlp.core import check
 from vlp.runtime import workdir
@@ -26,7 +26,7 @@ NAMES = [
 ]
 
 
-def test_any_name(toy, tmp_path, capsys):
+def test_a_workdir_may_have_any_name(toy, tmp_path, capsys):
     """A path is not a pattern: each run has checkpoints that open, and goes on from them."""
     for name in NAMES:
         directory = tmp_path / name
@@ -45,7 +45,7 @@ def test_any_name(toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["back\\slash", "bad\udcff", "gs:/bucket/run", "s3:/bucket"])
-def test_names_that_cannot_be(toy, tmp_path, capsys, name):
+def test_names_that_libraries_misread_are_refused(toy, tmp_path, capsys, name):
     """What Orbax or TensorStore take for something else is refused before anything is written."""
     argv = runs.arguments(runs.TOY, tmp_path / "run")
     before = runs.contents(tmp_path)
@@ -105,7 +105,7 @@ def test_a_record_without_checkpoint_is_set_aside(toy, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["../../out", "/out", "a/b", "..", ".lock", "x\0y", "a" * 300])
-def test_artefacts_stay_inside(tmp_path, name):
+def test_artefacts_stay_inside_the_workdir(tmp_path, name):
     """Names of artefacts are made of data: of labels and splits, also a handed checkpoint's."""
     run = tmp_path / "inner" / "run"
     run.mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_infinities_of_a_config(toy, tmp_path):
     workdir.check_config(tmp_path / "run", config)
 
 
-def test_rows_with_any_text(tmp_path):
+def test_rows_of_metrics_keep_any_text(tmp_path):
     """Names may hold what Python takes for ends of lines; what is no row is left out."""
     path = tmp_path / "metrics.jsonl"
     rows = [{"kind": "train", "step": 1, "stage": "a\u2028b\x85c"}, {"kind": "eval", "step": 2}]

@@ -2,7 +2,7 @@
 
 import json
 
-import runs
+from helpers import runs
 
 
 def test_the_record_tells_of_reads_texts_and_memory(tmp_path, toy):

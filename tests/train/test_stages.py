@@ -8,9 +8,9 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-import runs
 
-from vlp.core import tree
+from helpers import runs
+from vlp.core import check, tree
 from vlp.data import order
 from vlp.infer.load import load
 from vlp.ops import posembed
@@ -49,7 +49,37 @@ def entered(config, directory):
     return seen[0].after
 
 
-def test_other_sizes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("optim.lr", "schedule.lr"),
+        ("optim.learning_rate", "schedule.lr"),
+        ("stages.0.optim.lr", "schedule.lr"),
+        ("lr", "schedule.lr"),
+        ("stages.0.lr", "schedule.lr"),
+        ("schedule.weight_decay", "optim.weight_decay"),
+        ("data.batch", "batch"),
+        ("data.batch_size", "batch"),
+        ("schedule.seed", "seed"),
+        ("image_px", "data.image_px"),
+    ],
+)
+def test_a_field_of_another_section_is_answered_with_its_place(wrong, right, tmp_path, capsys):
+    config = runs.changed(runs.CLIP, stages=[{"name": "one"}], **{wrong: 1})
+    assert runs.train(config, tmp_path / "run") == 2
+    expected = f"expected config.{right}; write config.{right}"
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1, error
+    assert wrong.removeprefix("stages.0.") in error
+
+
+def test_a_synonym_within_the_section_is_named():
+    config = runs.changed(runs.CLIP, **{"schedule.learning_rate": 1})
+    with pytest.raises(check.UserError, match="rename it to config.schedule.lr"):
+        stages.parse(config)
+
+
+def test_a_stage_of_other_sizes_resizes_positions_alone(tmp_path, monkeypatch):
     """Image size, text length and batch change: positions are resized by their rules, all else is carried."""
     positions, feed = [], loop.feed
 
@@ -135,7 +165,7 @@ def test_freezing_and_another_objective(toy, tmp_path):
     assert rows[3]["distance"] == pytest.approx(rows[3]["loss"]) and rows[3]["grad_norm"] > 0
 
 
-def test_init_from_another_run(clip_run, tmp_path):
+def test_a_stage_starts_from_another_runs_parameters(clip_run, tmp_path):
     """Fine-tuning: the other run's parameters, resized; a head that it had not is left as initialised."""
     heads = {"probe": {"width_in": 8, "width_out": 3}}
     config = runs.changed(runs.CLIP, **{"model.heads": heads, "data.image_px": 24})
@@ -197,7 +227,7 @@ INHERITED = {
 NOT_INHERITED = {"init": "/a/run", "init_match": "colour"}
 
 
-def test_what_stages_inherit(toy):
+def test_each_setting_is_inherited_or_acts_once(toy):
     """Every setting of a stage: had from above the stages, or acting once, where training begins."""
     own = {"name", "index", "start_step", "start_samples"}
     fields = {f.name for f in dataclasses.fields(stages.Stage)} - own

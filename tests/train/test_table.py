@@ -2,13 +2,13 @@
 
 import jax
 import pytest
-import runs
 
+from helpers import runs
 from vlp.train import session
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
-def test_columns_fit(width):
+def test_the_columns_of_the_table_fit_their_numbers(width):
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, "float32")
     long = {
         "encoder": {"a_block_with_a_very_long_name_" * 3: {"kernel": shape(24, 1024, 3, 16, 64)}}
@@ -21,7 +21,7 @@ def test_columns_fit(width):
     assert "a number" in text and "50,593,792" in text
 
 
-def test_after_the_plan(toy, tmp_path, caplog):
+def test_the_table_comes_after_the_plan(toy, tmp_path, caplog):
     caplog.set_level("INFO")
     assert runs.train(runs.changed(runs.TOY, steps=1), tmp_path / "run") == 0
     told = [r.getMessage() for r in caplog.records]

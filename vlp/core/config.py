@@ -12,6 +12,7 @@ import ast
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import pathlib
 import types
@@ -27,6 +28,7 @@ if typing.TYPE_CHECKING:  # imported where config files are read: a model can be
     import ml_collections
 
 T = TypeVar("T")
+_loads = itertools.count()  # a package of its own for each config file that is loaded
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> "ml_collections.ConfigDict":
@@ -86,20 +88,22 @@ def _returned(path: str, arg: str) -> tuple[Any, bool]:
 
     Raises UserError, with file and line, for whatever the file raises.
     """
-    where = f"--config {path}"
-    with plugins.blamed(where, path, "a config"):
-        module = plugins.execute(path, "vlp_config")
-        function = getattr(module, "get_config", None)
-        if not callable(function):
-            got = "no get_config" if function is None else f"get_config = {function!r:.40}"
-            raise check.error(where, got, "def get_config(arg)", "add the function")
-        with plugins.beside(path):
+    where, package = f"--config {path}", f"vlp_config_{next(_loads)}"
+    try:
+        with plugins.blamed(where, path, "a config"), plugins.beside(path):
+            module = plugins.execute(path, package)
+            function = getattr(module, "get_config", None)
+            if not callable(function):
+                got = "no get_config" if function is None else f"get_config = {function!r:.40}"
+                raise check.error(where, got, "def get_config(arg)", "add the function")
             if inspect.signature(function).parameters:
                 return function(arg or None), plugins.defines_parts(module)
             if arg:
                 do = "write def get_config(arg), or drop the argument"
                 raise check.error(where, f"the argument {arg!r} for get_config()", "none", do)
             return function(), plugins.defines_parts(module)
+    finally:
+        plugins.forget(package)  # the next load reads every file anew
 
 
 def plain(value: Any) -> Any:
