@@ -25,7 +25,7 @@ def run_as_is(*argv):
     return args.run(args)
 
 
-def test_verify(dataset_dir, capsys):
+def test_verify_reads_every_record(dataset_dir, capsys):
     assert run("verify", dataset_dir) == 0
     assert "good, 28 records read" in capsys.readouterr().out
     shard = dataset_dir / "val-00000-of-00001.arrayrecord"

@@ -98,7 +98,7 @@ def test_the_page_shows_every_number_in_words(tmp_path):
     assert "new_kinds" not in text and "new_count" not in text
 
 
-def test_uniform_borders():
+def test_uniform_borders_are_found():
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     assert not inspect.has_uniform_border(image)
     image[:8] = image[-8:] = 255
