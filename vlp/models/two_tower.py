@@ -107,12 +107,9 @@ class TwoTower(nn.Module):
 
     def __call__(self, image: Array, text: Array) -> None:
         """Touches every parameter (initialisation)."""
-        feats = self.image(image).get("feats")
-        if (
-            self.decoder
-        ):  # first, since its run of a shared text tower has all of the tower's parameters
-            self.decode(self.text(text)["tokens"], feats)
-        self.text(text)
+        seen, read = self.image(image), self.text(text)
+        if self.decoder:
+            self.decode(read["tokens"], seen["feats"])
         if self.embed:
             self.scale_bias()
         for name, spec in (self.heads or {}).items():
