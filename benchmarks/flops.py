@@ -46,7 +46,15 @@ def lower(stage: stages.Stage, batch: int) -> Any:
     }
     model = stage.model.clone(**towers)
     px, length = stage.data.image_px, stage.data.text_len
-    params = nn.unbox(state.abstract_params(model, px, length))
+    shape = jax.ShapeDtypeStruct
+    rows = {
+        "image": shape((batch, px, px, 3), jnp.uint8),
+        "text": shape((batch, length), jnp.int32),
+        "mask": shape((batch,), jnp.bool_),
+        "index": shape((batch, 2), jnp.uint32),
+        "record": shape((batch, 2), jnp.uint32),
+    }
+    params = nn.unbox(state.abstract_params(model, stage.objective, rows))
     updater = optimisers.make(stage.optim, params)
     start = functools.partial(state.create, updater=updater, teachers={}, method_state=(), step=0)
     step = functools.partial(
@@ -59,14 +67,6 @@ def lower(stage: stages.Stage, batch: int) -> Any:
         num_micro=1,
         teachers={},
     )
-    shape = jax.ShapeDtypeStruct
-    rows = {
-        "image": shape((batch, px, px, 3), jnp.uint8),
-        "text": shape((batch, length), jnp.int32),
-        "mask": shape((batch,), jnp.bool_),
-        "index": shape((batch, 2), jnp.uint32),
-        "record": shape((batch, 2), jnp.uint32),
-    }
     return jax.jit(step).lower(jax.eval_shape(start, params), rows)
 
 

@@ -278,12 +278,12 @@ Built = tuple[Callable[[], Any], Callable[[], float | None], dict[str, Any]]
 
 def ours(job: argparse.Namespace) -> Built:
     """One step of vlp.train.step, its peak memory in GB, and about it: FLOPs of an example, device, versions."""
-    import flax.linen as nn
     import jax
     import jax.numpy as jnp
 
     from vlp.core import config
     from vlp.core import flops as counts
+    from vlp.core import mesh as meshes
     from vlp.core.types import Apply, Ctx
     from vlp.models import MODELS as KINDS
     from vlp.objectives import OBJECTIVES
@@ -307,9 +307,13 @@ def ours(job: argparse.Namespace) -> Built:
         section = config.overlay(section, dict(decoder=dict(depth=depth)))
     model = config.build_named(KINDS, section, "model")
     loss = config.build_named(OBJECTIVES, dict(keep_ratio=1 - job.mask, **objective), "objective")
-    inputs = jnp.zeros((1, image_px, image_px, 3), jnp.uint8), jnp.zeros((1, length), jnp.int32)
-    init = lambda key: nn.unbox(model.init(key, *inputs)["params"])
-    params = jax.jit(init)(jax.random.key(0))
+    shapes = {
+        "image": jax.ShapeDtypeStruct((job.batch, image_px, image_px, 3), jnp.uint8),
+        "text": jax.ShapeDtypeStruct((job.batch, length), jnp.int32),
+        "index": jax.ShapeDtypeStruct((job.batch, 2), jnp.uint32),
+    }
+    mesh = meshes.make(meshes.MeshShape(), jax.devices()[:1])
+    params = states.init_params(model, loss, shapes, 0, mesh)
     updater = optimisers.make(optimisers.Optim(clip_norm=None), params)
     start = functools.partial(states.create, updater=updater, teachers={}, method_state=(), step=0)
     state = jax.jit(start)(params)

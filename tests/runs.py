@@ -90,9 +90,6 @@ class Toy(nn.Module):
         self.colour = self.param("colour", init("pixels", "embed"), (3, self.embed))
         self.words = self.param("words", init("vocab", "embed"), (128, self.embed))
 
-    def __call__(self, image, text):
-        self.image(image), self.text(text)
-
     def image(self, image, *, keep_ratio=1.0, keys=None):
         return {"embed": image.astype(jnp.float32).mean(axis=(1, 2)) / 255 @ self.colour}
 
@@ -231,10 +228,10 @@ def _prepare(stage, settings, mesh):
     return MEMORY[key]
 
 
-def _init(model, image_px, text_len, seed, mesh):
-    key = repr(model), image_px, text_len, seed, mesh
+def _init(model, objective, batch, seed, mesh, teachers=None):
+    key = repr(model), repr(objective), repr(batch), seed, mesh, repr(teachers)
     if key not in MEMORY:
-        MEMORY[key] = _INIT(model, image_px, text_len, seed, mesh)
+        MEMORY[key] = _INIT(model, objective, batch, seed, mesh, teachers)
     return jax.tree.map(jnp.copy, MEMORY[key])  # the run gives its arrays away
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from everything import abstract
 
 from vlp.ckpt import init_from
 from vlp.core import check, tree
@@ -14,7 +15,6 @@ from vlp.core import mesh as meshes
 from vlp.core.config import build_named
 from vlp.models import MODELS
 from vlp.ops import posembed
-from vlp.train import state
 
 TOWER = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
 
@@ -113,7 +113,7 @@ def test_other_shapes_are_refused(draw):
 def test_shards_and_types_of_the_fresh(draw):
     """Values from NumPy, as a checkpoint gives them, take the sharding and type that the run wants."""
     mesh = meshes.make(meshes.MeshShape(2, 2, 2))
-    boxed = state.abstract_params(model(), 24, 8)
+    boxed = abstract(model(), 24, 8)
     shards = meshes.shardings(boxed, mesh)
     fresh = jax.device_put(draw(model(), 24, 8, 1), nn.unbox(shards))
     old = jax.tree.map(lambda x: np.asarray(x, np.float64), draw(model(), 16, 8, 0))

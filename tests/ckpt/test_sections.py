@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 from vlp.ckpt.manager import Checkpoints
 from vlp.core.config import build, plain
 from vlp.core.mesh import MeshShape
-from vlp.data.loader import CaptionSource, Data, Part, Reweight
+from vlp.data.config import CaptionSource, Data, Part, Reweight
 from vlp.evals import EVALS
 from vlp.models import MODELS
 from vlp.objectives import OBJECTIVES

@@ -7,7 +7,8 @@ import pytest
 import runs
 from PIL import Image
 
-from vlp.data.loader import Data, open_dataset
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 from vlp.infer.caption import caption
 from vlp.infer.load import load
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from flax.core import FrozenDict
+from everything import abstract
 
 from vlp.core import tree
 from vlp.core.types import Apply
 from vlp.losses import caption
-from vlp.models.heads import HeadSpec
+from vlp.models import heads
 from vlp.models.text import Text
 from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
@@ -26,7 +26,7 @@ MODEL = TwoTower(
     embed=8,
     decoder=Decoder(depth=2),
     poolers=Poolers(queries=3),
-    heads=FrozenDict({"predict": HeadSpec(8, 4)}),
+    heads=heads.build({"predict": {"name": "mlp", "width_out": 4}}),
 )
 TEXT_BL = np.int32(
     [
@@ -41,7 +41,7 @@ FULL_BL = np.int32([[1, 10, 11, 12, 13, 14, 15, 2]] * 4)  # every position anoth
 
 @pytest.fixture(scope="module")
 def params(random_params):
-    return random_params(MODEL, PX, LENGTH)
+    return random_params(MODEL, PX, LENGTH, heads=(("predict", 8),))
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +174,7 @@ def test_evaluation_ignores_keep_and_dropout(image):
     """Without keys the traced program is that of a model that has neither."""
 
     def program(model, **kwargs):
-        params = jax.eval_shape(
-            lambda: model.init(
-                jax.random.key(0), jnp.zeros((1, PX, PX, 3)), jnp.ones((1, 8), jnp.int32)
-            )
-        )["params"]
+        params = abstract(model, PX, 8)
 
         def run(params, image, text):
             apply = Apply(model, params)
@@ -278,7 +274,6 @@ def test_variants_have_the_parameters_they_use(random_params):
         "joint_text",
         "temperature",
         "text_tower",
-        "extra_heads_predict",
     }
     assert {n for n in full - names(cap) if n.startswith("text_tower")} == {
         "text_tower/cls",
@@ -299,7 +294,7 @@ def test_tied_logits_read_the_token_embeddings(random_params):
 def test_heads_and_scale(params):
     apply = Apply(MODEL, params)
     x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    layers = params["extra_heads_predict"]
+    layers = params["heads_predict"]
     hidden = jax.nn.gelu(x @ layers["layer0"]["kernel"] + layers["layer0"]["bias"][None])
     want = hidden @ layers["layer1"]["kernel"] + layers["layer1"]["bias"][None]
     np.testing.assert_allclose(apply("head", "predict", jnp.asarray(x)), want, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,8 @@ import runs
 
 from vlp.core.config import build
 from vlp.data import order
-from vlp.data.loader import Data, open_dataset
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 
 
 def test_the_process(tmp_path):

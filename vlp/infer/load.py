@@ -15,7 +15,7 @@ from vlp.core import check, plugins
 from vlp.core.config import build, build_named, overlay
 from vlp.core.plugins import Plugin
 from vlp.core.types import Apply
-from vlp.data.loader import Data
+from vlp.data.config import Data
 from vlp.data.tokenizer import Tokenizer
 from vlp.models import MODELS, TOWERS
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num
 
 from vlp.core import check
@@ -71,7 +70,7 @@ class TwoTower(nn.Module):
     text_bias: bool = False
     decoder: Decoder | None = None
     poolers: Poolers | None = None
-    heads: Mapping[str, parts.HeadSpec] | None = None
+    heads: Mapping[str, Any] | None = None
 
     @property
     def groups(self) -> dict[str, str]:
@@ -100,20 +99,6 @@ class TwoTower(nn.Module):
             if self.decoder.depth is not None:
                 self.upper = self._upper(self.decoder.depth, self.decoder)
                 self.decoder_norm = Norm(text.dtype)
-            if not self.decoder.tied:
-                init = logical(nn.initializers.normal(text.width**-0.5), "embed", "vocab")
-                self.unembedding = self.param("unembedding", init, (text.width, text.vocab))
-        self.extra_heads = {name: parts.Head(spec) for name, spec in (self.heads or {}).items()}
-
-    def __call__(self, image: Array, text: Array) -> None:
-        """Touches every parameter (initialisation)."""
-        seen, read = self.image(image), self.text(text)
-        if self.decoder:
-            self.decode(read["tokens"], seen["feats"])
-        if self.embed:
-            self.scale_bias()
-        for name, spec in (self.heads or {}).items():
-            self.head(name, jnp.zeros((1, spec.width_in)))
 
     def image(
         self,
@@ -182,11 +167,11 @@ class TwoTower(nn.Module):
         else:
             x, _ = self.upper(tokens, context=feats, keys=fold(keys, 1), causal=True)
             hidden = self.decoder_norm(x)
-        unembed = self.text_tower.embedding.T if self.decoder.tied else self.unembedding
-        return {"hidden": hidden, "unembed": unembed}
+        return {"hidden": hidden, "unembed": self._unembed(self.decoder)}
 
-    def head(self, name: str, x: Float[Array, "*b D"], *, keys: Any = None) -> Float[Array, "*b E"]:
-        return parts.find(self.extra_heads, name)(x)
+    def head(self, name: str, *x: Array, **kwargs: Any) -> Any:
+        """The result of one of the objective's heads (`models.heads`)."""
+        return parts.call(self, name, *x, **kwargs)
 
     def scale_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The logit scale exp(s), and the logit bias (0 if the model has none)."""
@@ -194,6 +179,14 @@ class TwoTower(nn.Module):
             do = "set it to the size of the joint space"
             raise check.error("config.model.embed", 0, "a joint space, for its logit scale", do)
         return self.temperature()
+
+    @nn.compact
+    def _unembed(self, decoder: Decoder) -> Float[Array, "D V"]:
+        text = self.text_tower
+        if decoder.tied:
+            return text.embedding.T
+        init = logical(nn.initializers.normal(text.width**-0.5), "embed", "vocab")
+        return self.param("unembedding", init, (text.width, text.vocab))
 
     def _upper(self, depth: int, decoder: Decoder) -> Stack:
         """The decoder's own blocks."""
