@@ -254,21 +254,15 @@ def test_a_field_whose_section_names_its_class():
     assert picture == Picture(Circle(3)) == config.build(Picture, config.plain(picture), "config")
     assert config.plain(picture) == {"shape": {"name": "circle", "radius": 3}}
     assert config.build(Picture, {"shape": Circle(4)}, "config").shape.radius == 4
-    square = config.build_named(
-        {"p": Picture},
-        {"name": "p", "shape": {"name": "square"}},
-        "config",
-        more={"square": Square},
-    )
+    section = {"name": "p", "shape": {"name": "square"}}
+    square = config.build_named({"p": Picture}, section, "config", more={"square": Square})
     assert square.shape == Square()
     with pytest.raises(
         UserError, match=r"config.shape.name: got 'red', expected one of \['circle'\]"
     ):
         config.build(Picture, {"shape": {"name": "red"}}, "config")
-    with pytest.raises(
-        UserError,
-        match=r"config.shape: got 'circle', expected a section; write config.shape.name=circle",
-    ):
+    match = "config.shape: got 'circle', expected a section; write config.shape.name=circle"
+    with pytest.raises(UserError, match=match):
         config.build(Picture, {"shape": "circle"}, "config")
 
 
