@@ -23,7 +23,7 @@ _last = 0.0  # when anything was last printed (time.monotonic)
 
 @contextlib.contextmanager
 def phase(text: str | Callable[[], str]) -> Iterator[None]:
-    """Inside, prints "text … 19 s" if nothing else was printed for a while. text: a string or a function returning it."""
+    """Inside, prints "text … 19 s" if nothing else was printed for a while. text: a string or a function."""
     began, done = time.monotonic(), threading.Event()
     _phases.append(done)
 

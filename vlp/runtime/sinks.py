@@ -144,7 +144,7 @@ def _remove_events(folder: pathlib.Path) -> None:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns a row's numbers, NaN and infinities too, by tag: train/loss, retrieval/i2t/R_1 (TensorBoard's characters)."""
+    """Returns a row's numbers (NaN and infinities, too) by tag: train/loss, retrieval/i2t/R_1 (TensorBoard's)."""
     group = row["eval"] if row["kind"] == "eval" else row["kind"]
     out = {}
     for key, value in row.items():
