@@ -123,6 +123,6 @@ def test_those_behind_are_named(tmp_path, monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         tell.append(dogs[process]._tell())
     assert tell == [
-        f" (process 1 on {host}; all are equally far)",
+        f" (process 1 on {host}; no process is behind)",
         f" (process 0 on {host}; behind: process 1 on {host} in 'data')",
     ]

@@ -121,7 +121,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and type(row.get("step")) is int:
             rows.append(row)
         elif line and number < len(lines):
-            log.warning("%s: line %d is not JSON; left out", path, number)
+            log.warning("%s: line %d is broken; left out", path, number)
     return rows
 
 
@@ -188,7 +188,7 @@ def check_saved(workdir: pathlib.Path) -> None:
     """Raises UserError if a run saved checkpoints here. Call it if there are none now."""
     if (workdir / "saved.json").exists():
         do = "bring the checkpoints back, or choose another --workdir to begin again"
-        got = "none, though saved.json says that the run saved some"
+        got = "no checkpoint of a run that saved some (saved.json says so)"
         raise check.error(f"--workdir {workdir}", got, "its checkpoints", do)
 
 
@@ -272,7 +272,7 @@ def lock(workdir: pathlib.Path) -> IO[str]:
             do = "wait for it, stop it, or choose another --workdir"
             raise check.error(
                 f"--workdir {workdir}",
-                "a run that another process is training",
+                "a run that is going on",
                 "a free workdir",
                 do,
             ) from None
