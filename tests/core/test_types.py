@@ -1,4 +1,4 @@
-"""What a step offers to its objective."""
+"""What a step gives to its objective."""
 
 import flax.linen as nn
 import jax
