@@ -21,6 +21,7 @@ core = [
     "absl-py",
     "array_record>=0.8",
     "fsspec>=2024.6",
+    "jinja2>=3.1",
     "jaxtyping>=0.3",
     "msgpack>=1.0",
     "numpy>=2.0",
@@ -69,6 +70,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlp", "vlp.*"]),
+    package_data={"": ["templates/*"]},  # of pages: .html.j2, .css, .js
     install_requires=core,
     extras_require=extras,
     entry_points={"console_scripts": ["vlp = vlp.__main__:main"]},

@@ -72,19 +72,21 @@ def make(directory: pathlib.Path, source_px: int, num: int) -> float:
 
 def vlp_epochs(directory: str, num: int, threads: int = 0):
     """Yields epochs, each an iterator over batches. threads: as `config.data.read_threads`."""
-    from vlp.data import loader, tokenizer
+    from vlp.data import tokenizer
+    from vlp.data.config import Data
+    from vlp.data.dataset import open_dataset
 
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 12)) for _ in range(500)]
-    data = loader.Data(
+    data = Data(
         path=directory, image_px=IMAGE_PX, text_len=TEXT_LEN, langs=(), min_area_frac=0.9,
         max_aspect=4 / 3, resize="fast", bad_records="replace", read_threads=threads,
     )  # fmt: skip
-    dataset = loader.open_dataset(data, tokenizer.train(texts, 64, model_type="bpe"))
+    dataset = open_dataset(data, tokenizer.train(texts, 64, model_type="bpe"))
     start = 0
     while True:
         yield dataset.train_iter(start=start, batch=BATCH, num_batches=num // BATCH, seed=0)
-        assert not dataset.tally.bad, dataset.tally.text()
+        assert not dataset.loader_stats.bad, dataset.loader_stats.text()
         start += num
 
 

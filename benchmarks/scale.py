@@ -232,12 +232,14 @@ def child_command(*argv: str) -> dict:
 
 def child_batch(path: str) -> dict:
     """Reads the first batch of a run."""
-    from vlp.data import loader, tokenizer
+    from vlp.data import tokenizer
+    from vlp.data.config import Data
+    from vlp.data.dataset import open_dataset
 
     words = tokenizer.train([f"w{i} w{i * 7}" for i in range(500)], 60, model_type="bpe")
-    data = loader.Data(path=path, image_px=32, text_len=16, langs=())
+    data = Data(path=path, image_px=32, text_len=16, langs=())
     began = time.perf_counter()
-    loader.open_dataset(data, words).batch_at(0, BATCH, 0)
+    open_dataset(data, words).batch_at(0, BATCH, 0)
     return {"first_batch_s": time.perf_counter() - began, "peak_mb": memory("VmHWM")}
 
 

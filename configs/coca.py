@@ -33,15 +33,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # What fits the pods of docs/plans.md; the width of giant, 11 × 128, is not divided by 256.
     compute = dict(dtype="bfloat16", remat="full" if arg.size == "giant" else "dots_no_batch")
     c.model = dict(
-        name="captioner",
+        name="two_tower",
         image_tower=dict(patch=18, width=width, depth=depth, heads=heads, mlp=mlp, **compute),
         text_tower=dict(
             vocab=64_000, width=width, depth=lower, heads=heads, mlp=text_mlp, **compute
         ),
-        multimodal=dict(depth=upper, tied=tied),
         embed=width,
-        queries=256,
-        cascade=True,
+        decoder=dict(depth=upper, tied=tied),
+        poolers=dict(queries=256, cascade=True),
     )
     c.objective = dict(
         name="coca", contrastive_weight=1.0, caption_weight=2.0, keep_ratio=arg.keep_ratio

@@ -37,17 +37,19 @@ def _no_mesh_left_behind():
 
 @pytest.fixture(scope="session")
 def random_params():
-    """The function (model, image_px, text_len, seed=0) → parameters drawn by NumPy, none of them zero.
+    """The function (model, image_px, text_len, seed=0, heads=()) → parameters drawn by NumPy, none of them zero.
+
+    heads: name and input width of each of the model's heads that is wanted.
 
     Costs no compilation, which `init` does; biases and norms are not at their special starting points.
     """
     import flax.linen as nn
     import numpy as np
 
+    from helpers.everything import abstract
     from vlp.core import tree
-    from vlp.train import state
 
-    def draw(model, image_px: int, text_len: int, seed: int = 0):
+    def draw(model, image_px: int, text_len: int, seed: int = 0, heads=()):
         rng = np.random.default_rng(seed)
 
         def one(name: str, leaf):
@@ -56,7 +58,7 @@ def random_params():
                 return 1 + 0.1 * noise
             return 0.25 * noise if leaf.ndim else np.float32(2.0)
 
-        return tree.map_named(one, nn.unbox(state.abstract_params(model, image_px, text_len)))
+        return tree.map_named(one, nn.unbox(abstract(model, image_px, text_len, heads)))
 
     return draw
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import pytest
 
 from helpers import runs
+from helpers.everything import pairs
 from vlp.core import check, tree
 from vlp.core import config as configs
 from vlp.optim import make as optimisers
@@ -70,7 +71,7 @@ def test_coca_has_the_papers_parameter_counts(size, image, decoder, both):
 
 def test_lit_locks_the_image_tower_alone():
     (stage,) = stages.parse(load("lit", ""))[1]
-    params = nn.unbox(state.abstract_params(stage.model, 224, 16))
+    params = nn.unbox(state.abstract_params(stage.model, stage.objective, pairs(224, 16)))
     trainable = tree.named(optimisers.make(stage.optim, params).trainable)
     assert {name.split("/")[0] for name, yes in trainable.items() if not yes} == {"image_tower"}
     assert {name.split("/")[0] for name, yes in trainable.items() if yes} == {

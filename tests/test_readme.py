@@ -37,7 +37,7 @@ SHORT = "smoke: two steps on made-up shapes, not the minutes of the demo"
 INSTEAD = {  # part of a command → what stands for it here, and why
     "small.py:path=data/mine --workdir": (
         "small.py:path=data/mine,px=16,epochs=2 --config.model.image_tower.depth=1"
-        " --config.model.text_tower.depth=1 --config.model.multimodal.depth=1 --workdir",
+        " --config.model.text_tower.depth=1 --config.model.decoder.depth=1 --workdir",
         SMALLER,
     ),
     "train --config configs/coca_emoji.py --workdir": (

@@ -1,8 +1,10 @@
 """Parameter counts of the papers' towers, from shapes alone."""
 
+import flax.linen as nn
 import pytest
 
 from configs import towers
+from helpers.everything import abstract
 from vlp.core.config import build_named
 from vlp.models import MODELS
 from vlp.train import summary
@@ -11,7 +13,8 @@ from vlp.train import summary
 def counts(section, image_px=224, text_len=77):
     """Millions of parameters: image, text (each without its projection), projections, total."""
     model = build_named(MODELS, section, "config.model")
-    found = {k: v / 1e6 for k, v in summary.parameters(model, image_px, text_len).items()}
+    params = nn.unbox(abstract(model, image_px, text_len))
+    found = {k: v / 1e6 for k, v in summary.parameters(model, params).items()}
     return found | {"joint": found["projections and heads"]}
 
 

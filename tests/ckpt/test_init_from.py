@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.everything import abstract
 from vlp.ckpt import init_from
 from vlp.core import check, tree
 from vlp.core import mesh as meshes
 from vlp.core.config import build_named
 from vlp.models import MODELS
 from vlp.ops import posembed
-from vlp.train import state
 
 TOWER = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
 
@@ -22,7 +22,12 @@ TOWER = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
 def model(**image):
     image_tower = {"patch": 8, "pool": "mean", **TOWER, **image}
     text_tower = {"vocab": 32, "pool": "eos", **TOWER}
-    section = {"name": "dual", "embed": 8, "image_tower": image_tower, "text_tower": text_tower}
+    section = {
+        "name": "two_tower",
+        "embed": 8,
+        "image_tower": image_tower,
+        "text_tower": text_tower,
+    }
     return build_named(MODELS, section, "config.model")
 
 
@@ -108,7 +113,7 @@ def test_other_shapes_are_refused(draw):
 def test_shards_and_types_of_the_fresh(draw):
     """NumPy arrays, as loaded from a checkpoint, get the run's sharding and dtype."""
     mesh = meshes.make(meshes.MeshShape(2, 2, 2))
-    boxed = state.abstract_params(model(), 24, 8)
+    boxed = abstract(model(), 24, 8)
     shards = meshes.shardings(boxed, mesh)
     fresh = jax.device_put(draw(model(), 24, 8, 1), nn.unbox(shards))
     old = jax.tree.map(lambda x: np.asarray(x, np.float64), draw(model(), 16, 8, 0))

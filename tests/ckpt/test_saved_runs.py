@@ -13,7 +13,7 @@ from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints
 from vlp.core.config import build
 from vlp.data import records, tokenizer
-from vlp.data.loader import Data
+from vlp.data.config import Data
 from vlp.data.tokenizer import Tokenizer
 from vlp.train import loop, session
 

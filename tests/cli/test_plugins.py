@@ -34,9 +34,6 @@ class Colours(nn.Module):
         self.colour = self.param("colour", init("pixels", "embed"), (3, self.embed))
         self.words = self.param("words", init("vocab", "embed"), (128, self.embed))
 
-    def __call__(self, image, text):
-        self.image(image), self.text(text)
-
     def image(self, image, *, keep_ratio=1.0, keys=None):
         return {"embed": image.astype(jnp.float32).mean(axis=(1, 2)) / 255 @ self.colour}
 
@@ -60,10 +57,12 @@ class Distance:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    needs: ClassVar = frozenset({"image.embed"})
     split: str = "test"
     batch: int = 8
     every_steps: int = 0
+
+    def asks(self, apply, image, text):
+        return apply("image", image)["embed"]
 
     def __call__(self, apply, mesh, io):
         dataset = io.open(self.split)

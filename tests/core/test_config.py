@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import ml_collections
@@ -225,6 +225,51 @@ def test_build_named_picks_the_component_by_its_name():
     )
     refused(match, config.build_named, table, {"name": "towr"}, "config.x")
     refused("config.x.name: got ''", config.build_named, table, {}, "config.x")
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle:
+    kind: ClassVar = "shape"
+    radius: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Red:
+    kind: ClassVar = "colour"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    shape: Any = config.named({"circle": Circle, "red": Red}, "circle", kind="shape")
+
+
+def test_a_field_whose_section_names_its_class():
+    """Another kind of class is refused; a class from outside is found; what is built is plain data again."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Square:
+        side: int = 2
+
+    picture = config.build(Picture, {"shape": {"radius": 3}}, "config")
+    assert picture == Picture(Circle(3)) == config.build(Picture, config.plain(picture), "config")
+    assert config.plain(picture) == {"shape": {"name": "circle", "radius": 3}}
+    assert config.build(Picture, {"shape": Circle(4)}, "config").shape.radius == 4
+    square = config.build_named(
+        {"p": Picture},
+        {"name": "p", "shape": {"name": "square"}},
+        "config",
+        more={"square": Square},
+    )
+    assert square.shape == Square()
+    with pytest.raises(
+        UserError, match=r"config.shape.name: got 'red', expected one of \['circle'\]"
+    ):
+        config.build(Picture, {"shape": {"name": "red"}}, "config")
+    with pytest.raises(
+        UserError,
+        match=r"config.shape: got 'circle', expected a section; write config.shape.name=circle",
+    ):
+        config.build(Picture, {"shape": "circle"}, "config")
 
 
 def test_difference_lists_paths():

@@ -84,7 +84,7 @@ def test_imports_stay_light():
     """In a fresh interpreter: the step needs no data code, and the data starts no backend."""
     code = """if True:
         import sys
-        import vlp.data.loader, vlp.data.emoji, vlp.report.html
+        import vlp.data.dataset, vlp.data.emoji, vlp.report.html
         heavy = {"jax", "flax", "orbax", "torch", "tensorflow", "grain"} & sys.modules.keys()
         assert not heavy, f"the data code imports {heavy}"
         for name in [n for n in sys.modules if n.split(".")[0] in ("vlp", "array_record")]:

@@ -13,7 +13,10 @@ import pytest
 from PIL import Image
 
 from vlp.core import check
-from vlp.data import loader, order
+from vlp.data import order, quarantine
+from vlp.data.config import Data
+from vlp.data.dataset import Dataset
+from vlp.data.sources.combined import without
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 
@@ -83,7 +86,7 @@ ZOO = {  # name → what is wrong with the record, and the reason counted
     "raises": ("an error of the source", "unreadable"),
 }
 NUM = 4 * len(ZOO)
-DATA = loader.Data(
+DATA = Data(
     langs=("en",),
     image_px=16,
     text_len=8,
@@ -128,8 +131,8 @@ def read(dataset, epochs=2, **options):
 
 @pytest.mark.filterwarnings("default::PIL.Image.DecompressionBombWarning")
 def test_the_zoo_is_counted_and_changes_nothing_else(small_tokenizer, tmp_path):
-    spoiled = loader.Dataset(DATA, Listed(small_tokenizer, True), small_tokenizer)
-    clean = loader.Dataset(DATA, Listed(small_tokenizer, False), small_tokenizer)
+    spoiled = Dataset(DATA, Listed(small_tokenizer, True), small_tokenizer)
+    clean = Dataset(DATA, Listed(small_tokenizer, False), small_tokenizer)
     found, wanted = read(spoiled, quarantine=tmp_path / "q.jsonl"), read(clean)
     ids = order.record_ids(0, 2 * NUM, NUM, 3)
     bad = ids % 4 == 1
@@ -152,13 +155,15 @@ def test_the_zoo_is_counted_and_changes_nothing_else(small_tokenizer, tmp_path):
             got,
         )
     counts = collections.Counter(reason.values())
-    assert spoiled.tally.bad == {k: 4 * n for k, n in counts.items()}  # two epochs, read twice
+    assert spoiled.loader_stats.bad == {
+        k: 4 * n for k, n in counts.items()
+    }  # two epochs, read twice
 
-    skipping = loader.without(Listed(small_tokenizer, True), str(tmp_path / "q.jsonl"))
-    rest = loader.Dataset(DATA, skipping, small_tokenizer)
+    skipping = without(Listed(small_tokenizer, True), str(tmp_path / "q.jsonl"))
+    rest = Dataset(DATA, skipping, small_tokenizer)
     assert len(skipping) == NUM - len(ZOO) and skipping.fingerprint != clean.fingerprint
     batches = list(rest.train_iter(start=0, batch=4, num_batches=len(skipping) // 4, seed=0))
-    assert len(batches) == len(skipping) // 4 and not rest.tally.bad
+    assert len(batches) == len(skipping) // 4 and not rest.loader_stats.bad
     assert [skipping[i]["key"] for i in range(4)] == ["k000", "k002", "k003", "k004"]
 
 
@@ -166,7 +171,7 @@ def test_the_zoo_is_counted_and_changes_nothing_else(small_tokenizer, tmp_path):
 @pytest.mark.parametrize("name", list(ZOO))
 def test_strict_mode_names_the_record(small_tokenizer, name):
     strict = dataclasses.replace(DATA, bad_records="error", shuffle=False)
-    dataset = loader.Dataset(strict, Listed(small_tokenizer, True), small_tokenizer)
+    dataset = Dataset(strict, Listed(small_tokenizer, True), small_tokenizer)
     i = 4 * list(ZOO).index(name) + 1
     dataset.batch_at(i - 1, 1, 0)
     with pytest.raises(check.UserError, match=f"k{i:03d}|record {i} "):
@@ -175,18 +180,18 @@ def test_strict_mode_names_the_record(small_tokenizer, name):
 
 @pytest.mark.filterwarnings("default::PIL.Image.DecompressionBombWarning")
 def test_the_run_stops_above_the_set_fraction(small_tokenizer, monkeypatch):
-    monkeypatch.setattr(loader, "MIN_SEEN", 16)
+    monkeypatch.setattr(quarantine, "MIN_SEEN", 16)
     few = dataclasses.replace(DATA, max_bad_frac=0.1)
-    dataset = loader.Dataset(few, Listed(small_tokenizer, True), small_tokenizer)
+    dataset = Dataset(few, Listed(small_tokenizer, True), small_tokenizer)
     with pytest.raises(check.UserError, match=r"bad records of .*\(k\d+.*max_bad_frac = 0.1"):
         read(dataset)
-    assert 0.1 < dataset.tally.bad.total() / dataset.tally.seen
+    assert 0.1 < dataset.loader_stats.bad.total() / dataset.loader_stats.seen
 
 
 def test_a_skip_file_of_other_data_is_refused(small_tokenizer, tmp_path):
     source = Listed(small_tokenizer, False)
     (tmp_path / "q").write_text(json.dumps({"record": 1, "fingerprint": "other"}) + "\n")
     with pytest.raises(check.UserError, match="no line of 1 about this data"):
-        loader.without(source, str(tmp_path / "q"))
+        without(source, str(tmp_path / "q"))
     with pytest.raises(check.UserError, match="no file"):
-        loader.without(source, str(tmp_path / "none"))
+        without(source, str(tmp_path / "none"))

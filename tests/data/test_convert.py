@@ -16,6 +16,7 @@ from vlp.core import check
 from vlp.data import records, sources
 from vlp.data.sources import fields
 from vlp.data.tools import convert
+from vlp.data.tools import job as jobs
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +199,7 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path, damaged, monkeyp
 
 KILLS = """
 import os, pathlib, random, shutil, signal, sys, time
-from vlp.data import convert
+from vlp.data.tools import convert
 
 def child(out):
     if pid := os.fork():
@@ -284,7 +285,7 @@ def test_foreign_directories_are_refused(tmp_path):
     convert.run(convert.Job(path, str(out)))
     with pytest.raises(check.UserError, match="another dataset"):
         convert.run(convert.Job(path, str(out), rows_per_shard=2))
-    convert._claim(convert.Job(path, str(tmp_path / "b")), {"version": 0})
+    jobs.claim(convert.Job(path, str(tmp_path / "b")), {"version": 0})
     with pytest.raises(check.UserError, match="shards of another conversion"):
         convert.run(convert.Job(path, str(tmp_path / "b")))
 

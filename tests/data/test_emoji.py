@@ -6,7 +6,9 @@ import os
 import pytest
 
 from vlp.core import check
-from vlp.data import emoji, loader, records
+from vlp.data import emoji, records
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 
 EVAL_SPLITS = ("val", "val_variants", "test", "test_variants")
 
@@ -104,7 +106,7 @@ def test_manifest_carries_the_attribution(emoji_dir):
 
 
 def test_it_loads(emoji_dir):
-    dataset = loader.open_dataset(loader.Data(path=str(emoji_dir), split="test", image_px=16))
+    dataset = open_dataset(Data(path=str(emoji_dir), split="test", image_px=16))
     batch = next(dataset.eval_iter(50))
     first = dataset.record(0)["captions"][0]["text"]
     assert dataset.tokenizer.decode(batch["text"][0]) == first

@@ -20,7 +20,7 @@ import pytest
 
 from helpers import formats
 from vlp.data import records
-from vlp.data.sources import fields, tar
+from vlp.data.sources import fields, img2dataset
 from vlp.data.tools import convert
 
 COMMAND = os.environ.get("VLP_IMG2DATASET") or shutil.which("img2dataset")
@@ -118,5 +118,5 @@ def test_every_id_is_accounted_for_by_cause(tmp_path, address, monkeypatch):
     assert cut["info"]["tar"]["train"] == {"truncated": 1}
     assert cut["info"]["img2dataset"]["train"]["unfinished_shards"] == 1
     assert 0 < cut["splits"]["train"]["num_records"] < len(texts)
-    find = functools.partial(tar.img2dataset_counts, [str(second)])
+    find = functools.partial(img2dataset.counts, [str(second)])
     assert find() == {}  # nothing is said of a shard without its status

@@ -10,7 +10,9 @@ import pytest
 import test_cli_data
 
 from vlp.core import check
-from vlp.data import loader, order, tokenizer, tokenizer_formats
+from vlp.data import order, tokenizer, tokenizer_formats
+from vlp.data.config import Data
+from vlp.data.dataset import Dataset
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -256,21 +258,21 @@ def test_what_the_tokenizer_normalises_to_nothing_is_no_caption():
     t.normalizer = strip
     tok = tokenizer.Tokenizer(t.to_str().encode())
     texts = [["what"], ["…!"], ["猫", "10"], ["now !! 10"], ["\u3164"], ["means"]]
-    data = loader.Data(
+    data = Data(
         image_px=8, text_len=8, bad_records="replace", max_bad_frac=1.0, shorten="random",
         shuffle=False, read_threads=0, min_area_frac=1.0,
     )  # fmt: skip
-    dataset = loader.Dataset(data, Captioned(texts), tok)
+    dataset = Dataset(data, Captioned(texts), tok)
     (batch,) = dataset.train_iter(start=0, batch=6, num_batches=1, seed=0)
-    assert dataset.tally.bad == {"no_caption": 2}
+    assert dataset.loader_stats.bad == {"no_caption": 2}
     used = order.join_words(batch["record"])
     assert (used[[0, 2, 3, 5]] == [0, 2, 3, 5]).all() and not {1, 4} & set(used)
     assert (batch["text"][:, 1] >= 3).all() and tok.decode(batch["text"][2]) == "10"
     np.testing.assert_array_equal(dataset.batch_at(4, 1, 0)["record"], batch["record"][4:5])
-    short = loader.Dataset(dataclasses.replace(data, text_len=3), Captioned(texts), tok)
+    short = Dataset(dataclasses.replace(data, text_len=3), Captioned(texts), tok)
     for start in range(0, 60, 6):
         assert (short.batch_at(start, 6, 0)["text"][:, 1] >= 3).all()
     strict = dataclasses.replace(data, bad_records="error")
     with pytest.raises(check.UserError, match="one with text"):
-        loader.Dataset(strict, Captioned(texts), tok).batch_at(1, 1, 0)
-    assert loader.Dataset(data, Captioned(texts), tok).reference(2) == "10"
+        Dataset(strict, Captioned(texts), tok).batch_at(1, 1, 0)
+    assert Dataset(data, Captioned(texts), tok).reference(2) == "10"

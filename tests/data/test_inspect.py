@@ -11,7 +11,8 @@ from PIL import Image
 
 from helpers import formats
 from vlp.core import check, pages
-from vlp.data import loader, records, tokenizer
+from vlp.data import records, tokenizer
+from vlp.data.sources.combined import without
 from vlp.data.tools import filter as filter_lib
 from vlp.data.tools import inspect
 
@@ -72,7 +73,7 @@ def test_the_page_asks_nothing_and_shows_hostile_names_harmlessly(tmp_path):
     found = inspect.numbers(source)
     text = inspect.page(source, found, title=evil + controls)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
-    assert pages.CSS in text  # the style of `vlp report`
+    assert pages.asset("vlp.report", "page.css") in text  # the style of `vlp report`
     assert "<script" not in text and "<img src=http" not in text
     assert "&lt;script&gt;" in text and "␛[31mred" in text and "x" * 201 not in text
     assert not set(text) & set("\x07\x1b\x7f\x9b\u202e")
@@ -112,7 +113,7 @@ def test_verify_lists_bad_records(tmp_path):
     assert test_cli_data.run("verify", tmp_path / "set", "--quarantine", bad) == 1
     (line,) = map(json.loads, bad.read_text().splitlines())
     assert (line["split"], line["record"], line["key"]) == ("train", 1, "2") and line["reason"]
-    left = loader.without(records.open_split(tmp_path / "set", "train"), str(bad))
+    left = without(records.open_split(tmp_path / "set", "train"), str(bad))
     assert [left[i]["key"] for i in range(len(left))] == ["1", "3"]
 
 
@@ -179,10 +180,10 @@ def test_filter_by_repetition(tmp_path):
 
 
 def test_flags_and_rules_agree():
-    from vlp.cli import data as cli
+    from vlp.cli import data_options
 
     rules = {k.replace("_", "-"): v for k, v in dataclasses.asdict(filter_lib.Rules()).items()}
-    assert cli._RULES == rules
+    assert data_options.RULES == rules
 
 
 def test_tokenizer_and_bench(dataset_dir, tmp_path, capsys):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vlp.core import check
-from vlp.data import loader
-from vlp.data.loader import Data, open_dataset
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
+from vlp.data.pipeline import _restarted
 
 DATA = dict(source="shapes", num_records=64, image_px=16, text_len=8, prefetch=1, read_threads=1)
 HOW = dict(start=8, batch=8, num_batches=30, seed=0)
@@ -41,7 +42,7 @@ def test_one_that_dies_at_once():
         yield
 
     with pytest.raises(check.Failed, match="a worker process that died twice .exit code -9"):
-        list(loader._restarted(dying))
+        list(_restarted(dying))
 
 
 def test_other_errors_pass():
@@ -50,4 +51,4 @@ def test_other_errors_pass():
         raise RuntimeError("another")
 
     with pytest.raises(RuntimeError, match="another"):
-        list(loader._restarted(broken))
+        list(_restarted(broken))

@@ -15,7 +15,9 @@ from test_tables import converted, texts
 
 from helpers import formats
 from vlp.core import check
-from vlp.data import loader, records, sources
+from vlp.data import records, sources
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 from vlp.data.sources import fields, files, parquet, tfds
 from vlp.data.tools import convert
 
@@ -301,7 +303,7 @@ def test_rows_of_parquet_with_the_same_image(tmp_path):
         t for i, t in enumerate(caption) if i not in (3, 11)
     ]
     assert len(converted(tmp_path, tmp_path.parent / f"{tmp_path.name}b", "--no-group")[0]) == 12
-    data = loader.Data(path=str(tmp_path))
+    data = Data(path=str(tmp_path))
     assert len(sources.open_data(data)) == 10
 
 
@@ -443,7 +445,7 @@ def test_classes_that_are_not_tfds_own_are_never_imported(tmp_path, monkeypatch,
         with pytest.raises(check.UserError, match=r"features\.json: got the (class|message) "):
             test_cli_data.run(*argv)
     with pytest.raises(check.UserError, match=r"features\.json: got the (class|message) "):
-        loader.open_dataset(loader.Data(path=str(directory)))
+        open_dataset(Data(path=str(directory)))
     assert not (tmp_path / "imported").exists() and not out.exists()
 
 

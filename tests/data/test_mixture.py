@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlp.core import check
-from vlp.data import loader, order
+from vlp.data import order
+from vlp.data.config import Data, Part, Reweight
+from vlp.data.dataset import Dataset, open_dataset, start_plan
+from vlp.data.loader_stats import LoaderStats
 
 PARTS = (
-    loader.Part("a", weight=0.5, num_records=13),
-    loader.Part("b", weight=0.3, num_records=7, split="val"),
-    loader.Part("c", weight=0.2, num_records=29, split="test"),
+    Part("a", weight=0.5, num_records=13),
+    Part("b", weight=0.3, num_records=7, split="val"),
+    Part("c", weight=0.2, num_records=29, split="test"),
 )
-DATA = loader.Data(source="shapes", image_px=8, mixture=PARTS, langs=(), read_threads=0)
+DATA = Data(source="shapes", image_px=8, mixture=PARTS, langs=(), read_threads=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,9 +63,7 @@ def test_a_seek_far_into_a_large_mixture():
 
 
 def test_a_mixed_dataset_counts_and_resumes():
-    dataset = loader.open_dataset(
-        dataclasses.replace(DATA, reweight=(loader.Reweight(60, (0.0, 1.0, 1.0)),))
-    )
+    dataset = open_dataset(dataclasses.replace(DATA, reweight=(Reweight(60, (0.0, 1.0, 1.0)),)))
     assert dataset.num_records == 49
     batches = list(dataset.train_iter(start=0, batch=20, num_batches=5, seed=2))
     ids = np.concatenate([order.join_words(b["record"]) for b in batches])
@@ -80,19 +81,19 @@ def test_a_mixed_dataset_counts_and_resumes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mixture": (loader.Part("a", weight=-1.0),)}, "weights >= 0"),
-        ({"mixture": (loader.Part("a", weight=float("inf")),)}, "finite"),
-        ({"mixture": (loader.Part("a", weight=float("nan")),)}, "finite"),
-        ({"mixture": (loader.Part("a", weight=0.0),)}, "not all 0"),
-        ({"mixture": (), "reweight": (loader.Reweight(1, (1.0,)),)}, "a mixture beside it"),
-        ({"reweight": (loader.Reweight(9, (1.0,)),)}, "config.data.reweight.0.weights"),
-        ({"reweight": (loader.Reweight(0, (1.0, 1.0, 1.0)),)}, "over 0"),
-        ({"mixture": (loader.Part("a", source="shape"),)}, "did you mean 'shapes'"),
+        ({"mixture": (Part("a", weight=-1.0),)}, "weights >= 0"),
+        ({"mixture": (Part("a", weight=float("inf")),)}, "finite"),
+        ({"mixture": (Part("a", weight=float("nan")),)}, "finite"),
+        ({"mixture": (Part("a", weight=0.0),)}, "not all 0"),
+        ({"mixture": (), "reweight": (Reweight(1, (1.0,)),)}, "a mixture beside it"),
+        ({"reweight": (Reweight(9, (1.0,)),)}, "config.data.reweight.0.weights"),
+        ({"reweight": (Reweight(0, (1.0, 1.0, 1.0)),)}, "over 0"),
+        ({"mixture": (Part("a", source="shape"),)}, "did you mean 'shapes'"),
     ],
 )
 def test_bad_mixtures_are_told_at_open(change, message):
     with pytest.raises(check.UserError, match=message):
-        loader.open_dataset(dataclasses.replace(DATA, **change))
+        open_dataset(dataclasses.replace(DATA, **change))
 
 
 @given(st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=8).filter(any))
@@ -139,8 +140,8 @@ class Captioned:
 
 @pytest.mark.parametrize(("policy", "share"), [("uniform", (1, 1, 1)), ("weighted", (1, 2, 5))])
 def test_caption_policies(small_tokenizer, policy, share):
-    data = loader.Data(captions=policy, image_px=4, text_len=8, read_threads=0)
-    dataset = loader.Dataset(data, Captioned(), small_tokenizer)
+    data = Data(captions=policy, image_px=4, text_len=8, read_threads=0)
+    dataset = Dataset(data, Captioned(), small_tokenizer)
     batches = list(dataset.train_iter(start=0, batch=200, num_batches=15, seed=1))
     texts = [small_tokenizer.decode(row) for b in batches for row in b["text"]]
     expected = 3000 * np.array(share) / sum(share)
@@ -149,40 +150,38 @@ def test_caption_policies(small_tokenizer, policy, share):
     again = list(dataset.train_iter(start=333, batch=37, num_batches=4, seed=1))  # after a resume
     assert [small_tokenizer.decode(row) for b in again for row in b["text"]] == texts[333:481]
     # A function of (epoch, key): in stored order the same record has the same caption of its epoch.
-    stored = loader.Dataset(dataclasses.replace(data, shuffle=False), Captioned(), small_tokenizer)
+    stored = Dataset(dataclasses.replace(data, shuffle=False), Captioned(), small_tokenizer)
     ordered = [small_tokenizer.decode(row) for row in stored.batch_at(20, 20, 1)["text"]]
     ids = order.record_ids(20, 20, 20, 1)
     assert [ordered[i] for i in ids] == texts[20:40]
 
 
 def test_all_captions(small_tokenizer):
-    data = loader.Data(captions="all", num_captions=4, image_px=4, text_len=8)
-    rows = loader.Dataset(data, Captioned(), small_tokenizer).batch_at(0, 3, 0)["text"]
+    data = Data(captions="all", num_captions=4, image_px=4, text_len=8)
+    rows = Dataset(data, Captioned(), small_tokenizer).batch_at(0, 3, 0)["text"]
     texts = [[small_tokenizer.decode(text) for text in row] for row in rows]
     assert texts == [["red", "green", "blue", "red"]] * 3
 
 
 def test_the_start_plan(small_tokenizer):
-    data = loader.Data(image_px=100, text_len=8, workers=2, prefetch=3, read_threads=1)
-    dataset = loader.Dataset(data, Captioned(), small_tokenizer)
-    text = loader.start_plan(dataset, batch=16, samples=50, num_hosts=4)
+    data = Data(image_px=100, text_len=8, workers=2, prefetch=3, read_threads=1)
+    dataset = Dataset(data, Captioned(), small_tokenizer)
+    text = start_plan(dataset, batch=16, samples=50, num_hosts=4)
     assert text == (
         "20 records; 50 samples = 2.50 epochs; 4 of 16 rows on each of 4 hosts; "
         "texts lower-cased, padded with 0 or cut (truncate, eos kept) to 8; "
         "at most 1 MB of batches ahead"
     )
     cached = dataclasses.replace(data, cache_decoded=True, cache_mb=7, path="memory://x")
-    text = loader.start_plan(
-        loader.Dataset(cached, Captioned(), small_tokenizer), batch=16, samples=50
-    )
+    text = start_plan(Dataset(cached, Captioned(), small_tokenizer), batch=16, samples=50)
     assert "7 MB of decoded images a process, 268 MB of blocks, 50.0 GB of shards in" in text
 
 
 def test_the_limiting_stage_is_named(small_tokenizer):
-    tally = loader.Tally()
+    tally = LoaderStats()
     tally.secs[:] = 1.0, 8.0, 1.0
     assert tally.limiting() == "image 80%"
-    data = loader.Data(image_px=4, text_len=8, read_threads=0)
-    dataset = loader.Dataset(data, Captioned(), small_tokenizer)
+    data = Data(image_px=4, text_len=8, read_threads=0)
+    dataset = Dataset(data, Captioned(), small_tokenizer)
     list(dataset.train_iter(start=0, batch=10, num_batches=2, seed=0))
-    assert (dataset.tally.secs > 0).all() and dataset.tally.seen == 20
+    assert (dataset.loader_stats.secs > 0).all() and dataset.loader_stats.seen == 20

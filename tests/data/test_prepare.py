@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from helpers import formats
 from vlp.core import check
-from vlp.data import loader, records, sources, tokenizer
+from vlp.data import records, sources, tokenizer
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 from vlp.data.tools import convert, prepare
 
 
@@ -71,7 +73,7 @@ def test_what_convert_writes_can_be_trained_on(tmp_path, capsys):
     manifest = records.read_manifest(out)
     assert manifest["files"][records.TOKENIZER]["sha256"] == manifest["info"]["tokenizer"]["sha256"]
     for split in ("train", "val"):  # captions of no known language pass
-        dataset = loader.open_dataset(loader.Data(path=str(out), split=split, image_px=16))
+        dataset = open_dataset(Data(path=str(out), split=split, image_px=16))
         batch = dataset.batch_at(0, 4, 0)
         text = dataset.tokenizer.decode(batch["text"][0])
         assert text and set(text.split()) <= set(WORDS)
@@ -316,7 +318,7 @@ def test_what_filter_writes_can_be_trained_on(tmp_path, capsys):
     assert run_as_is("filter", tmp_path / "all", "--out", out, *loose) == 0
     assert "not asked for" not in capsys.readouterr().out
     for split in ("train", "val"):
-        assert loader.open_dataset(loader.Data(path=str(out), split=split)).batch_at(0, 2, 0)
+        assert open_dataset(Data(path=str(out), split=split)).batch_at(0, 2, 0)
 
 
 def test_relative_paths_after_a_change_of_directory(tmp_path, monkeypatch):

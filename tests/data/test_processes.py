@@ -11,14 +11,16 @@ import pytest
 
 SCRIPT = """
 import numpy as np
-from vlp.data import loader, tokenizer
+from vlp.data import tokenizer
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 class Words:  # of the script itself
     vocab_size, pad_id, lower = 300, 0, True
     def encode_into(self, text, out):
         out[:] = len(text)
         return False
-data = loader.Data(source="shapes", num_records=21, image_px=16, text_len=8, workers=2, read_threads=1)
-dataset = loader.open_dataset(data, Words())
+data = Data(source="shapes", num_records=21, image_px=16, text_len=8, workers=2, read_threads=1)
+dataset = open_dataset(data, Words())
 batches = dataset.train_iter(start=0, batch=4, num_batches=6, seed=0)
 print("here", sum(int(b["text"][0, 0]) > 0 for b in batches))
 """
@@ -41,10 +43,12 @@ def test_a_script_without_a_guard(tmp_path, how):
 
 DOOMED = """
 import os, sys, time
-from vlp.data import convert, loader
+from vlp.data.tools import convert
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 if sys.argv[1] == "loader":
-    data = loader.Data(source="shapes", num_records=21, image_px=16, text_len=8, workers=2)
-    batches = loader.open_dataset(data).train_iter(start=0, batch=4, num_batches=10**6, seed=0)
+    data = Data(source="shapes", num_records=21, image_px=16, text_len=8, workers=2)
+    batches = open_dataset(data).train_iter(start=0, batch=4, num_batches=10**6, seed=0)
     next(batches)
     print("ready", flush=True)
     time.sleep(100)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from vlp.core import check
-from vlp.data import loader, records
+from vlp.data import records
+from vlp.data.config import Data
+from vlp.data.dataset import Dataset
 
 
 def test_round_trip_over_shards(dataset_dir, make_records):
@@ -227,7 +229,9 @@ def test_tokenizer_is_checked_against_the_manifest(dataset_dir):
 FAULTS = """
 import os, resource, sys
 from vlp.core import check
-from vlp.data import loader, records, tokenizer
+from vlp.data import records, tokenizer
+from vlp.data.config import Data
+from vlp.data.dataset import Dataset
 path, words = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 words = tokenizer.load(words)
@@ -237,8 +241,8 @@ for i in list(range(150)) * 2:
     for source in sources:
         assert source[i]["key"] == f"k{i:04d}"
 assert len(os.listdir("/proc/self/fd")) - before <= 16
-data = loader.Data(path=path, image_px=8, text_len=8, langs=(), bad_records="replace")
-dataset = loader.Dataset(data, sources[0], words)
+data = Data(path=path, image_px=8, text_len=8, langs=(), bad_records="replace")
+dataset = Dataset(data, sources[0], words)
 held = []
 try:
     while True:
@@ -253,7 +257,7 @@ except OSError:
                 except OSError:
                     break
     except check.MachineError as e:
-        print(e, dict(dataset.tally.bad), sep="\\n")
+        print(e, dict(dataset.loader_stats.bad), sep="\\n")
 """
 
 
@@ -286,7 +290,7 @@ def test_faults_of_the_machine_are_not_charged_to_a_record(make_records, small_t
         def __getitem__(self, i):
             raise error
 
-    data = loader.Data(path="p", bad_records="replace", image_px=8, text_len=8, read_threads=0)
-    dataset = loader.Dataset(data, Failing([0]), small_tokenizer)
+    data = Data(path="p", bad_records="replace", image_px=8, text_len=8, read_threads=0)
+    dataset = Dataset(data, Failing([0]), small_tokenizer)
     with pytest.raises(check.MachineError, match=r"record 0 of p: got .*, expected room for more;"):
         dataset.batch_at(0, 1, 0)

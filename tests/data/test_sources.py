@@ -20,8 +20,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from helpers import formats, runs
 from vlp.core import check
-from vlp.data import loader, records, sources, storage
-from vlp.data.sources import fields, tar
+from vlp.data import records, sources, storage
+from vlp.data.config import CaptionSource, Data, Part
+from vlp.data.dataset import Dataset, open_dataset
+from vlp.data.records import read
+from vlp.data.sources import fields, img2dataset, tar_index
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +65,9 @@ def test_img2dataset_layout(tmp_path):
     formats.img2dataset(tmp_path / "d", 1, pairs[5:], lost)
     source = sources.open_path(tmp_path / "d")
     same_as(source, pairs)
-    assert tar.img2dataset_counts(source.files) == {"success": 9, "HTTP Error 404: Not Found": 2}
+    assert img2dataset.counts(source.files) == {"success": 9, "HTTP Error 404: Not Found": 2}
     (tmp_path / "d" / "00001_stats.json").unlink()
-    assert tar.img2dataset_counts(source.files)["unfinished_shards"] == 1
+    assert img2dataset.counts(source.files)["unfinished_shards"] == 1
 
 
 @pytest.mark.parametrize("keep", ["inside a body", "inside a header", "no end mark"])
@@ -118,8 +121,10 @@ def test_what_is_no_tar_is_named(tmp_path):
 def test_the_index_is_built_once_and_again_after_a_change(tmp_path, monkeypatch):
     formats.tar(tmp_path / "a.tar", formats.rows(3))
     built = []
-    build = tar.build_index
-    monkeypatch.setattr(tar, "build_index", lambda p, *more: built.append(p) or build(p, *more))
+    build = tar_index.build_index
+    monkeypatch.setattr(
+        tar_index, "build_index", lambda p, *more: built.append(p) or build(p, *more)
+    )
     first = sources.open_path(tmp_path / "a.tar")
     assert sources.open_path(tmp_path / "a.tar").fingerprint == first.fingerprint
     assert len(built) == 1
@@ -227,8 +232,8 @@ def test_splits_by_directory_and_by_name(tmp_path):
 def test_a_tar_trains(tmp_path, small_tokenizer):
     formats.tar(tmp_path / "a.tar", formats.rows(5))
     (tmp_path / records.TOKENIZER).write_bytes(small_tokenizer.to_bytes())
-    data = loader.Data(path=str(tmp_path), langs=(), image_px=16)
-    batch = loader.open_dataset(data).batch_at(3, 4, seed=0)
+    data = Data(path=str(tmp_path), langs=(), image_px=16)
+    batch = open_dataset(data).batch_at(3, 4, seed=0)
     assert batch["image"].shape == (4, 16, 16, 3) and batch["mask"].all()
 
 
@@ -292,14 +297,14 @@ def test_a_run_on_a_failing_store_is_the_same_run(tmp_path, faulty, small_tokeni
     """Batches equal to the bit, and every failure counted in what the run tells."""
     formats.tar(tmp_path / "a.tar", formats.rows(30))
     faulty.pipe_file("/bucket/a.tar", (tmp_path / "a.tar").read_bytes())
-    read, data = {}, loader.Data(image_px=16, langs=(), read_threads=2)
+    read, data = {}, Data(image_px=16, langs=(), read_threads=2)
     for path in (str(tmp_path / "a.tar"), "faulty://bucket/a.tar"):
         storage.reset()
         Faulty.log.update(errors=0, stalls=0, short=0)
         source = sources.open_path(path)
-        dataset = loader.Dataset(dataclasses.replace(data, path=path), source, small_tokenizer)
+        dataset = Dataset(dataclasses.replace(data, path=path), source, small_tokenizer)
         read[path] = list(dataset.train_iter(start=0, batch=6, num_batches=15, seed=0))
-        told = dataset.tally.counts
+        told = dataset.loader_stats.counts
     for a, b in zip(*read.values(), strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
@@ -318,11 +323,11 @@ def test_few_shards_of_a_store_are_open_and_on_disk(tmp_path, faulty, monkeypatc
         faulty.pipe_file(f"/bucket/{file.name}", file.read_bytes())
     shard = next(iter((tmp_path / "s").glob("*.arrayrecord"))).stat().st_size
     monkeypatch.setenv("VLP_CACHE_GB", str(4.5 * shard / 1e9))
-    monkeypatch.setattr(records, "OPEN_COPIES", 2)
+    monkeypatch.setattr(read, "OPEN_COPIES", 2)
     source = sources.open_path("faulty://bucket")
     for i in random.Random(3).sample(range(40), 40):
         assert source[i]["key"] == f"k{i:04d}"
-        assert len(records._COPIES) <= 2
+        assert len(read._COPIES) <= 2
         assert len(list((tmp_path / "cache" / "shards").iterdir())) <= 4
     data = bytearray(faulty.cat("/bucket/train-00003-of-00010.arrayrecord"))
     data[100] ^= 1
@@ -466,19 +471,19 @@ def test_stores_and_addresses(tmp_path):
     ],
 )
 def test_what_is_no_quarantine_file_is_refused(tmp_path, dataset_dir, text):
-    plain = loader.open_dataset(loader.Data(path=str(dataset_dir)))
+    plain = open_dataset(Data(path=str(dataset_dir)))
     (tmp_path / "skip").write_text(text.replace("F", plain.fingerprint))
     with pytest.raises(check.UserError, match="config.data.skip .*skip: got "):
-        loader.open_dataset(loader.Data(path=str(dataset_dir), skip=str(tmp_path / "skip")))
+        open_dataset(Data(path=str(dataset_dir), skip=str(tmp_path / "skip")))
 
 
 def test_parts_of_a_mixture_have_names_of_their_own():
-    parts = tuple(loader.Part(name="a", weight=0.5, source="shapes") for _ in range(2))
+    parts = tuple(Part(name="a", weight=0.5, source="shapes") for _ in range(2))
     with pytest.raises(check.UserError, match="a name of its own for each part"):
-        loader.open_dataset(loader.Data(mixture=parts))
+        open_dataset(Data(mixture=parts))
 
 
 def test_a_mistyped_source_of_captions_is_told(dataset_dir, caplog):
-    names = (loader.CaptionSource("none_such", 1.0),)
-    loader.open_dataset(loader.Data(path=str(dataset_dir), caption_sources=names))
+    names = (CaptionSource("none_such", 1.0),)
+    open_dataset(Data(path=str(dataset_dir), caption_sources=names))
     assert "got ['none_such'], in none of 23 records looked at" in caplog.text

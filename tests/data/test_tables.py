@@ -12,8 +12,10 @@ import test_cli_data
 
 from helpers import formats
 from vlp.core import check
-from vlp.data import image_ops, loader, records, sources
-from vlp.data.sources import fields, rows, tables
+from vlp.data import image_ops, records, sources
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
+from vlp.data.sources import delimited, fields, rows
 from vlp.data.tools import convert
 
 
@@ -263,12 +265,12 @@ def test_what_no_utf8_can_hold_is_a_bad_row_in_every_command(
     assert '"row": 1' in capsys.readouterr().out
     train = ("--vocab-size", 12, "--model-type", "bpe")
     assert test_cli_data.run("tokenizer", path, *named, "--out", tmp_path / "m.model", *train) == 0
-    data = loader.Data(path=str(path), langs=(), image_px=16, text_len=8, bad_records="replace")
-    batch = loader.open_dataset(data).batch_at(0, 4, seed=0)
+    data = Data(path=str(path), langs=(), image_px=16, text_len=8, bad_records="replace")
+    batch = open_dataset(data).batch_at(0, 4, seed=0)
     assert batch["mask"].all()
     if name in ("caption", "image", "deep"):  # of the others, training reads nothing
         with pytest.raises(check.UserError, match="a bad record"):
-            loader.open_dataset(loader.Data(path=str(path), langs=(), image_px=16)).record(2)
+            open_dataset(Data(path=str(path), langs=(), image_px=16)).record(2)
 
 
 # --- several rows of one image
@@ -281,7 +283,7 @@ def test_rows_of_an_image_are_one_record(made, tmp_path, capsys):
     path = made("train.csv", "image,number,comment\n" + "".join(lines))
     named = made("named.csv", "image,number,caption\n" + "".join(lines))
     for group_rows, num in ((True, 3), (False, 15)):  # as training reads it
-        data = loader.Data(path=str(named), group_rows=group_rows)
+        data = Data(path=str(named), group_rows=group_rows)
         assert len(sources.open_data(data)) == num
     flags = ("--captions", "comment", "--rows-per-shard", 2)
     rows_, _ = converted(path, tmp_path / "out", *flags)
@@ -319,8 +321,8 @@ def test_the_index_is_kept_and_made_again_where_it_is_damaged(made, tmp_path, mo
     path = made("a.csv", "path,caption\n" + "".join(f"{i % 3}.jpg,words {i}\n" for i in range(9)))
     first = sources.open_path(path)
     built = []
-    index = tables._index
-    monkeypatch.setattr(tables, "_index", lambda *a: built.append(1) or index(*a))
+    index = delimited.index
+    monkeypatch.setattr(delimited, "index", lambda *a: built.append(1) or index(*a))
     again = sources.open_path(path)
     assert not built and again.fingerprint == first.fingerprint and texts(again) == texts(first)
     for file in (tmp_path.parent).glob("cache*/table-index/*"):
@@ -442,8 +444,8 @@ def test_a_label_alone_is_a_record(made, tmp_path, capsys):
 def test_training_on_labels_alone_says_what_is_missing(made, tmp_path, small_tokenizer):
     path = made("train.csv", "file,class\n0.jpg,cat\n1.jpg,dog\n")
     converted(path, tmp_path / "out")
-    data = loader.Data(path=str(tmp_path / "out"), langs=(), image_px=16)
-    dataset = loader.open_dataset(data, small_tokenizer)
+    data = Data(path=str(tmp_path / "out"), langs=(), image_px=16)
+    dataset = open_dataset(data, small_tokenizer)
     with pytest.raises(check.UserError, match="record '00000000.': got no caption, expected one"):
         dataset.batch_at(0, 2, seed=0)
     (batch,) = dataset.eval_iter(2, texts=False)
@@ -477,7 +479,7 @@ def test_paths_that_lead_out_are_bad_rows_unless_asked_for(tmp_path, capsys):
     assert len(rows_) >= 9
     with pytest.raises(image_ops.BadImage, match=r"outside: row 5.*config\.data\.allow_outside"):
         sources.open_path(root / "train.csv")[4]
-    data = loader.Data(path=str(root), allow_outside=True)
+    data = Data(path=str(root), allow_outside=True)
     assert sources.open_data(data)[4]["image"] == formats.jpeg(1)
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
-from vlp.data.loader import Data, open_dataset
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 from vlp.data.tokenizer import EOS, PAD
 from vlp.evals import io as ios
 from vlp.evals.captions import Captions

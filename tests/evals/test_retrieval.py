@@ -11,7 +11,8 @@ import pytest
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
-from vlp.data.loader import Data, open_dataset
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 from vlp.evals import io as ios
 from vlp.evals.retrieval import Retrieval, rank_of_pair
 

@@ -15,7 +15,8 @@ from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
 from vlp.data import emoji, records, toy_shapes
-from vlp.data.loader import Data, Dataset, Part, Reweight, open_dataset
+from vlp.data.config import Data, Part, Reweight
+from vlp.data.dataset import Dataset, open_dataset
 from vlp.evals import io as ios
 from vlp.evals import zeroshot as zs
 
@@ -168,7 +169,7 @@ def test_the_tone_of_an_emoji_is_read_from_its_key(key, tone):
 
 def test_tones_are_balanced():
     """In each kind of split as many emoji of no tone as of each tone (flat: Unicode gives all five, or none)."""
-    dist, names, _ = emoji._demo_packages()
+    dist, names, _ = emoji.dataset.demo_packages()
     keys = {e.key for e in emoji.find(dist, names)}
     counts = collections.Counter(emoji.tone_of(key, keys) for key in keys)
     assert len({counts[tone] for tone in emoji.TONES}) == 1

@@ -41,7 +41,7 @@ DATA = {
 CLIP = {
     "name": "tiny", "batch": 8, "steps": 4,
     "model": {
-        "name": "dual", "embed": 8,
+        "name": "two_tower", "embed": 8,
         "image_tower": {"patch": 8, "pool": "mean", **TOWER},
         "text_tower": {"vocab": 128, "pool": "eos", **TOWER},
     },
@@ -53,7 +53,7 @@ CLIP = {
 COCA = CLIP | {
     "steps": 0,
     "model": {
-        "name": "captioner", "embed": 8, "queries": 2, "multimodal": {"depth": 1},
+        "name": "two_tower", "embed": 8, "poolers": {"queries": 2}, "decoder": {"depth": 1},
         "image_tower": {"patch": 8, "dropout": 0.1, **TOWER},
         "text_tower": {"vocab": 128, "dropout": 0.1, **TOWER},
     },
@@ -89,9 +89,6 @@ class Toy(nn.Module):
         init = lambda *names: logical(nn.initializers.normal(0.5), *names)
         self.colour = self.param("colour", init("pixels", "embed"), (3, self.embed))
         self.words = self.param("words", init("vocab", "embed"), (128, self.embed))
-
-    def __call__(self, image, text):
-        self.image(image), self.text(text)
 
     def image(self, image, *, keep_ratio=1.0, keys=None):
         return {"embed": image.astype(jnp.float32).mean(axis=(1, 2)) / 255 @ self.colour}
@@ -241,10 +238,10 @@ def _prepare(stage, settings, mesh):
     return MEMORY[key]
 
 
-def _init(model, image_px, text_len, seed, mesh):
-    key = repr(model), image_px, text_len, seed, mesh
+def _init(model, objective, batch, seed, mesh, teachers=None):
+    key = repr(model), repr(objective), repr(batch), seed, mesh, repr(teachers)
     if key not in MEMORY:
-        MEMORY[key] = _INIT(model, image_px, text_len, seed, mesh)
+        MEMORY[key] = _INIT(model, objective, batch, seed, mesh, teachers)
     return jax.tree.map(jnp.copy, MEMORY[key])  # the run gives its arrays away
 
 

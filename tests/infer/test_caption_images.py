@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import runs
-from vlp.data.loader import Data, open_dataset
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 from vlp.infer.caption import caption
 from vlp.infer.load import load
 

@@ -27,7 +27,7 @@ def test_a_loaded_run_holds_model_tokenizer_and_preprocessing(clip_run):
     assert all(type(value) is np.ndarray for value in tree.named(loaded.apply.params).values())
     assert (loaded.step, loaded.data.image_px, loaded.data.text_len) == (4, 16, 8)
     assert loaded.tokenizer.to_bytes() == (clip_run / "tokenizer.model").read_bytes()
-    assert type(loaded.apply.model).__name__ == "Dual"
+    assert type(loaded.apply.model).__name__ == "TwoTower"
     assert load(clip_run, step=2).step == 2
     assert load(clip_run) is load(str(clip_run))  # read once
 

@@ -9,9 +9,9 @@ import pytest
 
 from vlp.core import tree
 from vlp.core.types import Apply
-from vlp.models.dual import Dual
 from vlp.models.layers import ACTIVATIONS
 from vlp.models.text import Text
+from vlp.models.two_tower import TwoTower
 from vlp.models.vit import ViT, patchify
 
 PX, NUM = 16, 16
@@ -26,7 +26,7 @@ def params(random_params):
 
 def tower_params(random_params, tower):
     text = Text(vocab=8, width=16, depth=1, heads=2)
-    return random_params(Dual(tower, text, embed=8), PX, 4)["image_tower"]
+    return random_params(TwoTower(tower, text, embed=8), PX, 4)["image_tower"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""In a real browser, where there is one: the page before the galleries is under four screens, and is never too wide."""
+"""In a real browser, where there is one: four screens before the galleries at most, no sideways scroll, live charts."""
 
 import json
 import re
@@ -12,8 +12,12 @@ from vlp.report import html, load
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 MEASURE = """<script>addEventListener("load", () => {
+  const press = new PointerEvent("pointerdown", {clientX: 200});
+  for (const svg of document.querySelectorAll(".plot > svg")) svg.dispatchEvent(press);
   const top = document.querySelector("#retrieval, footer.end").getBoundingClientRect().top;
-  parent.postMessage({wide: document.documentElement.scrollWidth, top: top + scrollY}, "*");
+  parent.postMessage({wide: document.documentElement.scrollWidth, top: top + scrollY,
+    charts: document.querySelectorAll(".plot").length,
+    readouts: document.querySelectorAll(".tip:not([hidden])").length}, "*");
 });</script>"""
 
 
@@ -51,5 +55,6 @@ def test_pages_fit_a_narrow_window(tmp_path, kind):
         text = html.comparison([load.load(run) for run in runs])
     wide = _measure(tmp_path, text, 1280)
     assert wide["wide"] <= 1280 and wide["top"] < 4 * 800
+    assert wide["charts"] == wide["readouts"] > 5  # every chart answers a pointer
     narrow = _measure(tmp_path, text, 400)
     assert narrow["wide"] <= 400

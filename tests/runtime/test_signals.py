@@ -78,7 +78,7 @@ STUCK = """
     import sys, time
     sys.path.insert(0, "tests")
     from helpers import runs
-    from vlp.data.loader import Dataset
+    from vlp.data.dataset import Dataset
     runs.register_toy()
     def stuck(self, **_):
         time.sleep(600)

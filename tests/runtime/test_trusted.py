@@ -13,7 +13,7 @@ import pytest
 from helpers import runs
 from vlp.core import check
 from vlp.core.types import Out, Term
-from vlp.data.loader import Data
+from vlp.data.config import Data
 from vlp.evals.retrieval import Retrieval
 from vlp.infer.load import load
 from vlp.objectives import OBJECTIVES
@@ -201,4 +201,4 @@ class First(runs.ToyObjective):
 
     def encode(self, ctx):
         image = ctx.student("image", ctx.batch["image"])
-        return image["embed"], ctx.student("text", ctx.texts()[0])["embed"]
+        return image["embed"], ctx.student("text", ctx.batch["text"])["embed"]

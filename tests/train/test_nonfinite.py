@@ -8,7 +8,8 @@ import pytest
 from helpers import runs
 from vlp.core.config import build
 from vlp.data import order
-from vlp.data.loader import Data, open_dataset
+from vlp.data.config import Data
+from vlp.data.dataset import open_dataset
 
 
 def test_a_loss_that_is_not_finite_ends_with_code_1_and_names_its_records(tmp_path):

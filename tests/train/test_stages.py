@@ -93,7 +93,11 @@ def test_a_stage_of_other_sizes_resizes_positions_alone(tmp_path, monkeypatch):
         assert runs.train(runs.COCA, tmp_path / "run") == 0
     first, second = seen
     assert (second.after["step"], second.after["stage_step"]) == (5, 0)
-    fresh = tree.named(runs.states.init_params(second.stage.model, 24, 10, 0, one_device()))
+    fresh = tree.named(
+        runs.states.init_params(
+            second.stage.model, second.stage.objective, second.batch, 0, one_device()
+        )
+    )
     for name in ("params", "teachers/ema"):
         old, new = part(second.before, name), part(second.after, name)
         grid = posembed.resize_grid(jax.numpy.asarray(old.pop("image_tower/pos")), 9)

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 
+from vlp.cli import data_options
 from vlp.core import check
 
 
@@ -15,141 +16,7 @@ def add_parser(subparsers) -> None:
     """Adds the subcommand `data` to the subparsers of `vlp`."""
     parser = subparsers.add_parser("data", help="build or verify a dataset", description=__doc__)
     parser.set_defaults(run=run)
-    actions = parser.add_subparsers(dest="action", required=True)
-    emoji = actions.add_parser("emoji", help="build the emoji demo dataset (no download)")
-    emoji.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
-    emoji.add_argument(
-        "--image-px", type=_number, default=72, help="side of the images (default 72)"
-    )
-    emoji.add_argument("--vocab-size", type=int, default=1500, help="ceiling of the vocabulary")
-    convert = actions.add_parser(
-        "convert", help="folder, CSV, TSV, JSONL, Parquet, tar shards or TFDS → records"
-    )
-    _add_input(convert, splits=None)
-    convert.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
-    convert.add_argument("--rows-per-shard", type=_number, default=16384, help="default 16384")
-    convert.add_argument("--workers", type=_number, default=1, help="processes (default 1)")
-    convert.add_argument("--strict", action="store_true", help="refuse tars with damaged tails")
-    convert.add_argument("--check-images", action="store_true", help="leave out what cannot decode")
-    convert.add_argument(
-        "--val-fraction",
-        type=_fraction,
-        default=0.0,
-        metavar="F",
-        help="without a split val: hold this share of train out (default 0: none)",
-    )
-    convert.add_argument(
-        "--tokenizer",
-        default="auto",
-        metavar="N|FILE",
-        help="train N pieces on train's captions, or take a file; '' for none (default: the one"
-        " beside the input, or one trained as large as the captions can fill)",
-    )
-    convert.add_argument("--runner", default="", help="of Apache Beam, instead of this machine")
-    convert.add_argument("--runner-args", nargs="*", default=[], help="options of the runner")
-    verify = actions.add_parser("verify", help="check digests and decode every image")
-    verify.add_argument("dir", metavar="DIR")
-    verify.add_argument("--quarantine", metavar="FILE", help="write the bad records here, as JSONL")
-    inspect = actions.add_parser(
-        "inspect", help="counts, sizes, lengths, repeats; a page of images"
-    )
-    _add_input(inspect)
-    inspect.add_argument("--html", metavar="FILE", help="write a page with images and captions")
-    keep = actions.add_parser("filter", help="ALIGN's image and text rules, with counts by rule")
-    _add_input(keep, splits=None)
-    keep.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
-    for flag, default in _RULES.items():
-        keep.add_argument(f"--{flag}", type=type(default), default=default, help=f"[{default}]")
-    words = actions.add_parser(
-        "tokenizer", help="train SentencePiece on the captions, or import another's"
-    )
-    _add_input(words, optional=True)
-    words.add_argument("--from", dest="other", metavar="FILE", help="tokenizer.json or CLIP's BPE")
-    words.add_argument("--out", required=True, metavar="FILE", help="a new file")
-    words.add_argument("--vocab-size", type=int, default=32000, help="ceiling (default 32000)")
-    words.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
-    words.add_argument("--keep-case", action="store_true", help="no lower-casing")
-    words.add_argument("--lower", action="store_true", help="lower-case before --from's own rules")
-    words.add_argument("--langs", nargs="+", default=[], help="captions in these only")
-    bench = actions.add_parser("bench", help="images/s by stage on one core, and what limits")
-    _add_input(bench)
-    bench.add_argument("--num-images", type=_number, default=500)
-    bench.add_argument("--image-px", type=_number, default=224)
-    bench.add_argument("--batch", type=_number, default=64)
-    bench.add_argument("--read-threads", type=_number, default=2)
-    bench.add_argument("--workers", type=int, default=0)
-
-
-# flags of `vlp data filter`: the fields of vlp.data.tools.filter.Rules with the paper's numbers
-_RULES = {
-    "min-side-px": 200,
-    "max-aspect": 3.0,
-    "max-texts-per-image": 1000,
-    "max-images-per-text": 10,
-    "min-words": 3,
-    "max-words": 20,
-    "num-frequent": 100_000_000,
-}
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 on")
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 <= found < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number in [0, 1)")
-    return found
-
-
-def _add_input(
-    parser: argparse.ArgumentParser,
-    *,
-    optional: bool = False,
-    splits: tuple[str, ...] | None = ("train",),
-) -> None:
-    """splits: those that are read by default; None: all that the input has."""
-    nargs = "?" if optional else None
-    parser.add_argument("input", metavar="PATH", nargs=nargs, help="a directory, shard or table")
-    usual = f"default: {' '.join(splits) if splits else 'train, and val, test, dev if there are'}"
-    parser.add_argument("--splits", nargs="+", default=splits, help=usual)
-    for name in ("key", "image", "lang", "label"):
-        off = "" if name == "image" else "; '' for none, whatever the columns are called"
-        words = f'column, or a path into one ("a.b"){off}'
-        parser.add_argument(f"--{name}", default=None, metavar="COLUMN", help=words)
-    parser.add_argument("--captions", nargs="+", default=None, metavar="COLUMN", help="likewise")
-    parser.add_argument("--default-lang", default="und", help="where no column says it")
-    parser.add_argument(
-        "--no-group", action="store_true", help="one record a row, though rows have the same image"
-    )
-    parser.add_argument(
-        "--allow-outside",
-        action="store_true",
-        help="follow a table's or a link's paths out of the dataset's directory",
-    )
-
-
-def _fields(args: argparse.Namespace):
-    from vlp.data.sources import fields
-
-    named = {name: getattr(args, name) for name in fields.GUESSED}
-    return fields.Fields(
-        key=args.key or "",
-        image=args.image or "",
-        captions=tuple(filter(None, args.captions or ())),
-        lang=args.lang or "",
-        label=args.label or "",
-        default_lang=args.default_lang,
-        off=tuple(n for n, v in named.items() if v in ("", [""])),
-        group=not args.no_group,
-        allow_outside=args.allow_outside,
-    )
+    data_options.add_actions(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -214,7 +81,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.input,
         args.out,
         splits=args.splits,
-        given=_fields(args),
+        given=data_options.fields_of(args),
         rows_per_shard=args.rows_per_shard,
         strict=args.strict,
         check_images=args.check_images,
@@ -302,7 +169,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace, split: str):
     from vlp.data import sources
 
-    source = sources.open_path(args.input, split, given=_fields(args))
+    source = sources.open_path(args.input, split, given=data_options.fields_of(args))
     if told := sources.grouped(source):
         print(f"{split}: {told} (--no-group: one record a row)", file=sys.stderr)
     return source
@@ -340,7 +207,9 @@ def _filter(args: argparse.Namespace) -> int:
 
     args.splits = args.splits or sources.held(args.input)
     fields.check_splits(args.splits)
-    rules = filter_lib.Rules(**{k: getattr(args, k) for k in (f.replace("-", "_") for f in _RULES)})
+    rules = filter_lib.Rules(
+        **{k: getattr(args, k) for k in (f.replace("-", "_") for f in data_options.RULES)}
+    )
     counts = {split: collections.Counter() for split in args.splits}
     kept, existed = {}, _exists(args.out)
     for split in args.splits:
@@ -434,10 +303,12 @@ def _texts(
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from vlp.data import loader, tokenizer
+    from vlp.data import tokenizer
+    from vlp.data.config import Data
+    from vlp.data.dataset import Dataset
     from vlp.data.tools import bench
 
-    data = loader.Data(
+    data = Data(
         path=args.input,
         split=args.splits[0],
         image_px=args.image_px,
@@ -451,7 +322,7 @@ def _bench(args: argparse.Namespace) -> int:
         words = source.tokenizer()
     except check.UserError:  # none beside the data: any of about the usual size will do
         words = tokenizer.train(_texts(args, [], limit=1000)[0], 8000, model_type="bpe")
-    dataset = loader.Dataset(data, source, words)
+    dataset = Dataset(data, source, words)
     rates = bench.stages(dataset, args.num_images)
     for stage, rate in rates.items():
         print(f"{stage:6} {rate:10.1f} images/s on one core")

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vlp.cli.main import start_jax
     from vlp.core import check, mesh, progress
-    from vlp.evals.io import IO, check_ready
+    from vlp.evals.io import IO, check_asks, check_ready
     from vlp.infer.load import load
     from vlp.runtime import workdir
 
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     io = IO(loaded.data, loaded.tokenizer, **({"write": write} if args.write else {}))
     device_mesh = mesh.make(mesh.MeshShape())
     for label, evaluator in chosen.items():
-        check_ready(evaluator, loaded.apply.model, device_mesh, io, f"config.evals.{label}")
+        check_ready(evaluator, device_mesh, io, f"config.evals.{label}")
+        check_asks(evaluator, loaded.apply, loaded.data, f"config.evals.{label}")
     rows = []
     with jax.set_mesh(device_mesh):
         for label, evaluator in chosen.items():
@@ -79,7 +80,7 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
 
     from vlp.core import check
     from vlp.core.config import build, override, plain
-    from vlp.data.loader import Data
+    from vlp.data.config import Data
     from vlp.infer.load import load, plugins_of, stage_config
     from vlp.runtime import workdir
     from vlp.train import stages

@@ -1,6 +1,6 @@
 """Data for pretraining: numpy only, random access, an order that only samples seen decide.
 
-`loader.open_dataset(loader.Data(...))` is the way in; `SOURCES` lists what it can read.
+`dataset.open_dataset(config.Data(...))` opens data; `SOURCES` lists what it can read.
 """
 
 from vlp.data import sources, toy_shapes

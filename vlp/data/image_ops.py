@@ -1,7 +1,7 @@
 """Images: encoded bytes → u8[H, W, 3], and the train and eval geometry → u8[R, R, 3].
 
 Every random choice is drawn from the generator handed in, in one fixed order. Values stay 0 … 255;
-scaling to floats belongs to the model. Not here: which image (loader.py).
+scaling to floats belongs to the model. Not here: which image (samples.py).
 """
 
 import functools

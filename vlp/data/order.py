@@ -3,7 +3,7 @@
 Position p of the stream lies in epoch p // n, slot p % n; its record is a bijection of [0, n) keyed
 by (seed, epoch). Everything is index arithmetic: no permutation array, no iterator state. A run
 therefore resumes from one integer, and hosts, workers and threads cannot change what is read. Not
-here: reading records (loader.py).
+here: reading records (samples.py).
 """
 
 import dataclasses

@@ -15,9 +15,9 @@ from vlp.core import check, plugins
 from vlp.core.config import build, build_named, overlay
 from vlp.core.plugins import Plugin
 from vlp.core.types import Apply
-from vlp.data.loader import Data
+from vlp.data.config import Data
 from vlp.data.tokenizer import Tokenizer
-from vlp.models import MODELS
+from vlp.models import MODELS, TOWERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,11 @@ def _load(workdir: str, step: int, eval_params: str | None) -> Loaded:
     meta = checkpoints.meta(step)
     section = stage_config(meta["config"], meta["stage"])
     named = section["model"].get("name", "")
-    models = plugins.extended("MODELS", MODELS, plugins_of(section), [named])
-    model = build_named(models, section["model"], "config.model")
+    parts = [v.get("name", "vit") for v in section["model"].values() if isinstance(v, Mapping)]
+    added = plugins_of(section)
+    models = plugins.extended("MODELS", MODELS, added, [named])
+    towers = plugins.extended("TOWERS", TOWERS, added, parts)
+    model = build_named(models, section["model"], "config.model", more=towers)
     tokenizer = Tokenizer.from_bytes(base64.b64decode(meta["tokenizer"]))
     data = located(build(Data, meta["preprocessing"], "preprocessing"), meta.get("cwd", ""))
     which = eval_params or section.get("eval_params", "student")

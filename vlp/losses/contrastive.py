@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vlp.core import check
 from vlp.core.types import Term
@@ -94,12 +94,29 @@ def _row_of_matrix(i_B1: Any, j_1B: jax.Array, a_BB: jax.Array, b: Any) -> jax.A
     return jnp.take(a_BB, j_1B[0], axis=1, mode="clip")
 
 
-def mean(losses: Sequence[PyTree]) -> PyTree:
-    """The mean of the losses of an image's captions, number by number: each caption with the images' own others.
+def over_captions(
+    one: Callable[[Float[Array, "B E"]], dict[str, Float[Array, "B"]]],
+    zt_BKE: Float[Array, "B K E"],
+    where_BK: Bool[Array, "B K"] | None = None,
+) -> dict[str, Float[Array, "B"]]:
+    """The mean of a loss over the captions of each image: caption k with the images' own captions k.
 
     Source: LaCLIP (Fan et al. 2023, arXiv:2305.20088, §3.2) draws one of the captions; this is the expectation.
     """
-    return jax.tree.map(lambda *numbers: sum(numbers) / len(numbers), *losses)
+    num = zt_BKE.shape[1]
+    if num == 1:
+        return one(zt_BKE[:, 0])
+    real_BK = jnp.ones(zt_BKE.shape[:2], bool) if where_BK is None else where_BK
+
+    def body(total: PyTree, xs: Any) -> tuple[PyTree, None]:
+        zt_BE, real_B = xs
+        return jax.tree.map(lambda t, x: t + x * real_B, total, one(zt_BE)), None
+
+    shapes = jax.eval_shape(one, zt_BKE[:, 0])
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    xs = (jnp.moveaxis(zt_BKE, 1, 0), real_BK.T)
+    total, _ = jax.lax.scan(body, zero, xs)
+    return jax.tree.map(lambda x: x / jnp.maximum(real_BK.sum(1), 1), total)
 
 
 def metrics(

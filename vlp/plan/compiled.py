@@ -194,7 +194,7 @@ def measure_parts(plan: StagePlan, mesh: Mesh) -> dict[str, Any]:
             }
             out |= {
                 f"eval_{k}": v
-                for k, v in _compile(functools.partial(_answer, stage.model), params, few).items()
+                for k, v in _compile(functools.partial(_answer, stage), params, few).items()
             }
     return out
 
@@ -204,15 +204,12 @@ def _compile(f: Any, *args: Any) -> dict[str, int]:
     return {"peak_bytes": memory.peak_memory_in_bytes, "temp_bytes": memory.temp_size_in_bytes}
 
 
-def _answer(model: Any, params: PyTree, batch: Mapping[str, Any]) -> list[Any]:
-    """One batch's embeddings (and captions' states), as evaluators ask for them."""
-    apply = Apply(model, params)
+def _answer(stage: Stage, params: PyTree, batch: Mapping[str, Any]) -> list[Any]:
+    """What the evaluators ask of the model for one batch."""
+    apply = Apply(stage.model, params)
     text = batch["text"] if batch["text"].ndim == 2 else batch["text"][:, 0]
-    image, words = apply("image", batch["image"]), apply("text", text)
-    out = [x["embed"] for x in (image, words) if "embed" in x]
-    if hasattr(model, "decode"):
-        out.append(apply("decode", words["tokens"], image["feats"])["hidden"])
-    return out
+    asked = [e.asks for e in stage.evals.values() if hasattr(e, "asks")]
+    return [asks(apply, batch["image"], text) for asks in asked]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,8 +304,8 @@ def kept_bytes(plan: StagePlan, mesh: Mesh) -> int:
     num = stage.batch // stage.micro_batches if again else stage.batch
     num_micro = 1 if again else stage.micro_batches
     resize = lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype)
-    batch = {k: resize(x) for k, x in plan.batch.items() if "." not in k} | {
-        k: x for k, x in plan.batch.items() if "." in k
+    batch = {k: resize(x) for k, x in plan.batch.items() if "/" not in k} | {
+        k: x for k, x in plan.batch.items() if "/" in k
     }
     f = functools.partial(loss, stage, stage.model, num_micro=num_micro)
     with jax.set_mesh(mesh):

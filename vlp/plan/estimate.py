@@ -77,7 +77,7 @@ def _gradient(plan: StagePlan) -> Any:
     for name, stream in stage.streams.items():
         rows = num * stream.batch // stage.batch
         for k, (shape, dtype) in leaves(stream.data, rows).items():
-            batch[f"{name}.{k}"] = jax.ShapeDtypeStruct(shape, dtype)
+            batch[f"{name}/{k}"] = jax.ShapeDtypeStruct(shape, dtype)
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(bare, plan.abstract.params)
     grad = jax.grad(lambda p, b: metrics.loss(small, stage.model, p, b, stage.micro_batches))

@@ -20,7 +20,7 @@ from vlp.core import check, local, plugins, progress
 from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
-from vlp.data.loader import start_plan
+from vlp.data.dataset import start_plan
 from vlp.evals.io import IO
 from vlp.runtime import hosts
 from vlp.runtime import workdir as files
@@ -220,7 +220,7 @@ def feed(
         )
     for batches in zip(*streams.values()):
         named = {
-            f"{n}.{k}" if n else k: v
+            f"{n}/{k}" if n else k: v
             for n, leaves in zip(streams, batches)
             for k, v in leaves.items()
         }
@@ -266,7 +266,7 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
     session.metrics.write(row | averages | times)
     rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
     if wait > 0.05:
-        limit = plan.main.tally.limiting()
+        limit = plan.main.loader_stats.limiting()
         log.info("waiting for data %.0f%%: mostly its stage %s", 100 * wait, limit)
     bar.set_postfix_str(
         f"loss {averages['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +19,10 @@ from jax.sharding import Mesh
 from vlp.core import flops
 from vlp.core.chips import CHIPS
 from vlp.core.types import Apply, Ctx
-from vlp.data.loader import resident_mb
+from vlp.data.loader_stats import resident_mb
 from vlp.models.interface import with_fields
 from vlp.train.stages import Stage
+from vlp.train.state import method_state
 
 PyTree = Any
 T = TypeVar("T")
@@ -128,10 +130,10 @@ def input_metrics(plan: StagePlan, num_steps: int) -> dict[str, float]:
     out = {"time/rss_mb": round(resident_mb(), 1)}
     for name, data in plan.datasets.items():
         where = f"data/{name}." if name else "data/"
-        out |= {f"{where}bad_{reason}": float(n) for reason, n in data.tally.bad.items()}
+        out |= {f"{where}bad_{reason}": float(n) for reason, n in data.loader_stats.bad.items()}
         # of this process's life, not of the run's: like all under time/, no two runs agree on it
         measured = f"time/{name}.input_" if name else "time/input_"
-        out |= {f"{measured}{k}": v for k, v in data.tally.metrics().items()}
+        out |= {f"{measured}{k}": v for k, v in data.loader_stats.metrics().items()}
         stream = plan.stage.streams[name] if name else plan.stage
         position = stream.start_samples + num_steps * stream.batch
         out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(position).items()}
@@ -143,19 +145,15 @@ def context(
     kind: type[Ctx] = Ctx, **more: Any,
 ) -> Ctx:  # fmt: skip
     """What `train_step` gives the objective, with teachers of the student's parameters."""
-    frozen = {name: Apply(model, params) for name in stage.teachers}
     key = jax.random.key(0)
-    init = getattr(stage.objective, "init_method_state", None)
-    method_state = () if init is None else init(key)
     return kind(
-        Apply(model, params),
-        batch,
-        key,
-        0,
-        method_state,
-        frozen,
-        num_micro,
-        stage.micro_remat,
+        apply=Apply(model, params),
+        batch=batch,
+        seed=key,
+        method_state=nn.unbox(method_state(stage.objective, model, key)),
+        frozen={name: Apply(model, params) for name in stage.teachers},
+        num_micro=num_micro,
+        micro_remat=stage.micro_remat,
         **more,
     )
 

@@ -17,9 +17,11 @@ from vlp.core.config import build, build_named, overlay, plain
 from vlp.core.mesh import MeshShape
 from vlp.core.plugins import Plugin
 from vlp.core.types import MICRO_REMAT
-from vlp.data.loader import Data
+from vlp.data.config import Data
 from vlp.evals import EVALS
-from vlp.models import MODELS
+from vlp.models import MODELS, TOWERS
+from vlp.models.heads import HEADS
+from vlp.models.heads import build as build_heads
 from vlp.models.interface import check_fields
 from vlp.objectives import OBJECTIVES
 from vlp.optim.make import Optim
@@ -206,6 +208,20 @@ def evaluators(section: Any, added: Sequence[Plugin] = ()) -> dict[str, Any]:
     return built
 
 
+def with_heads(model: Any, objective: Any, added: Sequence[Plugin] = ()) -> Any:
+    """The model with the heads that the objective declares. Raises UserError for a model that takes none."""
+    declared = getattr(objective, "heads", None)
+    if not declared:
+        return model
+    where = f"objective {type(objective).__name__}.heads"
+    if not hasattr(model, "heads"):
+        got, do = f"a {type(model).__name__}, which has no field heads", "use two_tower"
+        raise check.error("config.model", got, f"a model with the heads {sorted(declared)}", do)
+    names = [spec.get("name", "") for spec in declared.values() if isinstance(spec, Mapping)]
+    table = plugins.extended("HEADS", HEADS, added, names)
+    return model.clone(heads=build_heads(declared, where, table))
+
+
 def _build(
     section: dict[str, Any],
     where: str,
@@ -223,7 +239,9 @@ def _build(
     for key, table in tables.items():
         if key not in section:
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
-        section[key] = build_named(table, section[key], f"config.{key}")
+        towers = plugins.extended("TOWERS", TOWERS, added) if key == "model" else {}
+        section[key] = build_named(table, section[key], f"config.{key}", more=towers)
+    section["model"] = with_heads(section["model"], section["objective"], added)
     check_fields(section["model"], "config.model")
     section["evals"] = evaluators(section.get("evals", {}), added)
     section.setdefault("optim", {})

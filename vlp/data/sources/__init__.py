@@ -12,7 +12,7 @@ from typing import Any
 
 from vlp.core import check
 from vlp.data import records, storage
-from vlp.data.sources import fields, files, parquet, tables, tar, tfds
+from vlp.data.sources import fields, files, json_tables, parquet, tables, tar, tfds
 
 TOKENIZER = records.TOKENIZER
 _PART = re.compile(r"(?:^|(?<=[-_.]))(?P<number>\d+)[-_]of[-_](?P<total>\d+)")
@@ -190,7 +190,7 @@ def held(path: str) -> tuple[str, ...]:
     """Returns "train" and whichever other usual splits `path` has."""
     there = others(path, ("train",)) or []
     if os.path.isfile(path) and tables.stem_ending(path) == ".json":
-        own = tables.own_splits(path)
+        own = json_tables.own_splits(path)
         there = [s for s in fields.SPLITS if s != "train" and set(fields.names_of(s)) & set(own)]
     splits = ["train"]
     for split in there:

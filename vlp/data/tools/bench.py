@@ -4,10 +4,12 @@ import contextlib
 import time
 
 from vlp.core import check
-from vlp.data import image_ops, loader, order
+from vlp.data import image_ops, order
+from vlp.data.dataset import Dataset
+from vlp.data.samples import augmented
 
 
-def stages(dataset: loader.Dataset, num_images: int) -> dict[str, float]:
+def stages(dataset: Dataset, num_images: int) -> dict[str, float]:
     """Returns images/s of one thread for read, image and text, and through all three ("all").
 
     The stages run one after the other on the records that training would read first. Decoding and
@@ -30,7 +32,7 @@ def stages(dataset: loader.Dataset, num_images: int) -> dict[str, float]:
         image = row["image"]
         with contextlib.suppress(image_ops.BadImage):
             picture = image_ops.Picture(image) if isinstance(image, bytes) else image
-            loader.augmented(picture, data, order.sample_rng(0, "image", position))
+            augmented(picture, data, order.sample_rng(0, "image", position))
     image_end = time.perf_counter()
     for caption in (c for row in rows for c in row["captions"][:1]):
         dataset.tokenizer.encode(caption["text"], data.text_len)
@@ -44,7 +46,7 @@ def stages(dataset: loader.Dataset, num_images: int) -> dict[str, float]:
     return {stage: num_images / max(s, 1e-9) for stage, s in secs.items()}
 
 
-def end_to_end(dataset: loader.Dataset, num_images: int, batch: int) -> float:
+def end_to_end(dataset: Dataset, num_images: int, batch: int) -> float:
     """Returns images/s of the loader as configured (its threads and processes), after one batch."""
     num_batches = max(1, num_images // batch)
     batches = dataset.train_iter(start=0, batch=batch, num_batches=num_batches + 1, seed=0)

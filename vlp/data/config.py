@@ -1,0 +1,147 @@
+"""The config section `data`: what is read and how it is prepared. `check_data` tells what can never work."""
+
+import dataclasses
+
+from vlp.core import check
+from vlp.data import image_ops, text_ops
+
+BAD_RECORDS = ("error", "replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One source of a mixture; what it leaves empty is as in `Data`."""
+
+    name: str
+    weight: float = 1.0
+    source: str = ""
+    path: str = ""
+    split: str = ""
+    skip: str = ""
+    num_records: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reweight:
+    """From stream position `samples` on, the parts of a mixture have these weights."""
+
+    samples: int
+    weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionSource:
+    """A source tag of captions ("alt", "rewrite"), and its share where they are drawn "weighted"."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is read and how it is prepared."""
+
+    source: str = "records"  # one of vlp.data.SOURCES
+    path: str = ""  # directory of the records
+    split: str = "train"
+    tokenizer: str = ""  # path of a model; "" = the source's own
+    num_records: int = 512  # source "shapes" only
+    shuffle: bool = True
+    shuffle_block: int = 0  # slow media: runs of so many records stay together (0: each for itself)
+    shuffle_window: int = 8  # … of which so many runs are mixed at a time
+    group_rows: bool = True  # a table's rows of one image are one record, with all their captions
+    allow_outside: bool = False  # follow a table's or a link's paths out of the dataset's directory
+    group_by: str = ""  # a field of the records: an epoch visits each of its values once
+    image_px: int = 64
+    text_len: int = 16  # tokens, with bos and eos
+    captions: str = "first"  # first | uniform | weighted | all (num_captions of them, cycled)
+    num_captions: int = 1
+    langs: tuple[str, ...] = ()  # captions in these languages alone (("en",)); () = in every one
+    caption_sources: tuple[
+        CaptionSource, ...
+    ] = ()  # () = every source, by the captions' own weights
+    shorten: str = "truncate"  # how training texts are cut to text_len (text_ops.SHORTEN)
+    min_area_frac: float = 0.6  # the crop's share of the area
+    max_area_frac: float = 1.0
+    max_aspect: float = 1.25
+    translate_frac: float = 0.0  # white border that crops may include, as a share of the side
+    flip: bool = False
+    jitter: float = 0.0  # largest relative change of brightness, contrast, saturation
+    randaugment: int = 0  # operations an image
+    randaugment_magnitude: float = 9.0  # of 10
+    resize: str = "bicubic"  # one of image_ops.FILTERS
+    bad_records: str = "error"  # or "replace": by one that the stream position decides
+    max_bad_frac: float = 0.05  # a run with more to replace stops
+    skip: str = ""  # a quarantine file (of an earlier run): its records are left out
+    mixture: tuple[Part, ...] = ()  # several sources instead of one
+    reweight: tuple[Reweight, ...] = ()  # changes of the mixture's weights, in order
+    cache_decoded: bool = False  # keep decoded images in memory (once per worker process)
+    cache_mb: int = 1024  # … up to this size, counted as image bytes
+    workers: int = 0  # processes; 0 = threads of this process only
+    read_threads: int = 2  # threads that make batches, per process; 0 = none, made when asked for
+    prefetch: int = 4  # batches ready ahead of the consumer, per process
+
+
+def check_data(data: Data) -> None:
+    """Raises UserError for a value that can never work; opens nothing."""
+    image_ops.check_filter("config.data.resize", data.resize)
+    text_ops.check_shorten("config.data.shorten", data.shorten)
+    enums = (
+        ("captions", text_ops.POLICIES),
+        ("bad_records", BAD_RECORDS),
+    )
+    for field, known in enums:
+        if getattr(data, field) not in known:
+            raise check.unknown(f"config.data.{field}", getattr(data, field), known)
+    sources = data.caption_sources
+    bounds = (
+        ("min_area_frac", 0 < data.min_area_frac <= data.max_area_frac, "in (0, max_area_frac]"),
+        ("max_area_frac", data.max_area_frac <= 1, "at most 1"),
+        ("max_aspect", data.max_aspect >= 1, "at least 1"),
+        ("translate_frac", 0 <= data.translate_frac <= 1, "in [0, 1]"),
+        ("jitter", 0 <= data.jitter < 1, "in [0, 1)"),
+        ("randaugment", data.randaugment >= 0, "at least 0"),
+        ("randaugment_magnitude", 0 <= data.randaugment_magnitude <= 10, "in [0, 10]"),
+        ("shuffle_block", data.shuffle_block >= 0, "at least 0"),
+        ("shuffle_window", data.shuffle_window >= 1, "at least 1"),
+        ("shuffle_block", data.shuffle or not data.shuffle_block, "0 without shuffle"),
+        ("shuffle_block", data.shuffle_block < 2**31, "below 2^31"),
+        ("shuffle_window", data.shuffle_window < 2**31, "below 2^31"),
+        ("image_px", data.image_px >= 1, "at least 1"),
+        ("image_px", data.image_px <= 2**14, "at most 16,384"),
+        ("text_len", data.text_len >= 3, "at least 3 (bos, a piece, eos)"),
+        ("text_len", data.text_len <= 2**17, "at most 131,072"),
+        ("num_captions", data.num_captions >= 1, "at least 1"),
+        ("num_captions", data.num_captions <= 2**10, "at most 1,024"),
+        (
+            "num_captions",
+            data.num_captions == 1 or data.captions == "all",
+            "1, but for captions 'all'",
+        ),
+        ("captions", data.captions != "weighted" or sources, "caption_sources beside 'weighted'"),
+        (
+            "caption_sources",
+            len({c.name for c in sources}) == len(sources) and all(c.weight > 0 for c in sources),
+            "names that differ, weights above 0",
+        ),
+        ("max_bad_frac", 0 <= data.max_bad_frac <= 1, "in [0, 1]"),
+        ("mixture", not (data.mixture and data.group_by), "no group_by beside it"),
+        (
+            "mixture",
+            len({p.name for p in data.mixture}) == len(data.mixture),
+            "a name of its own for each part",
+        ),
+        ("reweight", data.mixture or not data.reweight, "a mixture beside it"),
+        ("cache_mb", data.cache_mb >= 0, "at least 0"),
+        ("workers", data.workers >= 0, "at least 0"),
+        ("read_threads", data.read_threads >= 0, "at least 0"),
+        ("prefetch", data.prefetch >= 1, "at least 1"),
+        ("workers", data.workers <= 2**10, "at most 1,024"),
+        ("read_threads", data.read_threads <= 2**10, "at most 1,024"),
+        ("prefetch", data.prefetch <= 2**16, "at most 65,536"),
+    )
+    for field, good, expected in bounds:
+        if not good:
+            raise check.error(
+                f"config.data.{field}", getattr(data, field), expected, "change the config"
+            )
