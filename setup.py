@@ -58,7 +58,7 @@ extras["dev"] = (
     + extras["syntax"]
     + extras["hf"]
     + extras["test"]
-    + ["ruff>=0.14", "pyright>=1.1.400", "pre-commit>=4.0"]
+    + ["ruff>=0.14", "pyright[nodejs]>=1.1.400", "pre-commit>=4.0"]
 )
 
 setup(

@@ -101,7 +101,7 @@ def clip_run(tmp_path_factory):
 
 @pytest.fixture
 def toy(monkeypatch):
-    """Knows the model and the objective "toy" (`runs.TOY`), which compile in no time."""
+    """Registers the model and the objective "toy" (`runs.TOY`), which compile in no time."""
     from helpers import runs
     from vlp.models import MODELS
     from vlp.objectives import OBJECTIVES

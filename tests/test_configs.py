@@ -31,7 +31,7 @@ def test_all_shipped_configs_are_tested():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_trains_evaluates_and_saves_at_smoke_size(name, tmp_path):
-    """Two steps, or one per stage; an evaluation; a save: through the command that users type."""
+    """Two steps, or one per stage, through `vlp train`."""
     directory = tmp_path / "run"
     argv = ["train", "--config", f"{FOLDER / name}.py:smoke", "--workdir", directory]
     assert runs.vlp(*argv, devices=2) == 0

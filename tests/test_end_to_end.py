@@ -1,4 +1,4 @@
-"""The commands one after the other as users type them; nothing is shared with other tests, nothing is patched away."""
+"""The commands in the order in which users run them, compiled anew, with nothing replaced."""
 
 import pytest
 
@@ -15,7 +15,7 @@ CONFIG = runs.changed(
 
 
 def test_train_then_resume_then_eval_then_report(tmp_path, capsys, monkeypatch):
-    """A run that died after its first save ends as one that did not, to the bit; its commands give the same numbers."""
+    """A run that dies after its first save ends as one that does not, to the bit; `vlp eval` repeats its numbers."""
     prepare, calls = loop.prepare, []
     monkeypatch.setattr(loop, "prepare", lambda *args: calls.append(args) or prepare(*args))
     whole, run = tmp_path / "whole", tmp_path / "run"

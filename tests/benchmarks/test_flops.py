@@ -25,7 +25,7 @@ def small(keep_ratio):
 
 
 def test_lowered_equals_compiled():
-    """Optimisation moves and fuses, and changes the count by little: elementwise work, and no product."""
+    """XLA's optimisation changes the count of elementwise work a little, and that of products not at all."""
     program = flops.lower(small(0.5), 8)
     compiled = program.compile().cost_analysis()["flops"]
     assert program.cost_analysis()["flops"] == pytest.approx(compiled, rel=0.03)

@@ -1,4 +1,4 @@
-"""benchmarks/methods.py at tiny size: every method's config, rows of one and of several seeds, and going on."""
+"""benchmarks/methods.py at tiny size: every method's config, rows of one and of several seeds, and resuming."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ def test_every_method_sees_as_many_samples(name):
 
 
 def test_the_demos_row_is_its_config():
-    """Its row is configs/coca_emoji.py as it is, but for the evaluations."""
+    """The row is configs/coca_emoji.py with other evaluations."""
     demo = configs.load(f"{runs.ROOT}/configs/coca_emoji.py:path=data/emoji")
     _, theirs = stages.parse(demo)
     _, ours = stages.parse(methods.build(methods.METHODS[methods.DEMO], "data/emoji", 0, 600))

@@ -1,4 +1,4 @@
-"""The benchmark of growing data: every row is there, and what it measures is what it says."""
+"""benchmarks/scale.py: it has every row, and measures what the row says."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how they fail, and that broken ones are passed over."""
+"""Checkpoints: content, failures, and that broken ones are skipped."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ MESH = meshes.MeshShape(2, 2, 2)
 
 
 def trees(step):
-    """Parameters and the rest, with values that tell the step; sharded over eight devices."""
+    """Parameters and the rest of a state, with values that depend on the step, sharded over eight devices."""
     mesh = meshes.make(MESH)
     put = lambda x, *names: jax.device_put(
         np.float32(x), jax.sharding.NamedSharding(mesh, meshes.spec(names, np.shape(x), mesh))
@@ -169,7 +169,7 @@ def test_a_change_of_any_file_makes_a_checkpoint_broken(copied):
 
 
 def test_checkpoints_without_digests_are_taken_if_complete(copied):
-    """Copies that lost the file, and checkpoints of others: taken if their items are there."""
+    """Without a file of digests (lost, or from another program), a checkpoint needs all its items."""
     for folder in copied.iterdir():
         (folder / digest.FILE).unlink()
     shutil.rmtree(copied / "step_000000006" / "rest")
@@ -177,7 +177,7 @@ def test_checkpoints_without_digests_are_taken_if_complete(copied):
 
 
 def test_unfinished_saves_do_not_count(copied):
-    """What a process leaves that died in a save; saving that step again replaces it."""
+    """A process that dies in a save leaves a temporary folder; saving that step again replaces it."""
     half = copied / "step_000000008.orbax-checkpoint-tmp"
     shutil.copytree(copied / "step_000000006" / "params", half / "params")
     assert Checkpoints(copied, create=False).newest() == 6
@@ -194,7 +194,7 @@ def test_unfinished_saves_do_not_count(copied):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("how", ["save", "wait", "close"])
 def test_a_failed_save_is_not_lost(tmp_path, monkeypatch, how):
-    """A save runs in the background: its failure must stop the run at the next word with the checkpoints."""
+    """Saves run in the background: the next call to the checkpoints raises a save's error."""
     checkpoints = Checkpoints(tmp_path / "c")
     save(checkpoints, 2)
 

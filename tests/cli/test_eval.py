@@ -22,7 +22,7 @@ def results(file):
 
 
 def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
-    """Of the averaged parameters, since the run evaluates those."""
+    """The averaged parameters are evaluated, as in the run."""
     run = shutil.copytree(coca_run, tmp_path / "run")
     before = runs.contents(run)
     assert runs.vlp("eval", "--workdir", run, "--json", tmp_path / "out.json") == 0
@@ -46,7 +46,7 @@ def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
 
 
 def test_evaluation_gives_the_same_numbers_on_another_mesh(coca_run, last, tmp_path):
-    """On a mesh of another size, the same up to rounding; with one label and another split, only that."""
+    """Equal up to rounding. With a label and a split, only that evaluation runs."""
     run = shutil.copytree(coca_run, tmp_path / "run")
     argv = ["eval", "--workdir", run, "--json", tmp_path / "out.json", "--evals"]
     assert runs.vlp(*argv, "captions", devices=8) == 0

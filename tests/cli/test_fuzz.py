@@ -1,4 +1,4 @@
-"""The command line against nonsense: exit code 0, 2 or 1, mistakes in one line, nothing written out of place.
+"""Random command lines: exit code 0, 1 or 2, mistakes in one line, and no file written elsewhere.
 
 60 command lines; with VLP_SLOW=1 2,000, also with real training of what is small enough.
 """
@@ -236,7 +236,7 @@ def _parsers():
 
 
 class Reached(Exception):
-    """Training would begin."""
+    """Raised where training would begin."""
 
 
 @dataclasses.dataclass

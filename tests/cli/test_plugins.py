@@ -157,7 +157,7 @@ def test_plugins_import_what_lies_beside_them_each_from_its_own_folder(tmp_path,
 def test_a_plugin_that_changed_is_noted_and_one_that_is_gone_is_named(
     run, tmp_path, capsys, caplog
 ):
-    """Only what needs the plugin asks for it: not the evaluation of one of vlp's models."""
+    """A plugin is loaded only where its parts are used: not to evaluate one of vlp's own models."""
     caplog.set_level("INFO")
     config = runs.changed(runs.CLIP, steps=1, objective={"name": "distance"}, plugins=["my_parts"],
                           evals={"retrieval": {"batch": 8}})  # fmt: skip

@@ -1,4 +1,4 @@
-"""Messages of errors that a user can act on."""
+"""Messages of UserErrors."""
 
 import pytest
 

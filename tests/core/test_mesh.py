@@ -46,7 +46,7 @@ def test_a_product_that_is_not_the_devices(shape):
     message = str(caught.value)
     assert (
         message
-        == f"config.mesh: got {got}, expected a product of 8 devices; change it, or use -1 once"
+        == f"config.mesh: got {got}, expected a product of 8 devices; set one axis to -1: it takes what is left"
     )
 
 

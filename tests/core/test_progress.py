@@ -1,4 +1,4 @@
-"""Long work is never silent, and quick work says nothing."""
+"""Long work prints progress; short work prints nothing."""
 
 import argparse
 import logging
@@ -14,7 +14,7 @@ from vlp.train import loop
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """Seconds are a fiftieth."""
+    """Progress lines come fifty times as often."""
     monkeypatch.setattr(progress, "FIRST_SECS", 0.08)
     monkeypatch.setattr(progress, "EVERY_SECS", 0.3)
     monkeypatch.setattr(progress, "_last", 0.0)

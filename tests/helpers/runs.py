@@ -117,12 +117,12 @@ class ToyObjective:
 
 
 def register_toy():
-    """Makes the toy known; in tests, fixture `toy` does."""
+    """Registers the toy model and objective; tests use the fixture `toy`."""
     MODELS["toy"], OBJECTIVES["toy"] = Toy, ToyObjective
 
 
 class Killed(BaseException):
-    """Stands for the death of the process."""
+    """Raised in place of the death of the process."""
 
 
 def get_config(arg):
@@ -189,13 +189,13 @@ def command(*argv, program=(__file__,), path=()):
 
 
 def rows(directory):
-    """metrics.jsonl, without what was measured by the clock."""
+    """Returns the rows of metrics.jsonl without their times."""
     out = workdir.read(pathlib.Path(directory) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in out]
 
 
 def saved(directory, step=None):
-    """Every array of a checkpoint by name, and its step."""
+    """Returns every array of a checkpoint by name, and its step as ""."""
     import orbax.checkpoint as ocp
 
     folders = sorted((pathlib.Path(directory) / "checkpoints").glob("step_?????????"))
@@ -211,7 +211,7 @@ def saved(directory, step=None):
 
 
 def assert_same_run(a, b):
-    """Equal records, and equal last states to the bit."""
+    """Asserts equal records, and equal last states to the bit."""
     for row_a, row_b in zip(rows(a), rows(b)):
         assert row_a == row_b
     assert len(rows(a)) == len(rows(b))
@@ -222,7 +222,7 @@ def assert_same_run(a, b):
 
 
 def contents(directory):
-    """Every path below a directory with its bytes: what a refused command must leave alone."""
+    """Returns every path below a directory with its bytes, to compare before and after a command."""
     paths = sorted(pathlib.Path(directory).rglob("*"))
     return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
 

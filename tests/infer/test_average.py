@@ -12,7 +12,7 @@ from vlp.infer.load import load
 
 
 def test_the_mean_of_checkpoints(clip_run, tmp_path, capsys):
-    """Of two steps of one run, with weights; in every leaf, and ready for `vlp eval` and `init`."""
+    """A weighted mean of two steps: right in every leaf, and usable by `vlp eval` and `init`."""
     out = tmp_path / "mean"
     argv = ["average", f"{clip_run}@2", clip_run, "--weights", "0.25,0.75", "--out", out]
     assert runs.vlp(*argv) == 0
@@ -34,7 +34,7 @@ def test_the_mean_of_checkpoints(clip_run, tmp_path, capsys):
 
 
 def test_of_one_run_what_it_evaluates(coca_run, tmp_path):
-    """Its moving average, alone: the same model again, whose parameters are plain ones."""
+    """The average of one run is its moving average, saved as ordinary parameters."""
     assert runs.vlp("average", coca_run, "--out", tmp_path / "one") == 0
     want, found = load(coca_run), load(tmp_path / "one")
     assert "eval_params" not in json.dumps(found.meta["config"])

@@ -1,4 +1,4 @@
-"""A trained model from its workdir: on any machine, with no mesh, optimiser or data."""
+"""Loading a trained model from its workdir needs no mesh, optimiser or data."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A save that fails ends the run at once, in one line that says what is kept; the same command goes on from there."""
+"""A failed save ends the run with one line that says what is kept; the same command resumes from there."""
 
 import shutil
 import subprocess
@@ -33,7 +33,7 @@ def limited(config, directory, kilobytes):
 
 
 def test_a_file_size_limit_is_answered_as_a_full_disk(toy, tmp_path):
-    """As with `ulimit -f`, and as on a disk that is full: an error code of the system, in TensorStore's words."""
+    """The system's error code, for `ulimit -f` as for a full disk, is found in TensorStore's message."""
     run = tmp_path / "run"
     code, errors, secs = limited(CONFIG, run, 400)
     assert code == 1 and secs < 60
@@ -56,7 +56,7 @@ def test_the_record_may_not_grow(tmp_path):
 
 @pytest.mark.parametrize("how", ["a file", "no directory"])
 def test_checkpoints_is_no_directory(toy, tmp_path, monkeypatch, capsys, how):
-    """From step 3 on: seen when step 4 is saved, and nothing waits for what cannot come."""
+    """checkpoints/ becomes a file at step 3: the save of step 4 fails, and nothing hangs."""
     run = tmp_path / "run"
     function = loop.save
 

@@ -1,4 +1,4 @@
-"""Runs of several processes: real ones on this machine, 4 devices each; and the roll call before JAX starts."""
+"""Runs of several processes with 4 devices each on this machine, and the roll call before JAX starts."""
 
 import concurrent.futures
 import signal
@@ -36,7 +36,10 @@ def port():
 
 
 def meet(port, workdir, who, num, secs=20.0):
-    """Calls the roll in a thread for each of who, {process: facts or (facts, workdir)}; returns the messages."""
+    """Runs the roll call in threads, one for each process of `who`; returns their messages.
+
+    who: {process: facts or (facts, workdir)}.
+    """
 
     def one(process):
         facts, directory = (
@@ -266,16 +269,16 @@ def test_missing_processes_and_other_configs_end_all_commands_with_code_2(tmp_pa
 
 
 def test_an_error_on_one_process_is_raised_on_all(tmp_path, port):
-    """What may differ between hosts passes the roll call, and is refused when data are opened."""
+    """A setting that may differ between hosts passes the roll call; opening the data raises."""
     other = lambda i: ("--config.data.workers=-1",) if i else ()
     codes, errors = finish(start(runs.TOY, tmp_path / "run", port, each=other))
     assert codes == [2, 2], errors
-    said = "config.data.workers: got -1, expected at least 0; change the config\n"
+    said = "config.data.workers: got -1, expected at least 0; correct config.data.workers\n"
     assert errors == [f"vlp: process 1 on {socket.gethostname()}: {said}", f"vlp: {said}"]
 
 
 def assert_close(directory, wanted, rtol):
-    """Records and last states are equal but for rounding."""
+    """Asserts that records and last states are equal up to rounding."""
     for row, other in zip(runs.rows(directory), runs.rows(wanted), strict=True):
         assert row.keys() == other.keys()
         for key, value in row.items():
@@ -305,7 +308,7 @@ SLOW = """
 
 
 def test_sigterm_on_one_process_stops_all_and_one_process_can_resume(toy, tmp_path, port):
-    """SIGTERM on process 1: both save after the same step. One process goes on, and all is as if it had been alone."""
+    """SIGTERM on process 1 makes both save after the same step. One process resumes, as if it had been alone."""
     config = runs.changed(runs.TOY, steps=60, save_every_steps=50, mesh={"data": 2, "fsdp": 4})
     slow = ("-c", textwrap.dedent(SLOW))
     first, second = start(config, tmp_path / "run", port, program=slow)
@@ -334,7 +337,7 @@ TINY = runs.changed(
 
 
 def test_two_processes_train_as_one_does(tmp_path, port):
-    """Masks, dropout, evaluation, parameters sharded across both: as on one device, from its checkpoint on."""
+    """With masks, dropout, evaluation and sharded parameters, resumed from a checkpoint of one device."""
     assert runs.train(TINY, tmp_path / "whole") == 0
     calls = iter(range(1, 100))
     save = loop.save

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or stuck, as processes: exit codes, and the same command going on."""
+"""Runs that are stopped, killed or hang, as processes: exit codes, and resuming by the same command."""
 
 import os
 import random
@@ -54,7 +54,7 @@ def test_a_signal_saves_and_ends_with_code_75(clip_run, tmp_path, number):
 
 
 def test_signals_at_any_time_lose_no_step(toy, tmp_path):
-    """SIGTERM before the first step is compiled, SIGKILL wherever it hits, SIGTERM on the way, then to the end."""
+    """SIGTERM before the first step, SIGKILL at any time, SIGTERM during training; then the run finishes."""
     run = tmp_path / "run"
     start = lambda: runs.command(*runs.arguments(LONG, run))
     process = start()
@@ -111,7 +111,7 @@ def test_a_beating_heart_is_left_alone(monkeypatch):
 
 
 def test_those_behind_are_named(tmp_path, monkeypatch):
-    """Process 1 has stopped writing one beat before process 0."""
+    """Process 1 stopped one beat before process 0."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     dogs = [Watchdog(0.0, tmp_path / "heartbeats") for _ in range(2)]
     for dog, beats in zip(dogs, (["data", "step"], ["data"])):
@@ -123,6 +123,6 @@ def test_those_behind_are_named(tmp_path, monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         tell.append(dogs[process]._tell())
     assert tell == [
-        f" (process 1 on {host}; all are equally far)",
+        f" (process 1 on {host}; no process is behind)",
         f" (process 0 on {host}; behind: process 1 on {host} in 'data')",
     ]

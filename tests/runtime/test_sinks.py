@@ -1,4 +1,4 @@
-"""Sinks hold the record and nothing else, whatever dies and wherever; profiles open."""
+"""Sinks have exactly the rows of metrics.jsonl, after any kill; profiles can be opened."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ EVALS = {"retrieval": {"batch": 8, "every_steps": 2, "gallery": 0}}
 
 
 def tensorboard(directory):
-    """(tag, step, value) of every scalar in the event files, by the format's framing (length, crc, data, crc)."""
+    """Returns (tag, step, value) of every scalar in the event files, from their framing (length, crc, data, crc)."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -31,7 +31,7 @@ def tensorboard(directory):
 
 
 def clu(directory):
-    """The same of TensorFlow's event files, read by TensorFlow."""
+    """The same for the sink clu, read by TensorFlow."""
     import tensorflow as tf
 
     found = []
@@ -44,7 +44,7 @@ def clu(directory):
 
 
 def wandb(directory):
-    """The same of every offline run of wandb, by the framing of LevelDB's log (crc, size, type; 32 KiB blocks)."""
+    """The same for wandb's offline runs, parsed from LevelDB's log format (crc, size, type; 32 KiB blocks)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found, kinds = [], {1: "whole", 2: "first", 3: "middle", 4: "last"}
@@ -77,7 +77,7 @@ def record(directory):
 
 
 def assert_follows(directory, sink="tensorboard"):
-    """The sink has what the record has, each number once."""
+    """Asserts that a sink has each number of metrics.jsonl once."""
     found, wanted = sorted(READERS[sink](directory)), sorted(record(directory))
     assert [f[:2] for f in found] == [w[:2] for w in wanted]
     assert len({f[:2] for f in found}) == len(found) > 0
@@ -86,7 +86,7 @@ def assert_follows(directory, sink="tensorboard"):
 
 @pytest.mark.parametrize("sink", sinks.SINKS)
 def test_sinks_have_each_step_once_after_a_kill(sink, toy, tmp_path, monkeypatch):
-    """The run dies with steps 5 and 6 on record but not saved, and does them again."""
+    """The run dies after steps 5 and 6, before their save, and repeats them."""
     for package in sinks.SINKS[sink][1]:
         pytest.importorskip(package)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -110,7 +110,7 @@ def test_sinks_have_each_step_once_after_a_kill(sink, toy, tmp_path, monkeypatch
 
 
 def test_wandb_online_goes_on_behind_what_the_server_has(tmp_path, monkeypatch):
-    """Its client is replaced: there is no server here. Rows of a step that the server has are not sent again."""
+    """With a fake client. Rows of steps that the server has are not sent again."""
     wandb = pytest.importorskip("wandb")
     run = mock.Mock(offline=False, step=5)
     init = mock.Mock(return_value=run)
@@ -137,7 +137,7 @@ def test_wandb_without_a_login(toy, tmp_path, capsys, monkeypatch):
 
 
 def test_a_sink_added_at_a_restart_gets_the_whole_run(toy, tmp_path):
-    """A sink is free to change at a restart, and then has the whole run."""
+    """Sinks may change at a restart."""
     run = tmp_path / "run"
     assert runs.train(runs.changed(CONFIG, sinks=[]), run) == 0
     assert not (run / "tensorboard").exists()
@@ -170,7 +170,7 @@ def test_a_sink_whose_package_is_missing_is_one_line(toy, tmp_path, capsys, monk
 
 
 def test_a_profile_holds_the_steps_asked_for_and_changes_no_number(toy, tmp_path):
-    """The trace holds the steps asked for, and the run's numbers are what they are without it."""
+    """The trace has exactly these steps; the numbers equal those of a run without it."""
     from jax.profiler import ProfileData
 
     run = tmp_path / "run"

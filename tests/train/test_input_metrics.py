@@ -1,4 +1,4 @@
-"""What a run's record says of its input."""
+"""What metrics.jsonl says about a run's input."""
 
 import json
 

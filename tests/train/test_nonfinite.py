@@ -1,4 +1,4 @@
-"""A loss, gradient or parameter that is no number ends the run, says where, and leaves the last good checkpoint."""
+"""A loss, gradient or parameter that is not finite ends the run, is located, and keeps the last good checkpoint."""
 
 import json
 
@@ -13,7 +13,7 @@ from vlp.data.dataset import open_dataset
 
 
 def test_a_loss_that_is_not_finite_ends_with_code_1_and_names_its_records(tmp_path):
-    """Exit code 1; the step, its records and their keys are named."""
+    """The message names the step, its records and their keys."""
     run = tmp_path / "run"
     config = runs.changed(runs.TOY, save_every_steps=1, objective={"name": "toy", "nan_step": 2})
     process = runs.command(*runs.arguments(config, run))
@@ -34,7 +34,7 @@ def test_a_loss_that_is_not_finite_ends_with_code_1_and_names_its_records(tmp_pa
 
 
 def test_parameters_that_overflow_stop_the_run_before_it_saves(toy, tmp_path):
-    """Finite loss and gradient, but a step that overflows: stopped at once, before it is saved."""
+    """Loss and gradient are finite, and the update overflows."""
     config = runs.changed(runs.TOY, save_every_steps=1, schedule={"lr": 1e38, "warmup_steps": 3})
     with pytest.raises(
         FloatingPointError, match="step 1: got loss [0-9.]+, grad_norm [0-9.]+, param_norm inf"

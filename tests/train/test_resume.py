@@ -1,4 +1,4 @@
-"""A run that dies anywhere and is started again ends as if nothing had happened, to the bit."""
+"""A run that dies anywhere and is started again ends as an uninterrupted one, to the bit."""
 
 from unittest import mock
 
@@ -70,7 +70,7 @@ def test_a_run_killed_anywhere_resumes_to_the_same_numbers(coca_run, tmp_path):
 
 
 def lose_last_save(directory):
-    """Leaves what a death in the middle of a save leaves: a temporary folder, and half a line of metrics."""
+    """Leaves what a process that dies in a save leaves: a temporary folder, and half a line of metrics."""
     newest = sorted((directory / "checkpoints").glob("step_*"))[-1]
     (newest / "rest" / "_METADATA").unlink()
     newest.rename(newest.with_name(newest.name + ".orbax-checkpoint-tmp"))
@@ -113,7 +113,7 @@ def test_a_checkpoint_keeps_the_steps_of_the_next_row(clip_run, tmp_path):
 
 
 def test_settings_called_free_may_change_at_a_restart(clip_run, tmp_path):
-    """What the config calls free may change at a restart: the numbers stay."""
+    """The numbers do not change."""
     kill(runs.CLIP, tmp_path / "run", loop, "save", after(1))
     free = {
         "data.workers": 1, "data.read_threads": 0, "data.prefetch": 2, "data.cache_decoded": True,

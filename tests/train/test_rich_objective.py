@@ -1,4 +1,4 @@
-"""What later methods need of the loop: arrays of their own, three kinds of teacher, a second stream of batches."""
+"""An objective with method state, three kinds of teacher and a second stream of batches."""
 
 import dataclasses
 from typing import ClassVar
@@ -130,7 +130,7 @@ def dies_at(number, function):
 
 
 def test_an_objective_with_teachers_queue_and_streams_fits_any_mesh(config, tmp_path):
-    """Teachers, queue and streams do not care for the mesh."""
+    """The numbers are the same on another mesh."""
     config = runs.changed(config, **{"streams.more.batch": 16, "stages.1.streams.more.batch": 8})
     config = runs.changed(config, **{"stages.0.micro_batches": 1})
     assert runs.train(config, tmp_path / "one") == 0

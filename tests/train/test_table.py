@@ -1,4 +1,4 @@
-"""What `vlp train` says of its model: the plan first, then every parameter, in columns that fit."""
+"""What `vlp train` prints about its model: the plan, then a table of all parameters."""
 
 import jax
 import pytest

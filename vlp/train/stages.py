@@ -142,9 +142,13 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     check.bounds("config", run, {"hang_secs": (0 <= run.hang_secs < math.inf, "at least 0")})
     for key in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
         if getattr(run, key) < 1:
-            raise check.error(f"config.{key}", getattr(run, key), "1 or more", "change it")
+            raise check.error(
+                f"config.{key}", getattr(run, key), "1 or more", f"set config.{key} to 1 or more"
+            )
     if not 0 <= run.seed < 2**32:  # JAX drops the bits above
-        raise check.error("config.seed", run.seed, "0 … 4,294,967,295 (32 bits)", "change it")
+        raise check.error(
+            "config.seed", run.seed, "0 … 4,294,967,295 (32 bits)", "write a smaller number"
+        )
     base = {k: v for k, v in config.items() if k in STAGE_KEYS}
     stages: list[Stage] = []
     seen: collections.Counter[str] = collections.Counter()  # samples, by stream
@@ -258,7 +262,7 @@ def _build(
     for key, batch in batches.items():
         if not 1 <= batch <= MAX_BATCH:
             expected = "1 or more" if batch < 1 else f"at most {MAX_BATCH:,}"
-            raise check.error(key, batch, expected, "change it")
+            raise check.error(key, batch, expected, f"set {key} to {expected}")
     if bool(stage.steps) == bool(stage.samples) or stage.num_steps < 1:
         got = f"steps={stage.steps}, samples={stage.samples}"
         raise check.error(
