@@ -25,7 +25,7 @@ def test_the_mean_of_checkpoints(clip_run, tmp_path, capsys):
         np.testing.assert_allclose(leaf, want, rtol=1e-6, err_msg=name)
         assert leaf.dtype == late[name].dtype
     assert runs.vlp("eval", "--workdir", out) == 0
-    assert "config.evals has none" in capsys.readouterr().out
+    assert "config.evals is empty" in capsys.readouterr().out
     config = runs.changed(runs.CLIP, init=str(out), steps=1, **{"schedule.lr": 1e-9})
     assert runs.train(config, tmp_path / "run") == 0
     started = tree.named(load(tmp_path / "run").apply.params)
