@@ -226,7 +226,7 @@ def test_mistakes_in_other_commands_are_one_line(clip_run, tmp_path, capsys):
     image = tmp_path / "a.png"
     assert "no file" in refused(capsys, "caption", "--workdir", clip_run, image)
     image.write_bytes(b"<html>")
-    assert "no usable image" in refused(capsys, "caption", "--workdir", clip_run, image)
+    assert "not a usable image" in refused(capsys, "caption", "--workdir", clip_run, image)
     from PIL import Image
 
     Image.new("RGB", (20, 30)).save(image)

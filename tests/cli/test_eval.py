@@ -78,9 +78,9 @@ def test_mistakes_of_vlp_eval_are_one_line(coca_run, tmp_path, capsys):
         captured = capsys.readouterr()
         assert message in captured.err and not captured.out
     for change, message in (
-        ("objective.keep_ratio=1.0", "train with it instead"),
-        ("data.text_len=4", "train with it instead"),
-        ("model={}", "train with it instead"),
+        ("objective.keep_ratio=1.0", "give it to `vlp train`"),
+        ("data.text_len=4", "give it to `vlp train`"),
+        ("model={}", "give it to `vlp train`"),
         ("data.resize=bilinaer", "did you mean 'bilinear'"),
         ("evals.retrieval.batchh=4", "did you mean 'batch'"),
         ("evals.retrival.batch=4", "did you mean 'retrieval'"),

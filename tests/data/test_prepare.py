@@ -298,7 +298,7 @@ def test_too_few_images_for_a_val(tmp_path, capsys):
     file = table(tmp_path, rows(1))
     val = ("--val-fraction", 0.1)
     assert run_as_is("convert", file, "--out", tmp_path / "out", *val) == 0
-    assert "val: none, as train has fewer than two different images" in capsys.readouterr().out
+    assert "val: none, because train has fewer than two different images" in capsys.readouterr().out
     assert records.read_manifest(tmp_path / "out")["splits"].keys() == {"train"}
     (tmp_path / "photos" / "id000.jpg").unlink()
     with pytest.raises(check.UserError, match=r"split 'train' of .*: got 0 records .*id000.jpg"):

@@ -116,7 +116,7 @@ def test_flags_of_the_shell_change_no_number_and_are_recorded(toy, tmp_path):
     assert process.returncode == 0, errors
     for name, value in SHELL.items():
         shown = {"0": "False", "1": "True"}.get(value, value)
-        assert f"{name}={shown} is not followed" in out
+        assert f"{name}={shown} is ignored" in out
     assert (
         json.loads((tmp_path / "shell" / "versions.json").read_text())["flags"].items()
         >= SHELL.items()
