@@ -128,7 +128,7 @@ def test_broken_checkpoints_are_passed_over(copied, caplog, harm):
     with caplog.at_level(logging.WARNING, "vlp"):
         assert reader.newest() == 4 == select(reader, "run", None)
     assert "step_000000006: " in caplog.text and told in caplog.text
-    assert "taking step 4 instead" in caplog.text
+    assert "using step 4 instead" in caplog.text
     with pytest.raises(check.UserError, match=told):
         select(reader, "run", 6)
     assert select(reader, "run", 2) == 2
@@ -149,7 +149,7 @@ def test_if_all_checkpoints_are_broken_nothing_is_changed(copied):
     for folder in copied.iterdir():
         flip(folder)
     before = runs.contents(copied)
-    with pytest.raises(check.UserError, match="expected a whole checkpoint; bring back a copy"):
+    with pytest.raises(check.UserError, match="expected a whole checkpoint; restore a copy"):
         Checkpoints(copied, create=False).newest()
     assert runs.contents(copied) == before
 

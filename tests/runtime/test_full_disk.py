@@ -39,7 +39,7 @@ def test_a_file_size_limit_is_answered_as_a_full_disk(toy, tmp_path):
     assert code == 1 and secs < 60
     assert len(errors) == 1, errors
     assert "got File too large in saving step 2, expected a whole checkpoint" in errors[0]
-    assert "there is no other checkpoint; mend that and repeat the command" in errors[0]
+    assert "there is no other checkpoint; remove the cause and repeat the command" in errors[0]
     assert runs.train(CONFIG, run) == 0
     assert int(runs.saved(run)[""]) == 6
 
