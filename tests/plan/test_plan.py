@@ -233,7 +233,7 @@ def test_what_would_fit_is_told_in_flags_that_do():
         (["--fast"], "--fast: got no target"),
         (["--devices", "8", "--mfu", "2"], "--mfu: got 2.0"),
         (["--devices", "8", "--stage", "nope"], "--stage: got 'nope'"),
-        (["--devices", "0"], "--devices: got 0, expected 1 or more"),
+        (["--devices", "0"], "--devices: got 0, expected 1 to"),
         (["--gpu", "H1000:8"], "--gpu: got 'H1000', expected one of"),
         (["--gpu", "H100:no"], "--gpu: got 'H100:no', expected a kind and a number"),
         (["--gpu", "H100:8", "--alone"], "--alone: got --gpu H100:8, which is estimated"),
