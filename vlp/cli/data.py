@@ -96,7 +96,7 @@ def _convert(args: argparse.Namespace) -> int:
         num_rows = getattr(source, "num_rows", len(source))
         print(f"{split}: {num_rows} rows of {kind}, {shown}{note}")
         if told := sources.grouped(source):
-            print(f"{split}: {told} (--no-group: one record a row)")
+            print(f"{split}: {told} (--no-group: one record per row)")
         if os.path.isdir(args.input) and (beside := sources.unread(kind, found)):
             print(f"{split}: not read beside them, by ending: {beside}")
     manifest = convert.run(
@@ -173,7 +173,7 @@ def _open(args: argparse.Namespace, split: str):
 
     source = sources.open_path(args.input, split, given=data_options.fields_of(args))
     if told := sources.grouped(source):
-        print(f"{split}: {told} (--no-group: one record a row)", file=sys.stderr)
+        print(f"{split}: {told} (--no-group: one record per row)", file=sys.stderr)
     return source
 
 

@@ -218,7 +218,7 @@ def _compile(f: Any, *args: Any) -> dict[str, int]:
 
 
 def _answer(stage: Stage, params: PyTree, batch: Mapping[str, Any]) -> list[Any]:
-    """What the evaluators ask of the model for one batch."""
+    """Returns what the evaluators ask of the model for one batch."""
     apply = Apply(stage.model, params)
     text = batch["text"] if batch["text"].ndim == 2 else batch["text"][:, 0]
     asked = [e.asks for e in stage.evals.values() if hasattr(e, "asks")]
