@@ -46,7 +46,15 @@ def lower(stage: stages.Stage, batch: int) -> Any:
     }
     model = stage.model.clone(**towers)
     px, length = stage.data.image_px, stage.data.text_len
-    params = nn.unbox(state.abstract_params(model, px, length))
+    shape = jax.ShapeDtypeStruct
+    rows = {
+        "image": shape((batch, px, px, 3), jnp.uint8),
+        "text": shape((batch, length), jnp.int32),
+        "mask": shape((batch,), jnp.bool_),
+        "index": shape((batch, 2), jnp.uint32),
+        "record": shape((batch, 2), jnp.uint32),
+    }
+    params = nn.unbox(state.abstract_params(model, stage.objective, rows))
     updater = optimisers.make(stage.optim, params)
     start = functools.partial(state.create, updater=updater, teachers={}, method_state=(), step=0)
     step = functools.partial(
@@ -59,14 +67,6 @@ def lower(stage: stages.Stage, batch: int) -> Any:
         num_micro=1,
         teachers={},
     )
-    shape = jax.ShapeDtypeStruct
-    rows = {
-        "image": shape((batch, px, px, 3), jnp.uint8),
-        "text": shape((batch, length), jnp.int32),
-        "mask": shape((batch,), jnp.bool_),
-        "index": shape((batch, 2), jnp.uint32),
-        "record": shape((batch, 2), jnp.uint32),
-    }
     return jax.jit(step).lower(jax.eval_shape(start, params), rows)
 
 
@@ -106,17 +106,16 @@ def coca() -> list[dict[str, Any]]:
     cannot be had with 6, so that 12 is the likely reading; its column is a time, which FLOPs predict only roughly (the
     product with the vocabulary, a tenth of the step, runs nearer to the peak than the rest).
     """
-    base = load("coca:size=base", model=dict(text_tower=dict(depth=6), multimodal=dict(depth=6)))
+    base = load("coca:size=base", model=dict(text_tower=dict(depth=6), decoder=dict(depth=6)))
     alone = dict(name="clip", keep_ratio=1.0)
+    no_captions = dict(queries=0, cascade=False)
     variants = {
         "contrastive only, 12 text layers": dict(
-            model=dict(text_tower=dict(depth=12), queries=0, cascade=False), objective=alone
+            model=dict(text_tower=dict(depth=12), poolers=no_captions), objective=alone
         ),
-        "contrastive only, 6 text layers": dict(
-            model=dict(queries=0, cascade=False), objective=alone
-        ),
+        "contrastive only, 6 text layers": dict(model=dict(poolers=no_captions), objective=alone),
         "captioning only": dict(
-            model=dict(contrastive=False, text_tower=dict(pool="none")),
+            model=dict(embed=0, text_tower=dict(pool="none")),
             objective=dict(name="cap", keep_ratio=1.0),
             evals=dict(retrieval=dict(name="captions")),
         ),

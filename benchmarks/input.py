@@ -275,7 +275,8 @@ def main() -> None:
     parser.add_argument("--serve", nargs=2, metavar=("LOADER", "DIR"), help=bench.HIDDEN)
     args = bench.options(parser, needs=("jax", "grain", "sentencepiece", "simplejpeg"))
     if args.serve:
-        return serve(*args.serve, args.num)
+        loader, folder = args.serve
+        return serve(loader, folder, args.num)
     if args.make_env:
         return make_env(args.make_env)
     if args.num % BATCH or args.num * args.epochs < 2 * BATCH:

@@ -53,10 +53,11 @@ class Method:
 
 TOWER = {"width": 128, "heads": 4, "scan": False}
 MAMMUT = {  # its one text decoder has the depth of the demo's text tower
-    "name": "mammut",
+    "name": "two_tower",
     "image_tower": {"patch": 8, "depth": 4, "pool": "mean", **TOWER},
-    "text_tower": {"vocab": 1500, "depth": 2, **TOWER},
+    "text_tower": {"vocab": 1500, "depth": 2, "pool": "norm_mean", "causal": False, **TOWER},
     "embed": 128,
+    "decoder": {},
 }
 
 

@@ -54,20 +54,21 @@ def coca(image: dict[str, Any], text: dict[str, Any], embed: int, mlp: int = 0) 
     image |= dict(pre_norm=True, patch_bias=False)
     text |= dict(vocab=49_408)
     upper = dict(depth=12, mlp=mlp)
-    return dict(name="captioner", image_tower=image, text_tower=text, multimodal=upper, embed=embed)
+    parts = dict(embed=embed, decoder=upper, poolers=dict(queries=256))
+    return dict(name="two_tower", image_tower=image, text_tower=text, **parts)
 
 
 def clip(image: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     image |= dict(pool="cls", pre_norm=True, patch_bias=False)
     text |= dict(vocab=49_408, pool="eos", eos_id=49_407)
-    return dict(name="dual", image_tower=image, text_tower=text, embed=text["width"])
+    return dict(name="two_tower", image_tower=image, text_tower=text, embed=text["width"])
 
 
 def siglip() -> dict[str, Any]:
     text = tower(768, 12, 12, vocab=32_000, pool="last", causal=False, attend_padding=True)
     image = tower(768, 12, 12, patch=16, pool="map")
     joint = dict(embed=768, scale=10.0, bias=-10.0, project_image=False, text_bias=True)
-    return dict(name="dual", image_tower=image, text_tower=text) | joint
+    return dict(name="two_tower", image_tower=image, text_tower=text) | joint
 
 
 # Name: open_clip's model, our model's section, our objective's, tokens of a text.
@@ -277,12 +278,12 @@ Built = tuple[Callable[[], Any], Callable[[], float | None], dict[str, Any]]
 
 def ours(job: argparse.Namespace) -> Built:
     """One step of vlp.train.step, its peak memory in GB, and about it: FLOPs of an example, device, versions."""
-    import flax.linen as nn
     import jax
     import jax.numpy as jnp
 
     from vlp.core import config
     from vlp.core import flops as counts
+    from vlp.core import mesh as meshes
     from vlp.core.types import Apply, Ctx
     from vlp.models import MODELS as KINDS
     from vlp.objectives import OBJECTIVES
@@ -302,13 +303,17 @@ def ours(job: argparse.Namespace) -> Built:
     depth = 1 if job.smoke else job.depth
     image_px = 4 * section["image_tower"]["patch"] if job.smoke else IMAGE_PX
     section = config.overlay(section, dict(image_tower=dict(attention=job.attention)))
-    if depth and "multimodal" in section:
-        section = config.overlay(section, dict(multimodal=dict(depth=depth)))
+    if depth and "decoder" in section:
+        section = config.overlay(section, dict(decoder=dict(depth=depth)))
     model = config.build_named(KINDS, section, "model")
     loss = config.build_named(OBJECTIVES, dict(keep_ratio=1 - job.mask, **objective), "objective")
-    inputs = jnp.zeros((1, image_px, image_px, 3), jnp.uint8), jnp.zeros((1, length), jnp.int32)
-    init = lambda key: nn.unbox(model.init(key, *inputs)["params"])
-    params = jax.jit(init)(jax.random.key(0))
+    shapes = {
+        "image": jax.ShapeDtypeStruct((job.batch, image_px, image_px, 3), jnp.uint8),
+        "text": jax.ShapeDtypeStruct((job.batch, length), jnp.int32),
+        "index": jax.ShapeDtypeStruct((job.batch, 2), jnp.uint32),
+    }
+    mesh = meshes.make(meshes.MeshShape(), jax.devices()[:1])
+    params = states.init_params(model, loss, shapes, 0, mesh)
     updater = optimisers.make(optimisers.Optim(clip_norm=None), params)
     start = functools.partial(states.create, updater=updater, teachers={}, method_state=(), step=0)
     state = jax.jit(start)(params)

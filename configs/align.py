@@ -11,17 +11,18 @@ The joint space has the text tower's width, as there.
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg = parse_arg(arg, path="data/pairs", keep_ratio=1.0, smoke=False)
     bert = dict(vocab=100_000, pool="first", causal=False, **towers.text(1024, 24, 16))
     model = dict(
-        name="dual",
+        name="two_tower",
         image_tower=dict(pool="mean", **towers.IMAGE["H/14"], **towers.COMPUTE),
         text_tower=dict(**bert, **towers.COMPUTE),
         embed=1024,

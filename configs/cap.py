@@ -3,11 +3,12 @@
 The decoder has the 12 layers of the paper's ablations, 6 of them with cross-attention.
 """
 
-import coca
 import ml_collections
-from common import smoke
 
 from vlp.core.config import parse_arg
+
+from . import coca
+from .common import smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -15,8 +16,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c = coca.get_config(f"size=base,path={arg.path}")
     c.name = "cap_base"
     c.batch = 4_096
-    c.model.contrastive = False
-    c.model.text_tower.depth = c.model.multimodal.depth = 6
+    c.model.embed = 0  # no joint space
+    c.model.text_tower.depth = c.model.decoder.depth = 6
     c.model.text_tower.pool = "none"  # no embedding, so no CLS
     c.objective = dict(name="cap", keep_ratio=arg.keep_ratio)
     del c.evals["retrieval"]

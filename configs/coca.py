@@ -9,10 +9,11 @@ The text length of pretraining is not in the paper; 64 tokens + CLS here.
 """
 
 import ml_collections
-from common import smoke
 
 from vlp.core import check
 from vlp.core.config import parse_arg
+
+from .common import smoke
 
 SIZES = {  # image depth, MLP; unimodal and multimodal depth, MLP; width; heads; tied embeddings
     "base": (12, 3072, 12, 12, 3072, 768, 12, False),
@@ -32,15 +33,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # What fits the pods of docs/plans.md; the width of giant, 11 × 128, is not divided by 256.
     compute = dict(dtype="bfloat16", remat="full" if arg.size == "giant" else "dots_no_batch")
     c.model = dict(
-        name="captioner",
+        name="two_tower",
         image_tower=dict(patch=18, width=width, depth=depth, heads=heads, mlp=mlp, **compute),
         text_tower=dict(
             vocab=64_000, width=width, depth=lower, heads=heads, mlp=text_mlp, **compute
         ),
-        multimodal=dict(depth=upper, tied=tied),
         embed=width,
-        queries=256,
-        cascade=True,
+        decoder=dict(depth=upper, tied=tied),
+        poolers=dict(queries=256, cascade=True),
     )
     c.objective = dict(
         name="coca", contrastive_weight=1.0, caption_weight=2.0, keep_ratio=arg.keep_ratio

@@ -9,10 +9,11 @@ adafactor or lion), seed, smoke.
 """
 
 import ml_collections
-from common import smoke
 
 from vlp.core import check
 from vlp.core.config import parse_arg
+
+from .common import smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -23,12 +24,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # XLA's CPU backend runs a scanned stack at a quarter of the speed of an unrolled one.
     tower = dict(width=128, heads=4, scan=False)
     c.model = dict(
-        name="captioner",
+        name="two_tower",
         image_tower=dict(patch=8, depth=4, **tower),
         text_tower=dict(vocab=1500, depth=2, **tower),
-        multimodal=dict(depth=2),
         embed=128,
-        queries=16,
+        decoder=dict(depth=2),
+        poolers=dict(queries=16),
     )
     c.objective = dict(name="clip", keep_ratio=0.5)
     if not arg.clip:

@@ -29,10 +29,12 @@ def smoke(c: Any) -> Any:
         c.model[tower].update(remat="none", dtype="float32")
     c.model.image_tower.patch = 8
     c.model.text_tower.vocab = 128
-    c.model.embed = SMOKE_TOWER["width"] if not c.model.get("project_image", True) else 16
-    if "multimodal" in c.model:
-        c.model.multimodal.depth = 1
-        c.model.queries = min(c.model.get("queries", 256), 4)
+    if c.model.get("embed"):
+        c.model.embed = SMOKE_TOWER["width"] if not c.model.get("project_image", True) else 16
+    if c.model.get("decoder", {}).get("depth"):
+        c.model.decoder.depth = 1
+    if "poolers" in c.model:
+        c.model.poolers.queries = min(c.model.poolers.get("queries", 256), 4)
     c.data = dict(source="shapes", num_records=32, image_px=16, text_len=12)
     stages = c.get("stages") or [dict()]
     for stage in stages:

@@ -7,20 +7,22 @@ OpenCLIP's large runs (AdamW 0.9/0.95, decay 0.2, clip 1), and are yours to choo
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     arg = parse_arg(arg, size="B/16", path="data/pairs", keep_ratio=1.0, focal=0.0, smoke=False)
     text = towers.pick("clip", arg.size)
     model = dict(
-        name="mammut",
+        name="two_tower",
         image_tower=dict(pool="mean", **towers.IMAGE[arg.size], **towers.COMPUTE),
-        text_tower=dict(vocab=49_408, **text, **towers.COMPUTE),
+        text_tower=dict(vocab=49_408, pool="norm_mean", causal=False, **text, **towers.COMPUTE),
         embed=text["width"],
+        decoder=dict(),  # the text tower again
     )
     c = pretraining(f"mammut_{arg.size}", model, arg.path)
     c.batch = 16_384

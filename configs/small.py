@@ -17,22 +17,23 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-import towers
-from common import smoke
 
 from vlp.core import check
 from vlp.core.config import parse_arg
 from vlp.data import image_ops, records
 from vlp.data import tokenizer as tokenizers
 
+from . import towers
+from .common import smoke
+
 SAMPLES, EPOCHS = 20_000, (10, 100)  # samples at least, within these numbers of epochs
 LOOKED_AT = 256  # records that tell of the lengths of captions and the sizes of images
-SIZES = {  # image tower; text depth, multimodal depth; image side in pixels, learning rate
+SIZES = {  # image tower; text depth, decoder depth; image side in pixels, learning rate
     "tiny": (towers.image(8, 128, 4, 4), 2, 2, 64, 1e-3),
     "S/16": (towers.IMAGE["S/16"], 6, 6, 224, 5e-4),
     "B/16": (towers.IMAGE["B/16"], 6, 6, 224, 3e-4),
 }
-NAMES = {"coca": "captioner", "clip": "dual"}
+MODELS = ("coca", "clip")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -48,7 +49,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         seed=0,
         smoke=False,
     )
-    for name, known in (("size", SIZES), ("model", NAMES)):
+    for name, known in (("size", SIZES), ("model", MODELS)):
         if arg[name] not in known:
             raise check.unknown(f"config argument {name}", arg[name], known)
     for name in ("epochs", "batch", "px"):
@@ -70,7 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     width, heads = image["width"], image["heads"]
     text = dict(vocab=found["vocab"], depth=text_depth, width=width, heads=heads)
     c.model = dict(
-        name=NAMES[arg.model],
+        name="two_tower",
         image_tower=dict(**image, **compute),
         text_tower=dict(**text, **compute),
         embed=width,
@@ -79,8 +80,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg.model == "clip":
         c.model.image_tower.pool, c.model.text_tower.pool = "mean", "eos"
     else:
-        c.model.multimodal = dict(depth=depth)
-        c.model.queries = 16
+        c.model.decoder = dict(depth=depth)
+        c.model.poolers = dict(queries=16)
         c.objective.caption_weight = 1.0
     c.data = dict(
         path=arg.path,

@@ -76,7 +76,7 @@ def clip(size: str) -> dict[str, Any]:
     activation = "quick_gelu" if size in ("B/32", "B/16", "L/14") else "gelu_exact"
     shared = dict(activation=activation, **COMPUTE)
     return dict(
-        name="dual",
+        name="two_tower",
         image_tower=dict(pool="cls", pre_norm=True, patch_bias=False, **IMAGE[size], **shared),
         text_tower=dict(vocab=49_408, pool="eos", **lower, **shared),
         embed=lower["width"],
@@ -90,7 +90,7 @@ def flip(size: str) -> dict[str, Any]:
     """
     lower = pick("flip", size)
     return dict(
-        name="dual",
+        name="two_tower",
         image_tower=dict(pool="mean", cls=True, pos="sincos", **IMAGE[size], **COMPUTE),
         text_tower=dict(
             vocab=30_523, pool="first", causal=False, attend_padding=True, **lower, **COMPUTE
@@ -106,7 +106,7 @@ def clipa(size: str) -> dict[str, Any]:
     """
     lower = pick("clipa", size)
     return dict(
-        name="dual",
+        name="two_tower",
         image_tower=dict(pool="mean", pos="sincos", **IMAGE[size], **COMPUTE),
         text_tower=dict(
             vocab=32_000, pool="last", causal=False, attend_padding=True, **lower, **COMPUTE
@@ -122,7 +122,7 @@ def siglip(size: str) -> dict[str, Any]:
     """
     lower = pick("siglip", size)
     return dict(
-        name="dual",
+        name="two_tower",
         image_tower=dict(pool="map", **IMAGE[size], **COMPUTE),
         text_tower=dict(
             vocab=32_000, pool="last", causal=False, attend_padding=True, **lower, **COMPUTE

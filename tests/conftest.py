@@ -1,12 +1,11 @@
 """Eight simulated CPU devices for every test, strict ranks, and one cache of compiled programs for the suite."""
 
+import importlib.metadata
 import os
 import pathlib
 
-import jaxlib
-
 # Before JAX starts: a third of the time to compile. Later versions of jaxlib lack the switch and refuse unknown ones.
-if jaxlib.__version__.startswith("0.10."):
+if importlib.metadata.version("jaxlib").startswith("0.10."):
     _flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
 
@@ -38,17 +37,19 @@ def _no_mesh_left_behind():
 
 @pytest.fixture(scope="session")
 def random_params():
-    """The function (model, image_px, text_len, seed=0) → parameters drawn by NumPy, none of them zero.
+    """The function (model, image_px, text_len, seed=0, heads=()) → parameters drawn by NumPy, none of them zero.
+
+    heads: name and input width of each of the model's heads that is wanted.
 
     Costs no compilation, which `init` does; biases and norms are not at their special starting points.
     """
     import flax.linen as nn
     import numpy as np
 
+    from helpers.everything import abstract
     from vlp.core import tree
-    from vlp.train import state
 
-    def draw(model, image_px: int, text_len: int, seed: int = 0):
+    def draw(model, image_px: int, text_len: int, seed: int = 0, heads=()):
         rng = np.random.default_rng(seed)
 
         def one(name: str, leaf):
@@ -57,15 +58,31 @@ def random_params():
                 return 1 + 0.1 * noise
             return 0.25 * noise if leaf.ndim else np.float32(2.0)
 
-        return tree.map_named(one, nn.unbox(state.abstract_params(model, image_px, text_len)))
+        return tree.map_named(one, nn.unbox(abstract(model, image_px, text_len, heads)))
 
     return draw
 
 
 @pytest.fixture(scope="session")
+def error():
+    """The function (ours, reference) → relative norm of the difference of two trees of arrays."""
+    import numpy as np
+
+    def relative(ours, reference) -> float:
+        a, b = (
+            np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(t)])
+            for t in (ours, reference)
+        )
+        assert a.shape == b.shape
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    return relative
+
+
+@pytest.fixture(scope="session")
 def coca_run(tmp_path_factory):
     """The workdir of a finished two-stage run (`runs.COCA`). Read only: copy it to change it."""
-    import runs
+    from helpers import runs
 
     directory = tmp_path_factory.mktemp("coca") / "run"
     assert runs.train(runs.COCA, directory) == 0
@@ -75,7 +92,7 @@ def coca_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clip_run(tmp_path_factory):
     """The workdir of a finished run of one stage (`runs.CLIP`). Read only: copy it to change it."""
-    import runs
+    from helpers import runs
 
     directory = tmp_path_factory.mktemp("clip") / "run"
     assert runs.train(runs.CLIP, directory) == 0
@@ -84,9 +101,8 @@ def clip_run(tmp_path_factory):
 
 @pytest.fixture
 def toy(monkeypatch):
-    """Knows the model and the objective "toy" (`runs.TOY`), which compile in no time."""
-    import runs
-
+    """Registers the model and the objective "toy" (`runs.TOY`), which compile in no time."""
+    from helpers import runs
     from vlp.models import MODELS
     from vlp.objectives import OBJECTIVES
 

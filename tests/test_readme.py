@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import ml_collections
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+from helpers import runs
 from vlp.core.types import Ctx, Out, Term
 from vlp.data import records, tokenizer
 from vlp.losses import caption
@@ -48,7 +48,7 @@ TINY = " ".join(  # of the demo's config: its data, splits and evaluations stay
 INSTEAD = {  # part of a command → what stands for it here, and why
     "small.py:path=data/mine --workdir": (
         "small.py:path=data/mine,px=16,epochs=2 --config.model.image_tower.depth=1"
-        " --config.model.text_tower.depth=1 --config.model.multimodal.depth=1 --workdir",
+        " --config.model.text_tower.depth=1 --config.model.decoder.depth=1 --workdir",
         SMALLER,
     ),
     "coca_emoji.py --workdir runs/seen": ("coca_emoji.py:smoke --workdir runs/seen", SHORT),
@@ -170,7 +170,7 @@ def emoji():
 
 
 def prepare(page, heading):
-    """What the section takes for given: the reader's own files, and the repository's."""
+    """Makes the files that a section assumes: the reader's own, and the repository's."""
     os.symlink(ROOT / "configs", "configs")
     if page == "docs/data.md" or heading == "Your own images":
         photographs(24)
@@ -250,7 +250,7 @@ def test_every_block_of_a_section(page, heading, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if why_not(c)])
 def test_what_is_not_run_here(command):
-    """Says by name what the test above left out."""
+    """Skips, and names, what the test above leaves out."""
     pytest.skip(f"{why_not(command)}{' (VLP_SLOW=1 runs it)' * any(p in command for p in SLOW)}")
 
 
@@ -286,7 +286,7 @@ def _name(assign):
 
 
 def python(block):
-    """Runs a block with what it takes for given."""
+    """Runs a block with the names that it assumes."""
     given = {"dataclasses": dataclasses, "Ctx": Ctx, "Out": Out, "Term": Term, "caption": caption}
     given |= {"ClassVar": ClassVar, "Any": Any}
     given["c"] = config = ml_collections.ConfigDict()
@@ -312,7 +312,7 @@ def same_but_for_a_metric(text):
 
 
 def console(block):
-    """What a console shows is what the command says; a line without a command is a kind of message."""
+    """A console shows the command's real output; a line without a command is an example of a message."""
     command, _, shown = block.text.partition("\n")
     if not command.startswith("$ "):
         source = "".join(p.read_text() for p in (ROOT / "vlp").rglob("*.py"))

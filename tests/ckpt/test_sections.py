@@ -54,7 +54,11 @@ def filled(cls, seen):
     internal = ("parent", "name") if module else ()
     fields = [f for f in dataclasses.fields(cls) if f.init and f.name not in internal]
     value = lambda f: None if f.default is dataclasses.MISSING else f.default
-    return cls(**{f.name: other(hints[f.name], value(f), seen) for f in fields})
+    out = {f.name: other(hints[f.name], value(f), seen) for f in fields if not f.metadata}
+    for f in (f for f in fields if f.metadata):  # a class by name
+        right = [c for c in f.metadata["table"].values() if c.kind == f.metadata["kind"]]
+        out[f.name] = filled(right[0], seen)
+    return cls(**out)
 
 
 def test_every_field_of_every_section(tmp_path, monkeypatch):

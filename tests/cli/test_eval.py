@@ -6,7 +6,8 @@ import pathlib
 import shutil
 
 import pytest
-import runs
+
+from helpers import runs
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def results(file):
 
 
 def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
-    """Of the averaged parameters, since the run evaluates those."""
+    """The averaged parameters are evaluated, as in the run."""
     run = shutil.copytree(coca_run, tmp_path / "run")
     before = runs.contents(run)
     assert runs.vlp("eval", "--workdir", run, "--json", tmp_path / "out.json") == 0
@@ -44,8 +45,8 @@ def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
     assert all("/evals/" in name for name in changed)
 
 
-def test_eight_devices(coca_run, last, tmp_path):
-    """On a mesh of another size, the same up to rounding; with one label and another split, only that."""
+def test_evaluation_gives_the_same_numbers_on_another_mesh(coca_run, last, tmp_path):
+    """Equal up to rounding. With a label and a split, only that evaluation runs."""
     run = shutil.copytree(coca_run, tmp_path / "run")
     argv = ["eval", "--workdir", run, "--json", tmp_path / "out.json", "--evals"]
     assert runs.vlp(*argv, "captions", devices=8) == 0
@@ -58,14 +59,14 @@ def test_eight_devices(coca_run, last, tmp_path):
     assert json.loads((run / "evals" / "captions_val.json").read_text())["split"] == "val"
 
 
-def test_an_older_step(coca_run, tmp_path):
+def test_an_older_checkpoint_can_be_evaluated(coca_run, tmp_path):
     run = shutil.copytree(coca_run, tmp_path / "run")
     argv = ["eval", "--workdir", run, "--evals", "retrieval", "--json", tmp_path / "out.json"]
     assert runs.vlp(*argv, "--step", 8) == 0
     assert {row["step"] for row in json.loads((tmp_path / "out.json").read_text())} == {8}
 
 
-def test_refused(coca_run, tmp_path, capsys):
+def test_mistakes_of_vlp_eval_are_one_line(coca_run, tmp_path, capsys):
     argv = ["eval", "--workdir", coca_run]
     before = runs.contents(coca_run)
     for extra, message in (
@@ -77,9 +78,9 @@ def test_refused(coca_run, tmp_path, capsys):
         captured = capsys.readouterr()
         assert message in captured.err and not captured.out
     for change, message in (
-        ("objective.keep_ratio=1.0", "train with it instead"),
-        ("data.text_len=4", "train with it instead"),
-        ("model={}", "train with it instead"),
+        ("objective.keep_ratio=1.0", "give it to `vlp train`"),
+        ("data.text_len=4", "give it to `vlp train`"),
+        ("model={}", "give it to `vlp train`"),
         ("data.resize=bilinaer", "did you mean 'bilinear'"),
         ("evals.retrieval.batchh=4", "did you mean 'batch'"),
         ("evals.retrival.batch=4", "did you mean 'retrieval'"),
@@ -92,7 +93,7 @@ def test_refused(coca_run, tmp_path, capsys):
     assert runs.contents(coca_run) == before
 
 
-def test_overrides(coca_run, tmp_path):
+def test_overrides_change_what_is_evaluated(coca_run, tmp_path):
     """Another batch gives the same numbers; another label, split or average is evaluated as asked."""
     argv = ["eval", "--workdir", coca_run, "--json", tmp_path / "out.json", "--evals"]
     before = runs.contents(coca_run)
@@ -110,7 +111,7 @@ def test_overrides(coca_run, tmp_path):
     assert runs.contents(coca_run) == before
 
 
-def test_anywhere(toy, tmp_path, monkeypatch):
+def test_a_run_can_be_evaluated_from_any_directory(toy, tmp_path, monkeypatch):
     """Relative paths mean what they meant in training; a workdir that cannot be written to, and an objective that is
     not known here, are no hindrance; `--data` names other data."""
     import numpy as np

@@ -8,8 +8,8 @@ import textwrap
 import time
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import interrupt
 
 COMMANDS = {
@@ -181,7 +181,7 @@ def test_training(toy, tmp_path):
     argv = runs.arguments(config, tmp_path / "run")
     body = f"""
         sys.path.insert(0, {str(runs.ROOT / "tests")!r})
-        import runs
+        from helpers import runs
         runs.register_toy()
         from vlp.train import loop, session
         make = loop.train_stage

@@ -1,4 +1,4 @@
-"""Messages of errors that a user can act on."""
+"""Messages of UserErrors."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_a_script_ends_with_one_line(capsys):
     assert end.value.code == 76
 
 
-def test_files_to_write(tmp_path):
+def test_output_files_are_checked_before_work(tmp_path):
     check.output_file("--json", "")
     check.output_file("--json", tmp_path / "rows.json")
     with pytest.raises(check.UserError, match="^--json: got the directory"):
@@ -42,7 +42,7 @@ def test_files_to_write(tmp_path):
         check.output_file("--json", str(tmp_path / "none" / "rows.json"))
 
 
-def test_counts():
+def test_counts_below_one_are_refused():
     check.counts({"batch": [1, 2], "chunk": 0, "name": "x", "time": False, "mask": [0.0]}, "chunk")
     with pytest.raises(check.UserError, match="^--batch: got 0, expected 1 or more"):
         check.counts({"batch": [1, 0]})

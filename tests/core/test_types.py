@@ -1,61 +1,46 @@
-"""What a step offers to its objective."""
+"""Terms, schedules and dicts of arrays."""
 
-import flax.linen as nn
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlp.core.types import Apply, Ctx
+from vlp.core.check import UserError
+from vlp.core.types import Apply, Ctx, Named, Out, Term, at
 
 
-class Two(nn.Module):
-    def setup(self):
-        self.a, self.b, self.c = nn.Dense(3), nn.Dense(3), nn.Dense(3)
-
-    def image(self, x):
-        return {"embed": jnp.tanh(self.a(x)), "ids": jnp.arange(x.shape[0])}
-
-    def text(self, x):
-        return jnp.sin(self.b(x))
-
-    def __call__(self, x):
-        return self.image(x)["embed"] * self.text(x) * self.c(x)
+def test_the_mean_of_what_counts():
+    x = jnp.float32([1, 2, 6])
+    assert float(Term.mean_of(x).mean()) == 3
+    assert float(Term.mean_of(x, where=jnp.array([True, False, True])).mean()) == 3.5
+    assert float(Term.mean_of(x, where=jnp.zeros(3, bool)).mean()) == 0
+    loss = Out({"a": Term.mean_of(x, 0.5), "b": Term.mean_of(x, jnp.float32(2))}).loss()
+    assert float(loss) == 7.5
 
 
-@pytest.fixture(scope="module")
-def two():
-    x = jax.random.normal(jax.random.key(0), (4, 5))
-    return Two().init(jax.random.key(1), x)["params"], x
+def test_a_schedule_joins_its_points():
+    points = ((0.25, 1.0), (0.75, 3.0))
+    found = [float(at(points, progress)) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert found == [1, 1, 2, 3, 3]
+    assert at(2.0, 0.3) == 2.0
+    ctx = Ctx(Apply(None, {}), {}, progress=0.5)
+    assert float(ctx.at(points)) == 2 and ctx.at(1.0) == 1
 
 
-def loss(params, x, ordered):
-    ctx = Ctx(Apply(Two(), params), {})
-    image = ctx.apply("image", x)
-    if ordered:
-        ctx, image = ctx.then(image)
-    return (image["embed"] @ ctx.apply("text", x).T).sum()
+@pytest.mark.parametrize(
+    "points", [((0.5, 1.0), (0.5, 2.0)), ((0.5, 1.0), (0.2, 2.0)), ((2.0, 1.0),)]
+)
+def test_points_that_do_not_rise(points):
+    with pytest.raises(UserError, match="whose progress rises within"):
+        at(points, 0.0)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
-def test_then_changes_no_number(two, wrap):
-    params, x = two
-    plain = jax.value_and_grad(lambda p: loss(p, x, False))(params)
-    ordered = jax.value_and_grad(wrap(lambda p: loss(p, x, True)))(params)
-    jax.tree.map(np.testing.assert_array_equal, plain, ordered)
-
-
-def test_then_differentiates_what_follows_first(two):
-    params, x = two
-    jaxpr = jax.make_jaxpr(jax.grad(lambda p: loss(p, x, True)))(params).jaxpr
-    (at,) = [i for i, e in enumerate(jaxpr.eqns) if e.primitive.name == "optimization_barrier"]
-    barrier = jaxpr.eqns[at]
-    # text's kernel and bias, the image's embedding; nothing of c, which has no gradient, nor of `ids`
-    assert sorted(v.aval.shape for v in barrier.invars) == [(3,), (4, 3), (5, 3)]
-    waits = set(barrier.outvars)
-    for eqn in jaxpr.eqns[at + 1 :]:
-        if waits & {v for v in eqn.invars if not isinstance(v, jax.extend.core.Literal)}:
-            waits |= set(eqn.outvars)
-    by_name = dict(zip(("a.bias", "a.kernel", "b.bias", "b.kernel"), jaxpr.outvars))
-    assert {by_name["a.bias"], by_name["a.kernel"]} <= waits
+def test_a_missing_key_is_one_line_and_a_named_dict_is_a_tree():
+    x = Named({"b": jnp.ones(2), "a": None}, "here", "give it")
+    with pytest.raises(UserError) as caught:
+        x["c"]
+    assert str(caught.value) == "here: got no 'c', expected one of ['a', 'b']; give it"
+    y = jax.jit(lambda t: jax.tree.map(lambda v: 2 * v, t))(x)
+    assert type(y) is Named and y["a"] is None and y.where == "here"
+    np.testing.assert_array_equal(y["b"], [2, 2])
+    assert {**y} == dict(y) and (y | {"d": 1})["d"] == 1

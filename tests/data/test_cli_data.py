@@ -2,9 +2,9 @@
 
 import argparse
 
-import formats
 import pytest
 
+from helpers import formats
 from vlp.cli import data as cli
 from vlp.core import check
 from vlp.data import tokenizer
@@ -25,7 +25,7 @@ def run_as_is(*argv):
     return args.run(args)
 
 
-def test_verify(dataset_dir, capsys):
+def test_verify_reads_every_record(dataset_dir, capsys):
     assert run("verify", dataset_dir) == 0
     assert "good, 28 records read" in capsys.readouterr().out
     shard = dataset_dir / "val-00000-of-00001.arrayrecord"
@@ -84,7 +84,7 @@ BAD = {
     "tokenizer --from {model} --lower --out {new}": "--lower: got .*small.model",
     "tokenizer {tar} --langs de --out {new}": r"got no caption in \['de'\]",
     "tokenizer {tar} --vocab-size 60 --model-type bpe --out {new}/a": "got No such file",
-    "inspect {tar} --html {file}": "file: got a file, expected a new file; choose another name",
+    "inspect {tar} --html {file}": "file: got a file, expected a new file; give the path of a new file",
     "verify ": "path of the data: got ''",
 }
 
@@ -107,7 +107,7 @@ def test_bad_input_is_one_line(tmp_path, small_tokenizer, command):
 def test_bench_refuses_zero(tmp_path, flag, capsys):
     with pytest.raises(SystemExit):
         run("bench", tmp_path, flag, 0)
-    assert f"{flag}: got '0', expected a whole number from 1 on" in capsys.readouterr().err
+    assert f"{flag}: got '0', expected a whole number, 1 or more" in capsys.readouterr().err
 
 
 def test_bench_of_data_with_a_bad_image(tmp_path, capsys):

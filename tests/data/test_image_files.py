@@ -5,12 +5,12 @@ import json
 import struct
 import zlib
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from helpers import formats
 from vlp.data import image_files, image_ops
 
 HEIGHT, WIDTH = 40, 96
@@ -196,7 +196,7 @@ METADATA = {
 
 
 @pytest.mark.parametrize("name", list(METADATA))
-def test_jpeg_metadata(name):
+def test_broken_jpeg_metadata_costs_no_picture(name):
     check_same(METADATA[name], "JPEG")
 
 
@@ -234,7 +234,7 @@ def bad_png_metadata():
     }  # fmt: skip
 
 
-def test_png_metadata():
+def test_broken_png_metadata_costs_no_picture():
     for name, data in bad_png_metadata().items():
         try:
             check_same(data)
@@ -242,7 +242,7 @@ def test_png_metadata():
             raise AssertionError(f"{name}: {e}") from e
 
 
-def test_webp_metadata():
+def test_broken_webp_metadata_costs_no_picture():
     check_same(webp_with((b"ICCP", b""), (b"XMP ", b"\xff" * 9), (b"ABCD", b"own")))
     cut = webp_with((b"XMP ", bytes(999)))
     check_same(cut[:-500])
@@ -250,7 +250,7 @@ def test_webp_metadata():
     assert image_ops.decode(gif).shape == SMOOTH.shape
 
 
-def test_tiff_metadata(recwarn):
+def test_broken_tiff_metadata_costs_no_picture(recwarn):
     """Tags that point outside of the file, of wrong types, private directories of garbage."""
     info = TiffImagePlugin.ImageFileDirectory_v2()
     info[270], info[34675], info[700] = "x" * 9, b"profile" * 9, b"xmp" * 9
@@ -332,7 +332,7 @@ def tiff(values, **tags):
     return encoded(Image.fromarray(values), "TIFF", **tags)
 
 
-def test_deep_tiffs():
+def test_tiffs_of_more_than_8_bits_keep_their_pixels():
     grey = np.linspace(0, 240, 64 * 9).reshape(9, 64)
     same = lambda values, wanted, within=0: np.testing.assert_allclose(
         image_ops.decode(tiff(values))[..., 0], wanted, atol=within

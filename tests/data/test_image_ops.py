@@ -56,14 +56,14 @@ def test_sixteen_bit_is_scaled_not_clipped():
     assert image_ops.decode(encoded(deep))[0, :, 0].tolist() == [0, 100, 255]
 
 
-def test_cmyk_jpeg():
+def test_cmyk_jpegs_become_rgb():
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     out = image_ops.decode(encoded(image, "JPEG", quality=95))
     assert abs(out[8, 8].astype(int) - [255, 0, 0]).max() < 20
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_rotation(kind):
+def test_images_are_rotated_as_exif_says(kind):
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:, :16] = 255  # the left half is white
     exif = Image.Exif()
@@ -374,7 +374,7 @@ def test_every_filter_writes_into_the_buffer(resize, size):
         (lambda d: b"%!PS-Adobe-3.0 EPSF-3.0\n", "not_an_image"),
     ],
 )
-def test_reasons(spoil, reason):
+def test_each_broken_image_has_its_reason(spoil, reason):
     good = encoded(Image.fromarray(photograph(60, 80)), "JPEG")
     with pytest.raises(image_ops.BadImage) as e:
         image_ops.decode(spoil(good))

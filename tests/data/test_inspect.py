@@ -4,12 +4,12 @@ import dataclasses
 import io
 import json
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 from PIL import Image
 
+from helpers import formats
 from vlp.core import check, pages
 from vlp.data import records, tokenizer
 from vlp.data.sources.combined import without
@@ -73,7 +73,7 @@ def test_the_page_asks_nothing_and_shows_hostile_names_harmlessly(tmp_path):
     found = inspect.numbers(source)
     text = inspect.page(source, found, title=evil + controls)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
-    assert pages.CSS in text  # the style of `vlp report`
+    assert pages.asset("vlp.report", "page.css") in text  # the style of `vlp report`
     assert "<script" not in text and "<img src=http" not in text
     assert "&lt;script&gt;" in text and "␛[31mred" in text and "x" * 201 not in text
     assert not set(text) & set("\x07\x1b\x7f\x9b\u202e")
@@ -98,7 +98,7 @@ def test_the_page_shows_every_number_in_words(tmp_path):
     assert "new_kinds" not in text and "new_count" not in text
 
 
-def test_uniform_borders():
+def test_uniform_borders_are_found():
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     assert not inspect.has_uniform_border(image)
     image[:8] = image[-8:] = 255

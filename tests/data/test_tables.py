@@ -6,11 +6,11 @@ import json
 import os
 import pickle
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 
+from helpers import formats
 from vlp.core import check
 from vlp.data import image_ops, records, sources
 from vlp.data.config import Data

@@ -4,20 +4,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from flax.core import FrozenDict
 
+from helpers.everything import abstract
 from vlp.core.check import UserError
 from vlp.core.types import Apply
-from vlp.models.captioner import Captioner, Multimodal
-from vlp.models.dual import Dual
-from vlp.models.heads import HeadSpec
+from vlp.models import heads
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
-from vlp.train import state
 
 IMAGE, TEXT = ViT(4, 16, 1, 2), Text(16, 16, 1, 2)
-CAPTIONER = Captioner(IMAGE, TEXT, Multimodal(1), embed=8, queries=2)
-DUAL = Dual(IMAGE.clone(pool="cls"), TEXT, embed=8, heads=FrozenDict({"predict": HeadSpec(8, 4)}))
+CAPTIONER = TwoTower(IMAGE, TEXT, embed=8, decoder=Decoder(1), poolers=Poolers(queries=2))
+DUAL = TwoTower(
+    IMAGE.clone(pool="cls"),
+    TEXT,
+    embed=8,
+    heads=heads.build({"predict": {"name": "mlp", "width_out": 4}}),
+)
 image = lambda **kwargs: CAPTIONER.clone(image_tower=IMAGE.clone(**kwargs))
 text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
 
@@ -52,7 +55,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         (image(heads=3), "width: got 16, expected a multiple of heads = 3"),
         (
             text(pool="eot"),
-            "got 'eot', expected one of ['cls', 'eos', 'first', 'last', 'map', 'mean', 'none']; did",
+            "got 'eot', expected one of ['cls', 'eos', 'first', 'last', 'map', 'mean', 'none', 'norm_mean'",
         ),
         (
             text(pool="first"),
@@ -64,7 +67,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         ),
         (
             text(pool="none"),
-            "text_tower.pool: got 'none', expected a pooled text for the contrastive embedding",
+            "text_tower.pool: got 'none', expected a pooled text to embed",
         ),
         (
             text(causal=False),
@@ -78,9 +81,9 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         ),
     ],
 )
-def test_wrong_models(model, message):
+def test_mistakes_in_a_models_section_are_one_line(model, message):
     with pytest.raises(UserError) as caught:
-        state.abstract_params(model, 8, 4)
+        abstract(model, 8, 4)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -92,15 +95,14 @@ def test_wrong_models(model, message):
             "head",
             ("predct", (1, 8)),
             {},
-            "head: got 'predct', expected one of ['predict']; did you mean",
+            "head: got 'predct', expected one of ['predict']; declare heads = ",
         ),
-        (CAPTIONER, "head", ("predict", (1, 8)), {}, "head: got 'predict', expected one of []"),
         (
-            DUAL,
+            CAPTIONER,
             "head",
-            ("predict", (1, 7)),
+            ("predict", (1, 8)),
             {},
-            "width_in: got 8, expected 7; match the head to its input",
+            "head: got 'predict', expected one of []; declare",
         ),
         (
             DUAL,
@@ -125,8 +127,8 @@ def test_wrong_models(model, message):
         ),
     ],
 )
-def test_wrong_calls(model, method, args, kwargs, message):
-    params = nn.unbox(state.abstract_params(model, 8, 4))
+def test_calls_that_a_model_cannot_answer_are_one_line(model, method, args, kwargs, message):
+    params = nn.unbox(abstract(model, 8, 4))
     args = [jnp.zeros(a) if isinstance(a, tuple) else a for a in args]
     with pytest.raises(UserError) as caught:
         jax.eval_shape(lambda p: Apply(model, p)(method, *args, **kwargs), params)

@@ -1,5 +1,6 @@
 """Stacks: the scan, rematerialisation and precision change no numbers; dropout draws per example."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -7,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import tree
-from vlp.models.layers import REMAT, Norm, Stack, drop, fold
+from vlp.models.layers import REMAT, BlockConfig, Norm, Stack, drop, fold
 
-STACK = Stack(2, 16, 2, 32, dropout=0.1, drop_path=0.1)
+CONFIG = BlockConfig(width=16, heads=2, mlp=32, dropout=0.1, drop_path=0.1)
+STACK = Stack(2, CONFIG)
 KEYS = jax.random.split(jax.random.key(0), 3)
 RNG = np.random.default_rng(0)
 X, CONTEXT = (jnp.asarray(RNG.normal(size=(3, n, 16)), jnp.float32) for n in (5, 4))
@@ -27,6 +29,10 @@ def value_and_grads(stack, params, x):
         return (jnp.sin(y) + jnp.cos(layers).sum(axis=0)).sum()
 
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+
+
+def with_config(**changes):
+    return Stack(2, dataclasses.replace(CONFIG, **changes))
 
 
 @functools.cache
@@ -50,7 +56,7 @@ def reference():
     ids=str,
 )
 def test_scan_and_remat_change_no_numbers(change):
-    value, grads = value_and_grads(STACK.clone(**change), weights(), X)
+    value, grads = value_and_grads(with_config(**change), weights(), X)
     want, want_grads = reference()
     np.testing.assert_allclose(value, want, rtol=1e-6)
     difference = jax.tree.map(lambda a, b: a - b, grads, want_grads)
@@ -61,7 +67,7 @@ def test_scan_and_remat_change_no_numbers(change):
 def test_remat_really_recomputes(policy):
     """The policies differ in what they save: each program has its own number of products."""
     program = lambda stack: str(jax.make_jaxpr(lambda p: value_and_grads(stack, p, X))(weights()))
-    plain, remat = program(STACK), program(STACK.clone(remat=policy))
+    plain, remat = program(STACK), program(with_config(remat=policy))
     assert "remat" not in plain and "remat" in remat
     if policy == "full":
         assert remat.count("dot_general") > plain.count("dot_general")
@@ -110,7 +116,7 @@ def test_norm_equals_its_formula():
 
 
 def test_half_precision_keeps_softmax_and_norms_in_float32():
-    half = STACK.clone(dtype="bfloat16", scan=False)
+    half = with_config(dtype="bfloat16", scan=False)
     run = lambda p, x: half.apply({"params": p}, x, context=CONTEXT, mask=MASK)[0]
     jaxpr = jax.make_jaxpr(run)(weights(), X)
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vlp.core.types import Apply
-from vlp.models.dual import Dual
 from vlp.models.text import Text, attention_mask
+from vlp.models.two_tower import TwoTower
 from vlp.models.vit import ViT
 
 LENGTH = 8
@@ -30,8 +30,8 @@ TOWERS = {
 @pytest.fixture(scope="module")
 def params(random_params):
     tower = ViT(patch=4, width=16, depth=1, heads=2, pool="mean")
-    every = random_params(Dual(tower, TEXT.clone(pool="map"), embed=8), 4, LENGTH)["text_tower"]
-    return every | random_params(Dual(tower, TEXT, embed=8), 4, LENGTH)["text_tower"]
+    every = random_params(TwoTower(tower, TEXT.clone(pool="map"), embed=8), 4, LENGTH)["text_tower"]
+    return every | random_params(TwoTower(tower, TEXT, embed=8), 4, LENGTH)["text_tower"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -151,7 +151,7 @@ def test_a_bidirectional_tower_sees_the_future_and_no_padding(params):
 
 
 def test_no_pool_has_no_norm(random_params):
-    model = Dual(ViT(patch=4, width=16, depth=1, heads=2, pool="mean"), TEXT, embed=8)
+    model = TwoTower(ViT(patch=4, width=16, depth=1, heads=2, pool="mean"), TEXT, embed=8)
     names = set(random_params(model, 4, LENGTH)["text_tower"])
     shapes = jax.eval_shape(
         lambda: TEXT.clone(pool="none").init(jax.random.key(0), jnp.asarray(TEXT_BL))

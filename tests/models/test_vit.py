@@ -9,9 +9,9 @@ import pytest
 
 from vlp.core import tree
 from vlp.core.types import Apply
-from vlp.models.dual import Dual
 from vlp.models.layers import ACTIVATIONS
 from vlp.models.text import Text
+from vlp.models.two_tower import TwoTower
 from vlp.models.vit import ViT, patchify
 
 PX, NUM = 16, 16
@@ -26,7 +26,7 @@ def params(random_params):
 
 def tower_params(random_params, tower):
     text = Text(vocab=8, width=16, depth=1, heads=2)
-    return random_params(Dual(tower, text, embed=8), PX, 4)["image_tower"]
+    return random_params(TwoTower(tower, text, embed=8), PX, 4)["image_tower"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_dropped_patches_are_not_seen(params, image):
     np.testing.assert_allclose(out["tokens"], again["tokens"], atol=1e-6)
 
 
-def test_pools(params, image, random_params):
+def test_every_pool_has_its_shape(params, image, random_params):
     out = run(VIT, params, image)
     np.testing.assert_allclose(out["pooled"], out["tokens"].mean(axis=1), atol=1e-6)
     cls = VIT.clone(pool="cls")

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.everything import abstract
 from vlp.core import mesh as meshes
 from vlp.core.mesh import MeshShape
 from vlp.core.types import Apply, Ctx
@@ -34,8 +36,14 @@ class Training:
     lr: float = 1e-3
     px: int = PX
     length: int = LENGTH
+    heads: Any = ()  # name and input width of the model's heads
     programs: Any = dataclasses.field(default_factory=dict, repr=False)
     quick: ClassVar[dict[str, bool]] = QUICK
+
+    @property
+    def boxed(self) -> Any:
+        """Shapes of the parameters with the names of their axes."""
+        return abstract(self.model, self.px, self.length, self.heads)
 
     def on(self, shape: tuple[int, int, int], batch: Any) -> tuple[Any, Any]:
         """The mesh, and the batch laid out on it."""
@@ -68,8 +76,7 @@ class Training:
         mesh, placed = self.on(shape, batch)
         frozen = {name: t[2] for name, t in self.teachers.items()}
         with jax.set_mesh(mesh):
-            boxed = states.abstract_params(self.model, self.px, self.length)
-            params = jax.device_put(self.params, meshes.shardings(boxed, mesh))
+            params = jax.device_put(self.params, meshes.shardings(self.boxed, mesh))
             run = self.compiled(num_micro, grads)
             return jax.device_get(run(params, placed, self.method_state(), frozen))
 
@@ -87,8 +94,7 @@ class Training:
         return dataclasses.replace(self, params=jax.tree.map(step, self.params, grads))
 
     def method_state(self) -> Any:
-        init = getattr(self.objective, "init_method_state", None)
-        return () if init is None else init(jax.random.key(7))
+        return nn.unbox(states.method_state(self.objective, self.model, jax.random.key(7)))
 
     def start(self, shape: tuple[int, int, int] = (1, 1, 1), num_micro: int = 1) -> Any:
         """The mesh, the first state in its layout, and the compiled step (state, batch) → state, metrics."""
@@ -102,8 +108,8 @@ class Training:
         )
         mesh, _ = self.on(shape, {})
         with jax.set_mesh(mesh):
-            abstract = jax.eval_shape(create, self.params)
-            layout = states.shardings(self.model, self.px, self.length, updater, abstract, mesh)
+            shapes = jax.eval_shape(create, self.params)
+            layout = states.shardings(self.boxed, updater, shapes, mesh)
             state = jax.device_put(create(self.params), layout)
         step = functools.partial(
             train_step,
@@ -157,18 +163,3 @@ def make_batch():
         }
 
     return make
-
-
-@pytest.fixture(scope="session")
-def error():
-    """Relative norm of the difference of two trees of arrays."""
-
-    def relative(ours: Any, reference: Any) -> float:
-        a, b = (
-            np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(t)])
-            for t in (ours, reference)
-        )
-        assert a.shape == b.shape
-        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-    return relative

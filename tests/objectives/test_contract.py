@@ -11,28 +11,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import FrozenDict
 
 from vlp.core import mesh as meshes
 from vlp.core.check import UserError
 from vlp.core.types import Apply, Ctx, Out, Term, answer
 from vlp.losses import contrastive
-from vlp.models.captioner import Captioner, Multimodal
-from vlp.models.dual import Dual
-from vlp.models.heads import HeadSpec
+from vlp.models import heads
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 from vlp.optim import make as optimisers
 from vlp.train import state as states
 from vlp.train.step import train_step
 
 TOWER = dict(width=8, depth=1, heads=2, mlp=16, dropout=0.1)
-STUDENT = Dual(
+STUDENT = TwoTower(
     ViT(patch=4, pool="mean", **TOWER),
     Text(vocab=24, pool="eos", **TOWER),
     embed=8,
-    heads=FrozenDict({"match": HeadSpec(8, 1)}),
+    heads=heads.build({"match": {"name": "mlp", "width_out": 1}}),
 )
+HEADS = (("match", 8),)
 DECAY = 0.4
 EVERYTHING = (optimisers.Rule(".*"),)
 
@@ -44,7 +43,7 @@ class Views:
     reads: ClassVar[frozenset[str]] = frozenset({"image"})
     queue: int = 12
 
-    def init_method_state(self, key: jax.Array) -> Any:
+    def init_method_state(self, key: jax.Array, model: Any) -> Any:
         return {
             "queue": jax.random.normal(key, (self.queue, 8)),
             "kept": jnp.zeros((8, 2, 8), jnp.int32),
@@ -62,8 +61,8 @@ class Views:
 
     def encode(self, ctx: Ctx) -> Any:
         views = [ctx.batch["image"][:, t] for t in range(2)]
-        ours = [ctx.student("image", x, keep_ratio=0.5, draw=t) for t, x in enumerate(views)]
-        theirs = [ctx.teachers["ema"]("image", x)["embed"] for x in views]
+        ours = [ctx.student("image", x, keep_ratio=0.5, pass_id=t) for t, x in enumerate(views)]
+        theirs = [ctx.teacher("ema").student("image", x)["embed"] for x in views]
         stack = lambda name: jnp.stack([out[name] for out in ours], axis=1)
         return stack("embed"), jnp.stack(theirs, axis=1), stack("kept")
 
@@ -87,9 +86,8 @@ class Captions:
         return Out(terms)
 
     def encode(self, ctx: Ctx) -> Any:
-        texts = jnp.moveaxis(ctx.batch["text"], 1, 0)
-        zt = [ctx.student("text", text, draw=k)["embed"] for k, text in enumerate(texts)]
-        return ctx.student("image", ctx.batch["image"])["embed"], jnp.stack(zt, axis=1)
+        zt_BKE = ctx.captions(lambda c: c.student("text", c.batch["text"])["embed"])
+        return ctx.student("image", ctx.batch["image"])["embed"], zt_BKE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +116,9 @@ class HardNegatives:
         return image["embed"], ctx.student("text", ctx.batch["text"])["embed"]
 
     def match(self, ctx: Ctx, zi_BE: jax.Array, negative: dict[str, jax.Array]) -> Any:
-        def score(text: jax.Array, draw: int) -> jax.Array:
-            zt_BE = ctx.student("text", text, draw=draw)["embed"]
-            return ctx.student("head", "match", zi_BE * zt_BE)[:, 0]
+        def score(text: jax.Array, pass_id: int) -> jax.Array:
+            zt_BE = ctx.student("text", text, pass_id=pass_id)["embed"]
+            return ctx.head("match", zi_BE * zt_BE, pass_id=pass_id)[:, 0]
 
         return score(ctx.batch["text"], 1), score(negative["text"], 2)
 
@@ -129,7 +127,7 @@ class HardNegatives:
 class Distil:
     """A frozen teacher of another architecture, and a second stream of texts alone, of another size."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"image", "text", "words.text"})
+    reads: ClassVar[frozenset[str]] = frozenset({"image", "text", "words/text"})
 
     def __call__(self, ctx: Ctx) -> Out:
         far_B = ctx.map(self.image)
@@ -140,12 +138,12 @@ class Distil:
         )
 
     def image(self, ctx: Ctx) -> jax.Array:
-        both = [f("image", ctx.batch["image"])["embed"] for f in (ctx.student, ctx.teachers["big"])]
+        both = [c.student("image", ctx.batch["image"])["embed"] for c in (ctx, ctx.teacher("big"))]
         return jnp.square(both[0] - both[1]).sum(axis=1)
 
     def text(self, ctx: Ctx) -> jax.Array:
         assert set(ctx.batch) == {"text", "index"}
-        both = [f("text", ctx.batch["text"])["embed"] for f in (ctx.student, ctx.teachers["big"])]
+        both = [c.student("text", ctx.batch["text"])["embed"] for c in (ctx, ctx.teacher("big"))]
         return jnp.square(both[0] - both[1]).sum(axis=1)
 
 
@@ -154,7 +152,7 @@ def batches(make_batch):
     """Name of a toy → batch: what the loader would give it."""
     rng = np.random.default_rng(0)
     pairs, other = make_batch(), make_batch(start=40)
-    words = {f"words.{k}": v for k, v in make_batch(4, start=80).items() if k != "image"}
+    words = {f"words/{k}": v for k, v in make_batch(4, start=80).items() if k != "image"}
     return {
         "Views": pairs | {"image": np.stack([pairs["image"], other["image"]], axis=1)},
         "Captions": pairs
@@ -170,18 +168,17 @@ def batches(make_batch):
 
 @pytest.fixture(scope="module")
 def toys(training, random_params):
-    params = random_params(STUDENT, 16, 8)
+    params = random_params(STUDENT, 16, 8, heads=HEADS)
     big = STUDENT.clone(image_tower=STUDENT.image_tower.clone(width=16), heads=None)
     tower = TOWER | {"dropout": 0.0}
-    captioner = Captioner(
+    captioner = TwoTower(
         ViT(patch=4, **tower),
         Text(vocab=24, **tower),
-        Multimodal(1),
         embed=8,
-        queries=0,
-        cascade=False,
+        decoder=Decoder(1),
+        poolers=Poolers(queries=0, cascade=False),
     )
-    student = functools.partial(training, model=STUDENT, params=params, lr=1e-2)
+    student = functools.partial(training, model=STUDENT, params=params, lr=1e-2, heads=HEADS)
     return {
         "Views": student(objective=Views(), teachers={"ema": (STUDENT, DECAY, params)}),
         "Captions": student(objective=Captions()),
@@ -308,8 +305,8 @@ def test_asking_for_what_is_not_there(toys, batches):
     """Before anything compiles, and in one line."""
     without = dataclasses.replace(toys["Views"], teachers={})
     misnamed = dataclasses.replace(toys["Distil"], teachers={"bag": toys["Distil"].teachers["big"]})
-    plain = {k: v for k, v in batches["Distil"].items() if "." not in k}
-    renamed = plain | {"texts.text": plain["text"], "texts.index": plain["index"]}
+    plain = {k: v for k, v in batches["Distil"].items() if "/" not in k}
+    renamed = plain | {"texts/text": plain["text"], "texts/index": plain["index"]}
     cases = [
         (without, batches["Views"], 1, "config.teachers: got none, expected 'ema', which"),
         (
@@ -322,7 +319,7 @@ def test_asking_for_what_is_not_there(toys, batches):
             toys["Distil"],
             plain,
             1,
-            "got stream 'words', expected one of []; add it to config.streams",
+            "got stream 'words', expected one of []; add config.streams.words",
         ),
         (toys["Distil"], renamed, 1, "got stream 'words', expected one of ['texts']"),
         (
@@ -395,7 +392,7 @@ def test_frozen_parameters_in_a_step():
 
 def test_micro_batches_keep_the_order_of_rows():
     """What `map` returns is in the order of the batch, for arrays of any rank, with extra arrays split alike."""
-    batch = {"x": jnp.arange(24.0).reshape(12, 2), "other.y": jnp.zeros(5)}
+    batch = {"x": jnp.arange(24.0).reshape(12, 2), "other/y": jnp.zeros(5)}
     extra = {"a": jnp.arange(12), "b": jnp.arange(12 * 6).reshape(12, 3, 2)}
 
     def f(ctx, arrays):

@@ -13,17 +13,23 @@ from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.core.config import load
 from vlp.core.mesh import MeshShape
-from vlp.models.captioner import Captioner, Multimodal
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 from vlp.objectives.coca import Coca
 from vlp.optim import make as optimisers
 from vlp.train import state as states
-from vlp.train.build import abstract_state
+from vlp.train.build import abstract_batch, abstract_state
 from vlp.train.stages import parse
 
 TOWER = dict(width=32, depth=1, heads=2, mlp=64, dropout=0.1)
-MODEL = Captioner(ViT(patch=4, **TOWER), Text(vocab=24, **TOWER), Multimodal(1), embed=8, queries=3)
+MODEL = TwoTower(
+    ViT(patch=4, **TOWER),
+    Text(vocab=24, **TOWER),
+    embed=8,
+    decoder=Decoder(1),
+    poolers=Poolers(queries=3),
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def losses(case, make_batch):
         with jax.set_mesh(mesh):
             create = lambda p: states.create(p, updater, {}, (), 0)
             abstract = jax.eval_shape(create, case.params)
-            layout = states.shardings(MODEL, case.px, case.length, updater, abstract, mesh)
+            layout = states.shardings(case.boxed, updater, abstract, mesh)
             state = jax.device_put(create(case.params), layout)
             out = (layout.params, layout.opt, meshes.replicated(mesh))
             update = jax.jit(updater.update, out_shardings=out, compiler_options=case.quick)
@@ -75,9 +81,10 @@ def test_bytes_of_coca_base(optimiser, shape, n):
     config = pathlib.Path(__file__).parents[2] / "configs" / "coca.py"
     _, (stage, *_) = parse(load(f"{config}:size=base"))
     mesh = meshes.make(MeshShape(*shape))
-    boxed = states.abstract_params(stage.model, stage.data.image_px, stage.data.text_len)
+    batch = abstract_batch(stage, mesh)
+    boxed = states.abstract_params(stage.model, stage.objective, batch)
     updater = optimisers.make(optimisers.Optim(optimiser), nn.unbox(boxed))
-    state = abstract_state(stage, updater, mesh)
+    state = abstract_state(stage, boxed, {}, updater, mesh)
     leaves = jax.tree.leaves((state.params, state.opt))
     shard = lambda x: np.prod(x.sharding.shard_shape(x.shape))
     whole = sum(x.size * x.dtype.itemsize for x in leaves)

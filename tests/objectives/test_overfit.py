@@ -7,8 +7,8 @@ import numpy as np
 from vlp.core.types import Apply
 from vlp.data.toy_shapes import Shapes
 from vlp.losses import contrastive
-from vlp.models.captioner import Captioner, Multimodal
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 from vlp.objectives import Coca
 from vlp.ops import decoding
@@ -28,12 +28,12 @@ def test_sixteen_pairs_are_retrieved_and_captioned_exactly(training, random_para
         "index": np.stack([np.zeros(16), np.arange(16)], axis=1).astype(np.uint32),
     }
     assert len(set(captions)) == 16 and (batch["text"][:, -1] == 0).all()  # none is cut
-    model = Captioner(
+    model = TwoTower(
         ViT(patch=8, **TOWER),
         Text(vocab=tokenizer.vocab_size, **TOWER),
-        Multimodal(1),
         embed=16,
-        queries=4,
+        decoder=Decoder(1),
+        poolers=Poolers(queries=4),
     )
     case = training(
         model=model,

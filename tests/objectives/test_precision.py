@@ -5,19 +5,21 @@ import math
 import os
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from test_shipped import MODELS
 
+from helpers import runs
+from helpers.everything import shapes
+from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx
 from vlp.models.interface import with_fields
 from vlp.objectives import OBJECTIVES
 from vlp.ops.params import rows, spread
+from vlp.train import state as states
 
 SUMS = ("reduce_sum", "scatter-add", "cumsum", "cumlogsumexp", "reduce_window_sum", "psum")
 
@@ -91,9 +93,9 @@ def test_every_gradient_at_two_batch_sizes(make_batch, name):
     plain = dict(dropout=0.0, drop_path=0.0, width=32, mlp=64)
     model = with_fields(MODELS[name], **plain, **({"embed": 32} if name != "coca" else {}))
     one = make_batch(1)
-    init = jax.jit(model.init)(jax.random.key(0), one["image"], one["text"])
-    params = nn.unbox(init["params"])
     objective = OBJECTIVES[name](keep_ratio=1.0)
+    one_device = meshes.make(meshes.MeshShape(), jax.devices()[:1])
+    params = states.init_params(model, objective, shapes(one), 0, one_device)
 
     def grads(dtype, batch):
         f = functools.partial(loss, model=with_fields(model, dtype=dtype), objective=objective)

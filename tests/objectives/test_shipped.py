@@ -10,14 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+from helpers.everything import pairs
 from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.core.mesh import MeshShape
 from vlp.core.types import Apply, Ctx
-from vlp.models.captioner import Captioner, Multimodal
-from vlp.models.dual import Dual
-from vlp.models.mammut import Decoder, Mammut
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 from vlp.objectives import OBJECTIVES
 from vlp.optim import make as optimisers
@@ -25,13 +24,15 @@ from vlp.train import state as states
 
 TOWER = dict(width=16, depth=1, heads=2, mlp=32, dropout=0.1)
 IMAGE, TEXT = ViT(patch=4, **TOWER | {"depth": 2}), Text(vocab=24, **TOWER)
-CAPTIONER = Captioner(IMAGE, TEXT, Multimodal(1), embed=8, queries=3)
+CAPTIONER = TwoTower(IMAGE, TEXT, embed=8, decoder=Decoder(1), poolers=Poolers(queries=3))
 MODELS = {
     "coca": CAPTIONER,
-    "cap": CAPTIONER.clone(text_tower=TEXT.clone(pool="none"), contrastive=False),
-    "clip": Dual(IMAGE.clone(pool="cls", drop_path=0.1), TEXT.clone(pool="eos"), embed=8),
-    "mammut": Mammut(IMAGE.clone(pool="mean"), Decoder(vocab=24, **TOWER), embed=8),
-    "siglip": Dual(
+    "cap": CAPTIONER.clone(text_tower=TEXT.clone(pool="none"), embed=0),
+    "clip": TwoTower(IMAGE.clone(pool="cls", drop_path=0.1), TEXT.clone(pool="eos"), embed=8),
+    "mammut": TwoTower(
+        IMAGE.clone(pool="mean"), TEXT.clone(pool="norm_mean", causal=False), embed=8, decoder=Decoder(),
+    ),
+    "siglip": TwoTower(
         IMAGE.clone(pool="map"), TEXT.clone(pool="last"), embed=16, scale=10.0, bias=-10.0,
         project_image=False, text_bias=True,
     ),
@@ -136,9 +137,9 @@ def test_number_of_devices_changes_nothing(shape, cases, reference, make_batch):
 
 
 @functools.cache
-def mask_program(num_micro, draw):
+def mask_program(num_micro, pass_id):
     """params, batch → which patches are kept; everything else of the tower is dead code here."""
-    view = lambda c: c.student("image", c.batch["image"], keep_ratio=0.5, draw=draw)["kept"]
+    view = lambda c: c.student("image", c.batch["image"], keep_ratio=0.5, pass_id=pass_id)["kept"]
 
     def kept(params, batch):
         seed = jax.random.key(0)
@@ -147,10 +148,10 @@ def mask_program(num_micro, draw):
     return jax.jit(kept)
 
 
-def masks(params, batch, shape=(1, 1, 1), num_micro=1, draw=0):
+def masks(params, batch, shape=(1, 1, 1), num_micro=1, pass_id=0):
     mesh = meshes.make(MeshShape(*shape), jax.devices()[: int(np.prod(shape))])
     with jax.set_mesh(mesh):
-        return np.asarray(mask_program(num_micro, draw)(params, meshes.to_global(batch, mesh)))
+        return np.asarray(mask_program(num_micro, pass_id)(params, meshes.to_global(batch, mesh)))
 
 
 def test_masks_are_a_function_of_the_sample_alone(cases, make_batch):
@@ -166,7 +167,7 @@ def test_masks_are_a_function_of_the_sample_alone(cases, make_batch):
     np.testing.assert_array_equal(moved, want[order])
     later = draws(batch | {"index": batch["index"] + np.uint32([0, 8])})
     far = draws(batch | {"index": batch["index"] + np.uint32([1, 0])})  # 2³² samples later
-    again = draws(batch, draw=1)
+    again = draws(batch, pass_id=1)
     for other in (later, far, again):
         assert (other != want).any(axis=1).sum() >= 7
 
@@ -195,7 +196,7 @@ def test_parameters_are_made_in_their_shards(name):
     """Abstractly: an eighth of every matrix on each device; small vectors and projections' biases are whole."""
     mesh = meshes.make(MeshShape(1, 8, 1))
     boxed = jax.tree.leaves(
-        states.abstract_params(MODELS[name], 16, 8),
+        states.abstract_params(MODELS[name], OBJECTIVES[name](), pairs(16, 8, 2)),
         is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
     )
     shares = {True: 0, False: 0}  # of matrices, of the rest
@@ -212,27 +213,36 @@ def test_the_moving_average_lies_as_the_parameters_do():
     """In float32 and in the same shards, as do AdamW's moments."""
     model = MODELS["clip"]
     mesh = meshes.make(MeshShape(2, 2, 2))
-    params = nn.unbox(states.abstract_params(model, 16, 8))
+    boxed = states.abstract_params(model, OBJECTIVES["clip"](), pairs(16, 8))
+    params = nn.unbox(boxed)
     updater = optimisers.make(optimisers.Optim(), params)
     create = functools.partial(
         states.create, updater=updater, teachers={"ema": params}, method_state=(), step=0
     )
     abstract = jax.eval_shape(create, params)
-    layout = states.shardings(model, 16, 8, updater, abstract, mesh)
+    layout = states.shardings(boxed, updater, abstract, mesh)
     assert layout.teachers["ema"] == layout.params == layout.opt[1].mu
     assert not all(x.is_fully_replicated for x in jax.tree.leaves(layout.params))
     assert {x.dtype for x in jax.tree.leaves(abstract.teachers)} == {np.dtype("float32")}
 
 
+def mesh_of(*shape):
+    return meshes.make(MeshShape(*shape), jax.devices()[: int(np.prod(shape))])
+
+
 def test_initial_values_depend_on_the_seed_alone():
-    model = Dual(
+    model = TwoTower(
         ViT(patch=8, width=8, depth=1, heads=2, pool="mean"),
         Text(vocab=8, width=8, depth=1, heads=2, pool="eos"),
         embed=8,
     )
     one, many = (
         states.init_params(
-            model, 16, 4, 0, meshes.make(MeshShape(*s), jax.devices()[: int(np.prod(s))])
+            model,
+            OBJECTIVES["clip"](),
+            pairs(16, 4, 8),
+            0,
+            meshes.make(MeshShape(*s), jax.devices()[: int(np.prod(s))]),
         )
         for s in ((1, 1, 1), (2, 2, 2))
     )

@@ -1,4 +1,4 @@
-"""What later methods need of the loop: arrays of their own, three kinds of teacher, a second stream of batches."""
+"""An objective with method state, three kinds of teacher and a second stream of batches."""
 
 import dataclasses
 from typing import ClassVar
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import mesh as meshes
 from vlp.core.types import Out, Term
 from vlp.data import order
@@ -27,9 +27,6 @@ class Deep(nn.Module):
     def setup(self):
         self.layers = nn.Dense(self.hidden), nn.Dense(4)
 
-    def __call__(self, image, text):
-        self.image(image)
-
     def image(self, image, *, keep_ratio=1.0, keys=None):
         first, second = self.layers
         return {"embed": second(nn.relu(first(image.astype(jnp.float32).mean(axis=(1, 2)) / 255)))}
@@ -42,18 +39,19 @@ class Deep(nn.Module):
 class Rich:
     """Distances to three teachers, to a queue of past embeddings, and to the images of a second stream."""
 
-    reads: ClassVar = frozenset({"image", "text", "more.image"})
+    reads: ClassVar = frozenset({"image", "text", "more/image"})
 
-    def init_method_state(self, key):
+    def init_method_state(self, key, model):
         return {"queue": jax.random.normal(key, (6, 4)), "turns": jnp.int32(0)}
 
     def __call__(self, ctx):
         image = ctx.batch["image"]
         zi_BE = ctx.map(lambda part: part.student("image", part.batch["image"])["embed"])
         zt_BE = ctx.student("text", ctx.batch["text"])["embed"]
-        more_BE = ctx.stream("more").student("image", ctx.batch["more.image"])["embed"]
+        more_BE = ctx.stream("more").student("image", ctx.batch["more/image"])["embed"]
         near = lambda a, b: Term(jnp.square(a - b).sum(), a.shape[0])
-        terms = {name: near(zi_BE, f("image", image)["embed"]) for name, f in ctx.teachers.items()}
+        theirs = {name: ctx.teacher(name).student("image", image)["embed"] for name in ctx.frozen}
+        terms = {name: near(zi_BE, z_BE) for name, z_BE in theirs.items()}
         terms["queue"] = near(
             zt_BE, jnp.broadcast_to(ctx.method_state["queue"].mean(0), zt_BE.shape)
         )
@@ -81,8 +79,8 @@ def config(toy, monkeypatch, tmp_path):
     )  # fmt: skip
 
 
-def test_it_resumes(config, tmp_path):
-    seen, feed = {"": [], "more.": []}, loop.feed
+def test_an_objective_with_teachers_queue_and_streams_resumes(config, tmp_path):
+    seen, feed = {"": [], "more/": []}, loop.feed
 
     def watch(*args):
         for batch in feed(*args):
@@ -93,7 +91,7 @@ def test_it_resumes(config, tmp_path):
     with mock.patch.object(loop, "feed", watch):
         assert runs.train(config, tmp_path / "whole") == 0
     np.testing.assert_array_equal(np.concatenate(seen[""]), np.arange(5 * 8 + 4 * 16))
-    np.testing.assert_array_equal(np.concatenate(seen["more."]), np.arange(5 * 16 + 4 * 4))
+    np.testing.assert_array_equal(np.concatenate(seen["more/"]), np.arange(5 * 16 + 4 * 4))
 
     rows = runs.rows(tmp_path / "whole")
     assert [row["turns"] for row in rows] == list(range(1, 10))
@@ -131,8 +129,8 @@ def dies_at(number, function):
     return call
 
 
-def test_eight_devices(config, tmp_path):
-    """Teachers, queue and streams do not care for the mesh."""
+def test_an_objective_with_teachers_queue_and_streams_fits_any_mesh(config, tmp_path):
+    """The numbers are the same on another mesh."""
     config = runs.changed(config, **{"streams.more.batch": 16, "stages.1.streams.more.batch": 8})
     config = runs.changed(config, **{"stages.0.micro_batches": 1})
     assert runs.train(config, tmp_path / "one") == 0
@@ -150,4 +148,4 @@ def test_a_stream_that_is_not_there(config, tmp_path, capsys):
         stage.pop("streams", None)
     with mock.patch.object(loop, "open_session", side_effect=AssertionError("too late")):
         assert runs.train(config, tmp_path / "run") == 2
-    assert "config.objective: got no batch leaf ['more.image']" in capsys.readouterr().err
+    assert "config.objective: got no batch leaf ['more/image']" in capsys.readouterr().err

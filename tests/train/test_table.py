@@ -1,12 +1,12 @@
-"""What `vlp train` says of its model: the plan, and the name of a file with a line for every parameter."""
+"""What `vlp train` prints about its model: the plan, and the name of a file that lists all parameters."""
 
 import jax
-import runs
 
+from helpers import runs
 from vlp.train import session
 
 
-def test_columns():
+def test_the_columns_of_the_table_fit_their_numbers():
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, "float32")
     params = {"text": {"kernel": shape(24, 1024, 3, 16, 64)}, "scale": shape()}
     assert session.parameters(params).splitlines() == [
@@ -17,7 +17,7 @@ def test_columns():
 
 
 def test_parameters_are_in_a_file(toy, tmp_path, caplog):
-    """The terminal has the sizes by part, and the name of the file with every parameter."""
+    """The terminal shows the sizes by part, and the name of the file with every parameter."""
     caplog.set_level("INFO")
     run = tmp_path / "run"
     assert runs.train(runs.changed(runs.TOY, steps=1), run) == 0

@@ -12,8 +12,8 @@ import termios
 import time
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import progress
 from vlp.train import bar
 

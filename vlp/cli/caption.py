@@ -25,11 +25,11 @@ def run(args: argparse.Namespace) -> int:
     images = []
     for path in args.images:
         if not pathlib.Path(path).is_file():
-            raise check.error("vlp caption", f"no file {path!r}", "image files", "check the path")
+            raise check.error("vlp caption", f"no file {path!r}", "image files", "correct the path")
         try:
             images.append(image_ops.decode(pathlib.Path(path).read_bytes()))
         except image_ops.BadImage as e:
-            got = f"{path!r}, no usable image ({e})"
+            got = f"{path!r}, which is not a usable image ({e})"
             raise check.error("vlp caption", got, "image files", "leave it out") from e
     start_jax()
     loaded = load(args.workdir, args.step)

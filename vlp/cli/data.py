@@ -74,7 +74,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     begin = time.monotonic()
     if not args.input:
-        raise check.error("PATH", "''", "a directory, a shard or a table", "name one")
+        raise check.error("PATH", "''", "a directory, a shard or a table", "give its path")
     existed = _exists(args.out)
     args.splits = tuple(args.splits or sources.held(args.input))
     fields.check_splits(args.splits)
@@ -97,7 +97,7 @@ def _convert(args: argparse.Namespace) -> int:
         num_rows = getattr(source, "num_rows", len(source))
         print(f"{split}: {num_rows} rows of {kind}, {shown}{note}")
         if told := sources.grouped(source):
-            print(f"{split}: {told} (--no-group: one record a row)")
+            print(f"{split}: {told} (--no-group: one record per row)")
         if os.path.isdir(args.input) and (beside := sources.unread(kind, found)):
             print(f"{split}: not read beside them, by ending: {beside}")
     manifest = convert.run(
@@ -107,7 +107,7 @@ def _convert(args: argparse.Namespace) -> int:
         held = ", held out of train (--val-fraction)" if split not in job.splits else ""
         print(f"{split}: {entry['num_records']} records in {len(entry['shards'])} shards{held}")
     if job.val_frac and "val" not in manifest["splits"]:
-        print("val: none, as train has fewer than two different images")
+        print("val: none, because train has fewer than two different images")
     _tell_others(args)
     info = manifest["info"]
     if words := info.get("tokenizer"):
@@ -115,8 +115,8 @@ def _convert(args: argparse.Namespace) -> int:
         pieces = f"{words['pieces']} pieces{fewer}"
         print(f"tokenizer: {pieces}, {words['from']}, sha256 {words['sha256'][:12]}…")
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
-    if plan := info.get("parts_left_out"):
-        print(f"plan that do not fit, left out of records: {plan}")
+    if parts := info.get("parts_left_out"):
+        print(f"parts that do not fit, left out of records: {parts}")
     for kind in ("tar", "folder", "img2dataset"):
         if counts := {s: c for s, c in info.get(kind, {}).items() if c}:
             print(f"{kind}: {counts}")
@@ -128,13 +128,15 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _val(args: argparse.Namespace) -> dict:
-    """What `--val-fraction` asks of a job whose input has the splits `args.splits`."""
+    """Returns the arguments that `--val-fraction` adds to a job whose input has the splits `args.splits`."""
     from vlp.data.sources import fields
 
     has = set(fields.names_of("val")) & set(args.splits) or "train" not in args.splits
     if args.val_fraction and has:
         got = f"{args.val_fraction} beside the splits {list(args.splits)}"
-        raise check.error("--val-fraction", got, "'train' without a split val", "drop it")
+        raise check.error(
+            "--val-fraction", got, "'train' without a split val", "leave out --val-fraction"
+        )
     return {"val_frac": args.val_fraction}
 
 
@@ -172,7 +174,7 @@ def _open(args: argparse.Namespace, split: str):
 
     source = sources.open_path(args.input, split, given=data_options.fields_of(args))
     if told := sources.grouped(source):
-        print(f"{split}: {told} (--no-group: one record a row)", file=sys.stderr)
+        print(f"{split}: {told} (--no-group: one record per row)", file=sys.stderr)
     return source
 
 
@@ -181,7 +183,7 @@ def _write_new(path: str, data: bytes) -> None:
         with open(path, "xb") as f:
             f.write(data)
     except FileExistsError:
-        raise check.error(path, "a file", "a new file", "choose another name") from None
+        raise check.error(path, "a file", "a new file", "give the path of a new file") from None
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -223,7 +225,7 @@ def _filter(args: argparse.Namespace) -> int:
     more = {records.TOKENIZER: words.to_bytes()} if words else {}
     try:
         records.write(args.out, kept, name=os.path.basename(args.out), info=info, files=more)
-    finally:  # also when nothing is left: they say by which rule
+    finally:  # also if nothing is left: the counts say which rule is to blame
         for split, by_rule in counts.items():
             print(json.dumps({"split": split, **dict(sorted(by_rule.items()))}))
     _tell_others(args)
@@ -236,15 +238,17 @@ def _tokenizer(args: argparse.Namespace) -> int:
 
     if bool(args.other) == bool(args.input):
         raise check.error(
-            "vlp data tokenizer", "both or neither of PATH and --from", "one", "drop one"
+            "vlp data tokenizer", "both or neither of PATH and --from", "one of them", "give one"
         )
     if args.other:
         data = tokenizer.model_bytes(args.other)
-        ours = data[:1] == b"{" or args.other.endswith(".model")  # else: whatever CLIP's has become
+        ours = data[:1] == b"{" or args.other.endswith(".model")  # else CLIP's BPE, under any name
         data = data if ours else tokenizer_formats.clip_bpe(data, args.other)
         if args.lower and data[:1] != b"{":
-            raise check.error("--lower", args.other, "a tokenizer.json or CLIP's BPE", "drop it")
-        tokenizer.Tokenizer(data, args.other)  # refuses what is none
+            raise check.error(
+                "--lower", args.other, "a tokenizer.json or CLIP's BPE", "leave out --lower"
+            )
+        tokenizer.Tokenizer(data, args.other)  # raises if it is not a tokenizer
         tok = tokenizer.Tokenizer(
             tokenizer_formats.lowered(data, args.other) if args.lower else data
         )
@@ -256,7 +260,12 @@ def _tokenizer(args: argparse.Namespace) -> int:
     texts, left_out = _texts(args, args.langs)
     if not texts:
         got = f"no caption in {args.langs or args.input} (left out: {dict(left_out)})"
-        raise check.error("vlp data tokenizer", got, "some", "see them by `vlp data inspect`")
+        raise check.error(
+            "vlp data tokenizer",
+            got,
+            "at least one",
+            "look at the captions with `vlp data inspect`",
+        )
     tok = tokenizer.train(
         texts, args.vocab_size, lower=not args.keep_case, model_type=args.model_type
     )
@@ -274,7 +283,7 @@ def _fewer(found: int, wanted: int | str) -> str:
 
 
 def _policy(tok) -> str:
-    """What becomes of a text, in words."""
+    """Returns in words how a text is tokenized."""
     case = "lower-cases" if tok.lower else "keeps case"
     return f"{case}, [bos] pieces [eos] then {tok.pad_id}s, cut before eos"
 
@@ -282,7 +291,10 @@ def _policy(tok) -> str:
 def _texts(
     args: argparse.Namespace, langs: list[str], limit: int | None = None
 ) -> tuple[list[str], collections.Counter]:
-    """The captions in `langs` (empty: any), and how many rows or captions were left out, by reason."""
+    """Returns the captions in `langs` (empty: any), and how many rows or captions were left out, by reason.
+
+    limit: of rows per split.
+    """
     from vlp.data import text_ops
 
     texts, left_out = [], collections.Counter()
@@ -327,7 +339,7 @@ def _bench(args: argparse.Namespace) -> int:
     source = _open(args, data.split)
     try:
         words = source.tokenizer()
-    except check.UserError:  # none beside the data: any of about the usual size will do
+    except check.UserError:  # the dataset has none: train one of a usual size
         words = tokenizer.train(_texts(args, [], limit=1000)[0], 8000)
     dataset = Dataset(data, source, words)
     rates = bench.stages(dataset, args.num_images)

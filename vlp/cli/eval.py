@@ -1,4 +1,4 @@
-"""`vlp eval`: runs the evaluations of a trained run again, or others, on the run's data or on other data."""
+"""`vlp eval`: evaluates a trained run again, with its own or other evaluators, on its own or other data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlp.infer.load import Loaded
 
-# What an override may set: the checkpoint's model was trained for the rest.
+# What an override may set: the checkpoint was trained with the other values.
 SECTIONS = ("evals", "data", "eval_params", "plugins")
 TRAINED = ("image_px", "text_len", "tokenizer")
 
@@ -20,18 +20,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run of `vlp train`")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument(
-        "--evals", default="", metavar="A,B", help="labels in config.evals (default: all)"
+        "--evals", default="", metavar="A,B", help="labels of config.evals (default: all)"
     )
-    parser.add_argument("--data", default="", metavar="PATH", help="other data than the run's")
     parser.add_argument(
-        "--split", default="", help="this split alone; evaluations that cannot read it are skipped"
+        "--data", default="", metavar="PATH", help="evaluate on this dataset instead of the run's"
+    )
+    parser.add_argument(
+        "--split",
+        default="",
+        help="evaluate on this split only; skip evaluators that cannot use it",
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write the results as JSON")
     parser.add_argument(
-        "--write", action="store_true", help="write galleries into DIR/evals, for the report"
+        "--write", action="store_true", help="write galleries into DIR/evals for `vlp report`"
     )
     parser.epilog = (
-        "Also --config.evals.LABEL.key=value (adds a label, too) and --config.data.key=value"
+        "Also: --config.evals.LABEL.key=value (which may add a label) and --config.data.key=value"
     )
     parser.set_defaults(run=run, config="", overrides=[])
 
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         workdir.check_links(directory)
     loaded, chosen = configured(load(directory, args.step), args)
     if not chosen:
-        print(f"{args.workdir}: config.evals has none, so nothing is evaluated")
+        print(f"{args.workdir}: config.evals is empty: nothing to evaluate")
     write = lambda name, value: workdir.write_artefact(
         directory, name, {"step": loaded.step} | value
     )
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[str, Any]]:
-    """The run with the data and parameters that the command asks for, and the chosen evaluators by label."""
+    """Returns the run with the data and parameters that the command asks for, and the chosen evaluators by label."""
     import dataclasses
 
     from vlp.core import check
@@ -91,13 +95,14 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
         key = item.partition("=")[0]
         first, _, second = key.partition(".")
         if first not in SECTIONS or (first == "data" and second in ("", *TRAINED)):
-            expected = f"a value in {', '.join(SECTIONS)}, and of data not {', '.join(TRAINED)}"
-            raise check.error("vlp eval", f"--config.{key}", expected, "train with it instead")
+            expected = f"a key of {', '.join(SECTIONS)}, but not data.{', data.'.join(TRAINED)}"
+            do = "give it to `vlp train`: the checkpoint was trained with another value"
+            raise check.error("vlp eval", f"--config.{key}", expected, do)
     before = section.get("eval_params")
     section = {"evals": {}, **section, "data": plain(loaded.data)}
     if args.data:
         section["data"] |= {"source": "records", "path": args.data, "mixture": [], "reweight": []}
-        section["data"]["skip"] = ""  # lists the run's own records
+        section["data"]["skip"] = ""  # it lists records of the run's own data
     override(section, args.overrides)
     if section.get("eval_params") != before:
         loaded = load(args.workdir, loaded.step, section["eval_params"])
@@ -118,7 +123,7 @@ def ready(
     it. Raises the UserError of the first that cannot, otherwise.
     """
     from vlp.core import check
-    from vlp.evals.io import check_ready
+    from vlp.evals.io import check_asks, check_ready
 
     named = {a for a in args.evals.split(",") if a}
     named |= {item.split(".")[1] for item in args.overrides if item.startswith("evals.")}
@@ -126,7 +131,8 @@ def ready(
     for label, evaluator in chosen.items():
         try:
             evaluator = on_split(evaluator, args.split)
-            check_ready(evaluator, loaded.apply.model, device_mesh, io, f"config.evals.{label}")
+            check_ready(evaluator, device_mesh, io, f"config.evals.{label}")
+            check_asks(evaluator, loaded.apply, loaded.data, f"config.evals.{label}")
             found[label] = evaluator
         except check.MachineError:
             raise

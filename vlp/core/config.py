@@ -12,6 +12,7 @@ import ast
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import pathlib
 import types
@@ -27,6 +28,7 @@ if typing.TYPE_CHECKING:  # imported where config files are read: a model can be
     import ml_collections
 
 T = TypeVar("T")
+_loads = itertools.count()  # a package of its own for each config file that is loaded
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> "ml_collections.ConfigDict":
@@ -86,20 +88,22 @@ def _returned(path: str, arg: str) -> tuple[Any, bool]:
 
     Raises UserError, with file and line, for whatever the file raises.
     """
-    where = f"--config {path}"
-    with plugins.blamed(where, path, "a config"):
-        module = plugins.execute(path, "vlp_config")
-        function = getattr(module, "get_config", None)
-        if not callable(function):
-            got = "no get_config" if function is None else f"get_config = {function!r:.40}"
-            raise check.error(where, got, "def get_config(arg)", "add the function")
-        with plugins.beside(path):
+    where, package = f"--config {path}", f"vlp_config_{next(_loads)}"
+    try:
+        with plugins.blamed(where, path, "a config"), plugins.beside(path):
+            module = plugins.execute(path, package)
+            function = getattr(module, "get_config", None)
+            if not callable(function):
+                got = "no get_config" if function is None else f"get_config = {function!r:.40}"
+                raise check.error(where, got, "def get_config(arg)", "add the function")
             if inspect.signature(function).parameters:
                 return function(arg or None), plugins.defines_parts(module)
             if arg:
                 do = "write def get_config(arg), or drop the argument"
                 raise check.error(where, f"the argument {arg!r} for get_config()", "none", do)
             return function(), plugins.defines_parts(module)
+    finally:
+        plugins.forget(package)  # the next load reads every file anew
 
 
 def plain(value: Any) -> Any:
@@ -107,7 +111,12 @@ def plain(value: Any) -> Any:
     if hasattr(value, "to_dict"):  # a ConfigDict
         value = value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(getattr(value, name)) for name in _fields(type(value))}
+        out = {name: plain(getattr(value, name)) for name in _fields(type(value))}
+        for key, f in _fields(type(value)).items():  # what was `named` keeps its name
+            table = f.metadata.get("table", {})
+            names = [name for name, c in table.items() if type(getattr(value, key)) is c]
+            out[key] = {"name": names[0], **out[key]} if names else out[key]
+        return out
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -142,8 +151,31 @@ def overlay(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]
     return out
 
 
-def build(cls: type[T], section: Any, where: str) -> T:
-    """Builds the dataclass `cls` from a section; unknown keys, missing keys and wrong types are UserErrors."""
+def named(table: Mapping[str, type], default: str, kind: str) -> Any:
+    """A field of a dataclass whose section says by `name` which class of `table` it is.
+
+    Args:
+        table: classes by name.
+        default: the name of a section that has none.
+        kind: a class whose attribute `kind` is another one is refused.
+    """
+    return dataclasses.field(metadata={"table": table, "default": default, "kind": kind})
+
+
+def build(
+    cls: type[T], section: Any, where: str, more: Mapping[str, type] = types.MappingProxyType({})
+) -> T:
+    """Builds a dataclass from a section of a config.
+
+    Args:
+        cls: the dataclass.
+        section: its fields by name.
+        where: the section's path, for errors.
+        more: further classes by name for the fields that are `named` (a plugin's).
+
+    Raises:
+        UserError: for an unknown or a missing key, or a value of the wrong type.
+    """
     if not isinstance(section, Mapping):
         raise check.error(where, repr(section), f"a section of {cls.__name__}", "write a dict")
     fields = {name: f for name, f in _fields(cls).items() if f.init}
@@ -157,12 +189,31 @@ def build(cls: type[T], section: Any, where: str) -> T:
             raise check.error(
                 where, "no value", f"{name}: {_name(hints[name])}", f"set {where}.{name}"
             )
-    values = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in section.items()}
-    return cls(**values)
+
+    def value(key: str) -> Any:
+        choice, given, here = fields[key].metadata, section[key], f"{where}.{key}"
+        if "table" not in choice:
+            return _convert(given, hints[key], here)
+        table = {**choice["table"], **more}
+        kind = choice["kind"]
+        table = {name: c for name, c in table.items() if getattr(c, "kind", kind) == kind}
+        is_built = isinstance(given, tuple(table.values()))
+        return given if is_built else build_named(table, given, here, choice["default"])
+
+    return cls(**{key: value(key) for key in section})
 
 
-def build_named(table: Mapping[str, type], section: Any, where: str, default: str = "") -> Any:
-    """Builds the component of `table` that `section["name"]` names (or `default`) from the rest of it."""
+def build_named(
+    table: Mapping[str, type],
+    section: Any,
+    where: str,
+    default: str = "",
+    more: Mapping[str, type] = types.MappingProxyType({}),
+) -> Any:
+    """Builds the component of `table` that `section["name"]` names (or `default`) from the rest of the section.
+
+    Raises UserError for an unknown name, and as `build` (which says what `more` is).
+    """
     if not isinstance(section, Mapping):
         do = (
             f"write {where}.name={section}"
@@ -174,7 +225,7 @@ def build_named(table: Mapping[str, type], section: Any, where: str, default: st
     name = rest.pop("name", default)
     if not isinstance(name, str) or name not in table:
         raise check.unknown(f"{where}.name", str(name), table)
-    return build(table[name], rest, where)
+    return build(table[name], rest, where, more)
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:

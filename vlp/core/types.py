@@ -14,16 +14,19 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+import numpy as np
+from flax import errors, struct
 
 from vlp.core import check, mesh
 
 PyTree = Any
-KEPT = "block"  # the name of what goes into a tower's blocks, and comes out of the last (jax.ad_checkpoint)
+Weight = float | tuple[tuple[float, float], ...]  # a number, or (progress, value) points: see `at`
+KEPT = "block"  # checkpoint_name of the inputs of a tower's blocks and of the last block's output
 MICRO_REMAT = {  # what the backward pass keeps of a micro-batch
     "full": jax.checkpoint_policies.nothing_saveable,
     "blocks": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
+OF_CAPTIONS = ("text", "text.mask")  # leaves [B K …] where a record gives K captions
 
 
 @struct.dataclass
@@ -32,7 +35,16 @@ class Term:
 
     total: jax.Array
     count: jax.Array | float | int
-    weight: float = struct.field(pytree_node=False, default=1.0)
+    weight: jax.Array | float = 1.0
+
+    @classmethod
+    def mean_of(
+        cls, x: jax.Array, weight: jax.Array | float = 1.0, where: jax.Array | None = None
+    ) -> Term:
+        """The mean over all elements of `x`, or over those where `where` (bool, of x's shape) is True."""
+        if where is None:
+            return cls(x.sum(), x.size, weight)
+        return cls(jnp.where(where, x, 0).sum(), where.sum(), weight)
 
     def mean(self) -> jax.Array:
         count = jnp.asarray(self.count, jnp.float32)
@@ -56,6 +68,47 @@ class Out:
         return sum((t.weight * t.mean() for t in self.terms.values()), jnp.float32(0))
 
 
+def at(weight: Weight, progress: jax.Array | float) -> jax.Array | float:
+    """The value of a schedule: the number itself, or the points joined by straight lines, constant beyond the ends.
+
+    Args:
+        weight: a number, or ((progress, value), …) with rising progress in [0, 1].
+        progress: share of the stage that is done, in [0, 1].
+
+    Raises:
+        UserError: the points do not rise from 0 to 1 at most.
+    """
+    if isinstance(weight, int | float):
+        return weight
+    places = [place for place, _ in weight]
+    if sorted(set(places)) != places or not all(0 <= place <= 1 for place in places):
+        expected = "points ((progress, value), …) whose progress rises within [0, 1]"
+        raise check.error("config.objective", weight, expected, "sort the points")
+    values = jnp.asarray([value for _, value in weight], jnp.float32)
+    return jnp.interp(jnp.asarray(progress, jnp.float32), jnp.asarray(places, jnp.float32), values)
+
+
+class Named(dict):
+    """A dict of arrays. A key that is missing is a UserError of one line, not a KeyError."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "", do: str = ""):
+        super().__init__(values)
+        self.where, self.do = where, do
+
+    def __missing__(self, name: str) -> Any:
+        raise check.error(self.where, f"no {name!r}", f"one of {sorted(self)}", self.do)
+
+
+jax.tree_util.register_pytree_with_keys(
+    Named,
+    lambda x: (
+        [(jax.tree_util.DictKey(k), x[k]) for k in sorted(x)],
+        (tuple(sorted(x)), x.where, x.do),
+    ),
+    lambda aux, leaves: Named(dict(zip(aux[0], leaves)), *aux[1:]),
+)
+
+
 def answer(objective: Any, ctx: Any) -> Out:
     """What the objective returns; raises UserError unless that is an `Out` whose numbers are scalars."""
     out, where = objective(ctx), f"objective {type(objective).__name__}"
@@ -75,18 +128,43 @@ def answer(objective: Any, ctx: Any) -> Out:
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """A model bound to parameters: `apply("image", x)`. Deterministic unless per-example `keys` are given."""
+    """A model with parameters: `apply("image", x)`. Deterministic unless per-example `keys` are given.
+
+    stop: no gradient flows into parameters or inputs (a teacher). bound: the model is bound already, and makes the
+    parameters that a call asks for (`train.state.init_params`); `params` is then empty.
+    """
 
     model: Any  # flax module, hashable
     params: PyTree
+    stop: bool = False
+    bound: bool = False
 
     def __call__(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What the model's method returns; a dict's missing keys are UserErrors.
+
+        Raises UserError for a method that the model lacks, and for parameters that were never made.
+        """
+        kind = type(self.model).__name__
         if not hasattr(self.model, method):
-            got = f"a {type(self.model).__name__}, which has no {method!r}"
-            raise check.error(
-                "config.model", got, "a model that answers it", "change it or the objective"
-            )
-        return self.model.apply({"params": self.params}, *args, method=method, **kwargs)
+            got, do = f"a {kind} without a method {method!r}", "use a model that has it"
+            raise check.error("config.model", got, f"a model with {method!r}", do)
+        if self.bound:
+            out = getattr(self.model, method)(*args, **kwargs)
+        else:
+            out = self._run(kind, method, *args, **kwargs)
+        out = jax.lax.stop_gradient(out) if self.stop else out
+        if type(out) is not dict:
+            return out
+        do = "set the model's fields that make it, or use a model that gives it"
+        return Named(out, f"config.model: {kind}.{method}", do)
+
+    def _run(self, kind: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.model.apply({"params": self.params}, *args, method=method, **kwargs)
+        except errors.ScopeParamNotFoundError as e:
+            got = f"no parameters for {kind}.{method} ({str(e).split(' (http')[0]})"
+            do = "train it with an objective that uses them"
+            raise check.error("config.model", got, "parameters that training made", do) from None
 
     def jit(self, f: Callable[..., Any], **static: Any) -> Callable[..., Any]:
         """f(apply, *args, **static) compiled once for all values of the parameters; f a module-level function."""
@@ -104,9 +182,11 @@ def _jitted(
 class Ctx:
     """What an objective sees of a step. Arrays are global: rows of all devices, or of one micro-batch inside `map`.
 
-    batch: "image" u8[B R R 3], "text" i32[B L] (or [B K L]: `texts`), "mask" bool[B], "index" u32[B 2] (position in
-    the sample stream, high and low word), "record" u32[B 2], and whatever else the data gives; leaves of a second
-    stream of batches are prefixed by its name ("stream.image") and have their own size.
+    batch: the leaves that the objective `reads`: "image" u8[B R R 3], "text" i32[B L] (or [B K L]: `captions`) …, and
+    always "mask" bool[B], "index" u32[B 2] (position in the sample stream, high and low word) and "record" u32[B 2].
+    Leaves of another stream are prefixed by its name ("more/image") and have a batch size of their own.
+    progress: share of the stage that is done, in [0, 1]. frozen: the teachers. num_captions: inside `captions`, how
+    many rows each example has.
     """
 
     apply: Apply
@@ -117,78 +197,138 @@ class Ctx:
     frozen: Mapping[str, Apply] = dataclasses.field(default_factory=dict)
     num_micro: int = 1
     micro_remat: str = "full"
+    progress: jax.Array | float = 0.0
+    num_captions: int = 1
 
-    def student(self, method: str, *args: Any, draw: int = 0, **kwargs: Any) -> Any:
-        """Calls the trained model: stochastic in training, deterministic in evaluation.
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch, Named):
+            do = "name it in the objective's `reads`, and let config.data give it"
+            object.__setattr__(self, "batch", Named(self.batch, "objective: batch", do))
 
-        draw: number of this pass, for methods that call a tower several times with other masks or dropout.
+    def student(self, method: str, *args: Any, pass_id: int = 0, **kwargs: Any) -> Any:
+        """Calls the trained model: stochastic in training, deterministic in evaluation and in teachers.
+
+        pass_id: number of this pass, for methods that call a tower several times with other masks or dropout.
         """
         if method != "scale_bias" and "keys" not in kwargs:
-            kwargs["keys"] = self.keys(f"{method}:{draw}")
+            passes = range(pass_id, pass_id + self.num_captions)
+            kwargs["keys"] = self._keys([f"{method}:{k}" for k in passes])
         return self.apply(method, *args, **kwargs)
 
-    def then(self, out: PyTree) -> tuple[Ctx, PyTree]:
-        """This step and `out` again, such that what the step calls from here on is differentiated before `out` is.
+    def head(self, name: str, *x: Any, pass_id: int = 0, **kwargs: Any) -> Any:
+        """Calls one of the objective's heads on arrays that lead with the batch axis."""
+        passes = range(pass_id, pass_id + self.num_captions)
+        kwargs.setdefault("keys", self._keys([f"head.{name}:{k}" for k in passes]))
+        return self.apply("head", name, *x, **kwargs)
 
-        Towers that do not read each other have no order of their own, and a compiler may begin one's backward pass
-        while the other's activations are all alive. Values and gradients stay what they were.
-        """
-        params, out = _before(self.apply.params, out)
-        return dataclasses.replace(self, apply=dataclasses.replace(self.apply, params=params)), out
-
-    def texts(self) -> list[jax.Array]:
-        """The batch's captions, i32[B L] each: one, or K with `config.data.captions` "all"; pass k is their `draw`."""
-        text = self.batch["text"]
-        return [text] if text.ndim == 2 else [text[:, k] for k in range(text.shape[1])]
-
-    @property
-    def teachers(self) -> Mapping[str, Callable[..., Any]]:
-        """Frozen models by name: same call as `student`, gradient stopped, deterministic unless given `keys`."""
-        return _Teachers(self.frozen)
+    def teacher(self, name: str) -> Ctx:
+        """The same step seen through a teacher's parameters: deterministic, no gradient. Raises UserError if none."""
+        if not self.frozen:
+            do = f"add config.teachers.{name}"
+            raise check.error("config.teachers", "none", f"{name!r}, which the objective asks", do)
+        if name not in self.frozen:
+            raise check.unknown("config.teachers", name, self.frozen)
+        apply = dataclasses.replace(self.frozen[name], stop=True)
+        return dataclasses.replace(self, apply=apply, seed=None)
 
     def keys(self, stream: str) -> jax.Array | None:
-        """One PRNG key per example = fold_in(seed, stream, sample index): no mesh, micro-batch or restart shows."""
+        """One PRNG key per row = fold_in(seed, stream, sample index): no mesh, micro-batch or restart shows.
+
+        Inside `captions`, each caption of an example has a key of its own. None in evaluation and in teachers.
+        """
+        more = [f"{stream}:{k}" for k in range(1, self.num_captions)]
+        return self._keys([stream, *more])
+
+    def _keys(self, streams: list[str]) -> jax.Array | None:
+        """One key per row; with K streams, row b·K + k has its key from stream k."""
         if self.seed is None:
             return None
-        key = jax.random.fold_in(self.seed, zlib.crc32(stream.encode()))
         words_B2 = self.batch["index"]
-        return jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(key, w[0]), w[1]))(words_B2)
+        fold = jax.random.fold_in
+        if len(streams) == 1:
+            key = fold(self.seed, zlib.crc32(streams[0].encode()))
+            return jax.vmap(lambda w: fold(fold(key, w[0]), w[1]))(words_B2)
+        numbers_K = np.uint32([zlib.crc32(stream.encode()) for stream in streams])
+        keys_K = jax.vmap(lambda n: fold(self.seed, n))(numbers_K)
+        keys_B = jnp.tile(keys_K, words_B2.shape[0] // len(streams))
+        return jax.vmap(lambda key, w: fold(fold(key, w[0]), w[1]))(keys_B, words_B2)
+
+    def at(self, weight: Weight) -> jax.Array | float:
+        """The value of a weight at this point of the stage (`types.at`)."""
+        return at(weight, self.progress)
 
     def stream(self, name: str) -> Ctx:
         """The same step seen on the batch of another stream."""
-        prefix = f"{name}."
+        prefix = f"{name}/"
         leaves = {k.removeprefix(prefix): v for k, v in self.batch.items() if k.startswith(prefix)}
         if not leaves:
-            streams = {k.split(".")[0] for k in self.batch if "." in k}
-            raise check.error(
-                "objective",
-                f"stream {name!r}",
-                f"one of {sorted(streams)}",
-                "add it to config.streams",
-            )
+            streams = sorted({k.split("/")[0] for k in self.batch if "/" in k})
+            do = f"add config.streams.{name}, and its leaves to the objective's `reads`"
+            raise check.error("objective", f"stream {name!r}", f"one of {streams}", do)
         return dataclasses.replace(self, batch=leaves)
 
+    def captions(self, f: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
+        """Runs f(ctx, *arrays) once for all captions of the batch: row b·K + k is caption k of example b.
+
+        The program that is traced does not grow with K. Dropout and masks differ between captions.
+
+        Args:
+            f: sees "text" i32[B·K L] (and "text.mask"), every other leaf and `arrays` repeated K times. Every leaf
+                that it returns leads with B·K.
+            arrays: trees of arrays that lead with B.
+
+        Returns:
+            What f returns, [B K …]. K is 1 where the batch has one text for each example.
+        """
+        rows = {name: x for name, x in self.batch.items() if "/" not in name}
+        if self.batch["text"].ndim == 2:
+            out = f(dataclasses.replace(self, batch=rows), *arrays)
+            return jax.tree.map(lambda x: x[:, None], out)
+        num, k = self.batch["text"].shape[:2]
+
+        def pin(x: jax.Array) -> jax.Array:
+            return mesh.constrain(x, "batch", *[None] * (x.ndim - 1))
+
+        def join(x: jax.Array) -> jax.Array:
+            return pin(x.reshape(num * k, *x.shape[2:]))
+
+        def repeat(x: jax.Array) -> jax.Array:
+            return join(jnp.broadcast_to(x[:, None], (num, k, *x.shape[1:])))
+
+        batch = {name: (join if name in OF_CAPTIONS else repeat)(x) for name, x in rows.items()}
+        ctx = dataclasses.replace(self, batch=batch, num_captions=k)
+        out = f(ctx, *jax.tree.map(repeat, arrays))
+        return jax.tree.map(lambda x: pin(x.reshape(num, k, *x.shape[1:])), out)
+
     def map(self, f: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
-        """Runs f(ctx, *arrays) over the batch; every leaf that f returns leads with the batch axis.
+        """Runs f(ctx, *arrays) over the batch, micro-batch by micro-batch.
 
         One call when there is one micro-batch. Otherwise a scan of calls over rows j::k, so that the batch keeps its
         sharding. With micro_remat "full" each call is computed again in the backward pass, and one micro-batch's
-        activations live at a time. With "blocks" the inputs of all blocks are kept, of the whole batch: with blocks
-        that are computed again in any case (the towers' remat "full"), only what a call works with is divided, and
-        nothing is computed a third time. A loss taken over the result couples the whole batch exactly: this is
-        cached-gradient accumulation (Gao et al. 2021, arXiv:2101.06983) with no code of its own. `arrays`, leading
-        with the batch axis, are split alike.
+        activations live at a time. With "blocks" the inputs of all blocks are kept, of the whole batch: use it where
+        the towers' remat is "full", so that nothing is computed a third time. A loss taken over the result couples the
+        whole batch exactly: this is cached-gradient accumulation (Gao et al. 2021, arXiv:2101.06983).
+
+        Args:
+            f: every leaf that it returns leads with the batch axis.
+            arrays: trees of arrays that lead with the batch axis; they are split as the batch is.
+
+        Returns:
+            What f returns, for the whole batch, in the batch's order.
+
+        Raises:
+            UserError: the micro-batches do not divide the batch.
         """
         if self.num_micro == 1:
             return f(self, *arrays)
         k = self.num_micro
-        rows = {name: x for name, x in self.batch.items() if "." not in name}
+        rows = {name: x for name, x in self.batch.items() if "/" not in name}
 
         def split(x: jax.Array) -> jax.Array:
             if x.shape[0] % k:
-                raise check.error(
-                    "batch", x.shape[0], f"a multiple of micro_batches = {k}", "change config.batch"
-                )
+                expected = f"a multiple of micro_batches = {k}"
+                do = f"set config.batch to a multiple of {k}"
+                raise check.error("batch", x.shape[0], expected, do)
             x = jnp.moveaxis(x.reshape(x.shape[0] // k, k, *x.shape[1:]), 1, 0)
             return mesh.constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
@@ -205,53 +345,12 @@ class Ctx:
         return jax.tree.map(join, out)
 
 
-@jax.custom_vjp
-def _before(first: PyTree, second: PyTree) -> tuple[PyTree, PyTree]:
-    """Both as they are; second's cotangents wait for first's, of those leaves that have any."""
-    return first, second
-
-
-def _before_fwd(first: PyTree, second: PyTree) -> tuple[tuple[PyTree, PyTree], None]:
-    primal = lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-    return jax.tree.map(lambda x: x.value, (first, second), is_leaf=primal), None
-
-
-def _before_bwd(_: None, cotangents: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-    none = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
-    leaves, treedef = jax.tree.flatten(cotangents, is_leaf=none)
-    waited = iter(jax.lax.optimization_barrier([x for x in leaves if not none(x)]))
-    return jax.tree.unflatten(treedef, [None if none(x) else next(waited) for x in leaves])
-
-
-_before.defvjp(_before_fwd, _before_bwd, symbolic_zeros=True)
-
-
-class _Teachers(Mapping[str, Callable[..., Any]]):
-    def __init__(self, frozen: Mapping[str, Apply]):
-        self._frozen = frozen
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        if not self._frozen:
-            do = f"add config.teachers.{name}"
-            raise check.error("config.teachers", "none", f"{name!r}, which the objective asks", do)
-        if name not in self._frozen:
-            raise check.unknown("config.teachers", name, self._frozen)
-        apply = self._frozen[name]
-        return lambda method, *args, **kwargs: jax.lax.stop_gradient(apply(method, *args, **kwargs))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._frozen)
-
-    def __len__(self) -> int:
-        return len(self._frozen)
-
-
 @runtime_checkable
 class Objective(Protocol):
     """A training method: a frozen dataclass of numbers.
 
-    reads: batch leaves, checked against the data before compiling. It may also declare `needs`, what the model must
-    answer ("decode", "image.embed"), and define `init_method_state(key)` → arrays (see `Out.method_state`).
+    reads: names of the batch's leaves that it uses; others are not made. It may also declare `heads`, frozen specs by
+    name (`models.heads.HEADS`), and define `init_method_state(key, model)` → arrays (see `Out.method_state`).
     """
 
     reads: ClassVar[frozenset[str]]
@@ -272,10 +371,10 @@ class Result:
 class Evaluator(Protocol):
     """A frozen dataclass; owns its data spec and `every_steps` (0: at the end of a stage only).
 
-    needs: what the model must answer ("image.embed", "decode"), checked before training.
+    It may define `asks(apply, image, text)`: what it asks of the model for one batch. That is traced before training,
+    so that what the model lacks is an error of one line then.
     """
 
-    needs: ClassVar[frozenset[str]]
     split: str
     batch: int
     every_steps: int

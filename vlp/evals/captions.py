@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ class Captions:
     generated. items: how many the report shows.
     """
 
-    needs: ClassVar = frozenset({"image.feats", "text.tokens", "decode"})
     split: str = "test"
     batch: int = 64
     every_steps: int = 0
@@ -37,6 +36,10 @@ class Captions:
     def __post_init__(self) -> None:
         bounds = {"items": (self.items >= 0, "at least 0")}
         check.bounds("config.evals: captions", self, bounds)
+
+    def asks(self, apply: Apply, image: jax.Array, text: jax.Array) -> Any:
+        """What is asked of the model for one batch."""
+        return _losses(apply, image, text, image[:1], jnp.arange(len(image)))
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         dataset = io.open(self.split)

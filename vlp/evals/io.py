@@ -16,12 +16,11 @@ from jax.sharding import Mesh
 
 from vlp.core import check, local
 from vlp.core import mesh as meshes
-from vlp.core.types import Evaluator
+from vlp.core.types import Apply, Evaluator
 from vlp.data.config import Data
 from vlp.data.dataset import Dataset, open_dataset
 from vlp.data.text_ops import BadCaption
 from vlp.data.tokenizer import Tokenizer
-from vlp.models.interface import check_needs
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +53,9 @@ class IO:
         }
 
 
-def check_ready(evaluator: Evaluator, model: Any, mesh: Mesh, io: IO, where: str) -> None:
-    """Raises UserError for whatever would stop the evaluator after hours of training."""
+def check_ready(evaluator: Evaluator, mesh: Mesh, io: IO, where: str) -> None:
+    """Raises UserError for whatever of the data or the mesh would stop the evaluator after hours of training."""
     meshes.check_batch(evaluator.batch, mesh, where=f"{where}.batch")
-    check_answers(evaluator, model, io.data, where)
     dataset = io.open(evaluator.split)
     if getattr(evaluator, "reads_captions", True):
         check_captions(dataset, f"{where}.split")
@@ -65,10 +63,25 @@ def check_ready(evaluator: Evaluator, model: Any, mesh: Mesh, io: IO, where: str
         more(io, where)
 
 
-def check_answers(evaluator: Evaluator, model: Any, data: Data, where: str) -> None:
-    """Raises UserError unless the model answers what the evaluator asks."""
-    do = "drop this evaluation or change config.model"
-    check_needs(model, evaluator.needs, data.image_px, data.text_len, where, do)
+def check_asks(evaluator: Evaluator, apply: Apply, data: Data, where: str) -> None:
+    """Raises UserError unless the model answers what the evaluator asks of it for a batch; computes nothing.
+
+    Args:
+        evaluator: One without `asks` is not checked.
+        apply: Parameters may be shapes.
+        data: Sizes of images and texts.
+        where: The evaluator's place in the config.
+    """
+    if (asks := getattr(evaluator, "asks", None)) is None:
+        return
+    num = evaluator.batch
+    image = jax.ShapeDtypeStruct((num, data.image_px, data.image_px, 3), np.uint8)
+    text = jax.ShapeDtypeStruct((num, data.text_len), np.int32)
+    ask = lambda params, *batch: asks(dataclasses.replace(apply, params=params), *batch)
+    try:
+        jax.eval_shape(ask, apply.params, image, text)
+    except check.UserError as e:
+        raise check.UserError(f"{where}: {e}, or drop this evaluation") from None
 
 
 def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +21,6 @@ from vlp.evals import io as ios
 class Retrieval:
     """Every image against every text of `split`. gallery: how many queries the report shows."""
 
-    needs: ClassVar = frozenset({"image.embed", "text.embed"})
     split: str = "test"
     batch: int = 64
     every_steps: int = 0
@@ -30,6 +29,10 @@ class Retrieval:
     def __post_init__(self) -> None:
         bounds = {"gallery": (self.gallery >= 0, "at least 0")}
         check.bounds("config.evals: retrieval", self, bounds)
+
+    def asks(self, apply: Apply, image: jax.Array, text: jax.Array) -> Any:
+        """What is asked of the model for one batch."""
+        return _embed(apply, image, text)
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         dataset = io.open(self.split)

@@ -36,7 +36,6 @@ class Zeroshot:
     arXiv:2103.00020, §3.1.4). extra_splits: more records beside those of `split`. items: images in the report.
     """
 
-    needs: ClassVar = frozenset({"image.embed", "text.embed"})
     reads_captions: ClassVar = False
     label: str
     classes: tuple[str, ...]
@@ -93,6 +92,10 @@ class Zeroshot:
     @property
     def splits(self) -> tuple[str, ...]:
         return (self.split, *self.extra_splits)
+
+    def asks(self, apply: Apply, image: jax.Array, text: jax.Array) -> Any:
+        """What is asked of the model for one batch."""
+        return _image(apply, image), _text(apply, text)
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         class_CE = embed_classes(apply, mesh, io, self)

@@ -1,7 +1,6 @@
-"""Models by name (`config.model.name`)."""
+"""Models and towers by name (`config.model.name`, `config.model.image_tower.name`)."""
 
-from vlp.models.captioner import Captioner
-from vlp.models.dual import Dual
-from vlp.models.mammut import Mammut
+from vlp.models.towers import TOWERS as TOWERS
+from vlp.models.two_tower import TwoTower
 
-MODELS = {"captioner": Captioner, "dual": Dual, "mammut": Mammut}
+MODELS = {"two_tower": TwoTower}

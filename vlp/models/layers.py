@@ -6,6 +6,7 @@ per-example keys that are passed in (`keys_B`; None: deterministic), never from 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -176,8 +177,15 @@ def drop(
     return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block: self-attention, cross-attention if `context` is given, MLP."""
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What the blocks of one stack have in common.
+
+    width: of the tokens. heads: of the attention, a divisor of `width`. mlp: width of the MLP's hidden layer.
+    activation: a name in ACTIVATIONS. dropout, drop_path: rates in [0, 1). dtype: type of the computation.
+    attention: a kernel in `ops.attention.KERNELS`. remat: what the backward pass keeps of a block, a name in REMAT.
+    scan: False unrolls the loop over blocks; the parameters stay the same.
+    """
 
     width: int
     heads: int
@@ -187,6 +195,21 @@ class Block(nn.Module):
     drop_path: float = 0.0
     dtype: str = "float32"
     attention: str = "auto"
+    remat: str = "none"
+    scan: bool = True
+
+    @classmethod
+    def of(cls, tower: Any, **changes: Any) -> BlockConfig:
+        """The block fields of a tower, with `changes`. An `mlp` of 0 means 4 · width."""
+        names = [f.name for f in dataclasses.fields(cls) if hasattr(tower, f.name)]
+        values = {name: getattr(tower, name) for name in names} | changes
+        return cls(**values | {"mlp": values["mlp"] or 4 * values["width"]})
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, cross-attention if `context` is given, MLP."""
+
+    config: BlockConfig
 
     @nn.compact
     def __call__(
@@ -199,45 +222,31 @@ class Block(nn.Module):
         causal: bool,
         collect: bool,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"] | None]:
+        c = self.config
         x = checkpoint_name(x, KEPT)
-        keys = fold(keys, layer) if self.dropout or self.drop_path else None
+        keys = fold(keys, layer) if c.dropout or c.drop_path else None
 
         def add(x: Array, y: Array, number: int) -> Array:
-            y = drop(y, fold(keys, 2 * number), self.dropout)
-            y = drop(y, fold(keys, 2 * number + 1), self.drop_path, path=True)
+            y = drop(y, fold(keys, 2 * number), c.dropout)
+            y = drop(y, fold(keys, 2 * number + 1), c.drop_path, path=True)
             return constrain(x + y, "batch", None, None)
 
-        attention = lambda name: Attention(
-            self.heads, self.width, self.dtype, self.attention, name=name
-        )
-        y = Norm(self.dtype, name="norm_self")(x)
+        attention = lambda name: Attention(c.heads, c.width, c.dtype, c.attention, name=name)
+        y = Norm(c.dtype, name="norm_self")(x)
         x = add(x, attention("self")(y, mask_BTS=mask, causal=causal), 0)
         if context is not None:
-            y = Norm(self.dtype, name="norm_cross")(x)
+            y = Norm(c.dtype, name="norm_cross")(x)
             x = add(x, attention("cross")(y, context), 1)
-        y = Norm(self.dtype, name="norm_mlp")(x)
-        x = add(x, Mlp(self.mlp, self.activation, self.dtype, name="mlp")(y), 2)
+        y = Norm(c.dtype, name="norm_mlp")(x)
+        x = add(x, Mlp(c.mlp, c.activation, c.dtype, name="mlp")(y), 2)
         return x, x if collect else None
 
 
 class Stack(nn.Module):
-    """`depth` blocks under one scan: one block is compiled, and its parameters have a leading axis of layers.
-
-    remat: what the backward pass keeps of a block (REMAT); scan: False unrolls the loop, parameters unchanged;
-    attention: its kernel (`ops.attention.KERNELS`).
-    """
+    """`depth` blocks under one scan: one block is compiled, and its parameters have a leading axis of layers."""
 
     depth: int
-    width: int
-    heads: int
-    mlp: int
-    activation: str = "gelu"
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    dtype: str = "float32"
-    remat: str = "none"
-    scan: bool = True
-    attention: str = "auto"
+    config: BlockConfig
 
     @nn.compact
     def __call__(
@@ -250,7 +259,21 @@ class Stack(nn.Module):
         causal: bool = False,
         collect: bool = False,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "N B T D"] | None]:
-        block = rematerialised(Block, self.remat, prevent_cse=not self.scan, static_argnums=(6, 7))
+        """Runs the blocks.
+
+        Args:
+            x: the tokens.
+            context: what the blocks' cross-attention reads; None: the blocks have no cross-attention.
+            mask: True where token t may look at token s.
+            keys: one key per example for dropout and drop path; None: deterministic.
+            causal: token t looks at tokens 0..t alone.
+            collect: also return the output of every block.
+
+        Returns:
+            The last block's output, and the outputs of all blocks (or None).
+        """
+        c = self.config
+        block = rematerialised(Block, c.remat, prevent_cse=not c.scan, static_argnums=(6, 7))
         every: Any = nn.broadcast
         scanned = nn.scan(
             block,
@@ -258,21 +281,10 @@ class Stack(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, every, every, every, every, every),  # pyright: ignore  # typed as one int
             length=self.depth,
-            unroll=1 if self.scan else self.depth,
+            unroll=1 if c.scan else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        blocks = scanned(
-            self.width,
-            self.heads,
-            self.mlp,
-            self.activation,
-            self.dropout,
-            self.drop_path,
-            self.dtype,
-            self.attention,
-            name="blocks",
-        )
-        x, collected = blocks(
-            x.astype(self.dtype), jnp.arange(self.depth), context, mask, keys, causal, collect
+        x, collected = scanned(c, name="blocks")(
+            x.astype(c.dtype), jnp.arange(self.depth), context, mask, keys, causal, collect
         )
         return checkpoint_name(x, KEPT), collected

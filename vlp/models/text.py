@@ -1,8 +1,8 @@
-"""Text tower: causal or bidirectional transformer with the poolings of the contrastive papers."""
+"""Text tower: a causal or bidirectional transformer with the poolings of the contrastive papers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,23 +11,29 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from vlp.core import check
 from vlp.core.mesh import constrain, logical
 from vlp.models.heads import MapPool
-from vlp.models.layers import Norm, Stack, fold
+from vlp.models.layers import BlockConfig, Norm, Stack, fold
 from vlp.ops.params import rows, spread
 
-POOLS = ("cls", "first", "eos", "last", "mean", "map", "none")
+POOLS = ("cls", "first", "eos", "last", "mean", "norm_mean", "map", "none")
 
 
 class Text(nn.Module):
-    """Text tower (CoCa's unimodal decoder when causal with pool "cls"). `mlp` 0 means 4 · width.
+    """Transformer over tokens. An `mlp` of 0 means 4 · width.
 
-    pool: "cls" appends a learned token behind the text, which sees every real token and is seen
-    by none (CoCa, Yu et al. 2022, arXiv:2205.01917, §3.2); "eos" takes the first end-of-text token
-    (CLIP); "first" the first token, for towers that see the future (BERT's [CLS]; FLIP, ALIGN);
-    "last" the last position whatever it holds (SigLIP); "mean" averages the real tokens; "map" is
-    attention pooling over them; "none" pools nothing. Padding is never looked at, and the number of
-    pads changes nothing but for "last", which is defined by the padded length; with attend_padding a pad
-    is a word like any other (the released FLIP and SigLIP towers have no mask).
+    pool: how a text becomes one vector.
+        "cls": a learned token behind the text, which sees every real token and is seen by none (CoCa, Yu et al. 2022,
+            arXiv:2205.01917, §3.2).
+        "eos": the first end-of-text token (CLIP).
+        "first": the first token, for bidirectional towers (BERT's [CLS]; FLIP, ALIGN).
+        "last": the last position, whatever it holds (SigLIP).
+        "mean": the mean of the real tokens, then the final norm. "norm_mean": the norm first (MaMMUT).
+        "map": attention pooling over the real tokens.
+        "none": no vector.
+    attend_padding: treats a pad as a word like any other (the released FLIP and SigLIP towers have no mask). Otherwise
+    no token looks at padding, and the number of pads changes the result of "last" alone.
     """
+
+    kind: ClassVar[str] = "text"
 
     vocab: int
     width: int
@@ -58,32 +64,29 @@ class Text(nn.Module):
         )
         if self.pool == "cls":
             self.cls = self.param("cls", logical(init, "embed"), (self.width,))
-        mlp = self.mlp or 4 * self.width
-        self.stack = Stack(
-            self.depth, self.width, self.heads, mlp, self.activation, self.dropout,
-            self.drop_path, self.dtype, self.remat, self.scan, name="encoder",
-        )  # fmt: skip
-        if self.pool != "none":
-            self.norm = Norm(self.dtype)
-        if self.pool == "map":
-            self.pool_map = MapPool(self.heads, mlp, self.activation, self.dtype)
+        config = BlockConfig.of(self)
+        self.stack = Stack(self.depth, config, name="encoder")
+        self.norm = Norm(self.dtype)
+        self.pool_map = MapPool(self.heads, config.mlp, self.activation, self.dtype)
 
-    @nn.compact
     def __call__(
         self, text: Int[Array, "B L"], *, keys: Key[Array, "B"] | None = None, layers: bool = False
     ) -> dict[str, Any]:
-        """Returns tokens [B L D] (before the final norm), pooled [B D] or None, mask bool[B L] (True: a real token)."""
+        """Encodes texts.
+
+        Args:
+            text: token ids.
+            keys: one key per example for dropout; None: deterministic.
+            layers: also return every block's output.
+
+        Returns:
+            words [B L D]: the input of the blocks. tokens [B L D]: their output, before the final norm. pooled [B D]
+            or None. mask bool[B L]: True for a real token. layers [depth B T D] on request.
+        """
         length = text.shape[1]
-        pos = self.param(
-            "pos", logical(nn.initializers.normal(0.01), "tokens", "embed"), (length, self.width)
-        )
         mask_BL = text != self.pad_id
         seen_BL = jnp.ones_like(mask_BL) if self.attend_padding else mask_BL
-        x: Any = rows(self.embedding, text, self.dtype)
-        x += spread(pos, x.shape, x.dtype)
-        x = jnp.where(
-            seen_BL[..., None], x, jnp.zeros((), x.dtype)
-        )  # what the PAD row holds cannot leak
+        words_BLD = x = self._words(text, seen_BL)
         if self.pool == "cls":
             cls = spread(self.cls, (x.shape[0], 1, self.width), x.dtype)
             x = jnp.concatenate([x, cls], axis=1)
@@ -91,8 +94,28 @@ class Text(nn.Module):
         mask_BTS = attention_mask(seen_BL, causal=self.causal, cls=self.pool == "cls")
         x, collected = self.stack(x, mask=mask_BTS, keys=fold(keys, 1), collect=layers)
         pooled = None if self.pool == "none" else self._pool(x, text, seen_BL)
-        out = {"tokens": x[:, :length], "pooled": pooled, "mask": mask_BL}
+        out = {"words": words_BLD, "tokens": x[:, :length], "pooled": pooled, "mask": mask_BL}
         return out | ({"layers": collected} if layers else {})
+
+    def decode(
+        self,
+        words: Float[Array, "B L D"],
+        feats: Float[Array, "B S C"],
+        *,
+        keys: Key[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Runs the blocks again, causal, each with cross-attention to an image's `feats`; then the final norm."""
+        x, _ = self.stack(words, context=feats, keys=fold(keys, 1), causal=True)
+        return self.norm(x)
+
+    @nn.compact
+    def _words(self, text: Int[Array, "B L"], seen_BL: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Token and position embeddings. Zero for a pad, so that its row of the table cannot matter."""
+        init = logical(nn.initializers.normal(0.01), "tokens", "embed")
+        pos = self.param("pos", init, (text.shape[1], self.width))
+        x: Any = rows(self.embedding, text, self.dtype)
+        x += spread(pos, x.shape, x.dtype)
+        return jnp.where(seen_BL[..., None], x, jnp.zeros((), x.dtype))
 
     def _pool(
         self, x: Array, text: Int[Array, "B L"], seen_BL: Bool[Array, "B L"]
@@ -106,15 +129,22 @@ class Text(nn.Module):
         if self.pool == "eos":
             ids_B = jnp.argmax(text == self.eos_id, axis=1)
             return self.norm(jnp.take_along_axis(x, ids_B[:, None, None], axis=1)[:, 0])
-        count_B1 = jnp.maximum(seen_BL.sum(axis=1, keepdims=True), 1)
-        mean_BD = (x * seen_BL[..., None]).sum(axis=1) / count_B1
-        return self.norm(mean_BD.astype(x.dtype))
+        if self.pool == "norm_mean":
+            return mean(self.norm(x), seen_BL)
+        return self.norm(mean(x, seen_BL))
+
+
+def mean(x_BLD: Float[Array, "B L D"], seen_BL: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+    """The mean of the tokens that are seen (0 if there are none)."""
+    count_B1 = jnp.maximum(seen_BL.sum(axis=1, keepdims=True), 1)
+    return ((x_BLD * seen_BL[..., None]).sum(axis=1) / count_B1).astype(x_BLD.dtype)
 
 
 def attention_mask(mask_BL: Bool[Array, "B L"], *, causal: bool, cls: bool) -> Bool[Array, "B T T"]:
-    """Who sees whom: real tokens (before them, if causal), everyone itself; a CLS at the end sees all real tokens.
+    """Which token looks at which: [b, t, s] is True where token t looks at token s.
 
-    A row that sees nothing else still sees itself, so that no softmax is empty.
+    Every token looks at the real tokens (if causal, those before it) and at itself, so that no softmax is empty. A
+    CLS at the end looks at all real tokens, and no other token looks at it.
     """
     length = mask_BL.shape[1] + int(cls)
     keys_BT = jnp.pad(mask_BL, ((0, 0), (0, int(cls))))  # nobody else sees the CLS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 from vlp.core import check
 from vlp.core.mesh import constrain, logical
 from vlp.models.heads import MapPool
-from vlp.models.layers import Linear, Norm, Stack, fold, rematerialised
+from vlp.models.layers import BlockConfig, Linear, Norm, Stack, fold, rematerialised
 from vlp.ops import masking, posembed
 from vlp.ops.params import spread
 
@@ -26,6 +26,8 @@ class ViT(nn.Module):
     registers: further learned tokens, which nothing reads afterwards (Darcet et al. 2024, arXiv:2309.16588).
     pre_norm: LayerNorm before the blocks (CLIP). mean, std: pixels in [0, 1] are normalised by them.
     """
+
+    kind: ClassVar[str] = "image"
 
     patch: int
     width: int
@@ -95,16 +97,13 @@ class ViT(nn.Module):
         x = constrain(self._add_learned(x), "batch", None, None)
         if self.pre_norm:
             x = Norm(self.dtype, name="norm_pre")(x)
-        mlp = self.mlp or 4 * self.width
-        stack = Stack(
-            self.depth, self.width, self.heads, mlp, self.activation, self.dropout,
-            self.drop_path, self.dtype, self.remat, self.scan, self.attention, name="encoder",
-        )  # fmt: skip
+        config = BlockConfig.of(self)
+        stack = Stack(self.depth, config, name="encoder")
         x, collected = stack(x, keys=fold(keys, 1), collect=layers)
         x = Norm(self.dtype, name="norm")(x[:, self.registers :])
         if self.pool == "map":
             pool = rematerialised(MapPool, self.remat)
-            pooled = pool(self.heads, mlp, self.activation, self.dtype, name="pool_map")(x)
+            pooled = pool(self.heads, config.mlp, self.activation, self.dtype, name="pool_map")(x)
         else:
             pooled = {"cls": x[:, 0], "mean": x.mean(axis=1), "none": None}[self.pool]
         out = {"tokens": x, "pooled": pooled, "kept": kept}

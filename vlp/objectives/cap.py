@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from vlp.core.types import Ctx, Out, Term
-from vlp.losses import caption
+from vlp.objectives.passes import captioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,22 +17,12 @@ class Cap:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
-    needs: ClassVar[frozenset[str]] = frozenset({"image.feats", "text.tokens", "decode"})
     keep_ratio: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:
-        loss = ctx.map(self.encode)
-        count = loss["count"].sum()
-        accuracy = Term(loss["correct"].sum(), count)
+        nll = ctx.map(lambda c: captioned(c, self.keep_ratio)[2])
+        count = nll["count"].sum()
+        accuracy = Term(nll["correct"].sum(), count)
         return Out(
-            {"caption": Term(loss["total"].sum(), count)}, metrics={"caption/accuracy": accuracy}
+            {"caption": Term(nll["total"].sum(), count)}, metrics={"caption/accuracy": accuracy}
         )
-
-    def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
-        captions = []
-        for k, words in enumerate(ctx.texts()):
-            text = ctx.student("text", words, draw=k)
-            decoded = ctx.student("decode", text["tokens"], image["feats"], draw=k)
-            captions.append(caption.nll(decoded["hidden"], decoded["unembed"], words))
-        return caption.add(captions)

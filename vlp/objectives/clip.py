@@ -10,6 +10,7 @@ import jax
 from vlp.core import check
 from vlp.core.types import Ctx, Out, Term
 from vlp.losses import contrastive, focal
+from vlp.objectives.passes import embeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,6 @@ class Clip:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
-    needs: ClassVar[frozenset[str]] = frozenset({"image.embed", "text.embed", "scale_bias"})
     leave_one_out: bool = False
     focal: float = 0.0
     keep_ratio: float = 1.0
@@ -35,28 +35,21 @@ class Clip:
         check.bounds("config.objective", self, {"focal": (right, expected)})
 
     def __call__(self, ctx: Ctx) -> Out:
-        zi_BE, captions = ctx.map(self.encode)
+        zi_BE, zt_BKE = ctx.map(lambda c: embeds(c, self.keep_ratio))
         scale, _ = ctx.student("scale_bias")
         if self.leave_one_out and zi_BE.shape[0] < 2:
             raise check.error("config.batch", 1, "2 or more, for leave_one_out", "raise it")
         others = off_diagonal if self.leave_one_out else None
 
-        def one(zt_BE: jax.Array) -> dict[str, jax.Array]:
-            loss = contrastive.softmax(zi_BE, zt_BE, scale, keep=others)
+        def one(zt_BE: jax.Array, where_B: jax.Array | None) -> dict[str, jax.Array]:
+            loss = contrastive.softmax(zi_BE, zt_BE, scale, where=others, where_BK=where_B)
             i2t_B, t2i_B = (focal.weigh(loss[name], self.focal) for name in ("i2t", "t2i"))
             return loss | {"nll": 0.5 * (i2t_B + t2i_B)}
 
-        loss = contrastive.mean([one(zt_BE) for zt_BE in captions])
-        term = Term(loss["nll"].sum(), zi_BE.shape[0])
-        return Out(
-            {"contrastive": term}, metrics=contrastive.metrics(loss, scale, int(self.leave_one_out))
-        )
-
-    def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
-        ctx, image = ctx.then(image)
-        texts = [ctx.student("text", text, draw=k) for k, text in enumerate(ctx.texts())]
-        return image["embed"], [text["embed"] for text in texts]
+        loss = contrastive.over_captions(one, zt_BKE, ctx.batch.get("text.mask"))
+        term = Term.mean_of(loss["nll"])
+        metrics = contrastive.metrics(loss, scale, int(self.leave_one_out))
+        return Out({"contrastive": term}, metrics=metrics)
 
 
 def off_diagonal(i: jax.Array, j: jax.Array, *_: Any) -> jax.Array:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from vlp.core import check
 from vlp.core.types import Ctx, Out, Term
-from vlp.losses import caption, contrastive
+from vlp.losses import contrastive
+from vlp.objectives.passes import captioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,6 @@ class Coca:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
-    needs: ClassVar[frozenset[str]] = frozenset(
-        {"image.embed", "image.feats", "text.embed", "text.tokens", "decode", "scale_bias"}
-    )
     contrastive_weight: float = 1.0
     caption_weight: float = 2.0
     keep_ratio: float = 1.0
@@ -36,26 +34,18 @@ class Coca:
         check.bounds("config.objective", self, bounds)
 
     def __call__(self, ctx: Ctx) -> Out:
-        zi_BE, embeds, captions = ctx.map(self.encode)
+        zi_BE, zt_BKE, nll = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
-        loss = contrastive.mean([contrastive.softmax(zi_BE, zt_BE, scale) for zt_BE in embeds])
-        count = captions["count"].sum()
+        exists_BK = ctx.batch.get("text.mask")
+        loss = contrastive.softmax(zi_BE, zt_BKE, scale, where_BK=exists_BK)
+        count = nll["count"].sum()
         terms = {
-            "contrastive": Term(
-                (loss["i2t"] + loss["t2i"]).sum(), zi_BE.shape[0], self.contrastive_weight
-            ),
-            "caption": Term(captions["total"].sum(), count, self.caption_weight),
+            "contrastive": Term.mean_of(loss["i2t"] + loss["t2i"], self.contrastive_weight),
+            "caption": Term(nll["total"].sum(), count, self.caption_weight),
         }
-        accuracy = {"caption/accuracy": Term(captions["correct"].sum(), count)}
+        accuracy = {"caption/accuracy": Term(nll["correct"].sum(), count)}
         return Out(terms, metrics=contrastive.metrics(loss, scale) | accuracy)
 
     def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
-        ctx, image = ctx.then(image)
-        embeds, captions = [], []
-        for k, words in enumerate(ctx.texts()):
-            text = ctx.student("text", words, draw=k)
-            decoded = ctx.student("decode", text["tokens"], image["feats"], draw=k)
-            embeds.append(text["embed"])
-            captions.append(caption.nll(decoded["hidden"], decoded["unembed"], words))
-        return image["embed"], embeds, caption.add(captions)
+        image, text, nll = captioned(ctx, self.keep_ratio)
+        return image["embed"], text["embed"], nll

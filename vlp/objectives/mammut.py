@@ -9,7 +9,8 @@ import jax
 
 from vlp.core import check
 from vlp.core.types import Ctx, Out, Term
-from vlp.losses import caption, contrastive, focal
+from vlp.losses import contrastive, focal
+from vlp.objectives.passes import captioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,6 @@ class Mammut:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
-    needs: ClassVar[frozenset[str]] = frozenset(
-        {"image.embed", "image.feats", "text.embed", "text.tokens", "decode", "scale_bias"}
-    )
     contrastive_weight: float = 1.0
     caption_weight: float = 1.0
     focal: float = 0.0
@@ -41,29 +39,23 @@ class Mammut:
         check.bounds("config.objective", self, bounds)
 
     def __call__(self, ctx: Ctx) -> Out:
-        zi_BE, embeds, captions = ctx.map(self.encode)
+        zi_BE, zt_BKE, nll = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
 
-        def one(zt_BE: jax.Array) -> dict[str, jax.Array]:
-            loss = contrastive.softmax(zi_BE, zt_BE, scale)
+        def one(zt_BE: jax.Array, where_B: jax.Array | None) -> dict[str, jax.Array]:
+            loss = contrastive.softmax(zi_BE, zt_BE, scale, where_BK=where_B)
             i2t_B, t2i_B = (focal.weigh(loss[name], self.focal) for name in ("i2t", "t2i"))
             return loss | {"nll": 0.5 * (i2t_B + t2i_B)}
 
-        loss = contrastive.mean([one(zt_BE) for zt_BE in embeds])
-        count = captions["count"].sum()
+        loss = contrastive.over_captions(one, zt_BKE, ctx.batch.get("text.mask"))
+        count = nll["count"].sum()
         terms = {
-            "contrastive": Term(loss["nll"].sum(), zi_BE.shape[0], self.contrastive_weight),
-            "caption": Term(captions["total"].sum(), count, self.caption_weight),
+            "contrastive": Term.mean_of(loss["nll"], self.contrastive_weight),
+            "caption": Term(nll["total"].sum(), count, self.caption_weight),
         }
-        accuracy = {"caption/accuracy": Term(captions["correct"].sum(), count)}
+        accuracy = {"caption/accuracy": Term(nll["correct"].sum(), count)}
         return Out(terms, metrics=contrastive.metrics(loss, scale) | accuracy)
 
     def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
-        embeds, captions = [], []
-        for k, words in enumerate(ctx.texts()):
-            text = ctx.student("text", words, draw=k)
-            decoded = ctx.student("decode", text["tokens"], image["feats"], draw=k)
-            embeds.append(text["embed"])
-            captions.append(caption.nll(decoded["hidden"], decoded["unembed"], words))
-        return image["embed"], embeds, caption.add(captions)
+        image, text, nll = captioned(ctx, self.keep_ratio)
+        return image["embed"], text["embed"], nll

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from vlp.core.types import Ctx, Out, Term
 from vlp.losses import contrastive
+from vlp.objectives.passes import embeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +19,12 @@ class Siglip:
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
-    needs: ClassVar[frozenset[str]] = frozenset({"image.embed", "text.embed", "scale_bias", "bias"})
     keep_ratio: float = 1.0
 
     def __call__(self, ctx: Ctx) -> Out:
-        zi_BE, captions = ctx.map(self.encode)
+        zi_BE, zt_BKE = ctx.map(lambda c: embeds(c, self.keep_ratio))
         scale, bias = ctx.student("scale_bias")
-        loss = contrastive.mean(
-            [contrastive.sigmoid(zi_BE, zt_BE, scale, bias) for zt_BE in captions]
-        )
-        term = Term(loss["loss"].sum(), zi_BE.shape[0])
+        exists_BK = ctx.batch.get("text.mask")
+        loss = contrastive.sigmoid(zi_BE, zt_BKE, scale, bias, where_BK=exists_BK)
         metrics = contrastive.metrics(loss, scale) | {"logit_bias": Term(bias, 1)}
-        return Out({"sigmoid": term}, metrics=metrics)
-
-    def encode(self, ctx: Ctx) -> Any:
-        image = ctx.student("image", ctx.batch["image"], keep_ratio=self.keep_ratio)
-        ctx, image = ctx.then(image)
-        texts = [ctx.student("text", text, draw=k) for k, text in enumerate(ctx.texts())]
-        return image["embed"], [text["embed"] for text in texts]
+        return Out({"sigmoid": Term.mean_of(loss["loss"])}, metrics=metrics)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -13,10 +14,10 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
+from vlp.core.types import Apply
 from vlp.data.config import check_data
 from vlp.data.dataset import Dataset, in_stages, leaves, open_dataset
-from vlp.evals.io import IO, check_answers, check_ready
-from vlp.models.interface import check_needs
+from vlp.evals.io import IO, check_asks, check_ready
 from vlp.optim import make as optimisers
 from vlp.train import state as states
 from vlp.train.stages import Run, Stage
@@ -37,6 +38,7 @@ class StagePlan:
     datasets: Mapping[str, Dataset]  # "" is the main stream
     updater: optimisers.Updater
     teachers: Mapping[str, tuple[Any, float | None]]
+    boxed: PyTree  # shapes of the parameters, with the names of their axes
     abstract: State
     batch: Mapping[str, jax.ShapeDtypeStruct]
     step: Any
@@ -55,7 +57,7 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     trace(plan)
     for label, evaluator in stage.evals.items():
         io = IO(stage.data, datasets[""].tokenizer)
-        check_ready(evaluator, stage.model, mesh, io, f"config.evals.{label}")
+        check_ready(evaluator, mesh, io, f"config.evals.{label}")
     return dataclasses.replace(plan, datasets=datasets)
 
 
@@ -80,26 +82,20 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     meshes.check_batch(stage.batch, mesh, stage.micro_batches)
     for name, stream in stage.streams.items():
         meshes.check_batch(stream.batch, mesh, where=f"config.streams.{name}.batch")
-    needs = getattr(stage.objective, "needs", frozenset())
-    do = "change config.objective or config.model"
-    px, length = stage.data.image_px, stage.data.text_len
-    check_needs(stage.model, needs, px, length, "config.objective", do)
-    for label, evaluator in stage.evals.items():
-        check_answers(evaluator, stage.model, stage.data, f"config.evals.{label}")
     batch = abstract_batch(stage, mesh)
-    if not hasattr(stage.objective, "reads"):
-        got, do = f"{type(stage.objective).__name__} without reads", "name the batch leaves it uses"
-        expected = "reads: ClassVar[frozenset[str]]"
-        raise check.error("config.objective", got, expected, do)
-    if missing := stage.objective.reads - set(batch):
-        got, do = f"no batch leaf {sorted(missing)}", "change config.data"
-        raise check.error("config.objective", got, sorted(batch), do)
-    boxed = states.abstract_params(stage.model, px, length)
-    updater = optimisers.make(stage.optim, nn.unbox(boxed))
-    teachers = {}
-    for name, teacher in stage.teachers.items():
-        model = _load(teacher.path).apply.model if teacher.path else stage.model
-        teachers[name] = (model, teacher.decay)
+    check_reads(stage, batch)
+    loaded = {name: _load(t.path).apply for name, t in stage.teachers.items() if t.path}
+    nets = teachers_shapes(stage, loaded)
+    with captions_told(stage, batch):
+        boxed = states.abstract_params(stage.model, stage.objective, batch, nets)
+    params = nn.unbox(boxed)
+    for label, evaluator in stage.evals.items():
+        check_asks(evaluator, Apply(stage.model, params), stage.data, f"config.evals.{label}")
+    updater = optimisers.make(stage.optim, params)
+    teachers = {
+        name: (loaded[name].model if t.path else stage.model, t.decay)
+        for name, t in stage.teachers.items()
+    }
     step = functools.partial(
         train_step,
         model=stage.model,
@@ -107,16 +103,17 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
         updater=updater,
         lr_at=stage.schedule.at(stage.batch, stage.num_steps),
         seed=settings.seed,
+        num_steps=stage.num_steps,
         num_micro=stage.micro_batches,
         micro_remat=stage.micro_remat,
         teachers=teachers,
     )
-    state = abstract_state(stage, updater, mesh)
+    state = abstract_state(stage, boxed, nets, updater, mesh)
     check_sharded(state, settings, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = keeping_state(step, f"objective {type(stage.objective).__name__}")
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
-    return StagePlan(stage, {}, updater, teachers, state, batch, compiled)
+    return StagePlan(stage, {}, updater, teachers, boxed, state, batch, compiled)
 
 
 def _load(workdir: str) -> Loaded:
@@ -125,19 +122,43 @@ def _load(workdir: str) -> Loaded:
     return load(workdir)
 
 
+def check_reads(stage: Stage, batch: Mapping[str, Any]) -> None:
+    """Raises UserError unless the objective says which leaves it reads, and the batch has them."""
+    where = "config.objective"
+    if not hasattr(stage.objective, "reads"):
+        got, do = f"{type(stage.objective).__name__} without reads", "name the batch leaves it uses"
+        raise check.error(where, got, "reads: ClassVar[frozenset[str]]", do)
+    if missing := sorted(stage.objective.reads - set(batch)):
+        do = "change config.data or config.streams so that they give it"
+        raise check.error(where, f"no batch leaf {missing}", sorted(batch), do)
+
+
+def teachers_shapes(stage: Stage, loaded: Mapping[str, Apply]) -> states.Nets:
+    """Model and parameters' shapes of each teacher from another run; (None, None) for those of the trained model."""
+    shapes = lambda apply: jax.eval_shape(lambda: apply.params)
+    of = {name: (apply.model, shapes(apply)) for name, apply in loaded.items()}
+    return {name: of.get(name, (None, None)) for name in stage.teachers}
+
+
 def trace(plan: StagePlan) -> None:
     """Traces the step, which is kept for the first one; what a method cannot do with its data or state shows here."""
-    try:
+    with captions_told(plan.stage, plan.batch):
         plan.step.eval_shape(plan.abstract, plan.batch)
+
+
+@contextlib.contextmanager
+def captions_told(stage: Stage, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Tells of config.data.captions where an objective fails on texts [B K L]."""
+    try:
+        yield
     except check.UserError:
         raise
     except (TypeError, ValueError, AssertionError, IndexError) as e:
-        stage = plan.stage
         if stage.data.captions != "all":
             raise
-        got = f"'all' (text {list(plan.batch['text'].shape)}) with {type(stage.objective).__name__}"
+        got = f"'all' (text {list(batch['text'].shape)}) with {type(stage.objective).__name__}"
         expected = f"an objective that reads several captions ({type(e).__name__})"
-        do = "set it to 'uniform', or change config.objective"
+        do = "set it to 'uniform', or call the text tower in ctx.captions"
         raise check.error("config.data.captions", got, expected, do) from e
 
 
@@ -177,22 +198,18 @@ def check_sharded(state: State, settings: Run, mesh: Mesh) -> None:
         raise check.error("config.mesh", got, "every leaf over 1 MB in shards", do)
 
 
-def abstract_state(stage: Stage, updater: optimisers.Updater, mesh: Mesh) -> State:
+def abstract_state(
+    stage: Stage, boxed: PyTree, nets: states.Nets, updater: optimisers.Updater, mesh: Mesh
+) -> State:
     """Shapes and shardings of a stage's state."""
-    px, length = stage.data.image_px, stage.data.text_len
-    params = nn.unbox(states.abstract_params(stage.model, px, length))
-    teachers = {}
-    for name, teacher in stage.teachers.items():
-        teachers[name] = params
-        if teacher.path:
-            loaded = _load(teacher.path)
-            teachers[name] = jax.eval_shape(lambda tree: tree, loaded.apply.params)
+    params = nn.unbox(boxed)
+    teachers = {name: params if net is None else own for name, (net, own) in nets.items()}
     create = functools.partial(states.create, updater=updater, step=0)
     method_state = jax.eval_shape(lambda: init_method_state(stage, 0))
     state = jax.eval_shape(
         lambda p, t, e: create(p, teachers=t, method_state=e), params, teachers, method_state
     )
-    shardings = states.shardings(stage.model, px, length, updater, state, mesh)
+    shardings = states.shardings(boxed, updater, state, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
@@ -204,15 +221,15 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     out = {}
     for name, stream in {"": stage, **stage.streams}.items():
         for key, (shape, dtype) in leaves(stream.data, stream.batch).items():
-            full = f"{name}.{key}" if name else key
+            full = f"{name}/{key}" if name else key
             out[full] = jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
     return out
 
 
 def init_method_state(stage: Stage, seed: int) -> PyTree:
     """The objective's own arrays at the start, if it has any."""
-    init = getattr(stage.objective, "init_method_state", None)
-    return () if init is None else init(jax.random.fold_in(jax.random.key(seed), stage.index))
+    key = jax.random.fold_in(jax.random.key(seed), stage.index)
+    return states.method_state(stage.objective, stage.model, key)
 
 
 def same_shapes(a: PyTree, b: PyTree) -> bool:

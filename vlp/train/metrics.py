@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from vlp.core.types import Apply, Ctx
 from vlp.data.loader_stats import resident_mb
 from vlp.models.interface import with_fields
 from vlp.train.stages import Stage
+from vlp.train.state import method_state
 
 PyTree = Any
 T = TypeVar("T")
@@ -143,19 +145,15 @@ def context(
     kind: type[Ctx] = Ctx, **more: Any,
 ) -> Ctx:  # fmt: skip
     """What `train_step` gives the objective, with teachers of the student's parameters."""
-    frozen = {name: Apply(model, params) for name in stage.teachers}
     key = jax.random.key(0)
-    init = getattr(stage.objective, "init_method_state", None)
-    method_state = () if init is None else init(key)
     return kind(
-        Apply(model, params),
-        batch,
-        key,
-        0,
-        method_state,
-        frozen,
-        num_micro,
-        stage.micro_remat,
+        apply=Apply(model, params),
+        batch=batch,
+        seed=key,
+        method_state=nn.unbox(method_state(stage.objective, model, key)),
+        frozen={name: Apply(model, params) for name in stage.teachers},
+        num_micro=num_micro,
+        micro_remat=stage.micro_remat,
         **more,
     )
 

@@ -96,7 +96,7 @@ def say_model(session: Session, plans: Sequence[StagePlan]) -> None:
     """Logs what will be trained: the plan (stages, parameters by part), data, where every parameter is, rules."""
     first = plans[0]
     params = first.abstract.params
-    log.info("%s", summary.table([summary.row(plan.stage) for plan in plans]))
+    log.info("%s", summary.table([summary.row(plan) for plan in plans]))
     num, devices = tree.size(params), session.versions["devices"]
     device = session.versions["device"]
     log.info("%s: %s parameters on %s × %s", session.config["name"], f"{num:,}", devices, device)

@@ -19,7 +19,7 @@ from vlp.core.config import plain
 from vlp.infer.load import load
 from vlp.runtime import workdir as files
 from vlp.train import state as states
-from vlp.train.build import StagePlan, init_method_state, same_shapes
+from vlp.train.build import StagePlan, init_method_state, same_shapes, teachers_shapes
 from vlp.train.session import Session, description_of_data, restore
 from vlp.train.stages import Stage, parse
 from vlp.train.state import State
@@ -152,8 +152,10 @@ def start_stage(
     if previous is not None and same_shapes(previous.params, plan.abstract.params):
         params = previous.params
     else:
-        px, length = stage.data.image_px, stage.data.text_len
-        params = states.init_params(stage.model, px, length, session.settings.seed, mesh)
+        loaded = {name: load(t.path).apply for name, t in stage.teachers.items() if t.path}
+        nets = teachers_shapes(stage, loaded)
+        seed = session.settings.seed
+        params = states.init_params(stage.model, stage.objective, plan.batch, seed, mesh, nets)
         if previous is not None:
             params = init_from.transfer_params(previous.params, params, where)
     if stage.init:

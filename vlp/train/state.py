@@ -1,20 +1,31 @@
-"""Everything that a training step changes, and how it is first made, sharded from the start."""
+"""Everything that a training step changes, and how it is first made, sharded from the start.
+
+The parameters are those that the objective asks for: the step's forward pass is traced on a bound module, which makes
+each parameter where it is first used. What no call of the objective reads does not exist.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import errors, struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlp.core import check
 from vlp.core import mesh as meshes
-from vlp.models.interface import abstract_params
+from vlp.core.types import Apply, Ctx, Objective, answer
 from vlp.optim.make import Updater
 
 PyTree = Any
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Nets = Mapping[
+    str, tuple[Any, PyTree]
+]  # teacher → its model and parameters' shapes; None: as the trained model
 
 
 @struct.dataclass
@@ -33,37 +44,115 @@ class State:
     method_state: PyTree
 
 
-def init_params(model: Any, image_px: int, text_len: int, seed: int, mesh: Mesh) -> PyTree:
-    """Fresh parameters, made in their shards. The values depend on the seed alone, not on the mesh."""
-    shardings = meshes.shardings(abstract_params(model, image_px, text_len), mesh)
+def abstract_params(
+    model: Any, objective: Objective, batch: Shapes, teachers: Nets | None = None
+) -> PyTree:
+    """Shapes of the parameters that the objective asks of the model, still carrying the names of their axes.
+
+    Costs one trace of the forward pass; no memory and no compilation. Traces are kept.
+
+    Args:
+        model: a flax module.
+        objective: called on a `Ctx` with the batch.
+        batch: shapes of the global batch, by name.
+        teachers: name → (model, shapes of its parameters); (None, None) for the trained model's own.
+
+    Raises:
+        UserError: the objective asks for a batch leaf, an answer, a head or a teacher that is not there.
+    """
+    return _abstract_params(model, objective, _shapes(batch), _hashable(teachers or {}))
+
+
+def init_params(
+    model: Any, objective: Objective, batch: Shapes, seed: int, mesh: Mesh, teachers: Nets | None = None
+) -> PyTree:  # fmt: skip
+    """Fresh parameters, made in their shards. Values depend on model, objective and seed, not on the mesh.
+
+    Args and Raises: as `abstract_params`.
+    """
+    shardings = meshes.shardings(abstract_params(model, objective, batch, teachers), mesh)
+    init = _maker(model, objective, _shapes(batch), _hashable(teachers or {}))
+    return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)(jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_params(model: Any, objective: Objective, batch: tuple, teachers: tuple) -> PyTree:
+    init = _maker(model, objective, batch, teachers)
+    # a key of its own: the mesh may be of no devices
+    return jax.eval_shape(lambda: init(jax.random.key(0)))
+
+
+def _maker(
+    model: Any, objective: Objective, batch: tuple, teachers: tuple
+) -> Callable[[jax.Array], PyTree]:
+    """The function key → parameters with their axes' names. Its forward pass is dead code to the compiler."""
+
+    def forward(module: Any) -> None:
+        own = Apply(module, (), bound=True)
+        frozen = {}
+        for name, net, treedef, shapes in teachers:
+            zeros = [jnp.zeros(*x) for x in shapes]
+            frozen[name] = Apply(net, jax.tree.unflatten(treedef, zeros)) if net else own
+        ctx = Ctx(
+            apply=own,
+            batch={name: jnp.zeros(shape, dtype) for name, shape, dtype in batch},
+            seed=jax.random.key(0),
+            method_state=nn.unbox(method_state(objective, model, 0)),
+            frozen=frozen,
+        )
+        answer(objective, ctx)
 
     def init(key: jax.Array) -> PyTree:
-        return nn.unbox(model.init(key, *_inputs(image_px, text_len))["params"])
+        try:
+            return nn.init(forward, model)(key).get("params", {})
+        except errors.JaxTransformError as e:
+            where = f"objective {type(objective).__name__}"
+            got = "a call of the model inside of jax.vmap, scan, grad or checkpoint"
+            do = "call it outside, in ctx.map or in ctx.captions"
+            raise check.error(where, got, "calls that make parameters", do) from e
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return init
 
 
-def shardings(
-    model: Any, image_px: int, text_len: int, updater: Updater, state: State, mesh: Mesh
-) -> State:
-    """The sharding of every leaf of an (abstract) state: optimiser leaves as their parameter if the shape is equal."""
-    boxed = abstract_params(model, image_px, text_len)
+def _shapes(batch: Shapes) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    return tuple((name, tuple(x.shape), str(x.dtype)) for name, x in sorted(batch.items()))
+
+
+def _hashable(teachers: Nets) -> tuple[tuple[str, Any, Any, tuple], ...]:
+    out = []
+    for name, (net, params) in sorted(teachers.items()):
+        leaves, treedef = jax.tree.flatten(params)
+        shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
+        out.append((name, net, treedef, shapes))
+    return tuple(out)
+
+
+def method_state(objective: Objective, model: Any, seed: int | jax.Array) -> PyTree:
+    """The objective's own arrays at the start, if it has any."""
+    init = getattr(objective, "init_method_state", None)
+    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    return () if init is None else init(key, model)
+
+
+def shardings(boxed: PyTree, updater: Updater, state: State, mesh: Mesh) -> State:
+    """The sharding of every leaf of an (abstract) state: optimiser leaves as their parameter if the shape is equal.
+
+    boxed: `abstract_params`, with the names of their axes.
+    """
     params = meshes.shardings(boxed, mesh)
     rest = meshes.replicated(mesh)
     by_shape = {k: (x.shape, s) for k, (x, s) in _pairs(nn.unbox(boxed), params).items()}
+    like = lambda p, x: _like(by_shape, p, x, rest)
     teachers = {
-        name: jax.tree_util.tree_map_with_path(lambda p, x: _like(by_shape, p, x, rest), tree)
-        for name, tree in state.teachers.items()
+        name: jax.tree_util.tree_map_with_path(like, tree) for name, tree in state.teachers.items()
     }
-    opt = jax.tree_util.tree_map_with_path(lambda p, x: _like(by_shape, p, x, rest), state.opt)
-    method_state = jax.tree.map(lambda _: rest, state.method_state)
     return State(
         step=rest,
         stage_step=rest,
         params=params,
-        opt=opt,
+        opt=jax.tree_util.tree_map_with_path(like, state.opt),
         teachers=teachers,
-        method_state=method_state,
+        method_state=jax.tree.map(lambda _: rest, state.method_state),
     )
 
 
@@ -73,10 +162,6 @@ def create(
     """A stage's first state: fresh optimiser state, counts from `step`."""
     zero = jnp.zeros((), jnp.int32)
     return State(zero + step, zero, params, updater.init(params), teachers, method_state)
-
-
-def _inputs(image_px: int, text_len: int) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros((1, image_px, image_px, 3), jnp.uint8), jnp.ones((1, text_len), jnp.int32)
 
 
 def _pairs(abstract: PyTree, shardings: PyTree) -> dict[tuple[Any, ...], tuple[Any, Any]]:

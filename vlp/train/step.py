@@ -25,13 +25,25 @@ def train_step(
     updater: Updater,
     lr_at: Callable[[jax.Array], jax.Array],
     seed: int,
+    num_steps: int = 1,
     num_micro: int = 1,
     micro_remat: str = "full",
     teachers: Mapping[str, tuple[Any, float | None]] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """Returns the next state and the metrics of this step (scalars).
 
-    teachers: name → (model, decay); with a decay the teacher is the moving average of the trained parameters.
+    Args:
+        state: Donated.
+        batch: Global arrays by name.
+        model: The flax module that `state.params` belong to.
+        objective: What is minimised.
+        updater: The optimiser, bound to the parameters.
+        lr_at: Stage step → learning rate.
+        seed: Of all masks and dropout.
+        num_steps: Length of the stage, of which `Ctx.progress` is the share done.
+        num_micro: Micro-batches.
+        micro_remat: What the backward pass keeps of them (`MICRO_REMAT`).
+        teachers: Name → (model, decay). With a decay the teacher is the moving average of the trained parameters.
     """
     teachers = teachers or {}
     frozen = tree.where(jax.tree.map(lambda t: not t, updater.trainable), state.params)
@@ -47,6 +59,7 @@ def train_step(
             frozen={name: Apply(net, state.teachers[name]) for name, (net, _) in teachers.items()},
             num_micro=num_micro,
             micro_remat=micro_remat,
+            progress=state.stage_step / num_steps,
         )
         out = answer(objective, ctx)
         loss = out.loss()

@@ -7,14 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from vlp.core import mesh as meshes
 from vlp.core import tree
-from vlp.models.interface import abstract_params
-from vlp.train.build import assemble, trace
-from vlp.train.stages import Stage, parse
+from vlp.train.build import StagePlan, assemble, trace
+from vlp.train.stages import parse
 
 
 def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -25,14 +23,15 @@ def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     mesh = meshes.make(alone.mesh, devices=jax.devices("cpu")[:1])
     for stage in built:
         with jax.set_mesh(mesh):
-            trace(assemble(stage, alone, mesh))  # refuses what training would refuse
-        rows.append(row(stage))
+            plan = assemble(stage, alone, mesh)
+            trace(plan)  # refuses what training would refuse
+        rows.append(row(plan))
     return rows
 
 
-def row(stage: Stage) -> dict[str, Any]:
+def row(plan: StagePlan) -> dict[str, Any]:
     """A stage's length, sizes and parameters by group, flat."""
-    counts = parameters(stage.model, stage.data.image_px, stage.data.text_len)
+    stage, counts = plan.stage, parameters(plan.stage.model, plan.abstract.params)
     return {
         "stage": stage.name,
         "batch": stage.batch,
@@ -44,14 +43,14 @@ def row(stage: Stage) -> dict[str, Any]:
     }
 
 
-def parameters(model: Any, image_px: int, text_len: int) -> dict[str, int]:
-    """Parameters of each of the model's groups (first match counts), and in all. Nothing is allocated.
+def parameters(model: Any, params: Any) -> dict[str, int]:
+    """Parameters (arrays or shapes) of each of the model's groups (first match counts), and in all.
 
     A model without `groups`, and parameters that no group has, count as "other".
     """
     groups = {**getattr(model, "groups", {}), "other": ".*"}
     counts = dict.fromkeys(groups, 0)
-    leaves = tree.named(nn.unbox(abstract_params(model, image_px, text_len)))
+    leaves = tree.named(params)
     for name, leaf in leaves.items():
         group = next(g for g, pattern in groups.items() if re.fullmatch(pattern, name))
         counts[group] += tree.size(leaf)

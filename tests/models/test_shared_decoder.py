@@ -1,4 +1,4 @@
-"""MaMMUT's two runs: the captioning one cannot see the future, the contrastive one sees all and no image."""
+"""The text tower run again as the decoder (MaMMUT): that run cannot see the future, the other sees no image."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,17 @@ import pytest
 
 from vlp.core import tree
 from vlp.core.types import Apply
-from vlp.models.mammut import Decoder, Mammut
+from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, TwoTower
 from vlp.models.vit import ViT
 
 TOWER = dict(width=16, depth=2, heads=2, mlp=32)
-MODEL = Mammut(ViT(patch=8, pool="mean", **TOWER), Decoder(vocab=24, **TOWER), embed=8)
+MODEL = TwoTower(
+    ViT(patch=8, pool="mean", **TOWER),
+    Text(vocab=24, pool="norm_mean", causal=False, **TOWER),
+    embed=8,
+    decoder=Decoder(),
+)
 TEXT = jnp.array([[1, 5, 9, 7, 2, 0, 0, 0]])
 IMAGE = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3)), jnp.uint8)
 

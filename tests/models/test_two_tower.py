@@ -1,4 +1,4 @@
-"""CoCa's model: causality, padding, the CLS, its variants, and the names of its parameters."""
+"""The two-tower model with all its parts: causality, padding, the CLS, variants, and names of parameters."""
 
 import dataclasses
 import functools
@@ -7,26 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-from flax.core import FrozenDict
 
+from helpers import runs
+from helpers.everything import abstract
 from vlp.core import tree
 from vlp.core.types import Apply
 from vlp.losses import caption
-from vlp.models.captioner import Captioner, Multimodal
-from vlp.models.heads import HeadSpec
+from vlp.models import heads
 from vlp.models.text import Text
+from vlp.models.two_tower import Decoder, Poolers, TwoTower
 from vlp.models.vit import ViT
 
 PX, LENGTH, VOCAB = 16, 8, 24
 TOWER = dict(width=16, depth=2, heads=2, mlp=32, dropout=0.1, drop_path=0.1)
-MODEL = Captioner(
+MODEL = TwoTower(
     image_tower=ViT(patch=4, **TOWER),
     text_tower=Text(vocab=VOCAB, **TOWER),
-    multimodal=Multimodal(depth=2),
     embed=8,
-    queries=3,
-    heads=FrozenDict({"predict": HeadSpec(8, 4)}),
+    decoder=Decoder(depth=2),
+    poolers=Poolers(queries=3),
+    heads=heads.build({"predict": {"name": "mlp", "width_out": 4}}),
 )
 TEXT_BL = np.int32(
     [
@@ -41,7 +41,7 @@ FULL_BL = np.int32([[1, 10, 11, 12, 13, 14, 15, 2]] * 4)  # every position anoth
 
 @pytest.fixture(scope="module")
 def params(random_params):
-    return random_params(MODEL, PX, LENGTH)
+    return random_params(MODEL, PX, LENGTH, heads=(("predict", 8),))
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +174,7 @@ def test_evaluation_ignores_keep_and_dropout(image):
     """Without keys the traced program is that of a model that has neither."""
 
     def program(model, **kwargs):
-        params = jax.eval_shape(
-            lambda: model.init(
-                jax.random.key(0), jnp.zeros((1, PX, PX, 3)), jnp.ones((1, 8), jnp.int32)
-            )
-        )["params"]
+        params = abstract(model, PX, 8)
 
         def run(params, image, text):
             apply = Apply(model, params)
@@ -250,7 +246,7 @@ def test_cascade_and_parallel_poolers(params, image):
     query = lambda p: changed(p, "pool_caption/query", lambda x: 1 - x)
     before, after = encode(MODEL, params, image), encode(MODEL, query(params), image)
     assert differ(before, after, "embed") and differ(before, after, "feats")
-    parallel = MODEL.clone(cascade=False)
+    parallel = MODEL.clone(poolers=Poolers(queries=3, cascade=False))
     before, after = encode(parallel, params, image), encode(parallel, query(params), image)
     same(before, after, ["embed"])
     assert differ(before, after, "feats")
@@ -258,7 +254,7 @@ def test_cascade_and_parallel_poolers(params, image):
 
 
 def test_without_queries_the_decoder_reads_the_tokens(random_params, image):
-    model = MODEL.clone(queries=0, cascade=False)
+    model = MODEL.clone(poolers=Poolers(queries=0, cascade=False))
     params = random_params(model, PX, LENGTH)
     assert "pool_caption" not in params
     out = encode(model, params, image)
@@ -268,9 +264,9 @@ def test_without_queries_the_decoder_reads_the_tokens(random_params, image):
 def test_variants_have_the_parameters_they_use(random_params):
     names = lambda model: set(tree.named(random_params(model, PX, LENGTH)))
     full = names(MODEL)
-    tied = MODEL.clone(multimodal=dataclasses.replace(MODEL.multimodal, tied=True))
+    tied = MODEL.clone(decoder=dataclasses.replace(MODEL.decoder, tied=True))
     assert full - names(tied) == {"unembedding"}
-    cap = MODEL.clone(contrastive=False, text_tower=MODEL.text_tower.clone(pool="none"), heads=None)
+    cap = MODEL.clone(embed=0, text_tower=MODEL.text_tower.clone(pool="none"), heads=None)
     gone = {n.split("/")[0] for n in full - names(cap)}
     assert gone == {
         "pool_contrast",
@@ -278,7 +274,6 @@ def test_variants_have_the_parameters_they_use(random_params):
         "joint_text",
         "temperature",
         "text_tower",
-        "extra_heads_predict",
     }
     assert {n for n in full - names(cap) if n.startswith("text_tower")} == {
         "text_tower/cls",
@@ -289,7 +284,7 @@ def test_variants_have_the_parameters_they_use(random_params):
 
 
 def test_tied_logits_read_the_token_embeddings(random_params):
-    tied = MODEL.clone(multimodal=dataclasses.replace(MODEL.multimodal, tied=True))
+    tied = MODEL.clone(decoder=dataclasses.replace(MODEL.decoder, tied=True))
     params = random_params(tied, PX, LENGTH)
     decode = jax.jit(lambda p, x, feats: Apply(tied, p)("decode", x, feats))
     out = decode(params, jnp.zeros((1, LENGTH, 16)), jnp.zeros((1, 3, 16)))
@@ -299,7 +294,7 @@ def test_tied_logits_read_the_token_embeddings(random_params):
 def test_heads_and_scale(params):
     apply = Apply(MODEL, params)
     x = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    layers = params["extra_heads_predict"]
+    layers = params["heads_predict"]
     hidden = jax.nn.gelu(x @ layers["layer0"]["kernel"] + layers["layer0"]["bias"][None])
     want = hidden @ layers["layer1"]["kernel"] + layers["layer1"]["bias"][None]
     np.testing.assert_allclose(apply("head", "predict", jnp.asarray(x)), want, rtol=1e-5, atol=1e-6)
