@@ -205,11 +205,12 @@ def abstract_state(
     params = nn.unbox(boxed)
     teachers = {name: params if net is None else own for name, (net, own) in nets.items()}
     create = functools.partial(states.create, updater=updater, step=0)
-    method_state = jax.eval_shape(lambda: init_method_state(stage, 0))
+    key = jax.random.key(0)
+    own = jax.eval_shape(lambda: states.method_state(stage.objective, stage.model, key))
     state = jax.eval_shape(
-        lambda p, t, e: create(p, teachers=t, method_state=e), params, teachers, method_state
+        lambda p, t, e: create(p, teachers=t, method_state=e), params, teachers, nn.unbox(own)
     )
-    shardings = states.shardings(boxed, updater, state, mesh)
+    shardings = states.shardings(boxed, updater, state, mesh, own)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
@@ -229,7 +230,7 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 def init_method_state(stage: Stage, seed: int) -> PyTree:
     """The objective's own arrays at the start, if it has any."""
     key = jax.random.fold_in(jax.random.key(seed), stage.index)
-    return states.method_state(stage.objective, stage.model, key)
+    return nn.unbox(states.method_state(stage.objective, stage.model, key))
 
 
 def same_shapes(a: PyTree, b: PyTree) -> bool:
