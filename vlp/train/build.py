@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
-from vlp.core.types import Apply
+from vlp.core.types import Apply, Weight
 from vlp.data.config import check_data
 from vlp.data.dataset import Dataset, in_stages, leaves, open_dataset
 from vlp.evals.io import IO, check_asks, check_ready
@@ -37,7 +37,7 @@ class StagePlan:
     stage: Stage
     datasets: Mapping[str, Dataset]  # "" is the main stream
     updater: optimisers.Updater
-    teachers: Mapping[str, tuple[Any, float | None]]
+    teachers: Mapping[str, tuple[Any, Weight | None]]
     boxed: PyTree  # shapes of the parameters, with the names of their axes
     abstract: State
     batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -107,6 +107,7 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
         num_micro=stage.micro_batches,
         micro_remat=stage.micro_remat,
         teachers=teachers,
+        averaged_first=tuple(n for n, t in stage.teachers.items() if t.update == "before"),
     )
     state = abstract_state(stage, boxed, nets, updater, mesh)
     check_sharded(state, settings, mesh)
