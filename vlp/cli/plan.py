@@ -69,7 +69,7 @@ def _check(args: argparse.Namespace) -> None:
     check.output_file("--json", args.json)
     if args.devices is not None and not 1 <= args.devices <= MAX_SIMULATED:
         raise check.error(
-            "--devices", args.devices, f"1 or more, up to {MAX_SIMULATED}", "change it"
+            "--devices", args.devices, f"1 or more, up to {MAX_SIMULATED}", "write such a number"
         )
     if args.slices != 1 and not args.topology:
         raise check.error("--slices", args.slices, "a --topology beside it", "add it")

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
     secs = hosts.SECS if args.wait_secs is None else args.wait_secs
     if not 0 < secs < math.inf:
-        raise check.error("--wait-secs", secs, "a number of seconds above 0", "change it")
+        raise check.error(
+            "--wait-secs", secs, "a number of seconds above 0", "write 40, the default"
+        )
     config = load(args.config, args.overrides)
     steps = profile.parse(args.profile) if args.profile else None
     start_jax()

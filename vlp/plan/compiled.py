@@ -87,7 +87,7 @@ def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpus: str | None =
     which need not be here.
     """
     if slices < 1 or num_cpu < 0 or not (name or num_cpu or gpus is not None):
-        raise check.error("--slices, --devices", (slices, num_cpu), "1 or more", "change it")
+        raise check.error("--slices, --devices", (slices, num_cpu), "1 or more", "write 1 or more")
     if name:
         return topology(name, slices)
     if num_cpu:
