@@ -345,7 +345,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     elif type(value) is int and hint in (int, float) and abs(value) >= 2**53:
-        raise check.error(where, value, "a number of less than 53 bits", "change it")
+        raise check.error(where, value, "a number of less than 53 bits", "write a smaller one")
     elif hint is float and value != value:
         raise check.error(where, value, "a number", "correct the value")
     elif hint is float and type(value) in (int, float):

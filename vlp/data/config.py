@@ -143,5 +143,8 @@ def check_data(data: Data) -> None:
     for field, good, expected in bounds:
         if not good:
             raise check.error(
-                f"config.data.{field}", getattr(data, field), expected, "change the config"
+                f"config.data.{field}",
+                getattr(data, field),
+                expected,
+                f"correct config.data.{field}",
             )

@@ -98,7 +98,9 @@ def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:
     if bad and (bad == len(looked) or dataset.data.bad_records == "error"):
         got = f"{dataset.data.split!r}, in which {bad} of {len(looked)} records looked at have none"
         expected = "records with a caption in config.data.langs"
-        raise check.error(where, got, expected, "change it, or drop this evaluation")
+        raise check.error(
+            where, got, expected, "name another split or further langs, or drop this evaluation"
+        )
 
 
 @functools.lru_cache(maxsize=8)

@@ -48,7 +48,7 @@ class Zeroshot:
     items: int = 12
 
     def __post_init__(self) -> None:
-        where, do = "config.evals: zeroshot", "change the config"
+        where, do = "config.evals: zeroshot", "correct these fields"
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
             raise check.error(f"{where}.classes", self.classes, "two or more, all different", do)
         if self.phrases and len(self.phrases) != len(self.classes):
