@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     c = pretraining("albef", model, arg.path)
     c.batch, c.samples = 512, 30 * 14_000_000
-    c.objective = dict(name="albef", mask_id=WORDS, vocab=WORDS)
+    c.objective = dict(name="albef", mask_id=WORDS, vocab_size=WORDS)
     c.teachers = dict(ema=dict(decay=0.995))
     c.data.update(image_px=256, text_len=32, min_area_frac=0.2, flip=True)
     c.data.update(randaugment=2, randaugment_magnitude=7.0)
@@ -43,5 +43,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg.smoke:
         c = smoke(c)
         small = c.model.text_tower.vocab - 1
-        c.objective.update(mask_id=small, vocab=small, queue=16, fusion_depth=1)
+        c.objective.update(mask_id=small, vocab_size=small, queue=16, fusion_depth=1)
     return c

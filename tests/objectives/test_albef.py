@@ -23,7 +23,7 @@ from vlp.train import stages
 from vlp.train import state as states
 
 TOWER = dict(width=16, depth=1, heads=2, mlp=32)
-OBJECTIVE = Albef(mask_id=24, vocab=24, alpha=0.4, queue=12, mask_ratio=0.4, fusion_depth=1)
+OBJECTIVE = Albef(mask_id=24, vocab_size=24, alpha=0.4, queue=12, mask_ratio=0.4, fusion_depth=1)
 MODEL = stages.with_heads(
     TwoTower(
         ViT(patch=4, pool="cls", **TOWER),
@@ -78,22 +78,6 @@ def test_negatives_are_drawn_by_their_weights_and_never_the_own():
     assert (drawn != np.arange(3)).all()
     share = np.stack([np.bincount(drawn[:, i], minlength=3) for i in range(3)]) / len(drawn)
     np.testing.assert_allclose(share, sampling.weights(logits), atol=0.03)
-
-
-def test_masked_words():
-    text = jnp.asarray(np.random.default_rng(0).integers(4, 50, (400, 12)), jnp.int32)
-    text = text.at[:, 0].set(1).at[:, 9:].set(0)
-    index = jnp.stack([jnp.zeros(400, jnp.uint32), jnp.arange(400, dtype=jnp.uint32)], axis=1)
-    ctx = Ctx(Apply(None, {}), {"text": text, "index": index}, jax.random.key(0))
-    masked, where = sampling.mask_words(ctx, 0.15, 50, 50)
-    assert not where[:, 0].any() and not where[:, 9:].any()
-    np.testing.assert_array_equal(masked[~where], text[~where])
-    assert where[:, 1:9].mean() == pytest.approx(0.15, abs=0.02)
-    assert (masked[where] == 50).mean() == pytest.approx(0.8, abs=0.06)
-    assert (masked[where] == text[where]).mean() == pytest.approx(0.1, abs=0.05)
-    assert masked[where].min() > 3
-    masked, where = sampling.mask_words(dataclasses.replace(ctx, seed=None), 0.15, 50, 50)
-    assert not where.any() and (masked == text).all()
 
 
 def test_without_queue_and_soft_targets_it_contrasts_as_clip_does(case, make_batch):

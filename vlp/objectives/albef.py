@@ -12,6 +12,7 @@ from vlp.core.types import Ctx, Out, Term, Weight
 from vlp.losses import caption, contrastive
 from vlp.objectives import queues, sampling
 from vlp.objectives.passes import after
+from vlp.ops.masking import mask_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +21,13 @@ class Albef:
 
     The teacher "ema" (config.teachers.ema.decay) gives the keys of the contrast, and the soft part of the targets.
     alpha: share of the soft part, a number or (progress, value) points. queue: past embeddings of each side.
-    mask_ratio: share of the words that are masked; mask_id, vocab: the tokenizer's. fusion_depth: blocks that fuse.
+    mask_ratio: share of the words that are masked. mask_id, vocab_size: of the tokenizer. fusion_depth: blocks that
+    fuse.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
-    mask_id: int
-    vocab: int
+    mask_id: int | None = None
+    vocab_size: int | None = None
     alpha: Weight = ((0.0, 0.0), (1 / 30, 0.4))
     queue: int = 65_536
     mask_ratio: float = 0.15
@@ -63,7 +65,8 @@ class Albef:
 
     def encode(self, ctx: Ctx) -> Any:
         """The student's embeddings and tokens, the teacher's embeddings, the masked words' losses."""
-        masked, where = sampling.mask_words(ctx, self.mask_ratio, self.mask_id, self.vocab)
+        text, ids = ctx.batch["text"], {"mask_id": self.mask_id, "vocab_size": self.vocab_size}
+        masked, where = mask_words(text, ctx.keys("words"), **ids, ratio=self.mask_ratio)
 
         def run(c: Ctx) -> tuple[Any, Any, Any]:
             c, image = after(c, c.student("image", ctx.batch["image"]))

@@ -1,4 +1,4 @@
-"""What methods draw for each example: masked words, negatives of the batch."""
+"""Negatives that are drawn from the batch."""
 
 from __future__ import annotations
 
@@ -6,40 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from vlp.core import check
-from vlp.core.types import Ctx
-
-SPECIAL = 3  # ids up to here are the tokenizer's pad, bos, eos and unk
-
-
-def mask_words(ctx: Ctx, ratio: float, mask_id: int, vocab: int) -> tuple[jax.Array, jax.Array]:
-    """Masks words as BERT does: of those chosen 80 % become `mask_id`, 10 % another word, 10 % stay.
-
-    Args:
-        ctx: whose batch has "text" i32[B L]. Without keys (evaluation) nothing is masked.
-        ratio: probability of each word to be chosen; pads and the first token never are.
-        mask_id: the tokenizer's.
-        vocab: other words are drawn from the ids above `SPECIAL` and below this.
-
-    Returns:
-        The masked ids i32[B L], and which were chosen, bool[B L]: those are to be predicted.
-
-    Source: BERT (Devlin et al. 2019, arXiv:1810.04805, §3.1).
-    """
-    text_BL, keys_B = ctx.batch["text"], ctx.keys("words")
-    if keys_B is None:
-        return text_BL, jnp.zeros(text_BL.shape, bool)
-    shape = text_BL.shape[1:]
-
-    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        chosen, kind, word = jax.random.split(key, 3)
-        words = jax.random.randint(word, shape, SPECIAL + 1, vocab)
-        return jax.random.uniform(chosen, shape), jax.random.uniform(kind, shape), words
-
-    chosen_BL, kind_BL, word_BL = jax.vmap(draw)(keys_B)
-    first_BL = jnp.arange(shape[0])[None] == 0
-    where_BL = (chosen_BL < ratio) & (text_BL != 0) & ~first_BL
-    new_BL = jnp.where(kind_BL < 0.8, mask_id, jnp.where(kind_BL < 0.9, word_BL, text_BL))
-    return jnp.where(where_BL, new_BL, text_BL), where_BL
 
 
 def weights(logits_BB: jax.Array) -> jax.Array:
