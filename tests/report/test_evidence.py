@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from helpers import fake_run
 from helpers.page_parser import Page
 from vlp.report import html, load, svg, traces
 
