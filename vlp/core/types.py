@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, struct
 
-from vlp.core import check, mesh
+from vlp.core import check, mesh, tree
 
 PyTree = Any
 Weight = float | tuple[tuple[float, float], ...]  # a number, or (progress, value) points: see `at`
@@ -26,6 +26,9 @@ MICRO_REMAT = {  # what the backward pass keeps of a micro-batch
     "full": jax.checkpoint_policies.nothing_saveable,
     "blocks": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
+SHARE = (
+    "stat_share"  # parameters of this name: the share of a pass that a call is (`ops.statistics`)
+)
 OF_CAPTIONS = ("text", "text.mask")  # leaves [B K …] where a record gives K captions
 
 
@@ -336,9 +339,15 @@ class Ctx:
             x = jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
             return mesh.constrain(x, "batch", *[None] * (x.ndim - 1))
 
+        share = lambda name, x: x / k if name.endswith(SHARE) else x
+        params = tree.map_named(share, self.apply.params)
+        apply = dataclasses.replace(self.apply, params=params)
+
         def body(carry: tuple[()], xs: Any) -> tuple[tuple[()], PyTree]:
             batch, extra = xs
-            return carry, f(dataclasses.replace(self, batch=batch, num_micro=1), *extra)
+            return carry, f(
+                dataclasses.replace(self, apply=apply, batch=batch, num_micro=1), *extra
+            )
 
         body = jax.checkpoint(body, prevent_cse=False, policy=MICRO_REMAT[self.micro_remat])
         _, out = jax.lax.scan(body, (), jax.tree.map(split, (rows, arrays)))

@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool, Float, Key, Num
 from vlp.core import check
 from vlp.core.config import build_named
 from vlp.core.mesh import logical
-from vlp.models.layers import ACTIVATIONS, Attention, BlockConfig, Linear, Mlp, Norm, Stack
+from vlp.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    BatchNorm,
+    BlockConfig,
+    Linear,
+    Mlp,
+    Norm,
+    Stack,
+)
 
 
 class Joint(nn.Module):

@@ -9,6 +9,7 @@ import jax
 
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx, Objective, Weight, answer
+from vlp.ops import statistics
 from vlp.optim import ema
 from vlp.optim.make import Updater
 from vlp.train.state import State
@@ -46,14 +47,14 @@ def train_step(
         teachers: Name → (model, decay). With a decay the teacher is the moving average of the trained parameters.
     """
     teachers = teachers or {}
-    frozen = tree.where(jax.tree.map(lambda t: not t, updater.trainable), state.params)
-    trainable = tree.where(updater.trainable, state.params)
+    moving = jax.tree.map(lambda a, b: a or b, updater.trainable, updater.statistics)
+    frozen = tree.where(jax.tree.map(lambda m: not m, moving), state.params)
 
     progress = state.stage_step / num_steps
 
-    def loss_fn(trainable: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+    def loss_fn(moving: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
         ctx = Ctx(
-            apply=Apply(model, tree.merge(trainable, frozen)),
+            apply=Apply(model, tree.merge(moving, frozen)),
             batch=batch,
             seed=jax.random.key(seed),
             step=state.stage_step,
@@ -68,10 +69,15 @@ def train_step(
         metrics = {name: term.mean() for name, term in (out.terms | out.metrics).items()}
         return loss, (jax.lax.stop_gradient(out.method_state), metrics)
 
-    (loss, (method_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (method_state, metrics)), grads = value_and_grad(tree.where(moving, state.params))
+    slots, recorded = (tree.where(updater.statistics, t) for t in (state.params, grads))
+    trainable, grads = (tree.where(updater.trainable, t) for t in (state.params, grads))
     lr = lr_at(state.stage_step)
     trainable, opt, update_norm = updater.update(grads, state.opt, trainable, lr)
-    params = tree.merge(trainable, frozen)
+    slots = statistics.updated(slots, recorded)
+    weights = tree.merge(trainable, frozen)
+    params = tree.merge(weights, slots)
     averages = {
         name: state.teachers[name]
         if decay is None
@@ -81,9 +87,10 @@ def train_step(
     metrics = {
         "loss": loss,
         **metrics,
+        **statistics.metrics(slots),
         "lr": lr,
         "grad_norm": tree.norm(grads),
         "update_norm": update_norm,
     }
-    metrics["param_norm"] = tree.norm(params)
+    metrics["param_norm"] = tree.norm(weights)
     return State(state.step + 1, state.stage_step + 1, params, opt, averages, method_state), metrics
