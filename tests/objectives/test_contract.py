@@ -129,7 +129,7 @@ class HardNegatives:
 class Distil:
     """A frozen teacher of another architecture, and a second stream of texts alone, of another size."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"image", "text", "words.text"})
+    reads: ClassVar[frozenset[str]] = frozenset({"image", "text", "words/text"})
 
     def __call__(self, ctx: Ctx) -> Out:
         far_B = ctx.map(self.image)

@@ -42,7 +42,7 @@ class Deep(nn.Module):
 class Rich:
     """Distances to three teachers, to a queue of past embeddings, and to the images of a second stream."""
 
-    reads: ClassVar = frozenset({"image", "text", "more.image"})
+    reads: ClassVar = frozenset({"image", "text", "more/image"})
 
     def init_method_state(self, key):
         return {"queue": jax.random.normal(key, (6, 4)), "turns": jnp.int32(0)}
@@ -51,7 +51,7 @@ class Rich:
         image = ctx.batch["image"]
         zi_BE = ctx.map(lambda part: part.student("image", part.batch["image"])["embed"])
         zt_BE = ctx.student("text", ctx.batch["text"])["embed"]
-        more_BE = ctx.stream("more").student("image", ctx.batch["more.image"])["embed"]
+        more_BE = ctx.stream("more").student("image", ctx.batch["more/image"])["embed"]
         near = lambda a, b: Term(jnp.square(a - b).sum(), a.shape[0])
         terms = {name: near(zi_BE, f("image", image)["embed"]) for name, f in ctx.teachers.items()}
         terms["queue"] = near(

@@ -1,4 +1,4 @@
-"""Parts from outside of the package: a module whose dicts OBJECTIVES, MODELS and EVALS add to those of `vlp`.
+"""Parts from outside of the package: a module whose dicts OBJECTIVES, MODELS, EVALS and LEAVES add to those of `vlp`.
 
     config.plugins = ("my_parts",)        # a module that can be imported
     config.plugins = ("my_parts.py",)     # a file beside the config file (or a path)
@@ -28,7 +28,12 @@ from typing import Any
 from vlp.core import check
 
 log = logging.getLogger(__name__)
-TABLES = {"MODELS": "vlp.models", "OBJECTIVES": "vlp.objectives", "EVALS": "vlp.evals"}
+TABLES = {
+    "MODELS": "vlp.models",
+    "OBJECTIVES": "vlp.objectives",
+    "EVALS": "vlp.evals",
+    "LEAVES": "vlp.data.leaves",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +134,7 @@ def _own(module: types.ModuleType, name: str) -> dict[str, Any]:
 def extended(
     which: str, table: Mapping[str, Any], plugins: Sequence[Plugin], names: Sequence[str] = ("",)
 ) -> Mapping[str, Any]:
-    """Returns a table of `vlp` ("MODELS", "OBJECTIVES" or "EVALS") with the parts of the plugins added.
+    """Returns a table of `vlp` (a key of `TABLES`) with the parts of the plugins added.
 
     names: what will be looked up; if the table has them all, no plugin is loaded ("" is never there).
     Raises UserError if a plugin is gone or broken, and for a name that is there already.

@@ -106,7 +106,7 @@ class Ctx:
 
     batch: "image" u8[B R R 3], "text" i32[B L] (or [B K L]: `texts`), "mask" bool[B], "index" u32[B 2] (position in
     the sample stream, high and low word), "record" u32[B 2], and whatever else the data gives; leaves of a second
-    stream of batches are prefixed by its name ("stream.image") and have their own size.
+    stream of batches are prefixed by its name ("stream/image") and have their own size.
     """
 
     apply: Apply
@@ -156,10 +156,10 @@ class Ctx:
 
     def stream(self, name: str) -> Ctx:
         """The same step seen on the batch of another stream."""
-        prefix = f"{name}."
+        prefix = f"{name}/"
         leaves = {k.removeprefix(prefix): v for k, v in self.batch.items() if k.startswith(prefix)}
         if not leaves:
-            streams = {k.split(".")[0] for k in self.batch if "." in k}
+            streams = {k.split("/")[0] for k in self.batch if "/" in k}
             raise check.error(
                 "objective",
                 f"stream {name!r}",
@@ -182,7 +182,7 @@ class Ctx:
         if self.num_micro == 1:
             return f(self, *arrays)
         k = self.num_micro
-        rows = {name: x for name, x in self.batch.items() if "." not in name}
+        rows = {name: x for name, x in self.batch.items() if "/" not in name}
 
         def split(x: jax.Array) -> jax.Array:
             if x.shape[0] % k:

@@ -13,8 +13,11 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
+from vlp.core.plugins import Plugin
+from vlp.data import leaves
 from vlp.data.config import check_data
-from vlp.data.dataset import Dataset, in_stages, leaves, open_dataset
+from vlp.data.dataset import Dataset, open_dataset
+from vlp.data.stages import in_stages
 from vlp.evals.io import IO, check_answers, check_ready
 from vlp.models.interface import check_needs
 from vlp.optim import make as optimisers
@@ -49,8 +52,14 @@ class StagePlan:
 def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     """Opens a stage's data and checks everything that can be checked without compiling or writing."""
     plan = assemble(stage, settings, mesh)
-    datasets = {"": open_dataset(stage.data)}
-    datasets |= {name: open_dataset(stream.data) for name, stream in stage.streams.items()}
+    datasets = {
+        name: open_dataset(
+            stream.data,
+            reads=leaves.of_stream(stage.objective.reads, name),
+            plugins=settings.plugins,
+        )
+        for name, stream in {"": stage, **stage.streams}.items()
+    }
     check_text(stage, datasets[""])
     trace(plan)
     for label, evaluator in stage.evals.items():
@@ -60,7 +69,7 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
 
 
 def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
-    """The stages, each stream's data going on in one where the stages before left it (`vlp.data.dataset.in_stages`)."""
+    """The stages, each stream's data going on in one where the stages before left it (`vlp.data.stages.in_stages`)."""
     datasets: list[dict[str, Dataset]] = [{} for _ in plans]
     for name in sorted({name for plan in plans for name in plan.datasets}):
         here = [i for i, plan in enumerate(plans) if name in plan.datasets]
@@ -86,13 +95,13 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     check_needs(stage.model, needs, px, length, "config.objective", do)
     for label, evaluator in stage.evals.items():
         check_answers(evaluator, stage.model, stage.data, f"config.evals.{label}")
-    batch = abstract_batch(stage, mesh)
     if not hasattr(stage.objective, "reads"):
         got, do = f"{type(stage.objective).__name__} without reads", "name the batch leaves it uses"
         expected = "reads: ClassVar[frozenset[str]]"
         raise check.error("config.objective", got, expected, do)
-    if missing := stage.objective.reads - set(batch):
-        got, do = f"no batch leaf {sorted(missing)}", "change config.data"
+    batch = abstract_batch(stage, mesh, settings.plugins)
+    if missing := stage.objective.reads - set(batch):  # of a stream that the config does not have
+        got, do = f"no batch leaf {sorted(missing)}", "add the stream to config.streams"
         raise check.error("config.objective", got, sorted(batch), do)
     boxed = states.abstract_params(stage.model, px, length)
     updater = optimisers.make(stage.optim, nn.unbox(boxed))
@@ -198,13 +207,17 @@ def abstract_state(stage: Stage, updater: optimisers.Updater, mesh: Mesh) -> Sta
     )
 
 
-def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    stage: Stage, mesh: Mesh, plugins: Sequence[Plugin] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a global batch of all streams."""
     rows = meshes.batch_sharding(mesh)
     out = {}
     for name, stream in {"": stage, **stage.streams}.items():
-        for key, (shape, dtype) in leaves(stream.data, stream.batch).items():
-            full = f"{name}.{key}" if name else key
+        reads = leaves.of_stream(stage.objective.reads, name)
+        spec = leaves.spec(stream.data, stream.batch, reads, plugins)
+        for key, (shape, dtype) in spec.items():
+            full = f"{name}/{key}" if name else key
             out[full] = jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
     return out
 

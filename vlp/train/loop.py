@@ -220,7 +220,7 @@ def feed(
         )
     for batches in zip(*streams.values()):
         named = {
-            f"{n}.{k}" if n else k: v
+            f"{n}/{k}" if n else k: v
             for n, leaves in zip(streams, batches)
             for k, v in leaves.items()
         }
