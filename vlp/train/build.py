@@ -14,9 +14,12 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
+from vlp.core.plugins import Plugin
 from vlp.core.types import Apply, Weight
+from vlp.data import leaves
 from vlp.data.config import check_data
-from vlp.data.dataset import Dataset, in_stages, leaves, open_dataset
+from vlp.data.dataset import Dataset, open_dataset
+from vlp.data.stages import in_stages
 from vlp.evals.io import IO, check_asks, check_ready
 from vlp.optim import make as optimisers
 from vlp.train import state as states
@@ -51,8 +54,14 @@ class StagePlan:
 def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     """Opens a stage's data and checks everything that can be checked without compiling or writing."""
     plan = assemble(stage, settings, mesh)
-    datasets = {"": open_dataset(stage.data)}
-    datasets |= {name: open_dataset(stream.data) for name, stream in stage.streams.items()}
+    datasets = {
+        name: open_dataset(
+            stream.data,
+            reads=leaves.of_stream(stage.objective.reads, name),
+            plugins=settings.plugins,
+        )
+        for name, stream in {"": stage, **stage.streams}.items()
+    }
     if (told := with_tokenizer(stage, datasets[""].tokenizer)) is not stage:
         plan = assemble(told, settings, mesh)
     stage = told
@@ -65,7 +74,7 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
 
 
 def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
-    """The stages, each stream's data going on in one where the stages before left it (`vlp.data.dataset.in_stages`)."""
+    """The stages, each stream's data going on in one where the stages before left it (`vlp.data.stages.in_stages`)."""
     datasets: list[dict[str, Dataset]] = [{} for _ in plans]
     for name in sorted({name for plan in plans for name in plan.datasets}):
         here = [i for i, plan in enumerate(plans) if name in plan.datasets]
@@ -87,8 +96,9 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     meshes.check_batch(stage.batch, mesh, stage.micro_batches)
     for name, stream in stage.streams.items():
         meshes.check_batch(stream.batch, mesh, where=f"config.streams.{name}.batch")
-    batch = abstract_batch(stage, mesh)
-    check_reads(stage, batch)
+    check_reads(stage)
+    batch = abstract_batch(stage, mesh, settings.plugins)
+    check_streams(stage, batch)
     loaded = {name: _load(t.path).apply for name, t in stage.teachers.items() if t.path}
     nets = teachers_shapes(stage, loaded)
     with captions_told(stage, batch):
@@ -127,15 +137,18 @@ def _load(workdir: str) -> Loaded:
     return load(workdir)
 
 
-def check_reads(stage: Stage, batch: Mapping[str, Any]) -> None:
-    """Raises UserError unless the objective says which leaves it reads, and the batch has them."""
-    where = "config.objective"
+def check_reads(stage: Stage) -> None:
+    """Raises UserError unless the objective says which leaves it reads."""
     if not hasattr(stage.objective, "reads"):
         got, do = f"{type(stage.objective).__name__} without reads", "name the batch leaves it uses"
-        raise check.error(where, got, "reads: ClassVar[frozenset[str]]", do)
+        raise check.error("config.objective", got, "reads: ClassVar[frozenset[str]]", do)
+
+
+def check_streams(stage: Stage, batch: Mapping[str, Any]) -> None:
+    """Raises UserError for leaves of a stream that the config does not have."""
     if missing := sorted(stage.objective.reads - set(batch)):
-        do = "change config.data or config.streams so that they give it"
-        raise check.error(where, f"no batch leaf {missing}", sorted(batch), do)
+        do = "add the stream to config.streams"
+        raise check.error("config.objective", f"no batch leaf {missing}", sorted(batch), do)
 
 
 def teachers_shapes(stage: Stage, loaded: Mapping[str, Apply]) -> states.Nets:
@@ -220,12 +233,16 @@ def abstract_state(
     )
 
 
-def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    stage: Stage, mesh: Mesh, plugins: Sequence[Plugin] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a global batch of all streams."""
     rows = meshes.batch_sharding(mesh)
     out = {}
     for name, stream in {"": stage, **stage.streams}.items():
-        for key, (shape, dtype) in leaves(stream.data, stream.batch).items():
+        reads = leaves.of_stream(stage.objective.reads, name)
+        spec = leaves.spec(stream.data, stream.batch, reads, plugins)
+        for key, (shape, dtype) in spec.items():
             full = f"{name}/{key}" if name else key
             out[full] = jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
     return out

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vlp.core import check, pages
-from vlp.data import counts, image_ops, records
+from vlp.data import counts, pictures, records
 
 THUMBNAIL_PX = 160
 
@@ -44,10 +44,10 @@ def numbers(source: records.Source) -> dict[str, Any]:
         seen["images"].add([image])
         size_bytes.add(len(image))
         try:
-            picture = image_ops.Picture(image)
+            picture = pictures.Picture(image)
             short_px.add(min(picture.size))
             kinds["formats"][picture.format] += 1
-        except image_ops.BadImage:
+        except pictures.BadImage:
             kinds["bad"]["image header"] += 1
         per_record.add(len(record["captions"]))
         for caption in record["captions"]:
@@ -134,7 +134,7 @@ def _samples(
         record: dict = {}
         try:
             record = source[i]
-            yield i, record, image_ops.decode(record["image"])
+            yield i, record, pictures.decode(record["image"])
         except ValueError as e:
             yield i, record, e
 
@@ -201,10 +201,10 @@ def verify(path: str, tell: Callable[[str, dict | None], None]) -> int:
             keys.add([record["key"]])
             try:
                 records.encode(record)
-                image_ops.decode(record["image"])
+                pictures.decode(record["image"])
             except check.MachineError:
                 raise
-            except (check.UserError, image_ops.BadImage) as e:
+            except (check.UserError, pictures.BadImage) as e:
                 reason = getattr(e, "reason", "record")
                 row = {"split": split, "record": i, "key": record["key"], "reason": reason}
                 row |= {"fingerprint": source.fingerprint}
