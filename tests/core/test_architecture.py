@@ -17,7 +17,9 @@ def defined(file):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         if isinstance(node, ast.ClassDef):
-            yield from (f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef))
+            yield from (
+                f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef)
+            )
 
 
 def test_it_names_places():
