@@ -126,6 +126,7 @@ def unknown(where: str, got: str, known: Iterable[str]) -> UserError:
     """Returns the error for a name that is not in `known`; it suggests the closest match."""
     known = sorted(known)
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    near = near or [k for k in known if len(got) > 2 and k[:2] == got[:2]][:1]
     hint = f"did you mean {near[0]!r}?" if near else "use one of them"
     return error(where, repr(got), f"one of {known}", hint)
 

@@ -184,7 +184,11 @@ def check_data(data: Data) -> None:
             data.num_captions == 1 or data.captions == "all",
             "1, but for captions 'all'",
         ),
-        ("captions", data.captions != "weighted" or sources, "caption_sources beside 'weighted'"),
+        (
+            "captions",
+            data.captions != "weighted" or bool(sources),
+            "caption_sources beside 'weighted'",
+        ),
         (
             "caption_sources",
             len({c.name for c in sources}) == len(sources) and all(c.weight > 0 for c in sources),
@@ -201,7 +205,7 @@ def check_data(data: Data) -> None:
             len({p.name for p in data.mixture}) == len(data.mixture),
             "a name of its own for each part",
         ),
-        ("reweight", data.mixture or not data.reweight, "a mixture beside it"),
+        ("reweight", bool(data.mixture) or not data.reweight, "a mixture beside it"),
         ("cache_mb", data.cache_mb >= 0, "at least 0"),
         ("workers", data.workers >= 0, "at least 0"),
         ("read_threads", data.read_threads >= 0, "at least 0"),

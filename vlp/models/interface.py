@@ -61,7 +61,8 @@ def with_fields(module: Any, **values: Any) -> Any:
         part = getattr(module, field.name)
         if isinstance(part, Mapping):  # heads
             parts = {key: with_fields(value, **values) for key, value in part.items()}
-            changes[field.name] = type(part)(parts)
+            like: Any = type(part)
+            changes[field.name] = like(parts)
         elif field.name not in ("parent", "name") and dataclasses.is_dataclass(part):
             changes[field.name] = with_fields(part, **values)
     return dataclasses.replace(module, **changes)
