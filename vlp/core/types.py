@@ -351,6 +351,11 @@ class Objective(Protocol):
 
     reads: names of the batch's leaves that it uses; others are not made. It may also declare `heads`, frozen specs by
     name (`models.heads.HEADS`), and define `init_method_state(key, model)` → arrays (see `Out.method_state`).
+    Large ones are made by `mesh.logical`, with the names of their axes; others are whole on every device.
+
+    Hook between steps: `refresh_every`, a number of samples, and `refresh(state, embed)` → method state, called on the
+    host before the first step at or after each multiple of it (`train.refresh`: clusterings, prototypes).
+    mask_id, vocab_size: fields that are None are filled in from the tokenizer (`ops.masking.mask_words`).
     """
 
     reads: ClassVar[frozenset[str]]

@@ -53,6 +53,9 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     plan = assemble(stage, settings, mesh)
     datasets = {"": open_dataset(stage.data)}
     datasets |= {name: open_dataset(stream.data) for name, stream in stage.streams.items()}
+    if (told := with_tokenizer(stage, datasets[""].tokenizer)) is not stage:
+        plan = assemble(told, settings, mesh)
+    stage = told
     check_text(stage, datasets[""])
     trace(plan)
     for label, evaluator in stage.evals.items():
@@ -78,7 +81,9 @@ def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
 
 def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     """All of a stage but its data, which a plan does without; checked, nothing compiled."""
+    stage = with_tokenizer(stage)
     check_data(stage.data)
+    check_refresh(stage.objective)
     meshes.check_batch(stage.batch, mesh, stage.micro_batches)
     for name, stream in stage.streams.items():
         meshes.check_batch(stream.batch, mesh, where=f"config.streams.{name}.batch")
@@ -107,7 +112,6 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
         num_micro=stage.micro_batches,
         micro_remat=stage.micro_remat,
         teachers=teachers,
-        averaged_first=tuple(n for n, t in stage.teachers.items() if t.update == "before"),
     )
     state = abstract_state(stage, boxed, nets, updater, mesh)
     check_sharded(state, settings, mesh)
@@ -170,7 +174,7 @@ def keeping_state(step: Callable[..., Any], where: str) -> Callable[..., Any]:
     def checked(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         after, metrics = step(state, batch)
         for field in dataclasses.fields(State):
-            old, new = (_leaves(getattr(s, field.name)) for s in (state, after))
+            old, new = (arrays_of(getattr(s, field.name)) for s in (state, after))
             for name in sorted(old.keys() | new.keys()):
                 if old.get(name) != new.get(name):
                     got = new.get(name, "none after a step")
@@ -182,7 +186,7 @@ def keeping_state(step: Callable[..., Any], where: str) -> Callable[..., Any]:
     return checked
 
 
-def _leaves(tree: PyTree) -> dict[str, str]:
+def arrays_of(tree: PyTree) -> dict[str, str]:
     """ "float32[8, 4]" of every leaf, by its path."""
     text = lambda x: f"{x.dtype}{list(x.shape)}"
     return {jax.tree_util.keystr(p): text(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -206,8 +210,7 @@ def abstract_state(
     params = nn.unbox(boxed)
     teachers = {name: params if net is None else own for name, (net, own) in nets.items()}
     create = functools.partial(states.create, updater=updater, step=0)
-    key = jax.random.key(0)
-    own = jax.eval_shape(lambda: states.method_state(stage.objective, stage.model, key))
+    own = jax.eval_shape(lambda: init_method_state(stage, 0))
     state = jax.eval_shape(
         lambda p, t, e: create(p, teachers=t, method_state=e), params, teachers, nn.unbox(own)
     )
@@ -229,9 +232,16 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def init_method_state(stage: Stage, seed: int) -> PyTree:
-    """The objective's own arrays at the start, if it has any."""
+    """The objective's own arrays at the start, if it has any; those with names of their axes still carry them."""
     key = jax.random.fold_in(jax.random.key(seed), stage.index)
-    return nn.unbox(states.method_state(stage.objective, stage.model, key))
+    return states.method_state(stage.objective, stage.model, key)
+
+
+def make_method_state(plan: StagePlan, seed: int) -> PyTree:
+    """The same, made in its shards."""
+    shardings = jax.tree.map(lambda x: x.sharding, plan.abstract.method_state)
+    make = lambda: nn.unbox(init_method_state(plan.stage, seed))
+    return jax.jit(make, out_shardings=shardings)()
 
 
 def same_shapes(a: PyTree, b: PyTree) -> bool:
@@ -240,24 +250,50 @@ def same_shapes(a: PyTree, b: PyTree) -> bool:
     return shapes(a) == shapes(b)
 
 
+def with_tokenizer(stage: Stage, tokenizer: Any = None) -> Stage:
+    """The stage, its objective's fields `mask_id` and `vocab_size` filled in from the tokenizer where they are None.
+
+    Without a tokenizer they are of the model's last row; shapes do not depend on them.
+    """
+    names = [n for n in ("mask_id", "vocab_size") if getattr(stage.objective, n, 0) is None]
+    if not names:
+        return stage
+    last = getattr(getattr(stage.model, "text_tower", None), "vocab", 8) - 1
+    values = {n: last if tokenizer is None else getattr(tokenizer, n) for n in names}
+    objective = dataclasses.replace(stage.objective, **values)
+    return dataclasses.replace(stage, objective=objective)
+
+
 def check_text(stage: Stage, data: Dataset) -> None:
-    """The model's vocabulary and special tokens against the tokenizer's."""
-    tower = getattr(stage.model, "text_tower", None)
+    """Raises UserError unless the model's vocabulary and special ids fit the tokenizer's."""
+    tokenizer, tower = data.tokenizer, getattr(stage.model, "text_tower", None)
+    mask_id = getattr(stage.objective, "mask_id", None)
+    if mask_id not in (None, tokenizer.mask_id):
+        do = "leave it out"
+        raise check.error(
+            "config.objective.mask_id", mask_id, f"{tokenizer.mask_id}, the tokenizer's", do
+        )
     if tower is None:
         return
-    ours, theirs = (tower.pad_id, tower.eos_id), (data.tokenizer.pad_id, data.tokenizer.eos_id)
-    if tower.vocab < data.tokenizer.vocab_size:
-        do = f"set config.model.text_tower.vocab to {data.tokenizer.vocab_size} or more"
-        raise check.error(
-            "config.model.text_tower.vocab",
-            tower.vocab,
-            f"the tokenizer's {data.tokenizer.vocab_size} or more",
-            do,
-        )
+    num = tokenizer.vocab_size if mask_id is None else tokenizer.num_ids
+    if tower.vocab < num:
+        of = "the tokenizer's" if mask_id is None else "with the mask's id"
+        do = f"set config.model.text_tower.vocab to {num} or more"
+        raise check.error("config.model.text_tower.vocab", tower.vocab, f"{of} {num} or more", do)
+    ours, theirs = (tower.pad_id, tower.eos_id), (tokenizer.pad_id, tokenizer.eos_id)
     if ours != theirs:
-        raise check.error(
-            "config.model.text_tower pad_id, eos_id",
-            ours,
-            f"the tokenizer's {theirs}",
-            "change them",
-        )
+        do = f"set pad_id={theirs[0]} and eos_id={theirs[1]}"
+        where = "config.model.text_tower pad_id, eos_id"
+        raise check.error(where, ours, f"the tokenizer's {theirs}", do)
+
+
+def check_refresh(objective: Any) -> None:
+    """Raises UserError for an objective with half of a hook (`train.refresh`)."""
+    where = f"objective {type(objective).__name__}"
+    every, hook = getattr(objective, "refresh_every", None), getattr(objective, "refresh", None)
+    if every is None and hook is None:
+        return
+    if type(every) is not int or every < 1 or hook is None:
+        got = f"refresh_every {every!r} and {'no' if hook is None else 'a'} method refresh"
+        do = "give both: refresh_every = 200_000, and refresh(state, embed) → state"
+        raise check.error(where, got, "a number of samples, 1 or more, and a method", do)

@@ -38,13 +38,12 @@ class Teacher:
 
     decay: it is the exponential moving average of the trained parameters, average ← decay · average + (1 − decay) ·
     parameters in every step, exactly: there is no warm-up. A number, or ((progress, decay), …) points over the stage,
-    joined by straight lines (a warm-up: ((0, 0.9), (0.1, 0.999))).
-    update: "after" each step (BYOL, DINO), or "before" its forward pass (ALBEF, MoCo).
+    joined by straight lines (a warm-up: ((0, 0.9), (0.1, 0.999))). It is updated after the step; methods that update
+    it before the forward pass (ALBEF, MoCo) see the same teacher, since no step lies between.
     path: another run's workdir, of any architecture. With neither, the parameters that the stage began with.
     """
 
     decay: float | tuple[tuple[float, float], ...] | None = None
-    update: str = "after"
     path: str = ""
 
 
@@ -178,9 +177,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
 
 
 def check_average(where: str, teacher: Teacher) -> None:
-    """Raises UserError unless a teacher's decay and its order are possible."""
-    if teacher.update not in ("after", "before"):
-        raise check.unknown(f"{where}.update", teacher.update, ("after", "before"))
+    """Raises UserError for a teacher's decay that is none."""
     decay = teacher.decay
     if isinstance(decay, tuple):
         places, values = zip(*decay) if decay else ((-1,), (-1,))
