@@ -18,7 +18,7 @@ def cross_entropy(
 ) -> Float[Array, "B"]:
     """Per row: log-sum-exp of the logits, minus their mean by the targets. `contrastive.one_way`, and with further
     columns concatenated `contrastive.softmax`: i2t of the logits, t2i of their transpose."""
-    targets_BC = jnp.eye(*logits_BC.shape) if targets_BC is None else targets_BC
+    targets_BC = _identity(logits_BC) if targets_BC is None else targets_BC
     lse_B = jax.nn.logsumexp(logits_BC, 1, where=where_BC)
     return lse_B - (targets_BC * logits_BC).sum(1) / targets_BC.sum(1)
 
@@ -29,7 +29,7 @@ def sigmoid(
     targets_BC: Float[Array, "B C"] | None = None,
 ) -> Float[Array, "B"]:
     """Per row: the sum of binary cross-entropies. `contrastive.sigmoid`."""
-    targets_BC = jnp.eye(*logits_BC.shape) if targets_BC is None else targets_BC
+    targets_BC = _identity(logits_BC) if targets_BC is None else targets_BC
     log_p, log_q = jax.nn.log_sigmoid(logits_BC), jax.nn.log_sigmoid(-logits_BC)
     return -(targets_BC * log_p + (1 - targets_BC) * log_q).sum(1, where=where_BC)
 
@@ -45,7 +45,7 @@ def mixed_targets(
     logits_BC: Float[Array, "B C"], alpha: Float[Array, ""] | float
 ) -> Float[Array, "B C"]:
     """A teacher's softmax and the identity. `contrastive.teacher_targets`."""
-    return alpha * jax.nn.softmax(logits_BC) + (1 - alpha) * jnp.eye(*logits_BC.shape)
+    return alpha * jax.nn.softmax(logits_BC) + (1 - alpha) * _identity(logits_BC)
 
 
 def token_sets(
@@ -82,3 +82,7 @@ def nll(
 def focal(nll_B: Float[Array, "B"], gamma: float) -> Float[Array, "B"]:
     """(1 − p)^γ · nll with p = exp(−nll). `focal.weigh`."""
     return (1 - jnp.exp(-nll_B)) ** gamma * nll_B
+
+
+def _identity(like_BC: jax.Array) -> jax.Array:
+    return jnp.eye(like_BC.shape[0], like_BC.shape[1])
