@@ -88,7 +88,3 @@ def nll(
 def focal(nll_B: Float[Array, "B"], gamma: float) -> Float[Array, "B"]:
     """(1 − p)^γ · nll with p = exp(−nll). `focal.weigh`."""
     return (1 - jnp.exp(-nll_B)) ** gamma * nll_B
-
-
-def identity(like_BC: jax.Array) -> jax.Array:
-    return jnp.eye(like_BC.shape[0], like_BC.shape[1])
