@@ -154,7 +154,7 @@ def batches(make_batch):
     """Name of a toy → batch: what the loader would give it."""
     rng = np.random.default_rng(0)
     pairs, other = make_batch(), make_batch(start=40)
-    words = {f"words.{k}": v for k, v in make_batch(4, start=80).items() if k != "image"}
+    words = {f"words/{k}": v for k, v in make_batch(4, start=80).items() if k != "image"}
     return {
         "Views": pairs | {"image": np.stack([pairs["image"], other["image"]], axis=1)},
         "Captions": pairs

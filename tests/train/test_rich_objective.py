@@ -82,7 +82,7 @@ def config(toy, monkeypatch, tmp_path):
 
 
 def test_it_resumes(config, tmp_path):
-    seen, feed = {"": [], "more.": []}, loop.feed
+    seen, feed = {"": [], "more/": []}, loop.feed
 
     def watch(*args):
         for batch in feed(*args):
@@ -93,7 +93,7 @@ def test_it_resumes(config, tmp_path):
     with mock.patch.object(loop, "feed", watch):
         assert runs.train(config, tmp_path / "whole") == 0
     np.testing.assert_array_equal(np.concatenate(seen[""]), np.arange(5 * 8 + 4 * 16))
-    np.testing.assert_array_equal(np.concatenate(seen["more."]), np.arange(5 * 16 + 4 * 4))
+    np.testing.assert_array_equal(np.concatenate(seen["more/"]), np.arange(5 * 16 + 4 * 4))
 
     rows = runs.rows(tmp_path / "whole")
     assert [row["turns"] for row in rows] == list(range(1, 10))
@@ -150,4 +150,4 @@ def test_a_stream_that_is_not_there(config, tmp_path, capsys):
         stage.pop("streams", None)
     with mock.patch.object(loop, "open_session", side_effect=AssertionError("too late")):
         assert runs.train(config, tmp_path / "run") == 2
-    assert "config.objective: got no batch leaf ['more.image']" in capsys.readouterr().err
+    assert "config.objective: got no batch leaf ['more/image']" in capsys.readouterr().err
