@@ -270,7 +270,7 @@ def test_what_one_refuses_all_refuse(tmp_path, port):
     other = lambda i: ("--config.data.workers=-1",) if i else ()
     codes, errors = finish(start(runs.TOY, tmp_path / "run", port, each=other))
     assert codes == [2, 2], errors
-    said = "config.data.workers: got -1, expected at least 0; change the config\n"
+    said = "config.data.workers: got -1, expected at least 0; correct the value\n"
     assert errors == [f"vlp: process 1 on {socket.gethostname()}: {said}", f"vlp: {said}"]
 
 

@@ -51,7 +51,7 @@ class Rules:
         for name, (holds, expected) in rules.items():
             if not holds:
                 flag = f"--{name.replace('_', '-')}"
-                raise check.error(flag, getattr(self, name), expected, "change it")
+                raise check.error(flag, getattr(self, name), expected, "correct the value")
 
 
 def words(text: str) -> list[str]:

@@ -122,7 +122,7 @@ def _table(lines: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
 
 
 def _figure(i: int, record: dict, image: np.ndarray | ValueError) -> str:
-    """One record: its image, or why there is none; its key and captions."""
+    """One record as HTML: its image, or why it cannot be shown; its key and captions."""
     lines = [f"<p><code>{pages.text(record.get('key', f'record {i}'), 200)}</code></p>"]
     if isinstance(image, ValueError):
         shown = f'<span class="no-image">{pages.text(image, 300)}</span>'
@@ -145,7 +145,7 @@ def _figure(i: int, record: dict, image: np.ndarray | ValueError) -> str:
 def _samples(
     source: records.Source, num: int
 ) -> Iterator[tuple[int, dict, np.ndarray | ValueError]]:
-    """Yields `num` records at equal steps: number, record, its image or why there is none."""
+    """Yields `num` records at equal steps: number, record, and its image or why it cannot be shown."""
     for i in np.unique(np.linspace(0, len(source) - 1, num).astype(int)).tolist():
         record: dict = {}
         try:
