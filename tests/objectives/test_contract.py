@@ -308,8 +308,8 @@ def test_asking_for_what_is_not_there(toys, batches):
     """Before anything compiles, and in one line."""
     without = dataclasses.replace(toys["Views"], teachers={})
     misnamed = dataclasses.replace(toys["Distil"], teachers={"bag": toys["Distil"].teachers["big"]})
-    plain = {k: v for k, v in batches["Distil"].items() if "." not in k}
-    renamed = plain | {"texts.text": plain["text"], "texts.index": plain["index"]}
+    plain = {k: v for k, v in batches["Distil"].items() if "/" not in k}
+    renamed = plain | {"texts/text": plain["text"], "texts/index": plain["index"]}
     cases = [
         (without, batches["Views"], 1, "config.teachers: got none, expected 'ema', which"),
         (
@@ -395,7 +395,7 @@ def test_frozen_parameters_in_a_step():
 
 def test_micro_batches_keep_the_order_of_rows():
     """What `map` returns is in the order of the batch, for arrays of any rank, with extra arrays split alike."""
-    batch = {"x": jnp.arange(24.0).reshape(12, 2), "other.y": jnp.zeros(5)}
+    batch = {"x": jnp.arange(24.0).reshape(12, 2), "other/y": jnp.zeros(5)}
     extra = {"a": jnp.arange(12), "b": jnp.arange(12 * 6).reshape(12, 3, 2)}
 
     def f(ctx, arrays):
