@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import pathlib
+import re
 import textwrap
 
 import numpy as np
@@ -385,6 +387,31 @@ def test_a_leaf_that_no_config_makes_is_one_line(name, words):
 def test_sections_that_cannot_work(change, words):
     with pytest.raises(check.UserError, match=words):
         open_dataset(dataclasses.replace(DATA, source="shapes", **change))
+
+
+def test_shapes_have_what_most_leaves_read():
+    """So that smoke runs need no data: boxes lie on the shape, negatives are no captions of it."""
+    reads = ("image", "text", "label", "boxes", "negatives.text", "sentences", "views.local")
+    data = Data(source="shapes", num_records=64, views={"local": ViewSet()}, image_px=32)
+    d = open_dataset(data, reads=reads)
+    found = d.eval_batch(0, 64)
+    assert found["boxes.mask"].sum(1).tolist() == [1] * 64 and found["negatives.text.mask"].all()
+    for i in range(64):
+        r = d.record(i)
+        x0, y0, x1, y1 = (round(64 * share) for share in r["boxes"][0]["box"])
+        ground = r["image"][0, 0]
+        assert (r["image"][y0 : y1 + 1, x0 : x1 + 1] != ground).any()
+        away = r["image"].copy()
+        away[max(y0 - 1, 0) : y1 + 2, max(x0 - 1, 0) : x1 + 2] = ground
+        assert (away == ground).all()
+        assert not {*r["negatives"]} & {c["text"] for c in r["captions"]}
+
+
+def test_the_page_of_the_docs_names_every_leaf():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for name in (x for leaf in leaves._known(DATA, ()).values() for x in leaf.spec(DATA, 1)):
+        family = re.sub(r"^(views|stored)\.\w+", r"\1", re.sub(r"^text\.(alt|said)", "text", name))
+        assert f"`{family}" in page or f"`.{family.rpartition('.')[2]}`" in page, name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,7 +233,7 @@ def check_data(data: Data) -> None:
     )
 
 
-def _check(where: str, section: object, rules: Iterable[tuple[str, bool, str]]) -> None:
+def _check(where: str, section: object, rules: Iterable[tuple[str, Any, str]]) -> None:
     """Raises UserError for the first (field, holds, expected) that does not hold."""
     for field, good, expected in rules:
         if not good:

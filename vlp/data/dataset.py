@@ -164,19 +164,19 @@ class Dataset:
         return out
 
     def given(self, position: int) -> tuple[int, ...]:
-        """How many of the samples before a stream position each part gave, since the run began."""
+        """Returns for each part how many of the run's samples before a stream position came from it."""
         if self._mixture:
             return tuple(self._mixture.counts(position).tolist())
         return (sum(self.begin.given) + position - self.begin.position,)
 
     def source_counts(self, position: int) -> dict[str, int]:
-        """By the names of a mixture's parts, how many samples each gave the run; {} for other data."""
+        """Returns {name of a mixture's part: number of the run's samples from it}; {} for other data."""
         before = self.begin.before or (0,) * len(self.data.mixture)
         counts = (n + more for n, more in zip(self.given(position), before))
         return dict(zip((p.name for p in self.data.mixture), counts))
 
     def laws(self) -> tuple[tuple, ...]:
-        """Of each part, what decides the order of its records, beside the seed; all different."""
+        """Returns for each part what decides the order of its records, beside the seed; no two are equal."""
         parts = self.source.parts if isinstance(self.source, Concatenated) else (self.source,)
         names = [part.fingerprint for part in parts]
         how = (order.Shuffle.of(self.data), self.data.group_by)
@@ -334,7 +334,14 @@ class Dataset:
 
 
 def start_plan(dataset: Dataset, *, batch: int, samples: int, num_hosts: int = 1) -> str:
-    """The line that a run prints before it starts: what will be read, and the memory it takes."""
+    """Returns the line that a run prints before it starts: what it will read, and the memory that takes.
+
+    Args:
+      dataset: the data.
+      batch: rows of a global batch.
+      samples: that will be read.
+      num_hosts: that share the rows.
+    """
     data, rows = dataset.data, batch // num_hosts
     specs = leaves.spec(data, 1, dataset.reads, dataset.plugins).values()
     row_bytes = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in specs)
@@ -396,7 +403,7 @@ def _blocks(rows: Sequence[range] | None, batch: int) -> tuple[range, ...]:
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Blocks of rows as one batch; what was counted of them is added up."""
+    """Returns blocks of rows as one batch; their counts are added up."""
     if len(parts) == 1:
         return parts[0]
     out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != STATS}

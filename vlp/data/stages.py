@@ -1,4 +1,4 @@
-"""The order of a stream over the stages of a run: each goes on where the one before it stopped."""
+"""The order of a stream over the stages of a run: each stage continues where the one before it stopped."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from vlp.data.config import Data
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """Where a dataset's order begins: a position of the stream, the samples that each of its parts
-    (itself, if it is no mixture) had given by then, and what is added to the seed for each."""
+    """Where a dataset's order begins. The tuples have one entry for each part of a mixture (one for other data)."""
 
-    position: int = 0
-    given: tuple[int, ...] = ()  # () = none
-    orders: tuple[int, ...] = ()  # () = 0, 1, …
-    before: tuple[int, ...] = ()  # beside `given`, samples in another order, for the counts alone
+    position: int = 0  # in the stream
+    given: tuple[int, ...] = ()  # samples read before that position, in this order; () = 0 each
+    orders: tuple[int, ...] = ()  # added to the seed; () = 0, 1, …
+    before: tuple[int, ...] = ()  # further samples read, in another order: they are only counted
 
 
 def in_stages(stages: Sequence[tuple[Any, int, int]]) -> list[Any]:
-    """The datasets of a stream, one for each stage, such that each goes on where it was left.
+    """Returns the datasets of a stream, one for each stage, each with the order's beginning set.
 
-    stages: dataset, position of its first sample in the stream, number of samples. Data that stays
-    as it is continues as if the stages were one. Where the data or the weights change, what was
-    read before goes on with its next record, wherever it stands in a mixture, and what is new
-    begins with its first epoch.
+    Data that does not change between stages continues as if they were one stage. Where the data or a mixture's weights
+    change, a part that was read before continues with its next record, and a new part begins with its first epoch.
+
+    Args:
+      stages: for each stage its `Dataset`, the position of its first sample in the stream, and its number of samples.
     """
     out: list[Any] = []
     given: dict[tuple, int] = {}  # by law
@@ -48,7 +48,7 @@ def in_stages(stages: Sequence[tuple[Any, int, int]]) -> list[Any]:
 
 
 def _same(a: Any, b: Any, position: int) -> bool:
-    """Whether the order of b at a position of the stream is that of a."""
+    """Returns whether b continues, at a position of the stream, in the same order as a."""
 
     def law(d: Any) -> tuple:
         changes = (r for r in d.data.reweight if r.samples <= position)
@@ -58,11 +58,20 @@ def _same(a: Any, b: Any, position: int) -> bool:
 
 
 def mixture_of(data: Data, sizes: tuple[int, ...], begin: Begin) -> order.Mixture:
+    """Returns the interleave of a mixture whose parts have `sizes` records.
+
+    Raises: `UserError` for changes of the weights that are out of order or have the wrong number of weights.
+    """
     starts, weights = [begin.position], [[p.weight for p in data.mixture]]
     for k, change in enumerate(data.reweight):
         where = f"config.data.reweight.{k}"
         if change.samples <= starts[-1]:
-            raise check.error(f"{where}.samples", change.samples, f"over {starts[-1]}", "raise it")
+            raise check.error(
+                f"{where}.samples",
+                change.samples,
+                f"over {starts[-1]}",
+                "list the changes in order",
+            )
         if len(change.weights) != len(data.mixture):
             do = "give one for each part"
             raise check.error(f"{where}.weights", change.weights, f"{len(data.mixture)}", do)

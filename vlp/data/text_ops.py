@@ -27,7 +27,7 @@ _SENTENCE_END = re.compile(
 
 
 class BadCaption(check.UserError):
-    """Captions that are none, or none in the wanted languages; `reason` is one of `REASONS`."""
+    """A record has no caption that can be used (in the wanted languages); `reason` is one of `REASONS`."""
 
     def __init__(self, reason: str, error: check.UserError):
         super().__init__(str(error))
@@ -100,7 +100,7 @@ def choose(
             got += f" from {sorted({str(c.get('source')) for c in captions})}"
             expected += f" from {list(sources)}"
             field = "langs or caption_sources"
-        do = f"change config.data.{field}" if captions else "leave the record out"
+        do = f"widen config.data.{field}" if captions else "leave the record out"
         error = check.error(where, got, expected, do)
         raise BadCaption("no_caption", error)
     texts = [c["text"] for c in left]

@@ -54,7 +54,7 @@ class Groups:
 
 
 def group(digests: Iterable[bytes]) -> dict[str, np.ndarray]:
-    """Returns the arrays of `Groups` for one digest of 16 bytes a row; {} if none comes twice."""
+    """Returns the arrays of `Groups` for one digest of 16 bytes a row; {} if no digest occurs twice."""
     with tempfile.TemporaryFile() as file:
         seen = counts.Counts()
         for one in digests:

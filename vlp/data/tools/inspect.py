@@ -129,7 +129,7 @@ def _shown(i: int, record: dict, image: np.ndarray | ValueError) -> dict[str, An
 def _samples(
     source: records.Source, num: int
 ) -> Iterator[tuple[int, dict, np.ndarray | ValueError]]:
-    """Yields `num` records at equal steps: number, record, its image or why there is none."""
+    """Yields `num` records at equal steps: number, record, and its image or why it cannot be shown."""
     for i in np.unique(np.linspace(0, len(source) - 1, num).astype(int)).tolist():
         record: dict = {}
         try:
