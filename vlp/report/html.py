@@ -31,14 +31,23 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     return _publish(comparison(runs), Path(out) if out is not None else Path("compare.html"))
 
 
-def _publish(text: str, out: Path) -> Path:
-    if out.is_dir():
-        raise check.error(
-            "report.out", f"the folder {str(out)!r}", "a file", f"give {str(out / 'report.html')!r}"
-        )
+def check_out(workdirs: Sequence[Path], out: Path | None = None) -> None:
+    """Raises UserError if the page of these runs cannot be written at `out` (default: as `write`). Reads no run."""
+    if out is None and not all(workdir.is_dir() for workdir in workdirs):
+        return  # the answer is about the workdir
+    out = out or (workdirs[0] / "report.html" if len(workdirs) == 1 else Path("compare.html"))
+    if os.path.isdir(out):
+        do = f"give {str(out / 'report.html')!r}"
+        raise check.error("report.out", f"the folder {str(out)!r}", "a file", do)
+    place = check.output_file if os.path.isdir(out.parent) else check.output_dir  # which is made
+    place("report.out", out)
     if out.exists() and out.suffix.lower() not in (".html", ".htm"):
         got = f"{str(out)!r}, which exists and is not a page"
         raise check.error("report.out", got, "a new file or an .html file", "name a new file")
+
+
+def _publish(text: str, out: Path) -> Path:
+    check_out([], out)
     # A captioner may emit lone surrogates, which no encoding can hold.
     data = text.encode("utf-8", "replace")
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
