@@ -202,7 +202,10 @@ def _inspect(args: argparse.Namespace) -> int:
     for split in args.splits:
         source = _open(args, split)
         found = inspect.numbers(source)
-        print(json.dumps({"split": split, **found}, indent=1, ensure_ascii=False))
+        if args.json:
+            print(json.dumps({"split": split, **found}, indent=1, ensure_ascii=False))
+        else:
+            print(f"split {split}\n{inspect.text(found)}")
         if file := pages[split]:
             page = inspect.page(source, found, title=f"{args.input} · {split}")
             _write_new(file, page.encode())
