@@ -73,7 +73,7 @@ BAD = {
     "convert {tar} --out ": "--out: got '', expected a directory; name one",
     "convert {tar} --out gs://bucket/x": "--out: got gs://bucket/x, expected a directory on a disk",
     "filter {tar} --out memory://x": "--out: got memory://x, expected a directory on a disk",
-    "convert {tar} --out {file}/x": r"got Not a directory \(NotADirectoryError\)",
+    "convert {tar} --out {file}/x": r"\(Not a directory\), expected a directory to write in",
     "filter {tar} --out {file}": "file: got a file, expected a directory",
     "filter {tar} --out {new} --min-words -1": "--min-words: got -1, expected 0 or more",
     "filter {tar} --out {new} --max-aspect 0": "--max-aspect: got 0.0, expected 1 or more",
