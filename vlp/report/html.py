@@ -88,7 +88,9 @@ def page(run: load.Run) -> str:
         stages=tables.stages(run),
         times=_curves(curves.time_charts(run)),
         retrievals=[(_title(n, a), gallery.retrieval(n, a)) for n, a in artefacts["retrieval"]],
-        zeroshots=[(_title(n, a), tables.confusion(a)) for n, a in artefacts["zeroshot"]],
+        zeroshots=[
+            (_title(n, a, run.config), tables.confusion(a)) for n, a in artefacts["zeroshot"]
+        ],
         captionings=[(_title(n, a), gallery.captions(a)) for n, a in artefacts["captions"]],
         config=list(tables.flat(run.config)),
         versions=tables.versions(run.versions),
@@ -123,10 +125,18 @@ def _curves(charts: Sequence[svg.Chart]) -> dict[str, Sequence[object]]:
     }
 
 
-def _title(name: str, artefact: dict) -> str:
-    """Returns the label and the split of an artefact as a title, or else the name of its file in words."""
+def _title(name: str, artefact: dict, config: dict | None = None) -> str:
+    """Returns the evaluation and the split of an artefact as a title, or else the name of its file in words.
+
+    An evaluation is called as in the tables, by its key in `config`, if one has the artefact's label.
+    """
     label, split = artefact.get("label"), artefact.get("split")
     kind = str(artefact.get("kind", ""))
+    evals = (config or {}).get("evals")
+    for key, section in evals.items() if isinstance(evals, dict) else ():
+        if isinstance(section, dict) and label and section.get("label") == label:
+            label = key
+            break
     if isinstance(split, str) and split:
         name = names.evaluation(label if isinstance(label, str) else kind, split)
     else:
