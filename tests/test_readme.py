@@ -38,9 +38,9 @@ SHORT = "smoke: two steps on made-up shapes, not the minutes of the demo"
 TINY = " ".join(  # of the demo's config: its data, splits and evaluations stay
     f"--config.{key}={value}"
     for key, value in {
-        **{f"model.{t}.depth": 1 for t in ("image_tower", "text_tower", "multimodal")},
+        **{f"model.{t}.depth": 1 for t in ("image_tower", "text_tower", "decoder")},
         **{f"model.{t}.width": 16 for t in ("image_tower", "text_tower")},
-        **{"model.queries": 2, "model.embed": 16, "data.image_px": 16, "batch": 16},
+        **{"model.poolers.queries": 2, "model.embed": 16, "data.image_px": 16, "batch": 16},
         **{f"evals.{e}.batch": 16 for e in ("retrieval", "validation", "skin_tone", "captions")},
         "stages": """'({"name":"masked","steps":2},{"name":"unmasked","steps":1,"objective":{"keep_ratio":1.0}})'""",
     }.items()

@@ -271,7 +271,7 @@ def test_inspect_and_filter_see_what_is_decoded(tmp_path, capsys):
     files = [*bad_png_metadata().values(), *METADATA.values()]
     pairs = [{"key": f"k{i}", "jpg": d, "caption": f"this is {i}"} for i, d in enumerate(files)]
     formats.tar(tmp_path / "a.tar", pairs)
-    assert test_cli_data.run("inspect", tmp_path / "a.tar") == 0
+    assert test_cli_data.run("inspect", tmp_path / "a.tar", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["shorter_side_px"][-1] == HEIGHT and "image header" not in str(found)
     loose = ("--min-side-px", 0, "--min-words", 1, "--out", tmp_path / "out")

@@ -261,7 +261,9 @@ def test_what_no_utf8_can_hold_is_a_bad_row_in_every_command(
     loose = ("--min-side-px", 10, "--min-words", 1)
     assert test_cli_data.run("filter", path, "--out", tmp_path / "f", *loose, *named) == 0
     assert '"row_unreadable": 1' in capsys.readouterr().out
-    assert test_cli_data.run("inspect", path, "--html", tmp_path / "page.html", *named) == 0
+    assert (
+        test_cli_data.run("inspect", path, "--json", "--html", tmp_path / "page.html", *named) == 0
+    )
     assert '"row": 1' in capsys.readouterr().out
     train = ("--vocab-size", 12, "--model-type", "bpe")
     assert test_cli_data.run("tokenizer", path, *named, "--out", tmp_path / "m.model", *train) == 0

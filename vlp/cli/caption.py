@@ -1,6 +1,7 @@
 """`vlp caption`: captions image files with a trained model."""
 
 import argparse
+import os
 import pathlib
 
 
@@ -24,7 +25,10 @@ def run(args: argparse.Namespace) -> int:
 
     images = []
     for path in args.images:
-        if not pathlib.Path(path).is_file():
+        if os.path.isdir(path):
+            do = f"name its files, {os.path.join(path, '*.jpg')} say"
+            raise check.error("vlp caption", f"the folder {path!r}", "image files", do)
+        if not os.path.isfile(path):
             raise check.error("vlp caption", f"no file {path!r}", "image files", "correct the path")
         try:
             images.append(pictures.decode(pathlib.Path(path).read_bytes()))

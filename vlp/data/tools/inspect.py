@@ -86,6 +86,22 @@ def page(source: records.Source, found: dict, *, title: str, num_images: int = 6
     )
 
 
+def text(found: dict) -> str:
+    """Returns what `numbers` found as lines for a terminal, the spreads in columns with heads."""
+    of = _counts(found)
+    lines = [(pages.title(name), " ".join(filter(None, rest))) for name, *rest in of["tiles"]]
+    wide = max(len(name) for name, *_ in [*lines, *of["spreads"], *of["kinds"]])
+    out = [f"{name:{wide}}  {value}" for name, value in lines]
+    rows = [("", *SPREAD), *of["spreads"]] if of["spreads"] else []
+    for name, *values in rows:
+        out.append(f"{name:{wide}}" + "".join(f"{value:>12}" for value in values))
+    for name, rows in of["kinds"]:
+        shown = ", ".join(f"{kind} {num} ({share})" for kind, num, share in rows)
+        out.append(f"{name:{wide}}  {shown}")
+    return "\n".join(out)
+
+
+SPREAD = ("min", "25 %", "median", "75 %", "max")
 _WORDS = {"langs": "languages", "shorter_side_px": "shorter side, px"}
 
 
