@@ -28,7 +28,7 @@ class BadRecord(Exception):
         self.reason = reason
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Draws:
     """A sample: its place in the data's order, and random numbers that are a function of it.
 
@@ -102,8 +102,13 @@ class Draws:
 
 
 def _crop_options(data: Data) -> dict[str, Any]:
-    names = ("min_area_frac", "max_area_frac", "max_aspect", "translate_frac", "flip")
-    return {name: getattr(data, name) for name in names}
+    return {
+        "min_area_frac": data.min_area_frac,
+        "max_area_frac": data.max_area_frac,
+        "max_aspect": data.max_aspect,
+        "translate_frac": data.translate_frac,
+        "flip": data.flip,
+    }
 
 
 def augmented(
