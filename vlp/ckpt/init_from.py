@@ -38,7 +38,7 @@ def transfer_params(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
         where: the config section that asks for it, for errors and the log.
 
     Raises:
-        UserError: a leaf that is no position table has another shape.
+        UserError: a leaf other than a position table has another shape.
     """
     check_fits(old, fresh, where)
     values = tree.named(old)
@@ -82,7 +82,7 @@ def select_params(params: PyTree, match: str, where: str) -> dict[str, Any]:
 
 
 def check_fits(old: PyTree, fresh: PyTree, where: str) -> None:
-    """Raises the UserError of `transfer_params`, from shapes alone."""
+    """Raises the UserError of `transfer_params`; needs only shapes."""
     values = tree.named(old)
     for name, leaf in tree.named(fresh).items():
         shape = values[name].shape if name in values else leaf.shape

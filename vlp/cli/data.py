@@ -96,10 +96,10 @@ def _convert(args: argparse.Namespace) -> int:
         note = f" {how}" if (how := getattr(source, "how", "")) else ""
         num_rows = getattr(source, "num_rows", len(source))
         print(f"{split}: {num_rows} rows of {kind}, {shown}{note}")
-        if told := sources.grouped(source):
-            print(f"{split}: {told} (--no-group: one record per row)")
-        if os.path.isdir(args.input) and (beside := sources.unread(kind, found)):
-            print(f"{split}: other files, not read, by ending: {beside}")
+        if grouping := sources.grouped(source):
+            print(f"{split}: {grouping} (--no-group: one record per row)")
+        if os.path.isdir(args.input) and (unread := sources.unread(kind, found)):
+            print(f"{split}: other files, not read, by ending: {unread}")
     manifest = convert.run(
         job, workers=args.workers, runner=args.runner, runner_args=args.runner_args
     )
@@ -174,8 +174,8 @@ def _open(args: argparse.Namespace, split: str):
     from vlp.data import sources
 
     source = sources.open_path(args.input, split, given=data_options.fields_of(args))
-    if told := sources.grouped(source):
-        print(f"{split}: {told} (--no-group: one record per row)", file=sys.stderr)
+    if grouping := sources.grouped(source):
+        print(f"{split}: {grouping} (--no-group: one record per row)", file=sys.stderr)
     return source
 
 

@@ -118,10 +118,12 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
 def ready(
     chosen: dict[str, Any], args: argparse.Namespace, loaded: Loaded, device_mesh: Any, io: Any
 ) -> dict[str, Any]:
-    """The evaluators, by label, that can be done on `--split` (default: on their own splits).
+    """Returns the evaluators, by label, that can run on `--split` (default: on their own splits).
 
-    With `--split`, one that cannot be done is skipped in a line that says why, if another one can and no option names
-    it. Raises the UserError of the first that cannot, otherwise.
+    With `--split`, an evaluator that cannot run is skipped and the reason is printed, unless an option names it.
+
+    Raises:
+        UserError: without `--split`, if any evaluator cannot run; with it, if a named one or all cannot run.
     """
     from vlp.core import check
     from vlp.evals.io import check_asks, check_ready

@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 class Failed(RuntimeError):
-    """Something outside of the program failed (a disk, another process); the message says what is kept."""
+    """Something outside of the program failed (a disk, another process); the message says what is saved."""
 
 
 # Errors of the operating system that no program can prevent.
@@ -81,11 +81,11 @@ def line(text: object) -> str:
 
 
 def answer(e: BaseException) -> tuple[str, int] | None:
-    """Returns the line to print for an error and its exit code (2: the user's, 1: the machine's); None for a crash."""
+    """Returns the line to print for an error and its exit code (2: user error, 1: machine fault); None for a crash."""
     if isinstance(e, UserError):
         return line(e), 1 if isinstance(e, MachineError) else 2
-    told = failure(e)
-    return (line(told), 1) if told else None
+    failed = failure(e)
+    return (line(failed), 1) if failed else None
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -93,10 +93,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main())
     except UserError as mistake:
-        told = answer(mistake)
-        assert told is not None
-        print(told[0], file=sys.stderr)
-        sys.exit(told[1])
+        known = answer(mistake)
+        assert known is not None
+        print(known[0], file=sys.stderr)
+        sys.exit(known[1])
 
 
 def output_file(where: str, path: str | pathlib.Path | None, *, new: bool = False) -> None:

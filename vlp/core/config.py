@@ -29,7 +29,7 @@ if typing.TYPE_CHECKING:  # imported where config files are read: a model can be
     import ml_collections
 
 T = TypeVar("T")
-_loads = itertools.count()  # a package of its own for each config file that is loaded
+_loads = itertools.count()  # numbers the packages: each config file is loaded as a new one
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> "ml_collections.ConfigDict":
@@ -85,7 +85,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _near(path: pathlib.Path) -> str:
-    """Returns what to do about a config file that is not there: the file beside it of the most similar name."""
+    """Returns advice for a missing config file: the most similar name in the same folder."""
     files = {p.name: p for p in path.parent.glob("*.py")} if path.parent.is_dir() else {}
     if found := difflib.get_close_matches(f"{path.stem}.py", files, n=1, cutoff=0.6):
         return f"did you mean {str(files[found[0]])!r}?"
@@ -116,7 +116,7 @@ def _returned(path: str, arg: str) -> tuple[Any, bool]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a deep copy made of dicts, lists and scalars alone (what JSON would give back)."""
+    """Returns a deep copy with only dicts, lists and scalars, as after a JSON round trip."""
     if hasattr(value, "to_dict"):  # a ConfigDict
         value = value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -301,7 +301,7 @@ def _override(config: dict[str, Any], item: str) -> None:
 
 
 def _replaces(stage: Any, base: Any, path: Sequence[str]) -> bool:
-    """Whether a stage's overlay leaves nothing of the base's value at a path."""
+    """Returns whether a stage's overlay replaces the base's whole value at a path."""
     for depth, part in enumerate(path):
         if not isinstance(stage, Mapping) or not isinstance(base, Mapping):
             return True

@@ -1,4 +1,4 @@
-"""Parts from outside of the package: a module whose dicts (TABLES: OBJECTIVES, MODELS …) add to those of `vlp`.
+"""Plugins: modules outside of the package whose dicts (TABLES: OBJECTIVES, MODELS …) extend those of `vlp`.
 
     config.plugins = ("my_parts",)        # a module that can be imported
     config.plugins = ("my_parts.py",)     # a file beside the config file (or a path)
@@ -57,9 +57,9 @@ _digests: dict[str, tuple[str, str]] = {}  # of plugins' files that ran: path an
 
 
 def execute(path: str, package: str) -> types.ModuleType:
-    """Runs a Python file, whatever its ending, as a module of `package`; call it within `beside(path)`.
+    """Runs a Python file with any ending as a module of `package`; call it within `beside(path)`.
 
-    `from .common import x` in it imports the file common.py beside it, or else that of `vlp`'s own configs/.
+    In it, `from .common import x` imports common.py from its folder, or else from `vlp`'s configs/.
     """
     folder = os.path.dirname(os.path.realpath(path))
     if package not in sys.modules:
@@ -85,14 +85,14 @@ def module_name(path: str, package: str) -> str:
 
 
 def forget(package: str) -> None:
-    """Forgets a package of `execute` and its modules; a file that runs as one of them later imports them anew."""
+    """Removes a package of `execute` and its modules, so that later imports read the files again."""
     for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
         del sys.modules[name]
 
 
 @contextlib.contextmanager
 def beside(path: str) -> Iterator[None]:
-    """Inside, `import common` finds common.py beside a file, whatever other folders' files imported by that name."""
+    """Inside, `import common` finds common.py in the folder of a file, even if another common.py was imported."""
     folder = os.path.dirname(os.path.realpath(path))
     others = {name: sys.modules.pop(name) for name in _plain & sys.modules.keys()}
     before = set(sys.modules)
@@ -123,7 +123,7 @@ def _lies_in(module: types.ModuleType, folder: str) -> bool:
 
 @contextlib.contextmanager
 def blamed(where: str, path: str, expected: str) -> Iterator[None]:
-    """Turns whatever a user's file raises into a UserError with its line."""
+    """Turns any exception of a user's file into a UserError with the line in that file."""
     try:
         yield
     except check.UserError:
@@ -149,7 +149,7 @@ def resolve(entries: Any, folder: str | os.PathLike = ".") -> list[dict[str, str
     """Returns `config.plugins` as a checkpoint keeps it: {"module": …} or {"file": …, "sha256": …}.
 
     folder: where relative files and modules are looked for first. Entries that are resolved stay as they are.
-    Raises UserError for what is no list of names, and for a file that is not there.
+    Raises UserError if it is not a list of names, and for a missing file.
     """
     where = "config.plugins"
     if isinstance(entries, str) or not isinstance(entries, list | tuple):

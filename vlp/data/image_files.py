@@ -14,7 +14,7 @@ import zlib
 JPEG, PNG, TIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 0x0112  # of TIFF and EXIF
 _EXIF = b"Exif\0\0"
-# what tells a decoder of TIFF where the pixels are and how they are stored (TIFF 6.0, §8 … §22, libtiff's tags.h)
+# tags that a TIFF decoder needs to find and read the pixels (TIFF 6.0, §8 … §22, libtiff's tags.h)
 _TIFF_TAGS = frozenset(
     (254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322)
     + (323, 324, 325, 332, 338, 339, 340, 341, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521)
@@ -170,7 +170,7 @@ def _webp(data: bytes) -> tuple[bytes, int]:
 
 
 def _avif(data: bytes) -> bytes:
-    """The type of its EXIF item becomes one that no decoder knows."""
+    """Changes the type of the EXIF item to an unknown one, so that decoders skip it."""
     at = 0
     while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")

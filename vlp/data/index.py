@@ -24,12 +24,12 @@ from vlp.data import storage
 MAGIC = "vlp-index-1"
 _ALIGN = 64  # bytes
 _HEADER_BYTES = 2**24  # no header is longer
-_LOOKS = 2**13  # after so many, mapped pages are given back: they would pass for memory in use
+_LOOKS = 2**13  # look-ups after which mapped pages are released; else they count as used memory
 log = logging.getLogger(__name__)
 
 
 class Index:
-    """The arrays of a file by name, mapped; `meta` is what the builder said. Picklable by its path.
+    """The memory-mapped arrays of a file, by name; `meta` is from its writer. Pickled as its path.
 
     Raises: FileNotFoundError, or ValueError for a file that is damaged.
     """

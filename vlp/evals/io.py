@@ -1,4 +1,4 @@
-"""What an evaluator is given beside the model: data prepared as in training, and a place for its artefacts."""
+"""An evaluator's input and output: data prepared as in training, and a place for its artefacts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class IO:
     write: Callable[[str, dict[str, Any]], None] = lambda name, artefact: None
 
     def open(self, split: str) -> Dataset:
-        """A split as evaluations see it: without what is of training alone (other captions, records left out, order).
+        """Opens a split for evaluation: the first caption, all records, in record order.
 
         Of a mixture, those parts that have the split; raises UserError if none has.
         """
@@ -55,7 +55,7 @@ class IO:
 
 
 def check_ready(evaluator: Evaluator, mesh: Mesh, io: IO, where: str) -> None:
-    """Raises UserError for whatever of the data or the mesh would stop the evaluator after hours of training."""
+    """Raises UserError for data or a mesh on which the evaluator would fail later, after hours of training."""
     meshes.check_batch(evaluator.batch, mesh, where=f"{where}.batch")
     dataset = io.open(evaluator.split)
     if getattr(evaluator, "reads_captions", True):

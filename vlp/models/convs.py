@@ -68,7 +68,7 @@ def repeat(block: Any, num: int, *, remat: str, scan: bool, static: tuple[int, .
         num: how many blocks.
         remat: what the backward pass keeps of a block (`layers.REMAT`).
         scan: False unrolls the loop; the parameters stay the same.
-        static: the arguments that are no arrays, counted from 1 (x).
+        static: indices of the arguments that are not arrays, counted from 1 (x).
     """
     every: Any = nn.broadcast
     return nn.scan(
@@ -85,7 +85,7 @@ def repeat(block: Any, num: int, *, remat: str, scan: bool, static: tuple[int, .
 def check_whole(
     tower: Any, keep_ratio: float, kept: Any, layers: bool, size: int, stride: int
 ) -> None:
-    """Raises UserError for what only a tower of patches can do, and for images that the strides do not divide."""
+    """Raises UserError for options that only patch towers have, and for images that the strides do not divide."""
     name = type(tower).__name__
     if keep_ratio != 1 or kept is not None:
         got = "a choice of patches" if kept is not None else keep_ratio

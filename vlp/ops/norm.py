@@ -1,4 +1,4 @@
-"""Layer and batch normalisation whose backward passes need their input alone."""
+"""Layer and batch normalisation whose backward passes store only the input."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Estimate:
     """Bytes per device. peak = state and batch + the most that the step holds at one time."""
 
     peak_bytes: int
-    held_bytes: int  # by the step, beside state and batch
+    held_bytes: int  # the largest part of the peak that is not state or batch
 
 
 def peak(plan: StagePlan, mesh: Mesh) -> Estimate:

@@ -194,7 +194,7 @@ def check_saved(workdir: pathlib.Path) -> None:
     """Raises UserError if a run saved checkpoints here. Call it if there are none now."""
     if (workdir / "saved.json").exists():
         do = "bring the checkpoints back, or choose another --workdir to begin again"
-        got = "no checkpoint of a run that saved some (saved.json says so)"
+        got = "no checkpoint of a run that saved some (see saved.json)"
         raise check.error(f"--workdir {workdir}", got, "its checkpoints", do)
 
 

@@ -96,10 +96,8 @@ class Stage:
     teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
     evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eval_params: str = "student"  # or the name of a teacher ("ema")
-    init: str = (
-        ""  # workdir whose parameters the run starts from; a later stage, where it says so itself
-    )
-    init_match: str = ".*"  # … those whose names match in full ("image_tower/.*")
+    init: str = ""  # workdir whose parameters the stage starts from; not inherited by later stages
+    init_match: str = ".*"  # only parameters whose whole name matches ("image_tower/.*")
     keep_opt_state: bool = False
     index: int = 0
     start_step: int = 0

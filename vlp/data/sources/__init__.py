@@ -29,8 +29,8 @@ def open_data(data) -> records.Source:
         group=None if data.group_rows else False, allow_outside=data.allow_outside
     )
     source = open_path(data.path, data.split, strict=data.bad_records == "error", given=given)
-    if told := grouped(source):
-        log.warning("%s: %s (config.data.group_rows, .captions)", data.path, told)
+    if grouping := grouped(source):
+        log.warning("%s: %s (config.data.group_rows, .captions)", data.path, grouping)
     return source
 
 
@@ -49,11 +49,10 @@ def open_path(
     strict: bool = False,
     given: fields.Fields | None = None,
 ) -> records.Source:
-    """Opens one split of `path`, after a look at what it holds.
+    """Opens one split of `path`; the files decide the format.
 
-    A directory has its splits in sub-directories (train/…) or in the file names (train-00000.tar,
-    train.csv), "val" also as "validation"; with neither, it is all "train", as is a single file
-    unless its name says otherwise.
+    Splits are sub-directories (train/…) or parts of file names (train-00000.tar, train.csv); "validation" also
+    counts as "val". Without either, all files are "train", as is a single file whose name has no split.
     """
     path, given = os.fspath(path).removeprefix("file://"), given or fields.Fields()
     kind, found = find(path, split)
@@ -120,7 +119,7 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
 
     kind: "records" or "tfds" (which know their splits), "tar" or "parquet" (files), "table" (one
     file), "folder" (one directory); the last two are read from a disk only. Raises: `UserError` if
-    there is no such split, and for what cannot be read, with the cause.
+    the split is missing or cannot be read.
     """
     path = path.removeprefix("file://")
     if not path:
@@ -299,7 +298,7 @@ def _kinds(
 ) -> Iterator[tuple[str, list[str]]]:
     """What a directory may be taken for, most telling first, with its files (a folder: itself)."""
     local = not storage.is_remote(where)
-    # by their names alone, in a store; never a FIFO, which would keep whoever opens it waiting
+    # only by name in a store; a FIFO is never opened, since that would block
     entries = [e for e in entries if not _name(e).startswith(".") and (not local or _is_file(e))]
     for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside tars and folders
         found = [e for e in entries if _kind(e) == kind]
@@ -334,7 +333,7 @@ def _inner(path: str) -> list[str]:
 
 
 def _unread(path: str) -> tuple[str, str, str]:
-    """Returns (got, expected, do) for a file that is no dataset."""
+    """Returns (got, expected, do) for a file that is not a dataset."""
     name = path.lower()
     if packed := next((e for e in PACKED if name.endswith(e)), ""):
         got, expected = (

@@ -24,7 +24,9 @@ EXTENSIONS = tuple(
 )
 TEXTS = ("txt", "caption", "text")
 BESIDE = ("json", *TEXTS, "cls")
-CACHED_FILES = 10_000  # a smaller folder is read anew faster than the cache fills with its like
+CACHED_FILES = (
+    10_000  # smaller folders are not cached: reading them again is fast and keeps the cache small
+)
 
 
 class FolderSource:

@@ -1,7 +1,7 @@
 """Parquet files with images or their paths as random access.
 
-The unit of reading is a row group, of which a few stay in memory: files with row groups of some
-hundred images read well, files with one huge group read better as records. Rows of the same image
+A read loads a whole row group, and a few groups stay in memory. Files with a few hundred images per group are
+fast; convert files with one huge group to records. Rows of the same image
 are one record.
 """
 
@@ -195,7 +195,7 @@ class ParquetSource:
                         image = fields_lib.value(row, self.fields.image)
                         yield _image_digest(image, os.path.dirname(path), number)
                         number += 1
-            except ValueError:  # damaged: who reads these rows is told so
+            except ValueError:  # damaged: reading such a row raises
                 pass
             while number < self._ends[group]:
                 yield _image_digest(None, "", number)

@@ -1,4 +1,4 @@
-"""Publishes a conversion: its shards under their final names, beside a manifest and the list of what is left out."""
+"""Publishes a conversion: shards with final names, the manifest and the list of omitted rows."""
 
 import collections
 import dataclasses
@@ -42,7 +42,7 @@ def _tokenizer(job: Job, tasks: Sequence[tuple[str, int]]) -> tokenizers.Tokeniz
 
 
 def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
-    """Gathers the shards under their final names beside a manifest; one rename makes it appear."""
+    """Moves the shards and a manifest to their final names; one rename makes the dataset appear."""
     final = os.path.join(job.work, "dataset")
     shutil.rmtree(final, ignore_errors=True)
     os.makedirs(final)
@@ -124,7 +124,7 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     manifest = records.write_manifest(final, os.path.basename(job.out), info, splits, more)
     pathlib.Path(final, INPUTS).write_text(json.dumps(plan["seen"]))
     if os.path.isdir(job.out):
-        os.rmdir(job.out)  # empty, or `jobs.done` would have said so
+        os.rmdir(job.out)  # empty: `jobs.done` has checked it
     os.replace(final, job.out)
     shutil.rmtree(job.work)
     return manifest
