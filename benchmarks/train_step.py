@@ -1,12 +1,12 @@
-"""Training steps per second beside open_clip's, on this machine: same shapes, same type, same work, in turn.
+"""Training steps per second compared with open_clip's, alternating on this machine, with equal shapes and dtype.
 
     python benchmarks/train_step.py --models coca --batch 16 --json rows.json          # CPU, float32
     python benchmarks/train_step.py --models coca-L/14 clip-B/16 --dtype bfloat16 --compile --batch 256   # a GPU
     python benchmarks/train_step.py --rival-python DIR/bin/python   # after benchmarks/input.py --make-env DIR
 
-A step is forward, loss, backward and AdamW without clipping, on made-up batches that are already in memory. Each side
-is a process of its own. On a CPU they take turns, step by step, so that other work on the machine meets both alike, and
-each rests before its turn until the other's threads sleep; a card runs one side after the other, as both would not fit.
+A step is forward, loss, backward and AdamW without clipping, on synthetic batches in memory. Each side runs in its own
+process. On a CPU they alternate, step by step, so that other work on the machine affects both equally, and each waits
+until the other's threads sleep. On a GPU one side runs after the other, since both would not fit.
 The ratio is the median of the ratios of neighbouring steps. open_clip's AdamW is torch's fused one; --compile is
 torch.compile, --mask FLIP's (patch dropout there). FLOPs: matrix products of the forward pass × 3, attention counted
 full, nothing for recomputation; MFU where the device's peak is known (vlp.core.chips).
@@ -244,7 +244,7 @@ def row(job: dict[str, Any], side: str, sides: list[str], found: dict[str, Any])
 
 
 class Side:
-    """One side, in a process of its own: builds what it is told, takes steps, says what memory it took."""
+    """Runs one side in its own process: builds the model, runs steps, reports its memory."""
 
     def __init__(self, name: str):
         self._build = {"vlp": ours, "open_clip": theirs}[name]

@@ -1,4 +1,4 @@
-"""What several configs share. Plain data; nothing here is read by `vlp` itself."""
+"""Parts that several configs share. `vlp` itself does not import this file."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ SMOKE_TOWER = dict(width=32, depth=1, heads=2, mlp=64)
 
 
 def pretraining(name: str, model: dict[str, Any], path: str) -> ml_collections.ConfigDict:
-    """A dual encoder's config but for what its paper fixes: batch, objective, sizes, optimiser, schedule, length."""
+    """Returns a dual encoder's config without the paper's values: batch, objective, optimiser, schedule, length."""
     c = ml_collections.ConfigDict()
     c.name = name.replace("/", "").lower()
     c.model = model

@@ -24,7 +24,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--strict",
         action="store_true",
-        help="stop at a tar with a damaged end, instead of reading its start",
+        help="raise an error for tars with damaged or omitted parts",
     )
     convert.add_argument(
         "--check-images", action="store_true", help="decode every image; leave out those that fail"

@@ -82,8 +82,8 @@ class Albef:
             return image, text, c.head("words", fused["tokens"])
 
         (image, text, words), (image_m, text_m, words_m) = run(ctx), run(ctx.teacher("ema"))
-        hard, soft = ((w["hidden"], w["unembed"]) for w in (words, words_m))
-        nll = caption.nll(*hard, ctx.batch["text"], where=where, shift=False, teacher=soft)
+        student, teacher = ((w["hidden"], w["unembed"]) for w in (words, words_m))
+        nll = caption.nll(*student, ctx.batch["text"], where=where, shift=False, teacher=teacher)
         own = {"image": image["embed"], "patches": image["tokens"]}
         own |= {"text": text["embed"], "words": text["tokens"], "mask": text["mask"]}
         return own, {"image": image_m["embed"], "text": text_m["embed"]}, nll
