@@ -10,9 +10,9 @@ input       images/s of the training loader, decoding JPEGs of 500 px
 train       steps in bfloat16 compared with open_clip's, compiled: examples/s, FLOP/s, MFU and peak memory
 
 Each part runs in its own process with a time limit, and prints its rows as it makes them. A failed part gives a row
-with its error; the others continue, and the exit code is 1. A kernel or package that is missing gives a row with the reason.
-The script needs vlp's JAX side (jax, flax, optax, orbax, jaxtyping, msgpack); torch, timm and
-open_clip for its rows, and the data packages for the input rate.
+with its error; the others continue, and the exit code is 1. A missing kernel or package gives a row with the reason.
+Needed: vlp's JAX packages (jax, flax, optax, orbax, jaxtyping, msgpack); torch, timm and open_clip for their rows; the
+data packages for the input rate.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     vlp plan  --config configs/coca.py:size=base
     vlp train --config configs/coca.py:size=large,path=gs://… --workdir …
 
-Differences from the paper: gradients are clipped to norm 1 (the default; in the paper only for fine-tuning), and the data.
+Differences from the paper: gradients are clipped to norm 1 (the default; in the paper only for fine-tuning); the data.
 The paper does not state the text length of pretraining; here 64 tokens + CLS.
 """
 

@@ -2,8 +2,8 @@
 
     vlp train --config configs/lit.py:init=runs/clip_B16 --workdir …
 
-Arguments: init (the workdir of another run, from which the image tower is loaded), size (B/16 or L/16 with CLIP's image tower;
-the text tower has its width), path, smoke. `init_match` excludes the other run's text tower.
+Arguments: init (workdir of the run whose image tower is loaded), size (B/16 or L/16 with CLIP's image tower; the text
+tower has its width), path, smoke. `init_match` excludes the other run's text tower.
 
 From the paper (§3, §4): the image tower is locked and has no projection; the text tower starts from random weights, is
 bidirectional as BERT, and is pooled at its first token; 16 text tokens; 224 px. Its optimiser is
