@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from vlp.core import check  # noqa: E402  # of the tree beside this file
+from vlp.core import check  # noqa: E402  # of this clone
 
 Row = dict[str, Any]
 HIDDEN = argparse.SUPPRESS  # the help of options for workers

@@ -208,7 +208,7 @@ RIVAL = (
     "PIL",
     "numpy",
 )
-STEPS = (  # pip's arguments: torchvision, open_clip and timm would bring a torch of their own, with CUDA's libraries
+STEPS = (  # pip's arguments: torchvision, open_clip and timm would install their own torch, with CUDA's libraries
     ("torch==2.13.0", "webdataset==0.2.86", "pandas", "numpy", "pillow"),
     ("--no-deps", "torchvision", "open_clip_torch==3.3.0", "timm"),
     ("ftfy", "regex", "tqdm", "huggingface_hub", "safetensors", "pyyaml"),

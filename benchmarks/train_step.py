@@ -20,7 +20,7 @@ cut to 2 layers a stack, 4 pairs: ratio 0.77 for clip-B/16, 0.80 for coca-2mlp, 
  * Attention took twice torch's time, as keys and values were transposed number by number; heads now come first
    (vlp.ops.attention), which takes 0.6-0.9 of what it did, forward and backward.
  * The norms of gradients, changes and parameters, which are logged, cost more than AdamW: 148 ms for 25 million
-   parameters, 24 ms without them. XLA squares into an array of its own and copies what it updates in place.
+   parameters, 24 ms without them. XLA squares into a new array and copies what it updates in place.
  * Page faults. A step's temporaries are one allocation that is new in every step: 14,500 faults are a third of an
    attention's 100 ms. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35 and newer) takes pages of 2 MB: 200 faults.
    torch gains more by it (ratios fell to 0.66, 0.65 and 0.44). A C library that keeps what is freed (mallopt) has none,
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=0, help="of a turn (default: 1; 10 on a card)")
     parser.add_argument("--depth", type=int, default=0, help="layers of every stack, for a trial")
-    parser.add_argument("--smoke", action="store_true", help="ours alone and tiny, for a test")
+    parser.add_argument("--smoke", action="store_true", help="only ours, at tiny size, for a test")
     parser.add_argument("--scan", action="store_true", help="layers scanned, not unrolled")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--attention", default="auto", help="kernel of our image tower")

@@ -4,7 +4,7 @@
 visits each emoji once, in one of its forms (group_by), so that the skin tones of one gesture rarely are negatives of
 each other and do not crowd out the rest.
 
-Arguments: path (the data), clip (the same towers and steps, contrastive loss alone), optim (adamw,
+Arguments: path (the data), clip (the same towers and steps, only the contrastive loss), optim (adamw,
 adafactor or lion), seed, smoke.
 """
 

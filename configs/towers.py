@@ -1,6 +1,6 @@
 """The papers' towers by name, as sections of a config: `IMAGE["B/16"]` and `TEXT["flip"]["B/16"]`.
 
-Sizes alone (patch, width, depth, heads, MLP; vocabulary); how a paper pools, masks and normalises is in `clip`, `flip`,
+Only sizes (patch, width, depth, heads, MLP; vocabulary); how a paper pools, masks and normalises is in `clip`, `flip`,
 `clipa` and `siglip` below, which return the whole section `model`. tests/test_towers.py counts their parameters.
 """
 

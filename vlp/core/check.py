@@ -1,6 +1,6 @@
 """Errors that a user can act on: one line, `where: got X, expected Y; do Z`.
 
-The command line prints the message of a `UserError` alone and exits with code 2. It does the same for a fault of the
+The command line prints only the message of a `UserError` and exits with code 2. It does the same for a fault of the
 machine (`Failed`, a full disk), with code 1. Any other exception is a crash: code 1, with its traceback.
 """
 

@@ -112,7 +112,7 @@ def _returned(path: str, arg: str) -> tuple[Any, bool]:
                 raise check.error(where, f"the argument {arg!r} for get_config()", "none", do)
             return function(), plugins.defines_parts(module)
     finally:
-        plugins.forget(package)  # the next load reads every file anew
+        plugins.forget(package)  # the next load reads every file again
 
 
 def plain(value: Any) -> Any:
@@ -363,5 +363,5 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value
     do = "correct the value"
     if isinstance(value, str) and value[:1] in ("(", "[", "{"):
-        do = """on the command line write literals alone, {"key": 1} for dict(key=1)"""
+        do = """on the command line write only literals, {"key": 1} for dict(key=1)"""
     raise check.error(where, repr(value), _name(hint) if origin is None else str(hint), do)

@@ -1,7 +1,7 @@
 """Plugins: modules outside of the package whose dicts (TABLES: OBJECTIVES, MODELS …) extend those of `vlp`.
 
     config.plugins = ("my_parts",)        # a module that can be imported
-    config.plugins = ("my_parts.py",)     # a file beside the config file (or a path)
+    config.plugins = ("my_parts.py",)     # a file in the config's folder (or a path)
 
 A config file that defines such dicts is a plugin itself. A checkpoint remembers the module's name, or the file's
 absolute path and digest. Nothing is registered: `extended` returns a table with the parts of the plugins added.
@@ -135,12 +135,12 @@ def blamed(where: str, path: str, expected: str) -> Iterator[None]:
         found = re.search(rf"module named '{_PACKAGE}\.(\S+)'|name '(\w+)' from '{_PACKAGE}'", text)
         if isinstance(e, ImportError) and found:
             got = f"no module {found[1] or found[2]!r} in line {line}"
-            do = "copy it beside the file, or correct the name"
-            raise check.error(where, got, "one beside it or in vlp's configs/", do) from e
+            do = "copy it into the file's folder, or correct the name"
+            raise check.error(where, got, "one in its folder or in vlp's configs/", do) from e
         if isinstance(e, ModuleNotFoundError):
             got = f"no module {e.name!r} in line {line}"
             do = "correct the name, or install it"
-            raise check.error(where, got, "one beside the file or installed", do) from e
+            raise check.error(where, got, "one in the file's folder or installed", do) from e
         got = f"{type(e).__name__} ({re.sub(_PACKAGE, '', text)}) in line {line}"
         raise check.error(where, got, expected, "correct the file") from e
 
@@ -171,7 +171,7 @@ def _resolve(entry: Any, folder: pathlib.Path, where: str) -> dict[str, str]:
         if os.path.isfile(path):
             return of_file(path)
     if is_file:
-        raise check.error(where, repr(entry), "a file beside the config", "check the path")
+        raise check.error(where, repr(entry), "a file in the config's folder", "check the path")
     if not all(part.isidentifier() for part in entry.split(".")):
         raise check.error(where, repr(entry), "a module's name or a .py file", "correct it")
     return {"module": entry}

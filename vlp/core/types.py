@@ -248,7 +248,7 @@ class Ctx:
     def keys(self, stream: str) -> jax.Array | None:
         """One PRNG key per row = fold_in(seed, stream, sample index): no mesh, micro-batch or restart shows.
 
-        Inside `captions`, each caption of an example has a key of its own. None in evaluation and in teachers.
+        Inside `captions`, each caption of an example has its own key. None in evaluation and in teachers.
         """
         more = [f"{stream}:{k}" for k in range(1, self.num_captions)]
         return self._keys([stream, *more])

@@ -1,8 +1,8 @@
 """Compact indices: named arrays in one file of the cache, which all processes map.
 
 A file is a line of JSON (what each array is, and what the builder says of the whole) and the arrays behind it. It is
-written in streams, so memory does not grow with it; opening maps it and reads the line alone. Files are trusted only in
-a directory that belongs to this user alone, and hold no code (no pickles). Not here: what the arrays mean (sources/).
+written in streams, so memory does not grow with it; opening maps it and reads only this line. Files are trusted only in
+a directory that only this user can write, and hold no code (no pickles). Not here: what the arrays mean (sources/).
 """
 
 import contextlib

@@ -64,7 +64,7 @@ def find(
       reads: names of leaves, or of their companions ("boxes.mask"); `ALWAYS` are made in any case.
       added: plugins with further LEAVES.
 
-    Raises: `UserError` for a name that no leaf of this config makes, and for stored crops beside further changes.
+    Raises: `UserError` for a name that no leaf of this config makes, and for stored crops with augmentation.
     """
     known = _known(data, added)
     wanted = sorted({*reads} - ALWAYS.keys())

@@ -233,7 +233,7 @@ class Mixture:
         first, ids = np.cumsum(sizes) - sizes, np.empty_like(number_b)
         for k in np.unique(source_b).tolist():
             here = np.flatnonzero(source_b == k)
-            low = int(number_b[here[0]])  # its numbers are consecutive: a window of its own stream
+            low = int(number_b[here[0]])  # numbers within a source are consecutive
             own = seed + (self.orders[k] if self.orders else k)
             ids[here] = first[k] + record_ids(low, here.size, self.sizes[k], own, shuffle)
         return ids, number_b // sizes[source_b]

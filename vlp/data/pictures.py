@@ -192,8 +192,8 @@ def _grey(image: Image.Image) -> np.ndarray:
     """Returns u8[H, W] of a picture of one channel that has more than 8 bits.
 
     Integers of up to 16 bits are scaled from the range of their type. Those of 32 bits and floats
-    have no range of their own: white is the first of 1 (floats), 255, 65535 and the type's largest
-    (integers) of which the picture's maximum is at most 1.1, and, but for the first, at least 1/16.
+    have no fixed range: white is the first of 1 (floats), 255, 65535 and the type's largest (integers) for which
+    maximum / white is at most 1.1 and, except for the first, at least 1/16.
     Values below black or above white are clipped.
     Raises: `BadImage` ("value_range") where no white fits, where values go below black by more than
     a tenth of white, and for NaN and infinity.

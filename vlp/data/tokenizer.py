@@ -173,7 +173,7 @@ def _controls(model: bytes, mask: int | None = None) -> bytes:
 
 
 def model_bytes(path: str) -> bytes:
-    """Reads a model; a tokenizer.json with the roles that the files beside it name."""
+    """Reads a model; for a tokenizer.json also the roles in the other files of its folder."""
     data = storage.whole(path)
     if data[:1] != b"{":
         return data

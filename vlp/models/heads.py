@@ -29,7 +29,7 @@ from vlp.models.layers import (
 class Joint(nn.Module):
     """Projects to the joint space and normalises to unit length, in float32 (epsilon 1e-8, FLIP).
 
-    project False: normalises alone (SigLIP's image side), and then x must have the joint space's width.
+    project False: only normalises (SigLIP's image side); x must then have the joint space's width.
     """
 
     embed: int

@@ -30,7 +30,7 @@ class Text(nn.Module):
         "map": attention pooling over the real tokens.
         "none": no vector.
     attend_padding: treats a pad as a word like any other (the released FLIP and SigLIP towers have no mask). Otherwise
-    no token looks at padding, and the number of pads changes the result of "last" alone.
+    no token attends to padding, and the number of pads changes only the result of "last".
     """
 
     kind: ClassVar[str] = "text"

@@ -32,7 +32,7 @@ def check(
         target: the devices.
         stage: name of the only stage to check; "": all.
         fast: estimate, do not compile.
-        alone: also measure the loss and an evaluation batch alone.
+        alone: whether to measure also the loss and an evaluation batch separately.
 
     Returns:
         A flat row per stage, by `compiled.measure` or `estimate.measure`. A stage that does not fit also has

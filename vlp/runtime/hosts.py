@@ -80,7 +80,7 @@ def find(coordinator: str = "", num: int | None = None, process: int | None = No
         process: number of this process, from 0.
 
     Returns:
-        The place; None if this process is alone.
+        The place; None for a run of one process.
 
     Raises:
         UserError: some of the three are known and others are not.

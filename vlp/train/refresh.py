@@ -36,7 +36,7 @@ PyTree = Any
 class Embed:
     """What `refresh` may ask of the present model: `embed(f, num)`.
 
-    samples: how many samples the run has seen. rng(): a NumPy generator that depends on the seed and on them alone.
+    samples: number of samples the run has seen. rng(): a NumPy generator that depends only on the seed and on it.
     """
 
     plan: StagePlan

@@ -72,7 +72,9 @@ class Run:
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard", "wandb", "clu"
     hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
-    plugins: tuple[Plugin, ...] = ()  # modules and files with plan of their own (core.plugins)
+    plugins: tuple[
+        Plugin, ...
+    ] = ()  # modules and files of users that extend the tables (core.plugins)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,9 +143,9 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
 
 
 def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
-    """Counts, by ending, files beside the tars, Parquet files or table `found` that are not read.
+    """Counts, by ending, unread files in the folder of the tars, Parquet files or table `found`.
 
-    Not counted: files of the same kind (other splits), and what img2dataset writes beside shards.
+    Not counted: files of the same kind (other splits), and img2dataset's reports.
     """
     if kind not in ("tar", "parquet", "table") or not os.path.isfile(found[0]):
         return {}
@@ -165,7 +165,7 @@ def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
 
 
 def others(path: str, splits: Sequence[str]) -> list[str]:
-    """Returns the names of usual splits that `path` seems to hold beside `splits`."""
+    """Returns the usual splits that `path` seems to contain in addition to `splits`."""
     path = path.removeprefix("file://")
     names = {_name(e) for e in storage.listing(path)}
     if records.MANIFEST in names:
@@ -178,7 +178,7 @@ def others(path: str, splits: Sequence[str]) -> list[str]:
 
 
 def tokenizer_file(path: str) -> str:
-    """Returns where a tokenizer beside the data would be."""
+    """Returns the path that a tokenizer of the data would have."""
     path = path.removeprefix("file://")
     is_file = os.path.isfile(path) or storage.is_remote(path) and bool(_kind(path))
     root = os.path.dirname(path) if is_file else path.rstrip("/")
@@ -213,7 +213,7 @@ def _find_file(path: str, split: str) -> tuple[str, list[str]]:
         raise check.error(path, got, expected, do)
     own_splits = kind == "table" and tables.stem_ending(path) == ".json"  # perhaps: it says so
     if split != "train" and not own_splits and not _is_named(_name(path), split):
-        do = f"name it {split}… or give that split as a path of its own"
+        do = f"name it {split}… or give the path of that split"
         raise check.error(f"split {split!r}", f"the one file {path}", "'train'", do)
     if kind == "table":
         _check_local(path)
@@ -309,7 +309,7 @@ def _kinds(
     has_images = any(e.lower().endswith(files.EXTENSIONS) for e in entries)
     stems = ("metadata", *fields.names_of(split))  # metadata: Hugging Face's imagefolder
     found = [e for e in entries if _kind(e) == "table" and tables.stem(e) in stems]
-    if has_images:  # a .json beside images is one's text
+    if has_images:  # a .json in a folder of images is the text of one
         found = [e for e in found if tables.stem_ending(e) != ".json"]
     if found:
         yield "table", found

@@ -57,7 +57,7 @@ def _json_rows(file: IO[bytes], path: str, split: str) -> Iterator[dict]:
     try:
         found = fields_lib.parsed(file.read(), os.path.basename(path))
     except ValueError as e:
-        do = "name it .jsonl if every line is an object of its own"
+        do = "name it .jsonl if every line is an object"
         raise check.error(path, f"broken JSON ({e!s:.80})", expected, do) from None
     images = found.get("images") if isinstance(found, dict) else found
     if not isinstance(images, list) or not all(isinstance(x, dict) for x in images):

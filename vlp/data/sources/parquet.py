@@ -121,7 +121,7 @@ class ParquetSource:
         for name in (fields.key, fields.image, fields.lang, fields.label, *fields.captions):
             top = fields_lib.column(schema.names, name) if name else ""
             if top and top not in usable:
-                do = "write it as columns of their own"
+                do = "write it as separate columns"
                 raise check.error(f"{self.files[0]}: column {name!r}", "a map", "values", do)
         self.fields = fields_lib.sniff(usable, fields, where=self.files[0], nested=nested)
         if not self.fields.image:
@@ -307,7 +307,7 @@ class ParquetSource:
         return self.files
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that lies beside the files."""
+        """Returns the tokenizer in the folder of the files."""
         return tokenizers.load(self._tokenizer)
 
 

@@ -211,7 +211,7 @@ class TableSource:
                 continue
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that lies beside the table."""
+        """Returns the tokenizer in the folder of the table."""
         return tokenizers.load(self._tokenizer)
 
 

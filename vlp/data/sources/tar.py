@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class TarSource:
     """The samples of tar files, in the order of `files`: a `records.Source`, picklable by its index.
 
-    A sample has an image and a caption, a class or both; one of a class alone has no captions.
+    A sample has an image and a caption, a class or both; one with only a class has no captions.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class TarSource:
         return self.files
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that lies beside the shards."""
+        """Returns the tokenizer in the folder of the shards."""
         return tokenizers.load(self._tokenizer)
 
 

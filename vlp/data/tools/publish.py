@@ -75,7 +75,7 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
                     there = _tables_in(job.source(split if split in job.splits else "train"))
                     if there:
                         do = f"give the path of the table: {there}"
-                    do += ", or keep labels alone by --captions ''"
+                    do += ", or keep only labels with --captions ''"
                 raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
             entries = []
             for i, (path, entry) in enumerate(shards):
