@@ -66,7 +66,7 @@ def test_extensions_that_cannot_be_are_one_line(extend, tmp_path, capsys):
     assert runs.train(TOY, tmp_path / "run") == 0
     before = runs.contents(tmp_path / "run")
     assert runs.train(changed(TOY, steps=6), tmp_path / "run") == 2
-    assert "--extend goes on with this one" in capsys.readouterr().err
+    assert "--extend continues with this one" in capsys.readouterr().err
     code, line = extend(changed(TOY, steps=6, **{"schedule.lr": 0.5}))
     assert code == 2 and "schedule.lr: 0.01 -> 0.5" in line and "steps" not in line.split(";")[0]
     code, line = extend(changed(TOY, steps=3))

@@ -108,7 +108,7 @@ def beside(path: str) -> Iterator[None]:
         tops = {name for name in new if "." not in name and _lies_in(sys.modules[name], folder)}
         mine = {name for name in new if name.partition(".")[0] in tops}
         _plain.update(mine)
-        if _open:  # a config that loads a config goes on with its own modules
+        if _open:  # a config that loads another config keeps its own modules
             for name in mine:
                 del sys.modules[name]
             sys.modules.update(others)

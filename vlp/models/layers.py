@@ -326,7 +326,7 @@ class Stack(nn.Module):
         Args:
             x: the tokens.
             context: what the blocks' cross-attention reads; None: the blocks have no cross-attention.
-            mask: True where token t may look at token s.
+            mask: True where token t may attend to token s.
             keys: one key per example for dropout and drop path; None: deterministic.
             causal: token t attends only to tokens 0..t.
             collect: also return the output of every block.

@@ -44,7 +44,7 @@ def mask_words(
     Args:
         text_BL: The ids.
         keys_B: A key per example; None (in evaluation): nothing is masked.
-        mask_id: What stands for a hidden word (`Tokenizer.mask_id`).
+        mask_id: Id of the mask token (`Tokenizer.mask_id`).
         vocab_size: The tokenizer's; a swapped word is one of its ordinary pieces, each as likely.
         ratio: Share of words that are chosen.
         hidden: Fraction of the chosen words that become `mask_id`.

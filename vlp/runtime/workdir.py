@@ -252,7 +252,7 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
         if extend:
             do += " (--extend allows the last stage's length, evaluators, logging and saving)"
         elif extends:
-            do += "; --extend goes on with this one"
+            do += "; --extend continues with this one"
         raise check.error(
             f"--workdir {workdir}",
             f"a run with another config ({changes[0]}{more})",

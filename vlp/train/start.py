@@ -143,7 +143,7 @@ def initial(stage: Stage) -> dict[str, Any]:
 def start_stage(
     session: Session, plan: StagePlan, previous: State | None, position: dict[str, Any] | None
 ) -> State:
-    """The state at the point where training goes on: restored, carried over from the stage before, or fresh."""
+    """Returns the state to train from: restored, taken from the previous stage, or fresh."""
     stage, mesh = plan.stage, session.mesh
     files.write_json(session.workdir / "preprocessing.json", plain(stage.data))
     if position is not None and position["stage_step"] > 0:

@@ -85,7 +85,7 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
 
 
 def _hold_out(job: Job, do: Callable[[Callable, list, str], None]) -> None:
-    """Decides which rows become "val", after a look at the images of all."""
+    """Chooses the rows of "val" by the digests of all images."""
     blocks = -(-len(job.source("train")) // job.rows_per_shard)
     paths = [_looked(job, number) for number in range(blocks)]
     todo = [n for n, p in enumerate(paths) if not os.path.isfile(p)]
