@@ -75,7 +75,7 @@ def test_clip_merges():
     assert ids[3:6] == [apostrophe, s + 256, bang + 256]
     assert tok.decode(tok.encode("a cat, Über", 40)) == "a cat , über"
     assert json.loads(tok.to_bytes())["model"]["type"] == "BPE"
-    with pytest.raises(check.UserError, match="no pairs"):
+    with pytest.raises(check.UserError, match="exactly two pieces"):
         tokenizer_formats.clip_bpe(b"#version\none two three")
 
 
