@@ -7,10 +7,11 @@ the vocabulary is your tokenizer's (49,408 at most). Larger sizes take L/14's ra
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 LR = {"S/32": 5e-4, "S/16": 5e-4, "B/32": 5e-4, "B/16": 5e-4}
 

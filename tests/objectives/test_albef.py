@@ -127,10 +127,10 @@ def test_the_queues_hold_the_teachers_last_embeddings(case, make_batch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Forty steps on made-up shapes through the command, from the smoke config."""
+    """Sixty steps on made-up shapes through the command, from the smoke config."""
     directory = tmp_path_factory.mktemp("albef") / "run"
     config = configs.load(f"{runs.ROOT}/configs/albef.py:smoke")
-    config = runs.changed(configs.plain(config), **{"stages.0.steps": 40}, log_every_steps=10)
+    config = runs.changed(configs.plain(config), **{"stages.0.steps": 60}, log_every_steps=10)
     assert runs.train(config, directory) == 0
     return [row for row in runs.rows(directory) if row["kind"] == "train"]
 
