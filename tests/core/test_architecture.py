@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-import runs
+from helpers import runs
 from test_floors import FLOORS
 
 PAGE = (runs.ROOT / "docs" / "architecture.md").read_text()
