@@ -64,6 +64,7 @@ ELSEWHERE = {  # part of a command → why it cannot run here
 }
 BUILT = {  # part of a command → why its config is only built here, for its devices and data
     "configs/clip.py:size=B/32,path=data/mine": "trains 150 M parameters",
+    "configs/albef.py:path=data/mine": "trains 210 M parameters",
     "configs/coca.py:size=base,smoke": "tests/test_configs.py runs it",
 }
 FAILS = {"--gpu H100:8": 1, "weight_decy": 2}  # part of a command → its exit code, as the page says

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from vlp.core import mesh as meshes
-from vlp.losses import caption
+from vlp.losses import caption, reference
 
 TEXT_BL = np.array(
     [
@@ -168,3 +168,74 @@ def test_the_pad_id_is_the_callers(pad_id):
     hidden, unembed, text, _ = arrays()
     loss = caption.nll(hidden, unembed, text, pad_id)
     np.testing.assert_array_equal(loss["count"], (text[:, 1:] != pad_id).sum(axis=1))
+
+
+def masked_inputs():
+    """Text whose words are predicted at their own place, which of them, and a teacher of another width."""
+    rng = np.random.default_rng(3)
+    hidden, unembed, text, _ = inputs(np.float32)
+    where = rng.uniform(size=text.shape) < 0.5
+    teacher = rng.normal(size=(*text.shape, 5)), rng.normal(size=(5, VOCAB))
+    where[0], where[1] = False, True
+    cast = lambda z: jnp.asarray(z, jnp.float32)
+    return (
+        cast(hidden),
+        cast(unembed),
+        jnp.asarray(text),
+        jnp.asarray(where),
+        tuple(map(cast, teacher)),
+    )
+
+
+@pytest.mark.parametrize(
+    "shift, soft, chunk", [(False, False, 0), (True, True, 0), (False, True, 4)]
+)
+def test_masked_words_and_a_teacher_are_the_plain_form(shift, soft, chunk, error):
+    hidden, unembed, text, where, teacher = masked_inputs()
+    first = int(shift)
+    cut = lambda z: z[:, : z.shape[1] - first]
+    targets = where[:, first:] & (text[:, first:] != 0)
+
+    def plain(hidden, unembed):
+        logits = cut(hidden) @ unembed
+        theirs = cut(teacher[0]) @ teacher[1] if soft else None
+        return reference.nll(logits, text[:, first:], targets, theirs)
+
+    def ours(hidden, unembed):
+        loss = caption.nll(
+            hidden, unembed, text, chunk=chunk, where=where, shift=shift, teacher=teacher
+        )
+        return loss["soft" if soft else "total"]
+
+    counted = caption.nll(hidden, unembed, text, where=where, shift=shift)["count"]
+    np.testing.assert_array_equal(counted, targets.sum(1))
+    values = [f(hidden, unembed) for f in (ours, plain)]
+    assert error(*values) < 1e-5 and values[0][0] == 0
+    grad = lambda f: jax.grad(lambda *z: f(*z).sum(), (0, 1))(hidden, unembed)
+    assert error(grad(ours), grad(plain)) < 1e-5
+
+
+def test_words_without_a_mask_have_no_influence():
+    hidden, unembed, text, where, _ = masked_inputs()
+    grad = jax.grad(
+        lambda h: caption.nll(h, unembed, text, where=where, shift=False)["total"].sum()
+    )(hidden)
+    used = np.abs(grad).sum(-1) > 0
+    np.testing.assert_array_equal(used, where & (text != 0))
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_the_teacher_gets_no_gradient_and_bounds_the_soft_loss(chunk):
+    hidden, unembed, text, where, teacher = masked_inputs()
+    args = {"chunk": chunk, "where": where, "shift": False}
+    soft = lambda t: caption.nll(hidden, unembed, text, teacher=t, **args)["soft"].sum()
+    assert all((g == 0).all() for g in jax.grad(soft)(teacher))
+    own = caption.nll(*teacher, text, teacher=teacher, **args)["soft"].sum()
+    assert own < soft(teacher)
+    # shared/METHODS: teacher [1, 0, ½], student [.2, .1, 0]
+    one = lambda *logits: jnp.asarray([[[*logits]]], jnp.float32)
+    known = caption.nll(
+        one(0.2, 0.1, 0), jnp.eye(3), jnp.ones((1, 1), jnp.int32), chunk=chunk, shift=False,
+        teacher=(one(1, 0, 0.5), jnp.eye(3)),
+    )  # fmt: skip
+    np.testing.assert_allclose(known["soft"], 1.082014, rtol=1e-6)

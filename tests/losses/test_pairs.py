@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vlp.core import mesh as meshes
 from vlp.core.check import UserError
-from vlp.losses import contrastive, pairs
+from vlp.losses import contrastive, pairs, reference
 
 
 def other_caption(i, j, a, b):
@@ -27,19 +27,13 @@ def euclid(params, x, y, precision):
     return -params["scale"] * (square - 2 * jnp.einsum("re,se->rs", x, y, precision=precision))
 
 
-def token_sets(params, x, y, precision):
-    """Best patch of the image for each word, averaged over words (FILIP, Yao et al. 2021)."""
-    dots = jnp.einsum("rpe,swe->rspw", x, y, precision=precision)
-    return params["scale"] * dots.max(2).mean(-1)
-
-
 VARIANTS = {
     "identity": pairs.Pairs(),
-    "keep": pairs.Pairs(keep=other_caption),
+    "where": pairs.Pairs(where=other_caption),
     "targets": pairs.Pairs(targets=same_group),
-    "keep and targets": pairs.Pairs(keep=other_caption, targets=same_group),
+    "where and targets": pairs.Pairs(where=other_caption, targets=same_group),
     "sigmoid": pairs.Pairs(each=contrastive._binary),
-    "sigmoid, keep": pairs.Pairs(each=contrastive._binary, keep=other_caption),
+    "sigmoid, where": pairs.Pairs(each=contrastive._binary, where=other_caption),
     "euclid": pairs.Pairs(score=euclid),
 }
 
@@ -51,14 +45,14 @@ def whole(variant, params, x, y, a, b):
     own = num[0] == num[1]
     targets = variant.targets(*num, a, b) if variant.targets else own
     targets = jnp.asarray(targets, scores.dtype)
-    keep = variant.keep(*num, a, b) if variant.keep else jnp.ones(scores.shape, bool)
+    where = variant.where(*num, a, b) if variant.where else jnp.ones(scores.shape, bool)
     out = []
     for axis in (1, 0):
         if variant.each is None:
-            sums = {"lse": jax.nn.logsumexp(jnp.where(keep, scores, -jnp.inf), axis)}
+            sums = {"lse": jax.nn.logsumexp(jnp.where(where, scores, -jnp.inf), axis)}
         else:
-            sums = {"each": jnp.where(keep, variant.each(scores, targets), 0).sum(axis)}
-        kept = jnp.where(keep, scores, -jnp.inf)
+            sums = {"each": jnp.where(where, variant.each(scores, targets), 0).sum(axis)}
+        kept = jnp.where(where, scores, -jnp.inf)
         best = kept.max(axis, keepdims=True)
         ties = (kept == best).sum(axis)
         hit = (jnp.where(own, scores, -jnp.inf).max(axis) >= best.squeeze(axis)) / ties
@@ -132,7 +126,7 @@ def test_chunks_of_any_size_are_the_whole_matrix(name):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 4, 1), (8, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("name", ["keep and targets", "sigmoid"])
+@pytest.mark.parametrize("name", ["where and targets", "sigmoid"])
 def test_sharding_changes_nothing(name, shape):
     args, weights = inputs(16, 16, 4, 1 / 0.07, seed=1)
     check(*both(VARIANTS[name], args, weights, jnp.float32, shape), 1e-5)
@@ -144,7 +138,7 @@ def test_sharding_changes_nothing(name, shape):
     check(*both(VARIANTS[name], args, weights, jnp.float64, shape, **uneven), 1e-10)
 
 
-@pytest.mark.parametrize("name", ["keep and targets", "sigmoid", "euclid"])
+@pytest.mark.parametrize("name", ["where and targets", "sigmoid", "euclid"])
 def test_an_exchange_in_two_stages_is_the_same(name, monkeypatch):
     """What more than pairs.STAGE devices do: neighbours first, then those at the same place of each group."""
     monkeypatch.setattr(pairs, "STAGE", 2)
@@ -161,21 +155,79 @@ def test_any_shape(data):
     ways = data.draw(st.sampled_from([1, 2, 8]))
     rows, cols = ways * draw(1, 3), draw(1, 5 * ways)
     args, weights = inputs(rows, cols, draw(1, 6), draw(1, 100), seed=draw(0, 99))
-    name = data.draw(st.sampled_from(["identity", "keep", "targets", "sigmoid, keep", "euclid"]))
+    name = data.draw(st.sampled_from(["identity", "where", "targets", "sigmoid, where", "euclid"]))
     shape = None if ways == 1 else (ways, 1, 1)
     sizes = {"chunk": draw(1, cols + 3), "tile": draw(1, 4)}
     check(*both(VARIANTS[name], args, weights, jnp.float64, shape, **sizes), 1e-9)
 
 
-@pytest.mark.parametrize("shape", [None, (2, 1, 1), (4, 2, 1)])
-def test_scores_of_token_sets(shape):
+def sets(rows, cols, num_row, num_col, width):
+    """Token sets of ragged sizes; the first row and the second column are empty."""
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(8, 3, 4)), rng.normal(size=(8, 2, 4))
-    (params, _, _, a, b), weights = inputs(8, 8, 1, 2.0)
-    params = {"scale": params["scale"]}
-    variant = pairs.Pairs(score=token_sets)
-    args = (params, x, y, a, b)
-    check(*both(variant, args, weights, jnp.float64, shape, chunk=4, tile=5), 1e-10)
+    x, y = rng.normal(size=(rows, num_row, width)), rng.normal(size=(cols, num_col, width))
+    x_has, y_has = (rng.uniform(size=z.shape[:2]) < 0.7 for z in (x, y))
+    x_has[0], y_has[1] = False, False
+    x_has[1:, 0], y_has[0, 0], y_has[2:, 0] = True, True, True
+    return (x, x_has), (y, y_has)
+
+
+@pytest.mark.parametrize("shape", [None, (4, 2, 1)])
+@pytest.mark.parametrize("mean_over", ["columns", "rows", "both"])
+def test_scores_of_token_sets(mean_over, shape):
+    """A few columns at a time, the last ones fewer, are the plain form."""
+    (x, x_has), (y, y_has) = sets(8, 9, 3, 5, 4)
+    (params, *_), weights = inputs(8, 9, 1, 2.0)
+    filled = [jnp.asarray(h | ~h.any(1, keepdims=True)) for h in (x_has, y_has)]
+    empty = ~x_has.any(1)[:, None] | ~y_has.any(1)[None, :]
+    variant = pairs.Pairs(score=pairs.TokenSets(mean_over, numbers=3 * 5 * 6))
+
+    def score(params, x, y, precision):
+        scores = reference.token_sets(x, y, *filled, mean_over=mean_over)
+        return params["scale"] * jnp.where(empty, 0, scores) + params["bias"]
+
+    def theirs(params, x, y):
+        return whole(pairs.Pairs(score=score), params, x, y, (), ())
+
+    def ours(params, x, y):
+        has = jnp.asarray(x_has), jnp.asarray(y_has)
+        return pairs.reduce(variant, params, (x, has[0]), (y, has[1]), chunk=4)
+
+    run = lambda f: jax.jit(lambda *args: graded(f, args, weights))
+    with jax.enable_x64(True):
+        args = jax.tree.map(jnp.asarray, (params, x, y))
+        want = run(theirs)(*args)
+        if shape is None:
+            check(run(ours)(*args), want, 1e-10)
+            return
+        with jax.set_mesh(meshes.make(meshes.MeshShape(*shape))):
+            check(run(ours)(*args), want, 1e-10)
+
+
+def test_half_precision_tokens_with_a_mask_are_scored_in_one_pass():
+    (x, x_has), (y, y_has) = sets(8, 8, 3, 5, 4)
+    half = [(jnp.asarray(z, jnp.bfloat16), jnp.asarray(h)) for z, h in ((x, x_has), (y, y_has))]
+    wide = [(z.astype(jnp.float32), h) for z, h in half]
+    variant, params = pairs.Pairs(score=pairs.TokenSets()), {"scale": jnp.float32(3)}
+    got, want = (pairs.reduce(variant, params, *z)[0]["lse"] for z in (half, wide))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert "HIGHEST" not in str(jax.make_jaxpr(lambda *z: pairs.reduce(variant, params, *z))(*half))
+
+
+@pytest.mark.parametrize("mean_over", ["columns", "rows"])
+def test_token_sets_cost_no_array_of_all_tokens(mean_over):
+    """512 × 512 pairs of 16 × 8 tokens would be 128 MiB; what a device holds is bounded by `numbers`."""
+    tokens = lambda n: jax.ShapeDtypeStruct((512, n, 8), jnp.float32)
+    has = lambda n: jnp.ones((512, n), bool)
+    variant = pairs.Pairs(score=pairs.TokenSets(mean_over, numbers=1 << 18))  # 1 MiB
+
+    def loss(x, y):
+        rows, _ = pairs.reduce(variant, {"scale": 9.0}, (x, has(16)), (y, has(8)))
+        return (rows["lse"] - rows["target"]).sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(tokens(16), tokens(8)).compile()
+    used = compiled.memory_analysis().temp_size_in_bytes
+    assert used < 16 << 20 < 4 * 512 * 512 * 16 * 8, used
 
 
 def test_scores_far_apart_are_not_lost():
@@ -188,7 +240,7 @@ def test_scores_far_apart_are_not_lost():
 
 
 def test_a_row_without_pairs_is_zero_in_the_gradient():
-    nothing = pairs.Pairs(keep=_never)
+    nothing = pairs.Pairs(where=_never)
     args, _ = inputs(4, 4, 3, 10.0)
     x, y = jnp.float32(args[1]), jnp.float32(args[2])
     rows, _ = pairs.reduce(nothing, {"scale": 1.0}, x, y)

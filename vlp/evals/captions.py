@@ -39,7 +39,7 @@ class Captions:
 
     def asks(self, apply: Apply, image: jax.Array, text: jax.Array) -> Any:
         """What is asked of the model for one batch."""
-        return _losses(apply, image, text, image[:1], np.arange(len(image)))
+        return _losses(apply, image, text, image[:1], jnp.arange(len(image)))
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         dataset = io.open(self.split)

@@ -1,7 +1,13 @@
-"""Contrastive losses of a batch of pairs, per example, exact over the global batch, in float32 or wider."""
+"""Contrastive losses of a batch of pairs, per example, exact over the global batch, in float32 or wider.
+
+Columns may be more than the batch: a queue, negatives, further captions (`Columns`). Texts may be [B K E], K captions
+of each image. The plain form of every loss here is in `losses.reference`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,125 +17,423 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vlp.core import check
+from vlp.core import mesh as meshes
 from vlp.core.types import Term
 from vlp.losses import pairs
 
 PyTree = Any
+Stats = pairs.Stats
+Function = Callable[..., jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Further columns: Q embeddings that no row of the batch owns.
+
+    z: [Q E], or what the score takes; differentiated. leaves: what `where` and `targets` read of them, in the
+    structure of the batch's own leaves. where: bool[Q], which of them exist (None: all).
+    """
+
+    z: PyTree
+    leaves: PyTree = ()
+    where: Any = None
 
 
 def softmax(
-    zi_BE: Float[Array, "B E"],
-    zt_BE: Float[Array, "B E"],
+    zi: PyTree,
+    zt: PyTree,
     scale: Float[Array, ""],
     *,
-    keep: Callable[..., jax.Array] | None = None,
-    targets: Callable[..., jax.Array] | Float[Array, "B B"] | None = None,
+    where: Function | None = None,
+    targets: Function | Float[Array, "B B"] | None = None,
     a: PyTree = (),
     b: PyTree = (),
+    where_BK: Bool[Array, "B ..."] | None = None,
+    more_texts: Columns | Float[Array, "Q E"] | None = None,
+    more_images: Columns | Float[Array, "M E"] | None = None,
+    score: Function = pairs.dot,
+    params: PyTree = None,
     chunk: int = 0,
-) -> dict[str, Float[Array, "B"]]:
+) -> Stats:
     """Cross-entropy of each image over all texts (`i2t`) and of each text over all images (`t2i`).
 
-    zi, zt: unit vectors, row k of one belongs to row k of the other. keep, targets: functions of (i, j, a, b), of
-    global indices and of leaves of the images and of the texts (`losses.pairs.Pairs`): which pairs are in the
-    denominators, and, instead of the identity, how much two belong together (normalised per image for i2t, per text
-    for t2i); `targets` may also be a matrix, which then is the largest array here. chunk: texts gathered at a time.
+    Args:
+        zi: Unit vectors [B E] of the images. With a `score` of its own, any leaves that lead with B.
+        zt: Unit vectors [B E] of the texts; row k belongs to image k. Or [B K E], K captions of each image: caption k
+            is contrasted with the captions k of the other images, and the result is the mean over captions.
+        scale: Multiplies the scores.
+        where: where(i, j, a, b) → bool, which pairs are in the denominators (`losses.pairs.Pairs`). j ≥ B is a
+            further text, i ≥ B a further image.
+        targets: targets(i, j, a, b) ≥ 0, how much image i and text j belong together, instead of 1 where i = j.
+            Normalised per image for i2t and per text for t2i; a row without any has loss 0. Or a matrix [B B], which
+            then is the largest array here.
+        a: Leaves of the images, which lead with B, for `where` and `targets`. Not differentiated.
+        b: Leaves of the texts, likewise; they lead with [B K] if zt does.
+        where_BK: bool of zt's leading shape, which texts exist. A missing text is in no denominator and its row has
+            loss 0. The mean over captions is over those that exist.
+        more_texts: Further columns of i2t, Q embeddings (a queue, negatives).
+        more_images: Further columns of t2i, M embeddings.
+        score: Score of a pair: `losses.pairs.dot`, `losses.pairs.TokenSets()`, or a function of your own.
+        params: Further parameters of the score, a dict. Differentiated.
+        chunk: Texts gathered at a time (0: 1,024). Changes memory, not values.
 
-    Besides, for losses made of them (leave-one-out, focal): `lse_i2t`, `lse_t2i`, log-sum-exp of an image's and of a
-    text's logits; `positive`, the pair's own logit (the mean by `targets`, where given, of an image's). `hit_i2t`,
-    `hit_t2i`: 1 where no other pair scores above the own one, shared among equals (in-batch retrieval@1).
+    Returns:
+        Numbers per example, [B]: `i2t`, `t2i`; and for losses made of them (leave-one-out, focal) `lse_i2t` and
+        `lse_t2i`, log-sum-exp of an image's and of a text's scores, and `positive`, the pair's own score (with
+        `targets`, an image's mean score by them). `hit_i2t`, `hit_t2i`: 1 where no other pair scores above the own
+        one, shared among equals (retrieval@1 among the columns).
+
+    Raises:
+        UserError: for numbers of images and texts that differ, or a matrix of targets of another shape or beside
+            further columns.
+
     Source: CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3), which halves the sum of both directions.
     """
-    num = zi_BE.shape[0]
-    if zt_BE.shape != zi_BE.shape:
-        got, do = f"{zi_BE.shape} images and {zt_BE.shape} texts", "give one text for each image"
-        raise check.error("losses.contrastive", got, "equal shapes", do)
+    if _has_captions(zi, zt):
+        one = lambda text, where_B: softmax(
+            zi, text[0], scale, where=where, targets=targets, a=a, b=text[1], where_BK=where_B,
+            more_texts=more_texts, more_images=more_images, score=score, params=params, chunk=chunk,
+        )  # fmt: skip
+        return over_captions(one, (zt, b), where_BK)
+    num = _num_pairs(zi, zt)
+    more_texts, more_images = _columns(more_texts), _columns(more_images)
     if targets is not None and not callable(targets):
         targets = jnp.asarray(targets)
-        if targets.shape != (num, num):
-            got, do = f"targets {targets.shape}", "give a number for each pair"
+        if targets.shape != (num, num) or more_texts or more_images:
+            got, do = f"targets {targets.shape}", "give a number for each pair, or a function"
+            if targets.shape == (num, num):
+                got = "a matrix of targets and further columns"
             raise check.error("losses.contrastive", got, f"{(num, num)}", do)
-        targets, a = _row_of_matrix, targets
-    what = pairs.Pairs(keep=keep, targets=targets)
-    image, text = pairs.reduce(what, {"scale": scale}, zi_BE, zt_BE, a, b, chunk=chunk)
-    mean = lambda s: s["target"] if targets is None else s["target"] / s["mass"]
+        a, where, targets = (a, targets), where and _BesideMatrix(where), _row_of_matrix
+    what = pairs.Pairs(score=score, where=where, targets=targets)
+    weights = {"scale": scale, **(params or {})}
+    image, text = _both_ways(what, weights, zi, zt, a, b, where_BK, more_texts, more_images, chunk)
     return {
-        "i2t": image["lse"] - mean(image),
-        "t2i": text["lse"] - mean(text),
+        "i2t": _cross_entropy(image, targets, where_BK),
+        "t2i": _cross_entropy(text, targets, where_BK),
         "lse_i2t": image["lse"],
         "lse_t2i": text["lse"],
-        "positive": mean(image),
+        "positive": _mean_score(image, targets),
         "hit_i2t": image["hit"],
         "hit_t2i": text["hit"],
     }
 
 
+def one_way(
+    z: PyTree,
+    keys: PyTree,
+    scale: Float[Array, ""],
+    *,
+    where: Function | None = None,
+    targets: Function | None = None,
+    a: PyTree = (),
+    b: PyTree = (),
+    more: Columns | Float[Array, "Q E"] | None = None,
+    score: Function = pairs.dot,
+    params: PyTree = None,
+    chunk: int = 0,
+) -> Stats:
+    """Cross-entropy of each row over all keys, in one direction: keys of a teacher, neighbours, momentum contrast.
+
+    Args:
+        z: Unit vectors [B E].
+        keys: Unit vectors [C E], C ≥ B; key k belongs to row k.
+        scale, where, targets, score, params, chunk: As in `softmax`.
+        a, b: Leaves of the rows and of the keys.
+        more: Further keys (a queue); their index begins at C.
+
+    Returns:
+        Numbers per row, [B]: `nll`, `lse`, `positive` and `hit`, as `i2t`, `lse_i2t`, … of `softmax`.
+
+    Source: MoCo (He et al. 2020, arXiv:1911.05722, eq. 1).
+    """
+    what = pairs.Pairs(score=score, where=where, targets=targets, columns=False)
+    weights = {"scale": scale, **(params or {})}
+    row, _ = _both_ways(what, weights, z, keys, a, b, None, _columns(more), None, chunk)
+    nll = _cross_entropy(row, targets, None)
+    return {"nll": nll, "lse": row["lse"], "positive": _mean_score(row, targets), "hit": row["hit"]}
+
+
+def teacher_targets(
+    z_BE: Float[Array, "B E"],
+    keys_CE: Float[Array, "C E"],
+    scale: Float[Array, ""],
+    alpha: Float[Array, ""] | float = 1.0,
+    *,
+    more: Float[Array, "Q E"] | None = None,
+) -> dict[str, Any]:
+    """Soft targets α · softmax(scale · z·keys) + (1 − α) · identity, as arguments of `one_way`; without gradient.
+
+    Args:
+        z_BE: A teacher's rows.
+        keys_CE: The teacher's keys.
+        scale: Multiplies the teacher's scores.
+        alpha: Share of the teacher, in [0, 1].
+        more: Further keys (a queue), the teacher's and the student's.
+
+    Returns:
+        `targets`, `a`, `b` and `more`: one_way(z, keys, scale, **teacher_targets(…)).
+
+    Source: ALBEF (Li et al. 2021, arXiv:2107.07651, eq. 6).
+    """
+    z_BE, keys_CE, scale, more = jax.lax.stop_gradient((z_BE, keys_CE, scale, more))
+    lse_B = one_way(z_BE, keys_CE, scale, more=more)["lse"]
+    wide = lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    alpha_B = jnp.broadcast_to(jnp.asarray(alpha, lse_B.dtype), lse_B.shape)
+    found = None if more is None else Columns(more, wide(more))
+    rows = {"z": scale * wide(z_BE), "lse": lse_B, "alpha": jax.lax.stop_gradient(alpha_B)}
+    return {"targets": _mixed, "a": rows, "b": wide(keys_CE), "more": found}
+
+
+def _mixed(i_R1: jax.Array, j_1S: jax.Array, a: PyTree, b_SE: jax.Array) -> jax.Array:
+    s_RS = jnp.einsum("re,se->rs", a["z"], b_SE, precision=jax.lax.Precision.HIGHEST)
+    alpha_R1 = a["alpha"][:, None]
+    return alpha_R1 * jnp.exp(s_RS - a["lse"][:, None]) + (1 - alpha_R1) * (i_R1 == j_1S)
+
+
 def sigmoid(
-    zi_BE: Float[Array, "B E"],
-    zt_BE: Float[Array, "B E"],
+    zi: PyTree,
+    zt: PyTree,
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     *,
-    keep: Callable[..., jax.Array] | None = None,
+    where: Function | None = None,
+    targets: Function | None = None,
     a: PyTree = (),
     b: PyTree = (),
+    where_BK: Bool[Array, "B ..."] | None = None,
+    more_texts: Columns | Float[Array, "Q E"] | None = None,
+    more_images: Columns | Float[Array, "M E"] | None = None,
+    score: Function = pairs.dot,
+    params: PyTree = None,
     chunk: int = 0,
-) -> dict[str, Float[Array, "B"]]:
+) -> Stats:
     """`loss`: the sum over texts j of −log σ(z (scale · xᵢ·yⱼ + bias)), z = 1 for the pair and −1 for others.
 
-    Every pair is one binary decision (SigLIP, Zhai et al. 2023, arXiv:2303.15343, eq. 2). keep, a, b, chunk,
-    `hit_i2t` and `hit_t2i` as in `softmax`.
+    Every pair is one binary decision (SigLIP, Zhai et al. 2023, arXiv:2303.15343, eq. 2).
+
+    Args:
+        bias: Added to the scores.
+        targets: targets(i, j, a, b) in [0, 1], the probability that i and j belong together, instead of 1 where i = j.
+        more_images: Further images; their pairs count to the loss of the text's example.
+        where_BK: As in `softmax`; the pairs of a missing text do not count, nor does the row of its image.
+        All others: As in `softmax`.
+
+    Returns:
+        Numbers per example, [B]: `loss`, `hit_i2t`, `hit_t2i`.
+
+    Raises:
+        UserError: for numbers of images and texts that differ.
     """
-    what = pairs.Pairs(keep=keep, each=_binary)
-    params = {"scale": scale, "bias": bias}
-    image, text = pairs.reduce(what, params, zi_BE, zt_BE, a, b, chunk=chunk)
-    return {"loss": image["each"], "hit_i2t": image["hit"], "hit_t2i": text["hit"]}
+    if _has_captions(zi, zt):
+        one = lambda text, where_B: sigmoid(
+            zi, text[0], scale, bias, where=where, targets=targets, a=a, b=text[1], where_BK=where_B,
+            more_texts=more_texts, more_images=more_images, score=score, params=params, chunk=chunk,
+        )  # fmt: skip
+        return over_captions(one, (zt, b), where_BK)
+    _num_pairs(zi, zt)
+    each = _binary if targets is None else _soft_binary
+    what = pairs.Pairs(score=score, where=where, targets=targets, each=each)
+    weights = {"scale": scale, "bias": bias, **(params or {})}
+    more_texts, more_images = _columns(more_texts), _columns(more_images)
+    image, text = _both_ways(what, weights, zi, zt, a, b, where_BK, more_texts, None, chunk)
+    loss = image["each"]
+    if more_images:
+        _, others = _further_rows(what, weights, more_images, zt, a, b, where_BK, chunk)
+        loss = loss + others["each"]
+        text = pairs.join(text, others)
+    if where_BK is not None:
+        loss = jnp.where(where_BK, loss, 0)
+    return {"loss": loss, "hit_i2t": image["hit"], "hit_t2i": text["hit"]}
 
 
 def _binary(score: jax.Array, target: jax.Array) -> jax.Array:
     return -jax.nn.log_sigmoid((2 * target - 1) * score)
 
 
-def _row_of_matrix(i_B1: Any, j_1B: jax.Array, a_BB: jax.Array, b: Any) -> jax.Array:
-    return jnp.take(a_BB, j_1B[0], axis=1, mode="clip")
+def _soft_binary(score: jax.Array, target: jax.Array) -> jax.Array:
+    return -target * jax.nn.log_sigmoid(score) - (1 - target) * jax.nn.log_sigmoid(-score)
 
 
 def over_captions(
-    one: Callable[[Float[Array, "B E"]], dict[str, Float[Array, "B"]]],
-    zt_BKE: Float[Array, "B K E"],
+    f: Callable[[PyTree, jax.Array | None], Stats],
+    zt_BKE: PyTree,
     where_BK: Bool[Array, "B K"] | None = None,
-) -> dict[str, Float[Array, "B"]]:
-    """The mean of a loss over the captions of each image: caption k with the images' own captions k.
+) -> Stats:
+    """The mean of a loss over the captions of each image: caption k beside the other images' captions k.
+
+    Args:
+        f: f(zt_BE, where_B), the loss of one caption of each image; its results lead with B.
+        zt_BKE: Texts, or leaves that lead with [B K].
+        where_BK: Which captions exist. The mean is over those; an example without any has 0.
+
+    Returns:
+        What f returns. The traced program does not grow with K.
 
     Source: LaCLIP (Fan et al. 2023, arXiv:2305.20088, §3.2) draws one of the captions; this is the expectation.
     """
-    num = zt_BKE.shape[1]
+    num, given = jax.tree.leaves(zt_BKE)[0].shape[1], (zt_BKE, where_BK)
     if num == 1:
-        return one(zt_BKE[:, 0])
-    real_BK = jnp.ones(zt_BKE.shape[:2], bool) if where_BK is None else where_BK
+        return f(*jax.tree.map(lambda v: v[:, 0], given))
 
-    def body(total: PyTree, xs: Any) -> tuple[PyTree, None]:
-        zt_BE, real_B = xs
-        return jax.tree.map(lambda t, x: t + x * real_B, total, one(zt_BE)), None
+    def captions_first(v: Any) -> jax.Array:
+        v = jnp.moveaxis(jnp.asarray(v), 1, 0)
+        return meshes.constrain(v, None, "batch", *[None] * (v.ndim - 2))
 
-    shapes = jax.eval_shape(one, zt_BKE[:, 0])
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    xs = (jnp.moveaxis(zt_BKE, 1, 0), real_BK.T)
-    total, _ = jax.lax.scan(body, zero, xs)
-    return jax.tree.map(lambda x: x / jnp.maximum(real_BK.sum(1), 1), total)
+    def body(sums: Stats, xs: PyTree) -> tuple[Stats, None]:
+        return jax.tree.map(jnp.add, sums, f(*xs)), None
+
+    zero = jax.eval_shape(f, *jax.tree.map(lambda v: v[:, 0], given))
+    zero = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), zero)
+    if where_BK is None:
+        sums, _ = jax.lax.scan(body, zero, jax.tree.map(captions_first, given))
+        return jax.tree.map(lambda v: v / num, sums)
+
+    def existing(sums: Stats, xs: PyTree) -> tuple[Stats, None]:
+        add = lambda s, v: s + jnp.where(_rows_like(xs[1], v), v, 0)
+        return jax.tree.map(add, sums, f(*xs)), None
+
+    sums, _ = jax.lax.scan(existing, zero, jax.tree.map(captions_first, given))
+    count_B = jnp.maximum(where_BK.sum(1), 1)
+    return jax.tree.map(lambda v: v / _rows_like(count_B, v), sums)
+
+
+def _rows_like(x_B: jax.Array, like: jax.Array) -> jax.Array:
+    return x_B.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def metrics(
-    loss: dict[str, Float[Array, "B"]], scale: Float[Array, ""], left_out: int = 0
+    loss: Stats,
+    scale: Float[Array, ""],
+    left_out: int = 0,
+    more_texts: int = 0,
+    more_images: int = 0,
 ) -> dict[str, Term]:
-    """What to log of a batch: the mean of both directions minus ln B (0: nothing learned), and retrieval@1.
+    """What to log of a batch: the mean of both directions minus ln of the columns (0: nothing learned), retrieval@1.
 
-    left_out: pairs of each row that are in no denominator, 1 for leave-one-out; ln (B − 1) then.
+    Args:
+        loss: A result of `softmax` or `sigmoid`.
+        scale: The logit scale.
+        left_out: Pairs of each row that are in no denominator, 1 for leave-one-out.
+        more_texts: Further columns of i2t.
+        more_images: Further columns of t2i, M embeddings.
+
+    Returns:
+        Terms by name. "contrastive/minus_log_batch" only of `softmax`.
     """
     num = loss["hit_i2t"].shape[0]
     hits_B = 0.5 * (loss["hit_i2t"] + loss["hit_t2i"])
     out = {"contrastive/retrieval@1": Term(hits_B.sum(), num), "logit_scale": Term(scale, 1)}
     if "i2t" in loss:
-        excess_B = 0.5 * (loss["i2t"] + loss["t2i"]) - math.log(num - left_out)
+        logs = [math.log(num - left_out + more) for more in (more_texts, more_images)]
+        excess_B = 0.5 * (loss["i2t"] + loss["t2i"]) - 0.5 * sum(logs)
         out["contrastive/minus_log_batch"] = Term(excess_B.sum(), num)
     return out
+
+
+def _has_captions(zi: PyTree, zt: PyTree) -> bool:
+    """Whether texts are [B K E] beside images [B E]."""
+    return isinstance(zt, jax.Array) and zt.ndim == 3 and jnp.ndim(zi) == 2
+
+
+def _num_pairs(zi: PyTree, zt: PyTree) -> int:
+    """The number of pairs; raises UserError if images and texts are not as many."""
+    shapes = lambda z: z.shape if isinstance(z, jax.Array) else jax.tree.leaves(z)[0].shape[:1]
+    if isinstance(zi, jax.Array) == isinstance(zt, jax.Array) and shapes(zi) != shapes(zt):
+        got, do = f"{shapes(zi)} images and {shapes(zt)} texts", "give one text for each image"
+        raise check.error("losses.contrastive", got, "equal shapes", do)
+    return jax.tree.leaves(zi)[0].shape[0]
+
+
+def _columns(more: Columns | jax.Array | None) -> Columns | None:
+    return more if more is None or isinstance(more, Columns) else Columns(more)
+
+
+def _both_ways(
+    what: pairs.Pairs, params: PyTree, x: PyTree, y: PyTree, a: PyTree, b: PyTree,
+    exists: jax.Array | None, more_y: Columns | None, more_x: Columns | None, chunk: int,
+) -> tuple[Stats, Stats]:  # fmt: skip
+    """Sums of the rows x over y and more_y, and of the columns y over x and more_x. exists: which of y do."""
+    rows, cols = _reduce(what, params, x, y, a, b, exists, chunk)
+    if more_y:
+        num = jax.tree.leaves(y)[0].shape[0]
+        part = dataclasses.replace(what, first_column=num, columns=False)
+        further, _ = _reduce(part, params, x, more_y.z, a, more_y.leaves, more_y.where, chunk)
+        rows = pairs.join(rows, further)
+    if more_x:
+        _, further = _further_rows(what, params, more_x, y, a, b, exists, chunk)
+        cols = pairs.join(cols, further)
+    return rows, cols
+
+
+def _further_rows(
+    what: pairs.Pairs, params: PyTree, more: Columns, y: PyTree, a: PyTree, b: PyTree,
+    exists: jax.Array | None, chunk: int,
+) -> tuple[Stats, Stats]:  # fmt: skip
+    part = dataclasses.replace(what, first_row=jax.tree.leaves(y)[0].shape[0])
+    return _reduce(part, params, more.z, y, more.leaves, b, exists, chunk, more.where)
+
+
+def _reduce(
+    what: pairs.Pairs, params: PyTree, x: PyTree, y: PyTree, a: PyTree, b: PyTree,
+    of_y: jax.Array | None, chunk: int, of_x: jax.Array | None = None,
+) -> tuple[Stats, Stats]:  # fmt: skip
+    """`pairs.reduce` over the rows and columns that exist, by of_x and of_y (None: all)."""
+    if of_x is not None or of_y is not None:
+        targets = what.targets and _TargetsOfExisting(what.targets)
+        what = dataclasses.replace(what, where=_Existing(what.where), targets=targets)
+        a, b = (a, of_x), (b, of_y)
+    return pairs.reduce(what, params, x, y, a, b, chunk=chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Existing:
+    """`where` of rows and columns that exist; leaves are (those of the batch, which exist)."""
+
+    where: Function | None
+
+    def __call__(self, i: Any, j: Any, a: PyTree, b: PyTree) -> jax.Array:
+        masks = [] if self.where is None else [self.where(i, j, a[0], b[0])]
+        masks += [] if a[1] is None else [a[1][:, None]]
+        masks += [] if b[1] is None else [b[1][None, :]]
+        return functools.reduce(jnp.logical_and, masks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TargetsOfExisting:
+    """`targets`, 0 where a row or column does not exist."""
+
+    targets: Function
+
+    def __call__(self, i: Any, j: Any, a: PyTree, b: PyTree) -> jax.Array:
+        return jnp.where(_Existing(None)(i, j, a, b), self.targets(i, j, a[0], b[0]), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BesideMatrix:
+    """`where` where a matrix of targets travels with the rows' leaves."""
+
+    where: Function
+
+    def __call__(self, i: Any, j: Any, a: PyTree, b: PyTree) -> jax.Array:
+        return self.where(i, j, a[0], b)
+
+
+def _row_of_matrix(i_B1: Any, j_1B: jax.Array, a: PyTree, b: Any) -> jax.Array:
+    return jnp.take(a[1], j_1B[0], axis=1, mode="clip")
+
+
+def _mean_score(sums: Stats, targets: Any) -> jax.Array:
+    """The own score, or the mean score by the targets (0 without any)."""
+    if targets is None:
+        return sums["target"]
+    return sums["target"] / jnp.where(sums["mass"] > 0, sums["mass"], 1)
+
+
+def _cross_entropy(sums: Stats, targets: Any, exists: jax.Array | None) -> jax.Array:
+    """Per row; 0 for a row without targets and for one that does not exist."""
+    loss = sums["lse"] - _mean_score(sums, targets)
+    if targets is not None:
+        loss = jnp.where(sums["mass"] > 0, loss, 0)
+    return loss if exists is None else jnp.where(exists, loss, 0)

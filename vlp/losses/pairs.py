@@ -1,10 +1,10 @@
-"""Exact sums over all pairs of a sharded batch, without the B×C matrix and without a gathered copy of either side.
+"""Exact sums over all pairs of a sharded batch. Neither the B×C matrix nor a gathered copy of a side is ever held.
 
-Columns are gathered slice by slice, the next one while this one is worked on. Each device scores its own rows against
-a slice, tile by tile; a score is computed once per pass and enters a running log-sum-exp of its row and one of its
-column, which are merged across devices. The backward pass recomputes the tiles from the two log-sum-exps. The result
-is a number per example and its derivative takes any cotangent, so weights, leave-one-out, clipping and soft
-targets stay outside.
+Columns are gathered slice by slice; the next slice travels while the present one is worked on. Each device scores its
+own rows against a slice, tile by tile. A score is computed once per pass and enters two running log-sum-exps, one of
+its row and one of its column, which are merged across devices. The backward pass recomputes the tiles from the
+log-sum-exps. The results are numbers per row and per column, differentiable with any cotangent, so weights,
+leave-one-out, clipping and soft targets stay outside.
 
 Recomputing tiles of logits is Inf-CL's idea (Cheng et al. 2024, arXiv:2410.17243), which scores each pair once per
 direction. Axis letters: B rows and C columns of the global batch, R rows and S columns of a tile.
@@ -42,21 +42,80 @@ def dot(
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-    """What is summed over the pairs. Functions, evaluated tile by tile; they must hash, so define them once.
+class TokenSets:
+    """Score of two sets of unit vectors: scale · the mean, over one set, of the best match in the other.
 
-    score(params, x, y, precision) → [R S]: float leaves of rows and columns come in float32 or wider.
-    keep(i_R1, j_1S, a, b) → bool [R S], of global indices and the leaves `a` of rows and `b` of columns: False takes
-    a pair out of both log-sum-exps (an equal caption, say). targets(…) → [R S] how much i and j belong together; None
-    is the identity. each(score, target) → [R S]: sum this over the pairs in place of the log-sum-exps. columns False:
-    only the rows' sums are wanted.
+    x: (tokens [R N E], which of them exist [R N]) of rows; y: (tokens [S L E], [S L]) of columns. An empty set has
+    score 0. The [R S N L] products are formed for a few columns at a time, and again in the backward pass.
+
+    mean_over: "columns", mean over a column's tokens of the best of the row's (words of patches; FILIP's text→image
+    score, Yao et al. 2021, arXiv:2111.07783, eq. 4-5); "rows", the reverse (its image→text score); "both", the mean of
+    all products. numbers: how many products a device holds at a time (64 MiB in float32).
+    """
+
+    mean_over: str = "columns"
+    numbers: int = 1 << 24
+
+    def __post_init__(self) -> None:
+        known = ("columns", "rows", "both")
+        if self.mean_over not in known:
+            raise check.unknown("losses.pairs: mean_over", self.mean_over, known)
+
+    def tile(self, x: PyTree, y: PyTree) -> int:
+        """How many rows are scored at a time."""
+        num = x[0].shape[1] * y[0].shape[1]
+        return TILE if self.mean_over == "both" else min(TILE, max(1, self.numbers // num))
+
+    def __call__(
+        self, params: PyTree, x: PyTree, y: PyTree, precision: jax.lax.Precision
+    ) -> jax.Array:
+        """Returns the scores [R S] of R rows and S columns."""
+        (x_RNE, x_RN), (y_SLE, y_SL) = ((t, jax.lax.stop_gradient(has)) for t, has in (x, y))
+        if self.mean_over == "both":  # the mean of products is the product of means
+            mean = lambda t, has: (t * has[..., None]).sum(1) / _at_least_one(has)[:, None]
+            return dot(params, mean(x_RNE, x_RN), mean(y_SLE, y_SL), precision)
+
+        @jax.checkpoint
+        def column(y: tuple[jax.Array, jax.Array]) -> jax.Array:
+            y_LE, y_L = y
+            dots_RNL = jnp.einsum("rne,le->rnl", x_RNE, y_LE, precision=precision)
+            exists_RNL = (x_RN[:, :, None] > 0) & (y_L[None, None, :] > 0)
+            axis = 1 if self.mean_over == "columns" else 2
+            best = _finite(jnp.where(exists_RNL, dots_RNL, -jnp.inf).max(axis))
+            return best.sum(1) / (_at_least_one(y_L) if axis == 1 else _at_least_one(x_RN))
+
+        at_once = max(1, self.numbers // (x_RN.size * y_SL.shape[1]))
+        scores_SR = jax.lax.map(column, (y_SLE, y_SL), batch_size=min(at_once, len(y_SL)))
+        return params["scale"] * scores_SR.T + params.get("bias", 0)
+
+
+def _at_least_one(exists: jax.Array) -> jax.Array:
+    return jnp.maximum(exists.sum(-1), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """What is summed over the pairs: functions that are evaluated tile by tile.
+
+    They must hash: define them at module level, or as frozen dataclasses.
+
+    score: score(params, x, y, precision) → [R S]; leaves of rows x and columns y arrive in float32 or wider. It may
+    have a method tile(x, y) → rows scored at a time, as `TokenSets` has.
+    where: where(i_R1, j_1S, a, b) → bool [R S], of global indices and of the leaves `a` of rows and `b` of columns.
+    Pairs where it is False are in neither log-sum-exp (equal captions, for example).
+    targets: targets(i_R1, j_1S, a, b) → [R S], how much i and j belong together. None: 1 where i = j.
+    each: each(score, target) → [R S] is summed over the pairs instead of the log-sum-exps.
+    columns: whether the columns' sums are wanted too.
+    first_row, first_column: the global index of the first row and of the first column.
     """
 
     score: Callable[..., jax.Array] = dot
-    keep: Callable[..., jax.Array] | None = None
+    where: Callable[..., jax.Array] | None = None
     targets: Callable[..., jax.Array] | None = None
     each: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     columns: bool = True
+    first_row: int = 0
+    first_column: int = 0
 
 
 def reduce(
@@ -70,18 +129,32 @@ def reduce(
     chunk: int = 0,
     tile: int = 0,
 ) -> tuple[Stats, Stats]:
-    """Returns the sums of every row, [B], and of every column, [C].
+    """Sums over all pairs, for every row and for every column.
 
-    x, a: leaves that lead with B, of the rows; y, b: with C. params, x and y are differentiated, a and b are not.
-    chunk: columns gathered at a time, tile: rows scored at a time (0: 1,024 of each); they change memory, not values.
+    Args:
+        pairs: What is summed.
+        params: Parameters of the score. Differentiated.
+        x, y: Leaves of the rows, which lead with B, and of the columns, which lead with C. Differentiated (but for
+            boolean ones).
+        a, b: Further leaves of rows and of columns, for `where` and `targets`. Not differentiated.
+        chunk: Columns gathered at a time, over all devices (0: 1,024). Changes memory, not values.
+        tile: Rows of a device scored at a time (0: what the score asks, else 1,024). Changes memory, not values.
 
-    Each dict: `lse` (−inf where nothing is kept), or `each` if that is given; `target`, the sum of target · score;
-    without gradient `mass`, the sum of targets, `max`, the best kept score, `ties`, how many have it, and `hit`:
-    1 where none is above pair (k, k), shared among equals.
+    Returns:
+        Two dicts, of rows [B] and of columns [C] (empty if pairs.columns is False). `lse`: log-sum-exp of the scores
+        (−inf where there are none), or `each`, if that is given. `target`: the sum of target · score. Without
+        gradient: `mass`, the sum of targets; `max`, the best score; `ties`, how many pairs have it; `hit`, 1 where no
+        pair scores above (k, k), shared among equals.
+
+    Raises:
+        UserError: for a negative chunk or tile.
     """
     if min(chunk, tile) < 0:
         got = f"chunk {chunk}, tile {tile}"
-        raise check.error("losses.pairs", got, "0 (automatic) or more", "change them")
+        raise check.error("losses.pairs", got, "0 or more", "set them to 0 (automatic)")
+    precision = _precision((x, y))
+    number = lambda v: v.astype(jnp.bfloat16) if v.dtype == bool else v
+    x, y = jax.tree.map(number, (x, y))
     num_rows, num_cols = jax.tree.leaves(x)[0].shape[0], jax.tree.leaves(y)[0].shape[0]
     axes, ways = _row_axes(num_rows)
     rows, cols = num_rows // ways, -(-num_cols // ways)
@@ -95,12 +168,26 @@ def reduce(
         rows=rows,
         cols=cols,
         num_cols=num_cols,
-        tile=min(tile or TILE, rows),
+        tile=min(tile or getattr(pairs.score, "tile", lambda *_: TILE)(x, y), rows),
         part=min(max(-(-(chunk or CHUNK) // ways), 1), cols),
-        precision=_precision((x, y)),
+        precision=precision,
     )
     of_rows, of_cols = typing.cast(tuple[Stats, Stats], _reduce(sweep, params, x, y, a, b))
     return of_rows, {n: v[:num_cols] for n, v in of_cols.items()}
+
+
+def join(first: Stats, second: Stats) -> Stats:
+    """The sums of the same rows over two sets of columns → over their union; a row's own pair is in the first."""
+    best = jnp.maximum(first["max"], second["max"])
+    ties = sum(jnp.where(s["max"] >= best, s["ties"], 0) for s in (first, second))
+    own_is_best = (first["hit"] > 0) & (first["max"] >= best)
+    out = {n: first[n] + second[n] for n in ("target", "mass", "each") if n in first}
+    if "lse" in first:
+        none = jnp.isneginf(first["lse"]) & jnp.isneginf(second["lse"])
+        lse = jnp.logaddexp(*(jnp.where(none, 0, s["lse"]) for s in (first, second)))
+        out["lse"] = jnp.where(none, -jnp.inf, lse)
+    hit = jnp.where(own_is_best, 1 / jnp.maximum(ties, 1), 0)
+    return out | {"max": best, "ties": ties, "hit": hit}
 
 
 def _row_axes(num_rows: int) -> tuple[tuple[str, ...], int]:
@@ -175,7 +262,7 @@ class Sweep:
     def split(self, tree: PyTree, size: int) -> PyTree:
         """Rows [N …] → [N / size, size …], the last tile filled up with zeros."""
 
-        def one(leaf: jax.Array) -> jax.Array:
+        def one(leaf: Any) -> Any:
             short = -leaf.shape[0] % size
             if short:
                 leaf = jnp.pad(leaf, ((0, short), *[(0, 0)] * (leaf.ndim - 1)))
@@ -218,7 +305,7 @@ class Sweep:
     ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
         """Of one tile, [R S]: scores, which pairs count (None: all), targets, which pairs are (k, k)."""
         (i_R, real_R, a_R), (j_S, real_S, b_S) = row, col
-        i_R1, j_1S = i_R[:, None], j_S[None, :]
+        i_R1, j_1S = i_R[:, None] + self.pairs.first_row, j_S[None, :] + self.pairs.first_column
         s_RS = self.pairs.score(params, x_R, y_S, self.precision)
         same_RS = i_R1 == j_1S
         real_RS = None
@@ -235,11 +322,11 @@ class Sweep:
         if real_RS is not None:
             t_RS = jnp.where(real_RS, t_RS, 0)
             same_RS &= real_RS
-        keep_RS = real_RS
-        if self.pairs.keep is not None:
-            keep_RS = self.pairs.keep(i_R1, j_1S, a_R, b_S)
-            keep_RS = keep_RS if real_RS is None else keep_RS & real_RS
-        return s_RS, keep_RS, t_RS, same_RS
+        where_RS = real_RS
+        if self.pairs.where is not None:
+            where_RS = self.pairs.where(i_R1, j_1S, a_R, b_S)
+            where_RS = where_RS if real_RS is None else where_RS & real_RS
+        return s_RS, where_RS, t_RS, same_RS
 
     def over_slices(
         self, parts: PyTree, carry: PyTree, work: Callable[[PyTree, PyTree, Any], tuple[Any, Any]]
@@ -283,13 +370,13 @@ def _finite(x: jax.Array) -> jax.Array:
 def _sums(
     pairs: Pairs,
     s_RS: jax.Array,
-    keep_RS: jax.Array | None,
+    where_RS: jax.Array | None,
     t_RS: jax.Array,
     same_RS: jax.Array,
     axis: int,
 ) -> Stats:
     """One tile's sums along `axis`."""
-    drop = lambda x, value: x if keep_RS is None else jnp.where(keep_RS, x, value)
+    drop = lambda x, value: x if where_RS is None else jnp.where(where_RS, x, value)
     kept_RS = drop(s_RS, -jnp.inf)
     top = kept_RS.max(axis)
     if pairs.each is None:
@@ -397,9 +484,9 @@ def _backward(
     x_tiles, a_tiles, of_tiles = sweep.split((wide_x, a, of_rows), sweep.tile)
     i, real = sweep.row_indices()
 
-    def slope(s_RS: Any, keep_RS: Any, t_RS: Any, of_R: Stats, of_S: Stats) -> jax.Array:
+    def slope(s_RS: Any, where_RS: Any, t_RS: Any, of_R: Stats, of_S: Stats) -> jax.Array:
         """d(loss)/d(score) of one tile."""
-        drop = lambda g: g if keep_RS is None else jnp.where(keep_RS, g, 0)
+        drop = lambda g: g if where_RS is None else jnp.where(where_RS, g, 0)
         ends = [{n: v[:, None] for n, v in of_R.items()}]
         if of_S:
             ends.append({n: v[None, :] for n, v in of_S.items()})
@@ -408,7 +495,7 @@ def _backward(
             curve, one = each, jnp.ones_like(s_RS)
             _, d_RS = jax.jvp(lambda s: curve(s, t_RS), (s_RS,), (one,))
             return g_RS + drop(sum(of["each"] for of in ends) * d_RS)
-        kept_RS = s_RS if keep_RS is None else jnp.where(keep_RS, s_RS, -jnp.inf)
+        kept_RS = s_RS if where_RS is None else jnp.where(where_RS, s_RS, -jnp.inf)
         return g_RS + sum(of["lse"] * jnp.exp(kept_RS - of["at"]) for of in ends)
 
     def slice_(carry: PyTree, here: PyTree, k: Any) -> tuple[PyTree, PyTree]:
@@ -425,8 +512,8 @@ def _backward(
                 s_RS, *rest = sweep.scores(params, x_R, y_S, row, col)
                 return s_RS, rest
 
-            s_RS, pull, (keep_RS, t_RS, _) = jax.vjp(score, params, x_R, y_S, has_aux=True)
-            d_p, d_x, d_y = pull(slope(s_RS, keep_RS, t_RS, of_R, of_S))
+            s_RS, pull, (where_RS, t_RS, _) = jax.vjp(score, params, x_R, y_S, has_aux=True)
+            d_p, d_x, d_y = pull(slope(s_RS, where_RS, t_RS, of_R, of_S))
             add = functools.partial(jax.tree.map, jnp.add)
             return add(sums, (d_p, d_y)), add(d_x_R, d_x)
 

@@ -169,12 +169,12 @@ class NormMlpHead(nn.Module):
 class FusionHead(nn.Module):
     """Cross-attention encoder: text tokens that look at each other and at an image's tokens (ALBEF, §3.1).
 
-    depth: blocks of self-attention, cross-attention and MLP. heads: of the attention (0: width / 64, 1 at least). mlp:
-    hidden width (0: 4 · width). remat, scan: as of a tower's blocks. The width is the text tokens'.
+    depth: blocks of self-attention, cross-attention and MLP. heads: of the attention (None: width / 64, 1 at least).
+    mlp: hidden width (0: 4 · width). remat, scan: as of a tower's blocks. The width is the text tokens'.
     """
 
     depth: int
-    heads: int = 0
+    heads: int | None = None
     mlp: int = 0
     activation: str = "gelu"
     dropout: float = 0.0
@@ -217,10 +217,10 @@ class FusionHead(nn.Module):
 class WordsHead(nn.Module):
     """Vocabulary head: linear map, activation and norm, then the output embedding with a bias (BERT's MLM head).
 
-    vocab: size of the vocabulary (0: the text tower's). tied: the output embedding is the text tower's own.
+    vocab: size of the vocabulary (None: the text tower's). tied: the output embedding is the text tower's own.
     """
 
-    vocab: int = 0
+    vocab: int | None = None
     tied: bool = True
     activation: str = "gelu"
 

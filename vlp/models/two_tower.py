@@ -181,7 +181,8 @@ class TwoTower(nn.Module):
         return self.temperature()
 
     @nn.compact
-    def _unembed(self, decoder: Decoder) -> Float[Array, "D V"]:
+    def _unembed(self, decoder: Decoder) -> Any:
+        """The output embedding [D V]."""
         text = self.text_tower
         if decoder.tied:
             return text.embedding.T

@@ -41,8 +41,8 @@ class Clip:
             raise check.error("config.batch", 1, "2 or more, for leave_one_out", "raise it")
         others = off_diagonal if self.leave_one_out else None
 
-        def one(zt_BE: jax.Array) -> dict[str, jax.Array]:
-            loss = contrastive.softmax(zi_BE, zt_BE, scale, keep=others)
+        def one(zt_BE: jax.Array, where_B: jax.Array | None) -> dict[str, jax.Array]:
+            loss = contrastive.softmax(zi_BE, zt_BE, scale, where=others, where_BK=where_B)
             i2t_B, t2i_B = (focal.weigh(loss[name], self.focal) for name in ("i2t", "t2i"))
             return loss | {"nll": 0.5 * (i2t_B + t2i_B)}
 

@@ -36,8 +36,8 @@ class Coca:
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, zt_BKE, nll = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
-        softmax = lambda zt_BE: contrastive.softmax(zi_BE, zt_BE, scale)
-        loss = contrastive.over_captions(softmax, zt_BKE, ctx.batch.get("text.mask"))
+        exists_BK = ctx.batch.get("text.mask")
+        loss = contrastive.softmax(zi_BE, zt_BKE, scale, where_BK=exists_BK)
         count = nll["count"].sum()
         terms = {
             "contrastive": Term.mean_of(loss["i2t"] + loss["t2i"], self.contrastive_weight),

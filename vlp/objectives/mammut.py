@@ -42,8 +42,8 @@ class Mammut:
         zi_BE, zt_BKE, nll = ctx.map(self.encode)
         scale, _ = ctx.student("scale_bias")
 
-        def one(zt_BE: jax.Array) -> dict[str, jax.Array]:
-            loss = contrastive.softmax(zi_BE, zt_BE, scale)
+        def one(zt_BE: jax.Array, where_B: jax.Array | None) -> dict[str, jax.Array]:
+            loss = contrastive.softmax(zi_BE, zt_BE, scale, where_BK=where_B)
             i2t_B, t2i_B = (focal.weigh(loss[name], self.focal) for name in ("i2t", "t2i"))
             return loss | {"nll": 0.5 * (i2t_B + t2i_B)}
 

@@ -37,7 +37,7 @@ def captioned(ctx: Ctx, keep_ratio: float = 1.0) -> tuple[Any, Any, dict[str, ja
     image = ctx.student("image", ctx.batch["image"], keep_ratio=keep_ratio)
     ctx, image = after(ctx, image)
 
-    def decode(c: Ctx, feats: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def decode(c: Ctx, feats: Any) -> tuple[Any, dict[str, jax.Array]]:
         text = c.student("text", c.batch["text"])
         decoded = c.student("decode", text["tokens"], feats)
         nll = caption.nll(decoded["hidden"], decoded["unembed"], c.batch["text"])

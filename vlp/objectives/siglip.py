@@ -24,7 +24,7 @@ class Siglip:
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, zt_BKE = ctx.map(lambda c: embeds(c, self.keep_ratio))
         scale, bias = ctx.student("scale_bias")
-        sigmoid = lambda zt_BE: contrastive.sigmoid(zi_BE, zt_BE, scale, bias)
-        loss = contrastive.over_captions(sigmoid, zt_BKE, ctx.batch.get("text.mask"))
+        exists_BK = ctx.batch.get("text.mask")
+        loss = contrastive.sigmoid(zi_BE, zt_BKE, scale, bias, where_BK=exists_BK)
         metrics = contrastive.metrics(loss, scale) | {"logit_bias": Term(bias, 1)}
         return Out({"sigmoid": Term.mean_of(loss["loss"])}, metrics=metrics)

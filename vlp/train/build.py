@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
-from vlp.core.types import Apply
+from vlp.core.types import Apply, Weight
 from vlp.data.config import check_data
 from vlp.data.dataset import Dataset, in_stages, leaves, open_dataset
 from vlp.evals.io import IO, check_asks, check_ready
@@ -37,7 +37,7 @@ class StagePlan:
     stage: Stage
     datasets: Mapping[str, Dataset]  # "" is the main stream
     updater: optimisers.Updater
-    teachers: Mapping[str, tuple[Any, float | None]]
+    teachers: Mapping[str, tuple[Any, Weight | None]]
     boxed: PyTree  # shapes of the parameters, with the names of their axes
     abstract: State
     batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -107,6 +107,7 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
         num_micro=stage.micro_batches,
         micro_remat=stage.micro_remat,
         teachers=teachers,
+        averaged_first=tuple(n for n, t in stage.teachers.items() if t.update == "before"),
     )
     state = abstract_state(stage, boxed, nets, updater, mesh)
     check_sharded(state, settings, mesh)
@@ -205,11 +206,12 @@ def abstract_state(
     params = nn.unbox(boxed)
     teachers = {name: params if net is None else own for name, (net, own) in nets.items()}
     create = functools.partial(states.create, updater=updater, step=0)
-    method_state = jax.eval_shape(lambda: init_method_state(stage, 0))
+    key = jax.random.key(0)
+    own = jax.eval_shape(lambda: states.method_state(stage.objective, stage.model, key))
     state = jax.eval_shape(
-        lambda p, t, e: create(p, teachers=t, method_state=e), params, teachers, method_state
+        lambda p, t, e: create(p, teachers=t, method_state=e), params, teachers, nn.unbox(own)
     )
-    shardings = states.shardings(boxed, updater, state, mesh)
+    shardings = states.shardings(boxed, updater, state, mesh, own)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
@@ -229,7 +231,7 @@ def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 def init_method_state(stage: Stage, seed: int) -> PyTree:
     """The objective's own arrays at the start, if it has any."""
     key = jax.random.fold_in(jax.random.key(seed), stage.index)
-    return states.method_state(stage.objective, stage.model, key)
+    return nn.unbox(states.method_state(stage.objective, stage.model, key))
 
 
 def same_shapes(a: PyTree, b: PyTree) -> bool:

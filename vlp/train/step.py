@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 
 from vlp.core import tree
-from vlp.core.types import Apply, Ctx, Objective, answer
+from vlp.core.types import Apply, Ctx, Objective, Weight, answer
 from vlp.ops import statistics
 from vlp.optim import ema
 from vlp.optim.make import Updater
@@ -29,7 +29,8 @@ def train_step(
     num_steps: int = 1,
     num_micro: int = 1,
     micro_remat: str = "full",
-    teachers: Mapping[str, tuple[Any, float | None]] | None = None,
+    teachers: Mapping[str, tuple[Any, Weight | None]] | None = None,
+    averaged_first: Collection[str] = (),
 ) -> tuple[State, dict[str, jax.Array]]:
     """Returns the next state and the metrics of this step (scalars).
 
@@ -45,10 +46,24 @@ def train_step(
         num_micro: Micro-batches.
         micro_remat: What the backward pass keeps of them (`MICRO_REMAT`).
         teachers: Name → (model, decay). With a decay the teacher is the moving average of the trained parameters.
+        averaged_first: Teachers that are updated before the forward pass, with the parameters that it uses; the
+            others are updated after the step.
     """
     teachers = teachers or {}
     moving = jax.tree.map(lambda a, b: a or b, updater.trainable, updater.statistics)
     frozen = tree.where(jax.tree.map(lambda m: not m, moving), state.params)
+
+    progress = state.stage_step / num_steps
+
+    def averages(old: Mapping[str, PyTree], params: PyTree, first: bool) -> dict[str, PyTree]:
+        """The teachers, those updated at this point of the step."""
+        out = dict(old)
+        for name, (_, decay) in teachers.items():
+            if decay is not None and (name in averaged_first) == first:
+                out[name] = ema.update(old[name], params, decay, progress)
+        return out
+
+    nets = averages(state.teachers, state.params, first=True)
 
     def loss_fn(moving: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
         ctx = Ctx(
@@ -57,10 +72,10 @@ def train_step(
             seed=jax.random.key(seed),
             step=state.stage_step,
             method_state=state.method_state,
-            frozen={name: Apply(net, state.teachers[name]) for name, (net, _) in teachers.items()},
+            frozen={name: Apply(net, nets[name]) for name, (net, _) in teachers.items()},
             num_micro=num_micro,
             micro_remat=micro_remat,
-            progress=state.stage_step / num_steps,
+            progress=progress,
         )
         out = answer(objective, ctx)
         loss = out.loss()
@@ -76,12 +91,7 @@ def train_step(
     slots = statistics.updated(slots, recorded)
     weights = tree.merge(trainable, frozen)
     params = tree.merge(weights, slots)
-    averages = {
-        name: state.teachers[name]
-        if decay is None
-        else ema.update(state.teachers[name], params, decay, state.step)
-        for name, (_, decay) in teachers.items()
-    }
+    nets = averages(nets, params, first=False)
     metrics = {
         "loss": loss,
         **metrics,
@@ -91,4 +101,4 @@ def train_step(
         "update_norm": update_norm,
     }
     metrics["param_norm"] = tree.norm(weights)
-    return State(state.step + 1, state.stage_step + 1, params, opt, averages, method_state), metrics
+    return State(state.step + 1, state.stage_step + 1, params, opt, nets, method_state), metrics
