@@ -32,7 +32,7 @@ SHAPES = [(8, 1, 1), (2, 2, 2)]
 class Pairs:
     """Cosine of each pair, one minus: no batch in the loss, so that only the batch norm couples the rows.
 
-    looks: the EMA teacher looks at the image turned around first, and a pass without gradient at the text's.
+    looks: the EMA teacher looks at the image turned around first, and a pass of the student without gradient does too.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
