@@ -134,7 +134,7 @@ def ready(
             check_ready(evaluator, device_mesh, io, f"config.evals.{label}")
             check_asks(evaluator, loaded.apply, loaded.data, f"config.evals.{label}")
             found[label] = evaluator
-        except check.MachineError:
+        except check.Failed:
             raise
         except check.UserError as e:
             if not args.split or label in named:

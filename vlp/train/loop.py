@@ -262,7 +262,7 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
             path, {"step": step, "metrics": found, "records": ids.tolist(), "keys": keys}
         )
         got = ", ".join(f"{k} {found[k]}" for k in FINITE)
-        raise FloatingPointError(
+        raise check.Failed(
             f"step {step}: got {got}, expected finite numbers; see {path} for the batch "
             f"(keys {', '.join(keys[:4])}, …), lower the learning rate or look at the data"
         )

@@ -202,7 +202,7 @@ def verify(path: str, tell: Callable[[str, dict | None], None]) -> int:
             try:
                 records.encode(record)
                 image_ops.decode(record["image"])
-            except check.MachineError:
+            except check.Failed:
                 raise
             except (check.UserError, image_ops.BadImage) as e:
                 reason = getattr(e, "reason", "record")
