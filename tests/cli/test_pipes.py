@@ -43,7 +43,10 @@ def ending(*argv, program=("-m", "vlp"), err=False):
     """Exit code and standard error of a command whose output nobody reads. err: nor its errors."""
     read, write = os.pipe()
     os.close(read)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     env.pop("PYTHONUNBUFFERED", None)
     argv = [sys.executable, *program, *map(str, argv)]
     where = write if err else subprocess.PIPE

@@ -268,7 +268,7 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
         )
     if done.sums is None:
         return
-    averages = values(done.sums)
+    averages, warm = values(done.sums), clock.warm
     times = clock.read() | input_metrics(plan, number)
     session.metrics.write(row | averages | times)
     rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
@@ -280,9 +280,10 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
     )
     if bar.disable:
         left = (stage.num_steps - number) * stage.batch / max(rate, 1e-9)
+        pace = f"{rate:.0f} examples/s  {left:.0f} s left" if warm else "compiled"
         log.info(
-            "[%d] %s %d/%d  loss %.4f  %.0f examples/s  %.0f s left  data wait %.0f%%",
-            step, stage.name, number, stage.num_steps, averages["loss"], rate, left, 100 * wait,
+            "[%d] %s %d/%d  loss %.4f  %s  data wait %.0f%%",
+            step, stage.name, number, stage.num_steps, averages["loss"], pace, 100 * wait,
         )  # fmt: skip
 
 
