@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import io as bytes_io
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ class IO:
             self.data, split=split, captions="first", num_captions=1, skip="", group_by="",
             mixture=parts, reweight=(),
         )  # fmt: skip
-        return _open(data, self.tokenizer)
+        return _open(data, self.tokenizer, os.getcwd())
 
     def provenance(self, dataset: Dataset) -> dict[str, Any]:
         return {
@@ -51,6 +52,23 @@ class IO:
             "num": dataset.num_records,
             "fingerprint": dataset.fingerprint,
         }
+
+
+def own_names(evals: Mapping[str, Evaluator], label: str, io: IO) -> IO:
+    """Returns an `IO` whose artefacts have names of their own.
+
+    Two evaluations of one kind, split and `label` would write the same names; the config's names of them tell them
+    apart.
+
+    Args:
+        evals: all evaluations, by name in the config.
+        label: the name of the one that gets the `IO`.
+        io: what all of them share.
+    """
+    kind = lambda e: (type(e), e.split, getattr(e, "label", None))
+    if sum(kind(e) == kind(evals[label]) for e in evals.values()) < 2:
+        return io
+    return dataclasses.replace(io, write=lambda name, value: io.write(f"{name}_{label}", value))
 
 
 def check_ready(evaluator: Evaluator, mesh: Mesh, io: IO, where: str) -> None:
@@ -102,7 +120,8 @@ def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(data: Data, tokenizer: Tokenizer) -> Dataset:
+def _open(data: Data, tokenizer: Tokenizer, _where: str) -> Dataset:
+    """Opens a split once. _where: the working directory, on which relative paths depend."""
     parts, first = [], None
     for part in data.mixture:
         try:
