@@ -127,12 +127,12 @@ def resident_mb() -> float:
 
 def distance(directory: str, num: int = 200) -> float:
     """Mean absolute difference, of 255, between our training images and Pillow's bicubic of the same crops."""
-    from vlp.data import image_ops, order, sources
+    from vlp.data import image_ops, order, pictures, sources
 
     source, total = sources.open_path(directory), 0.0
     options = {"min_area_frac": 0.9, "max_aspect": 4 / 3}
     for i in range(num):
-        picture = image_ops.Picture(source[i]["image"])
+        picture = pictures.Picture(source[i]["image"])
         rngs = [order.sample_rng(0, "image", i) for _ in range(2)]
         ours = image_ops.train_image(picture, IMAGE_PX, rngs[0], resize="fast", **options)
         box, shrink = image_ops.train_box(picture.size, IMAGE_PX, rngs[1].random(8), **options)

@@ -56,6 +56,8 @@ def random_params():
             noise = rng.normal(size=leaf.shape).astype(np.float32)
             if name.endswith("/scale"):
                 return 1 + 0.1 * noise
+            if name.endswith(("/stat_share", "/stat_var")):
+                return np.abs(0.5 * noise * name.endswith("var")) + 1
             return 0.25 * noise if leaf.ndim else np.float32(2.0)
 
         return tree.map_named(one, nn.unbox(abstract(model, image_px, text_len, heads)))

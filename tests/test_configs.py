@@ -161,3 +161,16 @@ def test_a_shipped_config_can_be_copied_anywhere(tmp_path, monkeypatch):
     with pytest.raises(check.UserError, match="cannot import name 'pretraining'") as caught:
         configs.load("my-clip.v2.py:smoke")
     assert "common.py" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_config_derived_from_a_shipped_one(tmp_path):
+    """As docs/running.md has it: a file anywhere that changes what another one returns."""
+    from vlp.core.config import load
+
+    lines = "from .coca_emoji import get_config as base\n\n\ndef get_config(arg=None):\n"
+    lines += "    c = base(arg)\n    c.optim.weight_decay = 0.1\n    return c\n"
+    (tmp_path / "my.py").write_text(lines)
+    found = load(f"{tmp_path / 'my.py'}:seed=3")
+    assert (found["optim"]["weight_decay"], found["seed"]) == (0.1, 3)
+    shipped = load("configs/coca_emoji.py:seed=3")
+    assert found["model"] == shipped["model"] and shipped["optim"]["weight_decay"] == 0.2

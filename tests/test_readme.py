@@ -38,9 +38,9 @@ SHORT = "smoke: two steps on made-up shapes, not the minutes of the demo"
 TINY = " ".join(  # of the demo's config: its data, splits and evaluations stay
     f"--config.{key}={value}"
     for key, value in {
-        **{f"model.{t}.depth": 1 for t in ("image_tower", "text_tower", "multimodal")},
+        **{f"model.{t}.depth": 1 for t in ("image_tower", "text_tower", "decoder")},
         **{f"model.{t}.width": 16 for t in ("image_tower", "text_tower")},
-        **{"model.queries": 2, "model.embed": 16, "data.image_px": 16, "batch": 16},
+        **{"model.poolers.queries": 2, "model.embed": 16, "data.image_px": 16, "batch": 16},
         **{f"evals.{e}.batch": 16 for e in ("retrieval", "validation", "skin_tone", "captions")},
         "stages": """'({"name":"masked","steps":2},{"name":"unmasked","steps":1,"objective":{"keep_ratio":1.0}})'""",
     }.items()
@@ -76,6 +76,7 @@ ELSEWHERE = {  # part of a command → why it cannot run here
 }
 BUILT = {  # part of a command → why its config is only built here, for its devices and data
     "configs/clip.py:size=B/32,path=data/mine": "trains 150 M parameters",
+    "configs/albef.py:path=data/mine": "trains 210 M parameters",
     "configs/coca.py:size=base,smoke": "tests/test_configs.py runs it",
 }
 FAILS = {"--gpu H100:8": 1, "weight_decy": 2}  # part of a command → its exit code, as the page says

@@ -8,9 +8,9 @@ from vlp.core import check
 
 
 def test_one_line_that_says_where_what_and_what_to_do():
-    error = check.error("config.batch", 7, "a multiple of 8", "change it")
+    error = check.error("config.batch", 7, "a multiple of 8", "write 8")
     assert isinstance(error, ValueError)
-    assert str(error) == "config.batch: got 7, expected a multiple of 8; change it"
+    assert str(error) == "config.batch: got 7, expected a multiple of 8; write 8"
 
 
 @pytest.mark.parametrize(
@@ -24,12 +24,12 @@ def test_unknown_names_list_the_known_ones(got, hint):
 
 def test_a_script_ends_with_one_line(capsys):
     def main():
-        raise check.error("--batch", 7, "a multiple of 8", "change it")
+        raise check.error("--batch", 7, "a multiple of 8", "write 8")
 
     with pytest.raises(SystemExit) as end:
         check.run(main)
     assert end.value.code == 2
-    assert capsys.readouterr().err == "--batch: got 7, expected a multiple of 8; change it\n"
+    assert capsys.readouterr().err == "--batch: got 7, expected a multiple of 8; write 8\n"
     with pytest.raises(SystemExit) as end:
         check.run(lambda: 76)
     assert end.value.code == 76

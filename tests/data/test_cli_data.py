@@ -73,7 +73,7 @@ BAD = {
     "convert {tar} --out ": "--out: got '', expected a directory; name one",
     "convert {tar} --out gs://bucket/x": "--out: got gs://bucket/x, expected a directory on a disk",
     "filter {tar} --out memory://x": "--out: got memory://x, expected a directory on a disk",
-    "convert {tar} --out {file}/x": r"got Not a directory \(NotADirectoryError\)",
+    "convert {tar} --out {file}/x": r"\(Not a directory\), expected a directory to write in",
     "filter {tar} --out {file}": "file: got a file, expected a directory",
     "filter {tar} --out {new} --min-words -1": "--min-words: got -1, expected 0 or more",
     "filter {tar} --out {new} --max-aspect 0": "--max-aspect: got 0.0, expected 1 or more",
@@ -83,8 +83,8 @@ BAD = {
     "tokenizer --from {tar} --out {new}": r"a\.tar: got ",
     "tokenizer --from {model} --lower --out {new}": "--lower: got .*small.model",
     "tokenizer {tar} --langs de --out {new}": r"got no caption in \['de'\]",
-    "tokenizer {tar} --vocab-size 60 --model-type bpe --out {new}/a": "got No such file",
-    "inspect {tar} --html {file}": "file: got a file, expected a new file; give the path of a new file",
+    "tokenizer {tar} --vocab-size 60 --model-type bpe --out {new}/a": "a file in an existing directory",
+    "inspect {tar} --html {file}": "which exists, expected a new file; give the path of a new file",
     "verify ": "path of the data: got ''",
 }
 

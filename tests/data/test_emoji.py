@@ -116,3 +116,22 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
     with pytest.raises(check.UserError, match=r'pip install "vlp\[demo\]"'):
         emoji.build(tmp_path / "x")
+
+
+def test_what_is_there_is_not_drawn_again(tmp_path, monkeypatch):
+    """Versions, names, tokenizer and files decide; another choice of emoji is drawn, and refused."""
+    import resvg_py
+
+    from vlp.data.emoji import dataset
+
+    found = dataset.find(*dataset.demo_packages()[:2])
+    monkeypatch.setattr(dataset, "find", lambda *_: found)
+    made = emoji.build(tmp_path / "e", image_px=8, vocab_size=300, limit=60)
+    drawn = []
+    draw = resvg_py.svg_to_bytes
+    monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **k: drawn.append(1) or draw(**k))
+    assert emoji.build(tmp_path / "e", image_px=8, vocab_size=300, limit=60) == made
+    assert not drawn
+    with pytest.raises(check.UserError, match="another dataset"):
+        emoji.build(tmp_path / "e", image_px=8, vocab_size=300, limit=59)
+    assert drawn

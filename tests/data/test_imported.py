@@ -127,6 +127,18 @@ def test_control_tokens_in_a_text_are_text(kind):
         assert 3 in tok.encode("猫", 8).tolist()
 
 
+@pytest.mark.parametrize("name", ["[MASK]", "<mask>"])
+def test_an_imported_mask_token_is_the_mask(name):
+    special = ("<unk>", "<s>", "</s>", "<pad>", name)
+    tok = tokenizer.Tokenizer(made("words", special).to_str().encode())
+    pieces = tokenizer_formats.Pieces(tok.to_bytes(), "")
+    old = json.loads(tok.to_bytes())["model"]["vocab"]
+    assert pieces.old_ids[tok.mask_id] == old[name] and tok.num_ids == tok.vocab_size
+    assert tok.mask_id not in tok.encode(f"was {name} <pad>", 16)
+    without = tokenizer.Tokenizer(made("words").to_str().encode())
+    assert without.mask_id == without.vocab_size == without.num_ids - 1
+
+
 def test_every_special_token_of_the_file_is_kept_out_of_texts():
     special = ["<unk>", "<s>", "</s>", "<pad>", "[MASK]"]
     t = made("bpe", special)

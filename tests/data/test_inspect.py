@@ -32,7 +32,7 @@ def test_inspect_counts_what_was_put_there(tmp_path, capsys):
     ]
     records.write(tmp_path / "set", {"train": rows}, name="n", info={})
     page = tmp_path / "page.html"
-    assert test_cli_data.run("inspect", tmp_path / "set", "--html", page) == 0
+    assert test_cli_data.run("inspect", tmp_path / "set", "--json", "--html", page) == 0
     found = json.loads(capsys.readouterr().out.rsplit("}", 1)[0] + "}")
     assert found["records"] == 4 and found["captions"] == 5
     assert found["repeated_images"] == 0.25 and found["repeated_texts"] == 0.2
@@ -43,6 +43,12 @@ def test_inspect_counts_what_was_put_there(tmp_path, capsys):
     assert text.count("<img") == 3 and "&lt;script&gt;" in text and "<script>" not in text
     with pytest.raises(check.UserError, match="a new file"):
         test_cli_data.run("inspect", tmp_path / "set", "--html", page)
+    assert test_cli_data.run("inspect", tmp_path / "set") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["split", "train"] and ["Records", "4"] in lines
+    assert ["min", "25", "%", "median", "75", "%", "max"] in lines
+    assert ["Caption", "words", "1", "1", "1", "3", "3"] in lines
+    assert ["Languages", "en", "4", "(80.0", "%),", "de", "1", "(20.0", "%)"] in lines
 
 
 def test_images_that_were_padded_are_flagged(tmp_path):

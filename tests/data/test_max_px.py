@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from vlp.cli import main as cli
-from vlp.data import image_ops, records
+from vlp.data import pictures, records
 from vlp.data.tools import shrink
 
 
@@ -57,9 +57,9 @@ def test_larger_images_become_jpegs_and_others_stay(tmp_path, capsys):
         if name in ("small.png", "exact.jpg"):
             assert data == images[name]
             continue
-        picture = image_ops.Picture(data)
+        picture = pictures.Picture(data)
         assert picture.format == "JPEG" and picture.size == sizes.get(name, (40, 40))
-        whole = Image.fromarray(image_ops.decode(images[name]))
+        whole = Image.fromarray(pictures.decode(images[name]))
         wanted = np.asarray(whole.resize(picture.size[::-1], Image.Resampling.BICUBIC), float)
         assert abs(wanted - picture.pixels()[0]).mean() < 1.5, name
     assert cli.main([*command, "--max-px", "40"]) == 0  # the same job

@@ -113,6 +113,27 @@ def test_control_tokens_in_a_text_are_text(options):
         assert t.decode(row) == text
 
 
+@pytest.mark.parametrize("kind", ["control_symbols", "user_defined_symbols"])
+def test_the_models_own_mask_token_is_the_mask(kind):
+    """It hides words, and a text that spells it is text."""
+    t = sentencepiece_with(**{kind: "<mask>"})
+    assert 4 <= t.mask_id < t.vocab_size == t.num_ids
+    row = t.encode("was <mask> 20", 64)
+    assert t.mask_id not in row
+    assert t.decode([1, row[1], t.mask_id, 2]) == t.decode([1, row[1], 2])
+    assert tokenizer.Tokenizer.from_bytes(t.to_bytes()).mask_id == t.mask_id
+
+
+def test_without_a_mask_token_the_mask_is_behind_the_vocabulary(small_tokenizer):
+    t = small_tokenizer
+    assert t.mask_id == t.vocab_size == t.num_ids - 1
+    row = t.encode("red cat", 8)
+    assert t.decode([*row[:3], t.mask_id, 2]) == t.decode([*row[:3], 2])
+    with pytest.raises(check.UserError, match=f"id {t.num_ids}"):
+        t.decode([t.num_ids])
+    assert pickle.loads(pickle.dumps(t)).mask_id == t.mask_id
+
+
 def test_long_texts_take_part():
     long = "Описание: " + "длинный рассказ о картине " * 400
     solid = "猫" * 3000  # no white space: cut anywhere

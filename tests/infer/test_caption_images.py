@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import runs
 from vlp.data.config import Data
 from vlp.data.dataset import open_dataset
 from vlp.infer.caption import caption

@@ -37,12 +37,15 @@ class Training:
     px: int = PX
     length: int = LENGTH
     heads: Any = ()  # name and input width of the model's heads
+    layout: Any = None  # shapes of the parameters with the names of their axes; None: of all that the model answers
     programs: Any = dataclasses.field(default_factory=dict, repr=False)
     quick: ClassVar[dict[str, bool]] = QUICK
 
     @property
     def boxed(self) -> Any:
         """Shapes of the parameters with the names of their axes."""
+        if self.layout is not None:
+            return self.layout
         return abstract(self.model, self.px, self.length, self.heads)
 
     def on(self, shape: tuple[int, int, int], batch: Any) -> tuple[Any, Any]:

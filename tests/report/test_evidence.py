@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from helpers import fake_run
 from helpers.page_parser import Page
 from vlp.report import html, load, svg, traces
 
@@ -259,3 +260,54 @@ class _Unfolded(HTMLParser):
 
     def handle_endtag(self, tag):
         self._folds -= tag == "details" and self._folds > 0
+
+
+def _evaluated(tmp_path, *evals):
+    rows = [fake_run.train_row(1, loss=2.0), fake_run.train_row(2, loss=1.0)]
+    for split, name, values in evals:
+        row = {"kind": "eval", "step": 2, "samples": 2, "eval": name, "split": split, "num": 200}
+        rows.append(row | values)
+    return fake_run.metrics(tmp_path / "run", *rows)
+
+
+def test_the_headline_prefers_the_test_split_and_says_of_what(tmp_path):
+    from vlp.report import summary
+
+    retrieval = lambda value: {"i2t/R@1": value, "t2i/R@1": value}
+    tone = {"accuracy": 0.6, "top5": 0.99, "num_classes": 6}
+    run = _evaluated(
+        tmp_path,
+        ("val", "validation", retrieval(0.25)),
+        ("test", "retrieval", retrieval(0.5)),
+        ("test_variants", "skin_tone", tone),
+    )
+    tiles = {label: (value, note) for label, value, note, _ in summary.figures(run)}
+    value, note = tiles["image → text R@1"]
+    assert value.startswith("50") and note.endswith("test")
+    assert "skin tone accuracy" in tiles and "test variants" in tiles["skin tone accuracy"][1]
+    assert "the test split" in summary.sentences(run)["retrieval"]["where"]
+
+
+def test_top_5_of_six_classes_is_left_out(tmp_path):
+    from vlp.report import tables
+
+    for classes, shown in ((6, False), (9, False), (10, True), (100, True)):
+        tone = {"accuracy": 0.6, "top5": 0.99, "num_classes": classes}
+        (folder := tmp_path / str(classes)).mkdir()
+        run = _evaluated(folder, ("test", "skin_tone", tone))
+        assert ("top 5" in str(tables.evaluation(run.evals)).casefold()) == shown
+
+
+def test_gallery_and_table_have_one_name(tmp_path):
+    artefact = {"kind": "zeroshot", "label": "tone", "split": "test"}
+    config = {"evals": {"skin_tone": {"name": "zeroshot", "label": "tone"}}}
+    assert html._title("zeroshot_tone_test", artefact, config) == "Skin tone · test"
+    assert html._title("zeroshot_tone_test", artefact, {}) == "Tone · test"
+
+
+def test_ranks_have_whole_ticks():
+    from vlp.report import axes, curves
+
+    (group,) = (g for g in curves.EVAL if "median_rank" in g.pattern)
+    assert group.whole
+    assert axes.Axis(0.9, 1.1, 0, 100).ticks(num=5, whole=True) == [1.0]

@@ -27,7 +27,7 @@ class Queue:
     reads: ClassVar = frozenset({"image", "text"})
     how: str = "right"
 
-    def init_method_state(self, key):
+    def init_method_state(self, key, model):
         return {"queue": jnp.zeros((6, 4)), "turns": jnp.int32(0)}
 
     def __call__(self, ctx):
@@ -202,4 +202,4 @@ class First(runs.ToyObjective):
 
     def encode(self, ctx):
         image = ctx.student("image", ctx.batch["image"])
-        return image["embed"], ctx.student("text", ctx.batch["text"])["embed"]
+        return image["embed"], ctx.student("text", ctx.batch["text"][:, 0])["embed"]

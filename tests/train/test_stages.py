@@ -324,7 +324,7 @@ def test_counters_of_a_second_stream(toy, tmp_path, monkeypatch):
 
     def watch(*args):
         for batch in feed(*args):
-            found = order.join_words(np.asarray(batch["more.record"]))
+            found = order.join_words(np.asarray(batch["more/record"]))
             counts["a"] += int((found < 13).sum())
             counts["b"] += int((found >= 13).sum())
             seen.append(dict(counts))

@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from vlp.infer import average
     from vlp.infer.load import load
 
+    average.check_out(pathlib.Path(args.out))
     start_jax()
-
     weights = parse_weights(args.weights, len(args.models))
     models = [load(*parse_model(text)) for text in args.models]
     average.write(pathlib.Path(args.out), models, weights)

@@ -155,6 +155,7 @@ def _verify(args: argparse.Namespace) -> int:
     from vlp.data.tools import inspect
 
     begin, num = time.monotonic(), 0
+    check.output_file("--quarantine", args.quarantine, new=True)
     if args.quarantine:
         _write_new(args.quarantine, b"")
 
@@ -189,16 +190,26 @@ def _write_new(path: str, data: bytes) -> None:
         raise check.error(path, "a file", "a new file", "give the path of a new file") from None
 
 
+def _page(args: argparse.Namespace, split: str) -> str:
+    """Returns the name of a split's page; "" without --html."""
+    stem, ending = os.path.splitext(args.html or "")
+    return args.html or "" if len(args.splits) == 1 else f"{stem}-{split}{ending}" * bool(stem)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from vlp.data.tools import inspect
 
+    pages = {split: _page(args, split) for split in args.splits}
+    for file in filter(None, pages.values()):
+        check.output_file("--html", file, new=True)
     for split in args.splits:
         source = _open(args, split)
         found = inspect.numbers(source)
-        print(json.dumps({"split": split, **found}, indent=1, ensure_ascii=False))
-        if args.html:
-            stem, ending = os.path.splitext(args.html)
-            file = args.html if len(args.splits) == 1 else f"{stem}-{split}{ending}"
+        if args.json:
+            print(json.dumps({"split": split, **found}, indent=1, ensure_ascii=False))
+        else:
+            print(f"split {split}\n{inspect.text(found)}")
+        if file := pages[split]:
             page = inspect.page(source, found, title=f"{args.input} · {split}")
             _write_new(file, page.encode())
             print(f"{file}: written")
@@ -211,13 +222,14 @@ def _filter(args: argparse.Namespace) -> int:
     from vlp.data.tools import filter as filter_lib
     from vlp.data.tools import prepare
 
+    existed = _exists(args.out)
     args.splits = args.splits or sources.held(args.input)
     fields.check_splits(args.splits)
     rules = filter_lib.Rules(
         **{k: getattr(args, k) for k in (f.replace("-", "_") for f in data_options.RULES)}
     )
     counts = {split: collections.Counter() for split in args.splits}
-    kept, existed = {}, _exists(args.out)
+    kept = {}
     for split in args.splits:
         source = _open(args, split)
         kept[split] = filter_lib.apply(
@@ -243,6 +255,7 @@ def _tokenizer(args: argparse.Namespace) -> int:
         raise check.error(
             "vlp data tokenizer", "both or neither of PATH and --from", "one of them", "give one"
         )
+    check.output_file("--out", args.out, new=True)
     if args.other:
         data = tokenizer.model_bytes(args.other)
         ours = data[:1] == b"{" or args.other.endswith(".model")  # else CLIP's BPE, under any name

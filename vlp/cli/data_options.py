@@ -59,6 +59,9 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "inspect", help="count sizes, lengths and repeats; make a page of images"
     )
     _add_input(inspect)
+    inspect.add_argument(
+        "--json", action="store_true", help="print JSON; lists are [min, 25 %%, median, 75 %%, max]"
+    )
     inspect.add_argument("--html", metavar="FILE", help="write a page with images and captions")
     keep = actions.add_parser("filter", help="apply ALIGN's image and text rules; count by rule")
     _add_input(keep, splits=None)

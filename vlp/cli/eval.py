@@ -52,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
     start_jax()
     directory = pathlib.Path(args.workdir)
     check.output_file("--json", args.json)
-    if args.write:
+    if args.write and directory.is_dir():
         workdir.check_links(directory)
+        check.output_dir("--write", directory / "evals")
     loaded, chosen = configured(load(directory, args.step), args)
     if not chosen:
         print(f"{args.workdir}: config.evals is empty: nothing to evaluate")

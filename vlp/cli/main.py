@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if (told := check.answer(e)) is None:
             raise
-        print(f"vlp: {told[0]}", file=sys.stderr)
+        print(f"vlp: {re.sub(r'^vlp:? ', '', told[0])}", file=sys.stderr)
         return told[1]
 
 

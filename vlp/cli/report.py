@@ -22,6 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report and prints its path."""
+    html.check_out(args.workdirs, args.out)
     if len(args.workdirs) == 1:
         print(html.write(args.workdirs[0], args.out))
     else:

@@ -12,6 +12,7 @@ import pathlib
 import re
 import resource
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
@@ -93,12 +94,47 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(told[1])
 
 
-def output_file(where: str, path: str | pathlib.Path | None) -> None:
-    """Raises UserError unless a file can be written at `path` ("" or None: none is wanted). Call it before the work."""
-    if path and pathlib.Path(path).is_dir():
+def output_file(where: str, path: str | pathlib.Path | None, *, new: bool = False) -> None:
+    """Raises UserError unless a file can be written at `path`. Call it before the work.
+
+    Args:
+        where: the option.
+        path: "" or None: no file is wanted.
+        new: the file must not exist yet.
+    """
+    if not path:
+        return
+    got = repr(str(path))
+    if os.path.isdir(path):
         raise error(where, f"the directory {str(path)!r}", "a file", "name a file in it")
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
-        raise error(where, repr(str(path)), "a file in an existing directory", "make the directory")
+    if new and os.path.lexists(path):
+        raise error(where, f"{got}, which exists", "a new file", "give the path of a new file")
+    real = os.path.realpath(path)
+    if not os.path.isdir(os.path.dirname(real)):
+        raise error(where, got, "a file in an existing directory", "make the directory")
+    there = os.path.lexists(real)
+    if there and not os.path.isfile(real):
+        return  # a device or a pipe: opening it may wait
+    try:
+        os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
+        if not there:
+            os.unlink(real)
+    except OSError as e:
+        do = "choose a place that you may write to"
+        raise error(where, f"{got} ({e.strerror})", "a file to write", do) from None
+
+
+def output_dir(where: str, path: str | pathlib.Path) -> None:
+    """Raises UserError unless files can be written in the directory `path`, which may not exist yet."""
+    place = pathlib.Path(path).absolute()
+    try:
+        while not place.exists():  # raises where a name is too long
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as e:
+        do = "choose a place that you may write to"
+        got = f"{str(path)!r} ({e.strerror})"
+        raise error(where, got, "a directory to write in", do) from None
 
 
 def counts(options: Mapping[str, object], *may_be_zero: str) -> None:
@@ -121,6 +157,7 @@ def unknown(where: str, got: str, known: Iterable[str]) -> UserError:
     """Returns the error for a name that is not in `known`; it suggests the closest match."""
     known = sorted(known)
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    near = near or [k for k in known if len(got) > 2 and k[:2] == got[:2]][:1]
     hint = f"did you mean {near[0]!r}?" if near else "use one of them"
     return error(where, repr(got), f"one of {known}", hint)
 

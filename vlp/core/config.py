@@ -11,6 +11,7 @@ dicts, lists and scalars (JSON-able); `ml_collections.ConfigDict` is what config
 import ast
 import copy
 import dataclasses
+import difflib
 import inspect
 import itertools
 import json
@@ -64,7 +65,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     path, _, arg = spec.partition(":")
     if not pathlib.Path(path).is_file():
         raise check.error(
-            "--config", repr(path), "a Python file with get_config(arg)", "check the path"
+            "--config", repr(path), "a Python file with get_config(arg)", _near(pathlib.Path(path))
         )
     returned, has_parts = _returned(path, arg)
     config = plain(returned)
@@ -83,6 +84,14 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if has_parts:
         found = [plugins.of_file(path), *found]
     return config | ({"plugins": found} if found else {})
+
+
+def _near(path: pathlib.Path) -> str:
+    """Returns what to do about a config file that is not there: the file beside it of the most similar name."""
+    files = {p.name: p for p in path.parent.glob("*.py")} if path.parent.is_dir() else {}
+    if found := difflib.get_close_matches(f"{path.stem}.py", files, n=1, cutoff=0.6):
+        return f"did you mean {str(files[found[0]])!r}?"
+    return "check the path"
 
 
 def _returned(path: str, arg: str) -> tuple[Any, bool]:
@@ -347,7 +356,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     elif type(value) is int and hint in (int, float) and abs(value) >= 2**53:
-        raise check.error(where, value, "a number of less than 53 bits", "change it")
+        raise check.error(where, value, "a number of less than 53 bits", "write a smaller one")
     elif hint is float and value != value:
         raise check.error(where, value, "a number", "correct the value")
     elif hint is float and type(value) is float and _FLOAT32_MAX < abs(value) < math.inf:

@@ -34,6 +34,7 @@ TABLES = {
     "HEADS": "vlp.models",
     "OBJECTIVES": "vlp.objectives",
     "EVALS": "vlp.evals",
+    "LEAVES": "vlp.data.leaves",
 }
 
 

@@ -1,8 +1,10 @@
 """Text to fixed-length ids and back: a SentencePiece model or a tokenizer.json behind a contract.
 
 The contract: pad 0, bos 1, eos 2, unk 3, all distinct; a row is [bos] pieces [eos] pads, and
-truncation keeps eos. No text yields pad, bos or eos: one that spells such a token is text. Lower-
-casing and Unicode normalisation live inside the model, so that its bytes are the whole definition.
+truncation keeps eos. `mask_id` hides a word of masked language modelling: the model's own mask token,
+else the first id behind the vocabulary. No text yields pad, bos, eos or mask: one that spells such a
+token is text. Lower-casing and Unicode normalisation live inside the model, so that its bytes are
+the whole definition.
 """
 
 import hashlib
@@ -26,7 +28,11 @@ NORMALIZATION = {True: "nmt_nfkc_cf", False: "nmt_nfkc"}  # cf: case folding
 
 
 class Tokenizer:
-    """An immutable tokenizer, defined by its model's bytes: picklable, safe between threads."""
+    """An immutable tokenizer, defined by its model's bytes: picklable, safe between threads.
+
+    vocab_size: its pieces, with the special ones. mask_id: the id that hides a word; num_ids: how
+    many rows the table of a model has to have that reads this id too.
+    """
 
     def __init__(self, model: bytes, where: str = "tokenizer"):
         self._model = bytes(model)
@@ -37,6 +43,9 @@ class Tokenizer:
         self.vocab_size: int = self._sp.vocab_size()
         self.roles: dict[str, str] = getattr(self._sp, "roles", {})  # of a tokenizer.json's tokens
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = PAD, BOS, EOS, UNK
+        own = self._sp.mask_id if self._model[:1] == b"{" else _own_mask(self._sp)
+        self.mask_id: int = self.vocab_size if own is None else own
+        self.num_ids: int = max(self.vocab_size, self.mask_id + 1)
         self.sha256: str = hashlib.sha256(self._model).hexdigest()
         self.lower: bool = self._sp.encode("A") == self._sp.encode("a") != [UNK]
 
@@ -89,7 +98,7 @@ class Tokenizer:
         return UNK not in pieces and not self._sp.decode(pieces).strip()
 
     def decode(self, ids: Sequence[Any] | np.ndarray) -> str:
-        """Returns the text of one row of ids: stops at the first eos, skips pad and bos.
+        """Returns the text of one row of ids: stops at the first eos, skips pad, bos and mask.
 
         Raises: `UserError` for an id that the vocabulary does not have.
         """
@@ -97,11 +106,11 @@ class Tokenizer:
         for i in np.asarray(ids).tolist():
             if i == EOS:
                 break
-            if not 0 <= i < self.vocab_size:
+            if not 0 <= i < self.num_ids:
                 raise check.error(
-                    "decode", f"id {i}", f"0 … {self.vocab_size - 1}", "use the run's own tokenizer"
+                    "decode", f"id {i}", f"0 … {self.num_ids - 1}", "use the run's own tokenizer"
                 )
-            if i not in (PAD, BOS):
+            if i not in (PAD, BOS, self.mask_id):
                 kept.append(i)
         return self._sp.decode(kept)
 
@@ -119,7 +128,9 @@ def _sentencepiece(model: bytes, where: str) -> sentencepiece.SentencePieceProce
     try:
         found = sentencepiece.SentencePieceProcessor(model_proto=model)
         ids = [found.pad_id(), found.bos_id(), found.eos_id(), found.unk_id()]
-        if ids != [PAD, BOS, EOS, UNK] and (model := _controls(model)):
+        mask = _own_mask(found)
+        matched = mask is not None and not found.is_control(mask)
+        if (ids != [PAD, BOS, EOS, UNK] or matched) and (model := _controls(model, mask)):
             found = sentencepiece.SentencePieceProcessor(model_proto=model)
             ids = [PAD, BOS, EOS, found.unk_id()]
     except RuntimeError:
@@ -139,8 +150,14 @@ def _sentencepiece(model: bytes, where: str) -> sentencepiece.SentencePieceProce
     return found
 
 
-def _controls(model: bytes) -> bytes:
-    """The model with pad, bos and eos as control symbols, where they are user-defined: those are matched in texts.
+def _own_mask(found: sentencepiece.SentencePieceProcessor) -> int | None:
+    """The id of the model's own mask token, if it has one."""
+    ids = ((name, found.piece_to_id(name)) for name in tokenizer_formats.MASKS)
+    return next((i for name, i in ids if i > UNK and found.id_to_piece(i) == name), None)
+
+
+def _controls(model: bytes, mask: int | None = None) -> bytes:
+    """The model with pad, bos, eos and mask as control symbols, where they are pieces that texts are matched with.
 
     b"" where it was not trained to the contract.
     """
@@ -151,7 +168,7 @@ def _controls(model: bytes) -> bytes:
     spec = proto.trainer_spec
     if [spec.pad_id, spec.bos_id, spec.eos_id] != [PAD, BOS, EOS]:
         return b""
-    for i in (PAD, BOS, EOS):
+    for i in (PAD, BOS, EOS, *([] if mask is None else [mask])):
         proto.pieces[i].type = proto.SentencePiece.CONTROL
     return proto.SerializeToString()
 

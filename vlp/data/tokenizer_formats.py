@@ -21,6 +21,7 @@ NAMES = {
     "eos": ("</s>", "[SEP]", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
     "unk": ("<unk>", "[UNK]"),
 }
+MASKS = ("[MASK]", "<mask>", "<|mask|>")  # names in the wild of the token that hides a word
 # the files that Hugging Face keeps beside a tokenizer.json, and their keys of each role
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 _KEYS = {
@@ -42,7 +43,7 @@ class Pieces:
     Control tokens (the four roles' and all that the file calls special) have ids and no text: the
     library gets the file without them, and so a caption that spells one is split like any other.
     `old_ids` are the file's ids of ours; -1: the file has none. `roles`: its tokens for pad, bos,
-    eos, unk, where it has them.
+    eos, unk, where it has them. `mask_id`: the id of its token that hides a word, or None.
     """
 
     def __init__(self, model: bytes, where: str):
@@ -51,8 +52,10 @@ class Pieces:
         old, roles = _old_ids(spec), _roles(spec, where)
         self.roles = {r: roles[r] for r in ROLES if r in roles}
         special = [old[roles[r]] if r in roles else -1 for r in ROLES]
+        marks = [name for name in _special(spec) if name in MASKS and old[name] not in special]
         controls = {*roles.values(), *_special(spec), *filter(None, [_model_unk(spec)])}
         self.old_ids: list[int] = special + sorted(set(old.values()) - set(special))
+        self.mask_id = self.old_ids.index(old[marks[0]]) if marks else None
         try:
             self._inner = library.Tokenizer.from_str(json.dumps(_without(spec, controls)))
         except Exception as e:  # the library raises plain Exception

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,15 @@ def mean(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
     return tree.map_named(one, trees[0])
 
 
+def check_out(out: pathlib.Path) -> None:
+    """Raises UserError unless `out` can become a new workdir. Call it before models are loaded."""
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise check.error(
+            f"--out {out}", "something that exists", "a new directory", "give --out another path"
+        )
+    check.output_dir("--out", out)
+
+
 def write(out: pathlib.Path, models: Sequence[Loaded], weights: Sequence[float]) -> None:
     """Writes the mean as the checkpoint of a new workdir, with the config, tokenizer and data of the first model.
 
@@ -56,10 +66,7 @@ def write(out: pathlib.Path, models: Sequence[Loaded], weights: Sequence[float])
     Raises:
         UserError: `out` holds files, or the models differ in the names or shapes of their parameters.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise check.error(
-            f"--out {out}", "something that exists", "a new directory", "give --out another path"
-        )
+    check_out(out)
     params = mean([model.apply.params for model in models], weights)
     meta = copy.deepcopy(dict(models[0].meta))
     for section in (meta["config"], *meta["config"].get("stages", [])):

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from vlp.core import check
@@ -27,7 +26,8 @@ Stats = pairs.Stats
 Function = Callable[..., jax.Array]
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Columns:
     """Further columns: Q embeddings that no row of the batch owns.
 

@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool, Float, Key, Num
 from vlp.core import check
 from vlp.core.config import build_named
 from vlp.core.mesh import logical
-from vlp.models.layers import ACTIVATIONS, Attention, BlockConfig, Linear, Mlp, Norm, Stack
+from vlp.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    BatchNorm,
+    BlockConfig,
+    Linear,
+    Mlp,
+    Norm,
+    Stack,
+)
 
 
 class Joint(nn.Module):
@@ -42,16 +51,16 @@ class Joint(nn.Module):
 
 
 class ScaleBias(nn.Module):
-    """Learned logit scale, in log space, and bias (None: no parameter, and 0)."""
+    """Learned logit scale, in log space, and bias (None: no parameter)."""
 
     scale: float = 1 / 0.07
     bias: float | None = None
 
     @nn.compact
-    def __call__(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def __call__(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
         scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(self.scale)))
         if self.bias is None:
-            return jnp.exp(scale), jnp.float32(0)
+            return jnp.exp(scale), None
         return jnp.exp(scale), self.param("logit_bias", lambda _: jnp.float32(self.bias))
 
 
@@ -160,12 +169,12 @@ class NormMlpHead(nn.Module):
 class FusionHead(nn.Module):
     """Cross-attention encoder: text tokens that look at each other and at an image's tokens (ALBEF, §3.1).
 
-    depth: blocks of self-attention, cross-attention and MLP. heads: of the attention (0: width / 64, 1 at least). mlp:
-    hidden width (0: 4 · width). remat, scan: as of a tower's blocks. The width is the text tokens'.
+    depth: blocks of self-attention, cross-attention and MLP. heads: of the attention (None: width / 64, 1 at least).
+    mlp: hidden width (0: 4 · width). remat, scan: as of a tower's blocks. The width is the text tokens'.
     """
 
     depth: int
-    heads: int = 0
+    heads: int | None = None
     mlp: int = 0
     activation: str = "gelu"
     dropout: float = 0.0
@@ -208,10 +217,10 @@ class FusionHead(nn.Module):
 class WordsHead(nn.Module):
     """Vocabulary head: linear map, activation and norm, then the output embedding with a bias (BERT's MLM head).
 
-    vocab: size of the vocabulary (0: the text tower's). tied: the output embedding is the text tower's own.
+    vocab: size of the vocabulary (None: the text tower's). tied: the output embedding is the text tower's own.
     """
 
-    vocab: int = 0
+    vocab: int | None = None
     tied: bool = True
     activation: str = "gelu"
 

@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlp.core import check
 from vlp.core.mesh import constrain, gather, logical
-from vlp.core.types import KEPT
+from vlp.core.types import KEPT, SHARE
+from vlp.ops import statistics
 from vlp.ops.attention import attend
-from vlp.ops.norm import layer_norm
+from vlp.ops.norm import batch_norm, layer_norm
 from vlp.ops.params import spread
 
 REMAT = {
@@ -94,6 +95,67 @@ class Norm(nn.Module):
         x = x.astype(jnp.promote_types(x.dtype, self.dtype))
         y: Any = layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), self.eps)
         return y.astype(self.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+    In training the mean and variance are those of the global batch, over the whole mesh; with micro-batches, of each
+    micro-batch. Running ones, r ← momentum · r + (1 − momentum) · batch's, are used in evaluation and in teachers.
+    zero: the scale starts at 0, so that a residual branch does too (Goyal et al. 2017, arXiv:1706.02677, §5.1).
+    """
+
+    dtype: str = "float32"
+    momentum: float = 0.9
+    eps: float = 1e-5
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"], *, train: bool) -> Float[Array, "*b D"]:
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+
+        def vector(name: str, init: Any) -> Array:
+            return jnp.asarray(self.param(name, logical(init, "embed"), (x.shape[-1],)))
+
+        scale, bias = vector("scale", zeros if self.zero else ones), vector("bias", zeros)
+        slots = {"stat_mean": vector("stat_mean", zeros), "stat_var": vector("stat_var", ones)}
+        share = jnp.asarray(self.param(SHARE, logical(ones), ()))
+        x = x.astype(jnp.promote_types(x.dtype, self.dtype))
+        if not train:
+            rate = scale * jax.lax.rsqrt(slots["stat_var"] + self.eps)
+            shift = bias - slots["stat_mean"] * rate
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            y = x.astype(wide) * spread(rate, x.shape, wide) + spread(shift, x.shape, wide)
+            return y.astype(self.dtype)
+        out: Any = batch_norm(x, scale, bias, self.eps)
+        y, mean, var = out
+        found = {"stat_mean": mean, "stat_var": var}
+        changes = {k: (1 - self.momentum) * (found[k] - slots[k]) for k in slots}
+        return statistics.record(y, slots, share, changes).astype(self.dtype)
+
+
+class AuxiliaryLoss(nn.Module):
+    """Adds weight · loss to what is trained, from inside of a tower (a router's balance of its experts).
+
+    In training the step's metrics have the loss under this module's path, without the weight; the logged `loss` is
+    without it. The value is the mean over micro-batches, passes and the layers of a stack.
+    """
+
+    weight: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*b"], loss: Float[Array, ""], *, train: bool
+    ) -> Float[Array, "*b"]:
+        """Returns x; in evaluation and in teachers the loss does nothing."""
+        value = jnp.asarray(self.param(statistics.VALUE, logical(nn.initializers.zeros), ()))
+        share = jnp.asarray(self.param(SHARE, logical(nn.initializers.ones), ()))
+        if not train:
+            return x
+        loss = loss.astype(jnp.float32)
+        x = statistics.attach(x, loss, self.weight * share)
+        change = {statistics.VALUE: loss - value}
+        return statistics.record(x, {statistics.VALUE: value}, share, change)
 
 
 class Attention(nn.Module):

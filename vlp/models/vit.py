@@ -71,7 +71,10 @@ class ViT(nn.Module):
             raise check.unknown("model.image.pool", self.pool, POOLS)
         if not 0 < keep_ratio <= 1:
             raise check.error(
-                "config.objective.keep_ratio", keep_ratio, "a fraction in (0, 1]", "change it"
+                "config.objective.keep_ratio",
+                keep_ratio,
+                "a fraction in (0, 1]",
+                "write 1 for no masking",
             )
         patches_BNP = patchify(image, self.patch)
         num = patches_BNP.shape[1]

@@ -60,7 +60,7 @@ def _kind(kernel: str, masked: bool, length: int, dtype: jnp.dtype) -> str:
         pays = platform == "tpu" and length >= SPLASH_FROM and dtype == jnp.bfloat16
         return "splash" if pays and not masked else "xla"
     if kernel != "xla" and masked:
-        raise check.error(where, f"{kernel!r} with a mask", "'xla' or 'auto'", "change it")
+        raise check.error(where, f"{kernel!r} with a mask", "'xla' or 'auto'", "set it to 'auto'")
     if kernel == "cudnn" and (platform not in ("gpu", "cuda") or not half):
         got = f"'cudnn' for {dtype} on {platform}"
         raise check.error(where, got, "half precision on a GPU", "write 'auto' or 'xla'")

@@ -19,7 +19,10 @@ def sincos_2d(
     """
     if width % 4:
         raise check.error(
-            "model.image.width", width, "a multiple of 4 for sincos positions", "change it"
+            "model.image.width",
+            width,
+            "a multiple of 4 for sincos positions",
+            "round it up, or use learned positions",
         )
     omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4))
     y, x = np.mgrid[:rows, :cols]

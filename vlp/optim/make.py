@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from vlp.core import check, tree
+from vlp.ops import statistics
 
 PyTree = Any
 
@@ -58,6 +59,11 @@ DEFAULT_RULES = (
     Rule(".*(bias|norm.*/scale|/pos|/cls|/registers|/query|logit_bias)", decay=0.0),
     Rule(".*"),
 )
+
+
+STATISTIC = Rule(
+    ".*/stat_.*", freeze=True
+)  # of a layer's statistics, which the forward pass changes
 
 
 B2 = {"adamw": 0.95, "adafactor": 0.999, "lion": 0.99}  # CLIP's followers; CoCa and ViT-G; Lion
@@ -191,7 +197,7 @@ def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
                     expected = "leaves of stacked blocks under a rule with layer_decay"
                     do = "match '.*/blocks/.*', and give the others an lr"
                     raise check.error("config.optim.rules", name, expected, do)
-                return rule
+                return STATISTIC if statistics.is_slot(name) and not rule.freeze else rule
         raise check.error(
             "config.optim.rules",
             f"no rule for {name!r}",
@@ -224,11 +230,14 @@ def table(rules: Sequence[Rule], params: PyTree) -> str:
     assigned = tree.named(assign(rules, params))
     leaves = tree.named(params)
     lines = [f"{'rule':44s} {'leaves':>6s} {'parameters':>14s}  effect"]
-    for rule in rules:
+    has_statistics = STATISTIC in assigned.values()
+    for rule in (*rules, *[STATISTIC] * has_statistics):
         mine = [leaves[n] for n, r in assigned.items() if r is rule]
         effect = "frozen" if rule.freeze else f"lr ×{rule.lr:g}, decay ×{rule.decay:g}"
         if rule.layer_decay != 1:
             effect += f", ×{rule.layer_decay:g} per block below"
+        if rule is STATISTIC:
+            effect = "running statistics, not trained"
         if rule.clamp:
             effect += f", clamped to [{rule.clamp[0]:g}, {rule.clamp[1]:.4g}]"
         lines.append(f"{rule.match:44s} {len(mine):6d} {tree.size(mine):14,d}  {effect}")
@@ -245,6 +254,11 @@ class Updater:
     @property
     def trainable(self) -> PyTree:
         return jax.tree.map(lambda r: not r.freeze, self.rules)
+
+    @property
+    def statistics(self) -> PyTree:
+        """Which leaves are statistics that the forward pass changes. Those that a rule freezes stay as they are."""
+        return jax.tree.map(lambda r: r is STATISTIC, self.rules)
 
     @property
     def transform(self) -> optax.GradientTransformation:

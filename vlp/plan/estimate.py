@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from vlp.core import mesh as meshes
 from vlp.plan import compiled
 from vlp.train import metrics
-from vlp.train.build import StagePlan, leaves
+from vlp.train.build import StagePlan
 
 PRIME = 251  # examples of a traced micro-batch
 # Operations without arrays of their own: a compiler computes them where their results are read.
@@ -78,12 +78,9 @@ def _gradient(plan: StagePlan) -> Any:
     stage = plan.stage
     num = PRIME * stage.micro_batches
     small = dataclasses.replace(stage, batch=num)
-    shapes = leaves(stage.data, num)
-    batch = {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
-    for name, stream in stage.streams.items():
-        rows = num * stream.batch // stage.batch
-        for k, (shape, dtype) in leaves(stream.data, rows).items():
-            batch[f"{name}/{k}"] = jax.ShapeDtypeStruct(shape, dtype)
+    batch = {}
+    for name, x in plan.batch.items():  # leaves of other streams have a batch size of their own
+        batch[name] = jax.ShapeDtypeStruct((num * x.shape[0] // stage.batch, *x.shape[1:]), x.dtype)
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(bare, plan.abstract.params)
     grad = jax.grad(lambda p, b: metrics.loss(small, stage.model, p, b, stage.micro_batches))

@@ -23,10 +23,12 @@ class Group:
     title: str
     percent: bool = False
     log: bool | None = None
+    whole: bool = False
 
 
 TRAIN = (
     Group(r"(.*)/retrieval@\d+", "Retrieval in the batch", percent=True),
+    Group(r"caption/(accuracy|token_accuracy)", "Accuracy of the caption's words", percent=True),
     Group(r"(.*)/(accuracy|token_accuracy|acc@?\d*)", "Accuracy", percent=True),
     Group(r"grad_norm", "Gradient norm"),
     Group(r"lr", "Learning rate"),
@@ -49,7 +51,7 @@ TIME = (
 EVAL = (
     Group(r"i2t/R@\d+", "Image → text recall", percent=True),
     Group(r"t2i/R@\d+", "Text → image recall", percent=True),
-    Group(r"(i2t|t2i)/median_rank", "Median rank of the right one"),
+    Group(r"(i2t|t2i)/median_rank", "Median rank of the right one", whole=True),
     Group(r"(i2t|t2i)/mean_rank", "Mean rank of the right one"),
     Group(r"caption_loss(_shuffled)?", "Caption loss: true and shuffled images"),
     Group(r"(.*)exact_match", "Exact captions", percent=True),
@@ -80,7 +82,7 @@ def time_charts(run: load.Run) -> list[svg.Chart]:
 def eval_charts(run: load.Run, name: str, split: str) -> list[svg.Chart]:
     """Returns the curves of one evaluation over the run."""
     rows = [row for row in run.evals if (row.eval, row.split) == (name, split)]
-    charts = _charts(rows, _keys(rows), EVAL, stages(run))
+    charts = _charts(rows, [k for k in _keys(rows) if says(rows[-1], k)], EVAL, stages(run))
     num, of = rows[-1].values.get("num", np.nan), names.evaluation(name, split)
     return [dataclasses.replace(c, of=of, dots=True, levels=_chance(c, num)) for c in charts]
 
@@ -94,6 +96,12 @@ def order(key: str) -> int:
 def is_curve(key: str) -> bool:
     """Returns whether a metric is drawn as a curve. Those that describe a row (its size, its time) are not."""
     return not _NOT_CURVES.fullmatch(key)
+
+
+def says(row: load.Row, key: str) -> bool:
+    """Returns whether a metric of an evaluation says anything: top 5 of fewer than ten classes does not."""
+    classes = row.values.get("num_classes", np.inf)
+    return key.rpartition("/")[2] not in ("top5", "top_5") or not classes < 10
 
 
 def stages(run: load.Run) -> tuple[traces.Band, ...]:
@@ -167,6 +175,7 @@ def _chart(
         series=series,
         percent=group.percent,
         log=group.log,
+        whole=group.whole,
         bands=bands,
     )
 

@@ -31,14 +31,23 @@ def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     return _publish(comparison(runs), Path(out) if out is not None else Path("compare.html"))
 
 
-def _publish(text: str, out: Path) -> Path:
-    if out.is_dir():
-        raise check.error(
-            "report.out", f"the folder {str(out)!r}", "a file", f"give {str(out / 'report.html')!r}"
-        )
+def check_out(workdirs: Sequence[Path], out: Path | None = None) -> None:
+    """Raises UserError if the page of these runs cannot be written at `out` (default: as `write`). Reads no run."""
+    if out is None and not all(workdir.is_dir() for workdir in workdirs):
+        return  # the answer is about the workdir
+    out = out or (workdirs[0] / "report.html" if len(workdirs) == 1 else Path("compare.html"))
+    if os.path.isdir(out):
+        do = f"give {str(out / 'report.html')!r}"
+        raise check.error("report.out", f"the folder {str(out)!r}", "a file", do)
+    place = check.output_file if os.path.isdir(out.parent) else check.output_dir  # which is made
+    place("report.out", out)
     if out.exists() and out.suffix.lower() not in (".html", ".htm"):
         got = f"{str(out)!r}, which exists and is not a page"
         raise check.error("report.out", got, "a new file or an .html file", "name a new file")
+
+
+def _publish(text: str, out: Path) -> Path:
+    check_out([], out)
     # A captioner may emit lone surrogates, which no encoding can hold.
     data = text.encode("utf-8", "replace")
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
@@ -79,7 +88,9 @@ def page(run: load.Run) -> str:
         stages=tables.stages(run),
         times=_curves(curves.time_charts(run)),
         retrievals=[(_title(n, a), gallery.retrieval(n, a)) for n, a in artefacts["retrieval"]],
-        zeroshots=[(_title(n, a), tables.confusion(a)) for n, a in artefacts["zeroshot"]],
+        zeroshots=[
+            (_title(n, a, run.config), tables.confusion(a)) for n, a in artefacts["zeroshot"]
+        ],
         captionings=[(_title(n, a), gallery.captions(a)) for n, a in artefacts["captions"]],
         config=list(tables.flat(run.config)),
         versions=tables.versions(run.versions),
@@ -114,10 +125,18 @@ def _curves(charts: Sequence[svg.Chart]) -> dict[str, Sequence[object]]:
     }
 
 
-def _title(name: str, artefact: dict) -> str:
-    """Returns the label and the split of an artefact as a title, or else the name of its file in words."""
+def _title(name: str, artefact: dict, config: dict | None = None) -> str:
+    """Returns the evaluation and the split of an artefact as a title, or else the name of its file in words.
+
+    An evaluation is called as in the tables, by its key in `config`, if one has the artefact's label.
+    """
     label, split = artefact.get("label"), artefact.get("split")
     kind = str(artefact.get("kind", ""))
+    evals = (config or {}).get("evals")
+    for key, section in evals.items() if isinstance(evals, dict) else ():
+        if isinstance(section, dict) and label and section.get("label") == label:
+            label = key
+            break
     if isinstance(split, str) and split:
         name = names.evaluation(label if isinstance(label, str) else kind, split)
     else:

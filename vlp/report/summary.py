@@ -186,16 +186,21 @@ def _figure(run: load.Run, row: load.Row, key: str) -> tuple[str, str, str, str]
     other = row.values.get("caption_loss_shuffled", math.nan)
     if key == "caption_loss" and math.isfinite(other):
         notes.append(f"{numbers.si(other)} with another image")
-    if not notes:
-        notes.append(pages.words(row.split))
+    if row.split:
+        notes.append(pages.visible(pages.words(row.split), 80))
     same = [r for r in run.evals if (r.eval, r.split) == (row.eval, row.split)]
     label = names.label(key)
+    if key == "accuracy":  # of what
+        label = f"{pages.visible(pages.words(row.eval), 80)} {label}".strip()
     return label, names.show(key, value), " · ".join(notes), svg.spark(curves.column(same, key)[1])
 
 
 def _first(run: load.Run, *keys: str) -> load.Row | None:
-    """Returns the last row of the first evaluation that has any of the metrics; the training split comes last."""
-    rows = run.latest().values()
+    """Returns the last row of the first evaluation that has any of the metrics, of the test split if there is one.
+
+    The training split comes last.
+    """
+    rows = sorted(run.latest().values(), key=lambda row: row.split != "test")
     return next((row for row in rows if any(key in row.values for key in keys)), None)
 
 

@@ -37,6 +37,7 @@ class Chart:
     bands: tuple[traces.Band, ...] = ()
     marks: tuple[float, ...] = ()
     levels: tuple[tuple[str, float], ...] = ()
+    whole: bool = False  # values are counts: no ticks between them
 
 
 def figure(chart: Chart) -> Markup:
@@ -125,7 +126,7 @@ def _y_axis(chart: Chart) -> axes.Axis:
 
 
 def _grid(chart: Chart, x_axis: axes.Axis, y_axis: axes.Axis) -> str:
-    out, y_ticks = [], y_axis.ticks(num=5)
+    out, y_ticks = [], y_axis.ticks(num=5, whole=chart.whole)
     y_labels = numbers.labels(y_ticks, as_percent=chart.percent)
     for value, label in zip(y_ticks, y_labels, strict=True):
         y = y_axis(value)

@@ -63,6 +63,7 @@ def evaluation(rows: Sequence[load.Row]) -> Table:
     heads = [f"step {numbers.count(row.step)}" for row in ends]
     heads[1:1] = ["best"] if len(rows) > 2 else []
     keys = [k for k in dict.fromkeys(k for row in rows for k in row.values) if curves.is_curve(k)]
+    keys = [k for k in keys if curves.says(last, k)]
     chances = {k: c for k in keys if (c := summary.chance(last, k)) is not None}
     num, group = last.values.get("num", math.nan), ""
     lines: list[list[Cell]] = []

@@ -215,6 +215,8 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
     extend: the last stage's length and the evaluators may differ.
     """
     check_path("--workdir", workdir)
+    if not os.path.isfile(workdir):
+        check.output_dir("--workdir", workdir)
     check_links(workdir)
     path = workdir / "config.json"
     if not path.exists():

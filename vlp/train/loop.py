@@ -28,6 +28,7 @@ from vlp.runtime.profile import check_range
 from vlp.runtime.sinks import check_sinks
 from vlp.runtime.watchdog import PREEMPTED, Stop
 from vlp.train import bar as bars
+from vlp.train import refresh
 from vlp.train.build import StagePlan, in_order, prepare
 from vlp.train.metrics import FINITE, Clock, Interval, Sums, flops_frac, input_metrics, values
 from vlp.train.session import (
@@ -139,6 +140,11 @@ def train_stage(
             write_step(session, plan, pending.popleft(), clock, bar)
 
     for number in range(first, stage.num_steps):
+        if refresh.due(stage, number):
+            record()
+            session.watchdog.beat("refresh")
+            with clock.paused():
+                state = refresh.refreshed(session, plan, state, number)
         session.watchdog.beat("data")
         batch = clock.wait(lambda: next(batches))
         session.watchdog.beat(f"step {number + 1}" if number > first else "compiling the step")

@@ -34,10 +34,16 @@ ONCE = ("init", "init_match")
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen model beside the trained one. decay: moving average of it; path: another run's workdir (any
-    architecture); neither: the parameters that the stage began with."""
+    """A frozen model beside the trained one.
 
-    decay: float | None = None
+    decay: it is the exponential moving average of the trained parameters, average ← decay · average + (1 − decay) ·
+    parameters in every step, exactly: there is no warm-up. A number, or ((progress, decay), …) points over the stage,
+    joined by straight lines (a warm-up: ((0, 0.9), (0.1, 0.999))). It is updated after the step; methods that update
+    it before the forward pass (ALBEF, MoCo) see the same teacher, since no step lies between.
+    path: another run's workdir, of any architecture. With neither, the parameters that the stage began with.
+    """
+
+    decay: float | tuple[tuple[float, float], ...] | None = None
     path: str = ""
 
 
@@ -192,6 +198,19 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     return run, tuple(stages)
 
 
+def check_average(where: str, teacher: Teacher) -> None:
+    """Raises UserError for a teacher's decay that is none."""
+    decay = teacher.decay
+    if isinstance(decay, tuple):
+        places, values = zip(*decay) if decay else ((-1,), (-1,))
+        rising = sorted(set(places)) == list(places)
+        right = rising and min(places + values) >= 0 and max(places + values) <= 1
+    else:
+        right = decay is None or 0 <= decay < 1
+    expected = "in [0, 1), None, or ((progress, decay), …) with rising progress, all in [0, 1]"
+    check.bounds(where, teacher, {"decay": (right, expected)})
+
+
 def evaluators(section: Any, added: Sequence[Plugin] = ()) -> dict[str, Any]:
     """Builds a section of evaluators, by label. Plugins are loaded for those that `vlp` does not have."""
     where = "config.evals"
@@ -272,9 +291,8 @@ def _build(
         if teacher.path and teacher.decay is not None:
             do = "drop one of them"
             raise check.error(f"config.teachers.{key}", "decay and path", "one of them", do)
-        average = teacher.decay is None or 0 <= teacher.decay < 1
         where = f"config.teachers.{key}"
-        check.bounds(where, teacher, {"decay": (average, "in [0, 1), or None")})
+        check_average(where, teacher)
         if key == "student":
             raise check.error(where, "the name 'student'", "another name", "rename it")
     check.pattern("config.init_match", stage.init_match)

@@ -128,16 +128,24 @@ def _hashable(teachers: Nets) -> tuple[tuple[str, Any, Any, tuple], ...]:
 
 
 def method_state(objective: Objective, model: Any, seed: int | jax.Array) -> PyTree:
-    """The objective's own arrays at the start, if it has any."""
+    """The objective's own arrays at the start, if it has any; some may carry the names of their axes."""
     init = getattr(objective, "init_method_state", None)
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     return () if init is None else init(key, model)
 
 
-def shardings(boxed: PyTree, updater: Updater, state: State, mesh: Mesh) -> State:
-    """The sharding of every leaf of an (abstract) state: optimiser leaves as their parameter if the shape is equal.
+def shardings(
+    boxed: PyTree, updater: Updater, state: State, mesh: Mesh, method_state: PyTree = None
+) -> State:
+    """The sharding of every leaf of an (abstract) state.
 
-    boxed: `abstract_params`, with the names of their axes.
+    Args:
+        boxed: `abstract_params`, with the names of their axes.
+        updater: The optimiser, whose leaves lie as their parameter if the shape is equal.
+        state: Shapes.
+        mesh: The device mesh.
+        method_state: Shapes of `state.method_state`, with the names of their axes where they have any. Leaves
+            without names are replicated. None: all are.
     """
     params = meshes.shardings(boxed, mesh)
     rest = meshes.replicated(mesh)
@@ -146,13 +154,16 @@ def shardings(boxed: PyTree, updater: Updater, state: State, mesh: Mesh) -> Stat
     teachers = {
         name: jax.tree_util.tree_map_with_path(like, tree) for name, tree in state.teachers.items()
     }
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+    named = state.method_state if method_state is None else method_state
+    own = jax.tree.map(lambda x: _by_names(x, mesh) if is_box(x) else rest, named, is_leaf=is_box)
     return State(
         step=rest,
         stage_step=rest,
         params=params,
         opt=jax.tree_util.tree_map_with_path(like, state.opt),
         teachers=teachers,
-        method_state=jax.tree.map(lambda _: rest, state.method_state),
+        method_state=own,
     )
 
 
@@ -162,6 +173,10 @@ def create(
     """A stage's first state: fresh optimiser state, counts from `step`."""
     zero = jnp.zeros((), jnp.int32)
     return State(zero + step, zero, params, updater.init(params), teachers, method_state)
+
+
+def _by_names(box: Any, mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, meshes.spec(box.names, box.value.shape, mesh))
 
 
 def _pairs(abstract: PyTree, shardings: PyTree) -> dict[tuple[Any, ...], tuple[Any, Any]]:

@@ -11,6 +11,7 @@ import jax
 
 from vlp.core import mesh as meshes
 from vlp.core import tree
+from vlp.ops import statistics
 from vlp.train.build import StagePlan, assemble, trace
 from vlp.train.stages import parse
 
@@ -46,11 +47,11 @@ def row(plan: StagePlan) -> dict[str, Any]:
 def parameters(model: Any, params: Any) -> dict[str, int]:
     """Parameters (arrays or shapes) of each of the model's groups (first match counts), and in all.
 
-    A model without `groups`, and parameters that no group has, count as "other".
+    A model without `groups`, and parameters that no group has, count as "other". Running statistics do not count.
     """
     groups = {**getattr(model, "groups", {}), "other": ".*"}
     counts = dict.fromkeys(groups, 0)
-    leaves = tree.named(params)
+    leaves = {k: v for k, v in tree.named(params).items() if not statistics.is_slot(k)}
     for name, leaf in leaves.items():
         group = next(g for g, pattern in groups.items() if re.fullmatch(pattern, name))
         counts[group] += tree.size(leaf)

@@ -78,6 +78,8 @@ def refuse_foreign(out_dir: str) -> None:
         raise check.error("--out", out_dir, "a directory on a disk", do)
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise check.error(out_dir, "a file", "a directory", "choose another --out")
+    if not os.path.isdir(out_dir) or not os.listdir(out_dir):
+        check.output_dir("--out", out_dir)
     if os.path.isdir(out_dir) and os.listdir(out_dir) and MANIFEST not in os.listdir(out_dir):
         raise check.error(
             out_dir,

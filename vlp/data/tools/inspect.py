@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vlp.core import check, pages
-from vlp.data import counts, image_ops, records
+from vlp.data import counts, pictures, records
 
 THUMBNAIL_PX = 160
 
@@ -44,10 +44,10 @@ def numbers(source: records.Source) -> dict[str, Any]:
         seen["images"].add([image])
         size_bytes.add(len(image))
         try:
-            picture = image_ops.Picture(image)
+            picture = pictures.Picture(image)
             short_px.add(min(picture.size))
             kinds["formats"][picture.format] += 1
-        except image_ops.BadImage:
+        except pictures.BadImage:
             kinds["bad"]["image header"] += 1
         per_record.add(len(record["captions"]))
         for caption in record["captions"]:
@@ -86,6 +86,22 @@ def page(source: records.Source, found: dict, *, title: str, num_images: int = 6
     )
 
 
+def text(found: dict) -> str:
+    """Returns what `numbers` found as lines for a terminal, the spreads in columns with heads."""
+    of = _counts(found)
+    lines = [(pages.title(name), " ".join(filter(None, rest))) for name, *rest in of["tiles"]]
+    wide = max(len(name) for name, *_ in [*lines, *of["spreads"], *of["kinds"]])
+    out = [f"{name:{wide}}  {value}" for name, value in lines]
+    rows = [("", *SPREAD), *of["spreads"]] if of["spreads"] else []
+    for name, *values in rows:
+        out.append(f"{name:{wide}}" + "".join(f"{value:>12}" for value in values))
+    for name, rows in of["kinds"]:
+        shown = ", ".join(f"{kind} {num} ({share})" for kind, num, share in rows)
+        out.append(f"{name:{wide}}  {shown}")
+    return "\n".join(out)
+
+
+SPREAD = ("min", "25 %", "median", "75 %", "max")
 _WORDS = {"langs": "languages", "shorter_side_px": "shorter side, px"}
 
 
@@ -129,12 +145,12 @@ def _shown(i: int, record: dict, image: np.ndarray | ValueError) -> dict[str, An
 def _samples(
     source: records.Source, num: int
 ) -> Iterator[tuple[int, dict, np.ndarray | ValueError]]:
-    """Yields `num` records at equal steps: number, record, its image or why there is none."""
+    """Yields `num` records at equal steps: number, record, and its image or why it cannot be shown."""
     for i in np.unique(np.linspace(0, len(source) - 1, num).astype(int)).tolist():
         record: dict = {}
         try:
             record = source[i]
-            yield i, record, image_ops.decode(record["image"])
+            yield i, record, pictures.decode(record["image"])
         except ValueError as e:
             yield i, record, e
 
@@ -201,10 +217,10 @@ def verify(path: str, tell: Callable[[str, dict | None], None]) -> int:
             keys.add([record["key"]])
             try:
                 records.encode(record)
-                image_ops.decode(record["image"])
+                pictures.decode(record["image"])
             except check.Failed:
                 raise
-            except (check.UserError, image_ops.BadImage) as e:
+            except (check.UserError, pictures.BadImage) as e:
                 reason = getattr(e, "reason", "record")
                 row = {"split": split, "record": i, "key": record["key"], "reason": reason}
                 row |= {"fingerprint": source.fingerprint}

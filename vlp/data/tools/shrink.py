@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from vlp.data import image_ops
+from vlp.data import pictures
 
 JPEG_QUALITY = 95  # of the copies (4:2:0)
 _JPEG_SIDE = 65_500  # libjpeg's limit
@@ -13,7 +13,7 @@ _JPEG_SIDE = 65_500  # libjpeg's limit
 def shrunk(data: bytes, max_px: int) -> bytes | None:
     """Returns a JPEG of an image whose shorter side is `max_px`, or None where the image should stay as it is.
 
-    The filter is Lanczos'. Alpha, deep and animated images become what `image_ops.decode` makes of them.
+    The filter is Lanczos'. Alpha, deep and animated images become what `pictures.decode` makes of them.
 
     Args:
         data: an encoded image.
@@ -25,7 +25,7 @@ def shrunk(data: bytes, max_px: int) -> bytes | None:
     Raises:
         BadImage: the header or, of a larger image, the pixels cannot be read.
     """
-    picture = image_ops.Picture(data)
+    picture = pictures.Picture(data)
     if min(picture.size) <= max_px:
         return None
     scale = max_px / min(picture.size)

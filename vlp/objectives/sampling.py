@@ -1,0 +1,27 @@
+"""Negatives that are drawn from the batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from vlp.core import check
+
+
+def weights(logits_BB: jax.Array) -> jax.Array:
+    """For each row, its softmax over the columns that are not its own."""
+    own_BB = jnp.eye(logits_BB.shape[0], dtype=bool)
+    return jax.nn.softmax(jnp.where(own_BB, -jnp.inf, logits_BB))
+
+
+def negatives(keys_B: jax.Array | None, logits_BB: jax.Array) -> jax.Array:
+    """For each row another column i32[B], drawn by `weights`; the likeliest without keys. No gradient.
+
+    Source: ALBEF (Li et al. 2021, arXiv:2107.07651, §3.2).
+    """
+    if (num := logits_BB.shape[0]) < 2:
+        raise check.error("config.batch", num, "2 or more, for the negatives", "raise it")
+    logits_BB = jnp.log(weights(jax.lax.stop_gradient(logits_BB)))
+    if keys_B is None:
+        return logits_BB.argmax(axis=1)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BB)
