@@ -23,10 +23,10 @@ def test_two_evaluations_of_one_kind_keep_their_artefacts():
     }
     written = []
     words = tokenizers.train(["number one"], vocab_size=40)
-    given = io.IO(Data(), words, lambda name, value: written.append(name))
+    given = io.IO(Data(), words, lambda *artefact: written.append(artefact))
     for label in evals:
         io.own_names(evals, label, given).write("x", {})
-    assert written == ["x_a", "x_b", "x", "x"]
+    assert written == [("x_a", {"eval": "a"}), ("x_b", {"eval": "b"}), ("x", {}), ("x", {})]
 
 
 def test_a_relative_path_starts_at_the_working_directory(tmp_path, monkeypatch):

@@ -58,8 +58,8 @@ class IO:
 def own_names(evals: Mapping[str, Evaluator], label: str, io: IO) -> IO:
     """Returns an `IO` whose artefacts have names of their own.
 
-    Two evaluations of one kind, split and `label` would write the same names; the config's names of them tell them
-    apart.
+    Of two evaluations of one kind, split and `label`, the second would replace the artefacts of the first. So their
+    names end in the evaluation's name in the config, which is also the artefact's "eval".
 
     Args:
         evals: all evaluations, by name in the config.
@@ -69,7 +69,8 @@ def own_names(evals: Mapping[str, Evaluator], label: str, io: IO) -> IO:
     kind = lambda e: (type(e), e.split, getattr(e, "label", None))
     if sum(kind(e) == kind(evals[label]) for e in evals.values()) < 2:
         return io
-    return dataclasses.replace(io, write=lambda name, value: io.write(f"{name}_{label}", value))
+    write = lambda name, value: io.write(f"{name}_{label}", value | {"eval": label})
+    return dataclasses.replace(io, write=write)
 
 
 def check_ready(evaluator: Evaluator, mesh: Mesh, io: IO, where: str) -> None:
