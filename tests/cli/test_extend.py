@@ -50,7 +50,7 @@ def test_new_evaluators_of_a_finished_run(extend, tmp_path, caplog):
     assert extend(TOY | {"evals": EVALS}) == (0, "")
     last = runs.rows(tmp_path / "run")[-1]
     assert (last["kind"], last["step"], last["num"]) == ("eval", 4, 21)
-    assert "stage 'stage0' evaluates anew retrieval" in caplog.text
+    assert "stage 'stage0': evaluators added or changed: retrieval" in caplog.text
     assert runs.vlp("eval", "--workdir", tmp_path / "run", "--evals", "retrieval") == 0
 
 

@@ -216,7 +216,7 @@ def test_roles_are_those_of_the_files_beside(tmp_path, capsys):
     assert tokenizer.load(tmp_path / "mine") == tok == tokenizer.Tokenizer(tok.to_bytes())
     tokenizers.Tokenizer.from_str(tok.to_bytes().decode())  # still a tokenizer.json
     for text, said in (
-        ('{"eos_token": "<stop>"}', "eos = '<stop>', which is no piece"),
+        ('{"eos_token": "<stop>"}', "eos = '<stop>', which is not a piece"),
         ("[1, 2]", "AttributeError"),
         ("{", "JSONDecodeError"),
     ):

@@ -229,7 +229,7 @@ def test_convert_takes_or_trains_a_tokenizer(tmp_path, small_tokenizer, capsys):
                 formats.jpeg(hash((kind, k)) % 99)
             )
     assert made("labels", path=tmp_path / "classes") is None
-    with pytest.raises(check.UserError, match="--tokenizer: got 'no.model', which is no file"):
+    with pytest.raises(check.UserError, match="--tokenizer: got 'no.model', which is not a file"):
         made("x", "--tokenizer", "no.model")
     with pytest.raises(check.UserError, match="--tokenizer: got '0'"):
         made("x", "--tokenizer", "0")
@@ -263,7 +263,7 @@ def test_splits_that_the_input_has_are_taken(tmp_path, capsys):
     assert run_as_is("convert", tmp_path / "in", "--out", tmp_path / "out") == 0
     told = capsys.readouterr().out
     assert "val: 4 records in 1 shards\n" in told and "not asked for" not in told
-    with pytest.raises(check.UserError, match="--val-fraction: got 0.1 beside the splits"):
+    with pytest.raises(check.UserError, match="--val-fraction: got 0.1 together with the splits"):
         run_as_is("convert", tmp_path / "in", "--out", tmp_path / "x", "--val-fraction", 0.1)
     only = ("--splits", "train")
     assert run_as_is("convert", tmp_path / "in", "--out", tmp_path / "some", *only) == 0

@@ -100,7 +100,7 @@ def _convert(args: argparse.Namespace) -> int:
         if told := sources.grouped(source):
             print(f"{split}: {told} (--no-group: one record per row)")
         if os.path.isdir(args.input) and (beside := sources.unread(kind, found)):
-            print(f"{split}: not read beside them, by ending: {beside}")
+            print(f"{split}: other files, not read, by ending: {beside}")
     manifest = convert.run(
         job, workers=args.workers, runner=args.runner, runner_args=args.runner_args
     )
@@ -136,7 +136,7 @@ def _val(args: argparse.Namespace) -> dict:
 
     has = set(fields.names_of("val")) & set(args.splits) or "train" not in args.splits
     if args.val_fraction and has:
-        got = f"{args.val_fraction} beside the splits {list(args.splits)}"
+        got = f"{args.val_fraction} together with the splits {list(args.splits)}"
         raise check.error(
             "--val-fraction", got, "'train' without a split val", "leave out --val-fraction"
         )

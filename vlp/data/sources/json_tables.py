@@ -86,7 +86,7 @@ def _json_rows(file: IO[bytes], path: str, split: str) -> Iterator[dict]:
             name = kinds.get(kind)
             labels.setdefault(one, set()).add(name if name and _is_id(name) else kind)
     if bad:
-        log.warning("%s: %d annotations left out: an id that is no number or text", path, bad)
+        log.warning("%s: %d annotations left out: the id is neither a number nor text", path, bad)
     for image in images:
         one, row = image.get("id"), {}
         known = one if _is_id(one) else None  # of no annotation

@@ -59,7 +59,7 @@ class TarSource:
             number = int(np.argmax(self._index["left_file_ends"] > 0))
             first = collections.Counter(row["reason"] for row in self._left_out(number))
             good = self._index.part("sample_ends", number)
-            got = f"{dict(first)} beside {good.stop - good.start} good samples"
+            got = f"{dict(first)} and {good.stop - good.start} good samples"
             do = "fetch it again, or read it without strict mode"
             raise check.error(self._index.text("file", number), got, "a whole tar", do)
         if counts:

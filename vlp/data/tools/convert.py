@@ -1,7 +1,7 @@
 """`vlp data convert`: any source → ArrayRecord shards, on one machine or on Apache Beam.
 
 Output shard j is a pure function of input rows j·n … (j+1)·n - 1, so it does not matter who makes
-it or in what order: a killed conversion keeps its finished shards and goes on, and every runner
+it or in what order: a killed conversion keeps its finished shards and resumes, and every runner
 gives the same bytes. Rows that cannot be a record are left out, counted by reason and listed in
 `left_out.jsonl`. Not here: reading the formats (sources/), what a conversion is (job.py), its output's manifest
 (publish.py), what is held out (prepare.py).
@@ -32,7 +32,7 @@ __all__ = ["INPUTS", "LEFT_OUT", "Job", "look", "make_shard", "run", "shown"]
 
 
 def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[str] = ()) -> dict:
-    """Converts and returns the manifest; a second call after a kill goes on where it stopped.
+    """Converts and returns the manifest; a second call after a kill resumes where it stopped.
 
     runner: "" for this machine (`workers` processes), else a runner of Apache Beam.
     Raises: `UserError` if `out` or the work directory belongs to something else.
@@ -48,7 +48,7 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     if not 0 <= job.val_frac < 1:
         raise check.error("val_frac", job.val_frac, "in [0, 1)", "correct it")
     if job.val_frac and ("train" not in job.splits or "val" in job.splits):
-        got = f"{job.val_frac} beside the splits {list(job.splits)}"
+        got = f"{job.val_frac} together with the splits {list(job.splits)}"
         raise check.error("val_frac", got, "'train' and no 'val'", "set it to 0")
     fields.check_splits(job.splits)
     records.refuse_foreign(job.out)
