@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from vlp.core import check  # noqa: E402  # of this clone
+from vlp.core import check, chips  # noqa: E402  # of this clone
 
 Row = dict[str, Any]
 HIDDEN = argparse.SUPPRESS  # the help of options for workers
@@ -112,14 +112,8 @@ def output(*command: str) -> str:
 
 def processor() -> str:
     """The processor's name, and its widest vectors."""
-    with contextlib.suppress(OSError):
-        info = pathlib.Path("/proc/cpuinfo").read_text()
-        fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        flags = fields.get("flags", "").split()
-        wide = next((name for flag, name in VECTORS.items() if flag in flags), "")
-        return " ".join([fields.get("model name", platform.processor()), wide]).strip()
-    return platform.processor() or platform.machine()
+    name, flags = chips.processor()
+    return f"{name} {next((v for flag, v in VECTORS.items() if flag in flags), '')}".strip()
 
 
 VECTORS = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}

@@ -288,3 +288,11 @@ def test_what_the_tokenizer_normalises_to_nothing_is_no_caption():
     with pytest.raises(check.UserError, match="one with text"):
         Dataset(strict, Captioned(texts), tok).batch_at(1, 1, 0)
     assert Dataset(data, Captioned(texts), tok).reference(2) == "10"
+
+
+@pytest.mark.parametrize("single", ["<a> <b> $A", "<a> $A </s> <b>"])
+def test_two_tokens_on_one_side_of_a_text_are_refused(single):
+    t = made("bpe", ["<a>", "<b>", "</s>"])
+    template(t, single)
+    with pytest.raises(check.UserError, match=r"got \[.*'<b>'\] .* one special token at most"):
+        tokenizer.Tokenizer(t.to_str().encode())

@@ -105,13 +105,12 @@ def test_val_depends_on_the_images_alone(tmp_path):
 @given(
     st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1, max_size=5),
     st.floats(0.01, 0.9),
-    st.integers(0, 6),
 )
-def test_held_out_rows_are_a_function_of_their_content(blocks, frac, limit):
+def test_held_out_rows_are_a_function_of_their_content(blocks, frac):
     """0 stands for a row without an image; other numbers are digests."""
     arrays = [np.array([x or prepare.NO_IMAGE for x in b], np.uint64) for b in blocks]
     flat = np.concatenate(arrays)
-    held = prepare.hold_out(arrays, frac, limit)
+    held = prepare.hold_out(arrays, frac)
     assert np.array_equal(held, np.sort(held)) and len(set(held.tolist())) == len(held)
     val, train = set(flat[held].tolist()), set(np.delete(flat, held).tolist())
     none = int(prepare.NO_IMAGE)
@@ -122,8 +121,8 @@ def test_held_out_rows_are_a_function_of_their_content(blocks, frac, limit):
         return
     wanted = max(1, round(frac * int((flat != prepare.NO_IMAGE).sum())))
     assert 1 <= len(val) < len(distinct)
-    assert len(held) <= (min(wanted, limit) if limit else wanted) or len(val) == 1
-    joined = prepare.hold_out([flat], frac, limit)  # blocks change nothing
+    assert len(held) <= wanted or len(val) == 1
+    joined = prepare.hold_out([flat], frac)  # blocks change nothing
     assert np.array_equal(held, joined)
 
 

@@ -138,5 +138,5 @@ def trained(tmp_path_factory):
 def test_its_losses_fall_on_shapes(trained):
     first, last = trained[0], trained[-1]
     for name in ("contrastive", "words"):
-        assert last[name] < 0.9 * first[name], (name, first[name], last[name])
+        assert last[name] < 0.95 * first[name], (name, first[name], last[name])
     assert last["loss"] < first["loss"] and last["matching"] < first["matching"] + 0.05

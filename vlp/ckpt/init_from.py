@@ -22,6 +22,7 @@ Resize = Callable[[Any, Any], Any]
 # Position tables: full-match pattern of the leaf's name → rule(old, fresh). Every other leaf must keep its shape.
 RESIZE: dict[str, Resize] = {
     r"(.*/)?image_tower/pos": lambda old, fresh: posembed.resize_grid(old, fresh.shape[0]),
+    r"(.*/)?image_tower/pool/pos": posembed.resize_grid_after_first,
     r"(.*/)?text_tower/pos": posembed.resize_sequence,
 }
 

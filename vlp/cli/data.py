@@ -86,6 +86,7 @@ def _convert(args: argparse.Namespace) -> int:
         rows_per_shard=args.rows_per_shard,
         strict=args.strict,
         check_images=args.check_images,
+        max_px=args.max_px,
         tokenizer=args.tokenizer,
         **_val(args),
     )
@@ -115,6 +116,8 @@ def _convert(args: argparse.Namespace) -> int:
         pieces = f"{words['pieces']} pieces{fewer}"
         print(f"tokenizer: {pieces}, {words['from']}, sha256 {words['sha256'][:12]}…")
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
+    if resized := info.get("resized"):
+        print(f"shrunk to a shorter side of {args.max_px}: {resized['records']} images")
     if parts := info.get("parts_left_out"):
         print(f"parts that do not fit, left out of records: {parts}")
     for kind in ("tar", "folder", "img2dataset"):

@@ -30,6 +30,13 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "--check-images", action="store_true", help="decode every image; leave out those that fail"
     )
     convert.add_argument(
+        "--max-px",
+        type=_number,
+        default=0,
+        metavar="N",
+        help="shrink images whose shorter side is longer than N pixels, as JPEG (default: none)",
+    )
+    convert.add_argument(
         "--val-fraction",
         type=_fraction,
         default=0.0,

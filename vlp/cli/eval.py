@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vlp.cli.main import start_jax
     from vlp.core import check, mesh, progress
-    from vlp.evals.io import IO
+    from vlp.evals.io import IO, own_names
     from vlp.infer.load import load
     from vlp.runtime import workdir
 
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     with jax.set_mesh(device_mesh):
         for label, evaluator in chosen.items():
             with progress.phase(f"vlp eval: {label}"):
-                results = list(evaluator(loaded.apply, device_mesh, io))
+                own = own_names(chosen, label, io)
+                results = list(evaluator(loaded.apply, device_mesh, own))
             for r in results:
                 row = {"eval": label, "step": loaded.step, "metric": r.metric, "value": r.value}
                 rows.append(row | dict(r.provenance))
@@ -137,7 +138,7 @@ def ready(
             check_ready(evaluator, device_mesh, io, f"config.evals.{label}")
             check_asks(evaluator, loaded.apply, loaded.data, f"config.evals.{label}")
             found[label] = evaluator
-        except check.MachineError:
+        except check.Failed:
             raise
         except check.UserError as e:
             if not args.split or label in named:

@@ -15,6 +15,7 @@ import difflib
 import inspect
 import itertools
 import json
+import math
 import pathlib
 import types
 import typing
@@ -30,6 +31,7 @@ if typing.TYPE_CHECKING:  # imported where config files are read: a model can be
 
 T = TypeVar("T")
 _loads = itertools.count()  # numbers the packages: each config file is loaded as a new one
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> "ml_collections.ConfigDict":
@@ -357,6 +359,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         raise check.error(where, value, "a number of less than 53 bits", "write a smaller one")
     elif hint is float and value != value:
         raise check.error(where, value, "a number", "correct the value")
+    elif hint is float and type(value) is float and _FLOAT32_MAX < abs(value) < math.inf:
+        raise check.error(where, value, "a number that float32 holds", "write one below 3.4e38")
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:

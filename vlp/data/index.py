@@ -158,7 +158,11 @@ class Writer:
 
 
 def cached(kind: str, stamp: str, build: Callable[[str], None]) -> Index:
-    """Returns the index that `build(path)` writes, kept in the cache of that kind while `stamp` is the same."""
+    """Returns the index that `build(path)` writes, kept in the cache of that kind while `stamp` is the same.
+
+    Processes that start at once may each build it: all write the same bytes, each to a file of its own that is then
+    renamed, so whoever is last changes nothing for those that have it open.
+    """
     file = place(kind, stamp)
     directory = os.path.dirname(file)
     try:

@@ -8,7 +8,7 @@ import threading
 import types
 from collections.abc import Iterator
 
-from vlp.core import interrupt
+from vlp.core import interrupt, pipes
 
 
 @contextlib.contextmanager
@@ -28,10 +28,14 @@ def without_main() -> Iterator[None]:
 
 
 def end_with_parent(*_: object) -> None:
-    """In a worker: ends this process when its parent has ended for any reason."""
+    """In a worker: ends this process when its parent has ended for any reason.
+
+    It does not end when the reader of its output ends.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    pipes.guard(ends=False)
 
     def wait() -> None:
         parent.join()

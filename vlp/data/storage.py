@@ -216,7 +216,7 @@ def _retried(path: str, ask: Callable[[], Any]) -> Any:
             last = e
         if attempt + 1 < POLICY.tries:
             time.sleep(min(10.0, POLICY.pause_secs * 2**attempt) * random.uniform(0.5, 1.5))
-    raise check.MachineError(
+    raise check.Failed(
         f"{path}: got {POLICY.tries} failed reads (last: {type(last).__name__} {last!s:.80}), "
         "expected an answer; check the store and the network, then start again"
     )

@@ -4,6 +4,7 @@ Their ids move: pad, bos, eos, unk become 0 … 3 and every other piece follows 
 order (`old_ids` says from where, for porting an embedding table). Needs the package `tokenizers`.
 """
 
+import functools
 import gzip
 import json
 import zlib
@@ -87,7 +88,7 @@ def with_roles(model: bytes, beside: Mapping[str, bytes], where: str) -> bytes:
     itself are kept. Raises: `UserError` for a token that is not a piece.
     """
     spec = _spec(model, where)
-    found = _told(spec)
+    found = _told(spec, where)
     for name in BESIDE:
         if name in beside:
             for role, token in _named(beside[name], f"{where}: {name}").items():
@@ -96,7 +97,7 @@ def with_roles(model: bytes, beside: Mapping[str, bytes], where: str) -> bytes:
                     do = "correct the file, or move it away"
                     raise check.error(f"{where}: {name}", got, "one of its pieces", do)
                 found.setdefault(role, token)
-    if found == _told(spec):
+    if found == _told(spec, where):
         return model
     old = _old_ids(spec)
     around = [[{"SpecialToken": {"id": found[r], "type_id": 0}}] if r in found else []
@@ -128,8 +129,10 @@ def _spec(model: bytes, where: str) -> dict:
     """The file as JSON, if its parts are those of a tokenizer.json."""
     try:
         spec = json.loads(model)
-        for part in (_old_ids, _special, _told):  # raise where something is not as expected
-            part(spec)
+        for part in (_old_ids, _special, functools.partial(_told, where=where)):
+            part(spec)  # raises where something is not as expected
+    except check.UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
         raise _no_tokenizer(where, e) from None
     return spec
@@ -156,9 +159,17 @@ def _model_unk(spec: dict) -> str | None:
     return model.get("unk_token")
 
 
-def _told(spec: dict) -> dict[str, str]:
-    """Returns the roles that the file assigns: in its post-processor, padding and model."""
+def _told(spec: dict, where: str) -> dict[str, str]:
+    """The roles that the file itself tells: by its post-processor, its padding, its model.
+
+    Raises: `UserError` if it puts several tokens before or after a text, which would be lost.
+    """
     before, after = _bracket(spec.get("post_processor"))
+    pads = {*NAMES["pad"], (spec.get("padding") or {}).get("pad_token")}
+    for side, tokens in (("before", before), ("after", after)):
+        if len(set(tokens) - pads) > 1:
+            do = "keep one in its post-processor, or train a tokenizer (vlp data tokenizer)"
+            raise check.error(where, f"{tokens} {side} a text", "one special token at most", do)
     told = {
         "pad": (spec.get("padding") or {}).get("pad_token"),
         "bos": before[0] if before else None,
@@ -209,7 +220,7 @@ def _named(data: bytes, where: str) -> dict[str, str]:
 
 def _roles(spec: dict, where: str) -> dict[str, str]:
     """Returns role → token, as the file assigns them, else by name; without roles that need a new id."""
-    old, special, roles = _old_ids(spec), _special(spec), _told(spec)
+    old, special, roles = _old_ids(spec), _special(spec), _told(spec, where)
     if strange := {r: t for r, t in roles.items() if t not in old}:
         got, do = f"{strange}, which are not pieces of it", "correct the file"
         raise check.error(where, got, "special tokens among the pieces", do)

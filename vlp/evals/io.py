@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import io as bytes_io
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ class IO:
             self.data, split=split, captions="first", num_captions=1, skip="", group_by="",
             mixture=parts, reweight=(),
         )  # fmt: skip
-        return _open(data, self.tokenizer)
+        return _open(data, self.tokenizer, os.getcwd())
 
     def provenance(self, dataset: Dataset) -> dict[str, Any]:
         return {
@@ -52,6 +53,24 @@ class IO:
             "num": dataset.num_records,
             "fingerprint": dataset.fingerprint,
         }
+
+
+def own_names(evals: Mapping[str, Evaluator], label: str, io: IO) -> IO:
+    """Returns an `IO` whose artefacts have names of their own.
+
+    Of two evaluations of one kind, split and `label`, the second would replace the artefacts of the first. So their
+    names end in the evaluation's name in the config, which is also the artefact's "eval".
+
+    Args:
+        evals: all evaluations, by name in the config.
+        label: the name of the one that gets the `IO`.
+        io: what all of them share.
+    """
+    kind = lambda e: (type(e), e.split, getattr(e, "label", None))
+    if sum(kind(e) == kind(evals[label]) for e in evals.values()) < 2:
+        return io
+    write = lambda name, value: io.write(f"{name}_{label}", value | {"eval": label})
+    return dataclasses.replace(io, write=write)
 
 
 def check_ready(evaluator: Evaluator, mesh: Mesh, io: IO, where: str) -> None:
@@ -105,7 +124,8 @@ def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(data: Data, tokenizer: Tokenizer) -> Dataset:
+def _open(data: Data, tokenizer: Tokenizer, _where: str) -> Dataset:
+    """Opens a split once. _where: the working directory, on which relative paths depend."""
     parts, first = [], None
     for part in data.mixture:
         try:

@@ -45,6 +45,14 @@ def resize_grid(table_ND: Float[Array, "N D"], num_tokens: int) -> Float[Array, 
     )
 
 
+def resize_grid_after_first(
+    table_ND: Float[Array, "N D"], fresh_MD: Float[Array, "M D"]
+) -> Float[Array, "M D"]:
+    """As `resize_grid`, for a table whose first row (of a pooled token) belongs to no place and is kept."""
+    grid = resize_grid(table_ND[1:], fresh_MD.shape[0] - 1)
+    return jnp.concatenate([table_ND[:1], grid])
+
+
 def resize_sequence(
     table_LD: Float[Array, "L D"], fresh_MD: Float[Array, "M D"]
 ) -> Float[Array, "M D"]:

@@ -23,6 +23,7 @@ import jax
 from vlp import __version__
 from vlp.ckpt.manager import check_path
 from vlp.core import check
+from vlp.core.chips import processor
 from vlp.core.config import difference
 from vlp.runtime import restart
 from vlp.runtime.sinks import Sink
@@ -299,10 +300,11 @@ def code_versions() -> dict[str, Any]:
 def versions() -> dict[str, Any]:
     """Returns what results depend on besides the config: packages, git commit, device, flags of JAX and XLA."""
     devices = jax.devices()
+    kind = devices[0].device_kind
     return {
         **code_versions(),
         "platform": devices[0].platform,
-        "device": devices[0].device_kind,
+        "device": f"CPU ({processor()[0]})" if kind == "cpu" else kind,
         "devices": len(devices),
         "processes": jax.process_count(),
         "flags": {

@@ -21,7 +21,7 @@ from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
 from vlp.data.dataset import start_plan
-from vlp.evals.io import IO
+from vlp.evals.io import IO, own_names
 from vlp.runtime import hosts
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import check_range
@@ -314,13 +314,13 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
             path, {"step": step, "metrics": found, "records": ids.tolist(), "keys": keys}
         )
         got = ", ".join(f"{k} {found[k]}" for k in FINITE)
-        raise FloatingPointError(
+        raise check.Failed(
             f"step {step}: got {got}, expected finite numbers; see {path} for the batch "
             f"(keys {', '.join(keys[:4])}, …), lower the learning rate or inspect these records"
         )
     if done.sums is None:
         return
-    averages = values(done.sums)
+    averages, warm = values(done.sums), clock.warm
     times = clock.read() | input_metrics(plan, number)
     session.metrics.write(row | averages | times)
     rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
@@ -332,9 +332,10 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
     )
     if bar.disable:
         left = (stage.num_steps - number) * stage.batch / max(rate, 1e-9)
+        pace = f"{rate:.0f} examples/s  {left:.0f} s left" if warm else "compiled"
         log.info(
-            "[%d] %s %d/%d  loss %.4f  %.0f examples/s  %.0f s left  data wait %.0f%%",
-            step, stage.name, number, stage.num_steps, averages["loss"], rate, left, 100 * wait,
+            "[%d] %s %d/%d  loss %.4f  %s  data wait %.0f%%",
+            step, stage.name, number, stage.num_steps, averages["loss"], pace, 100 * wait,
         )  # fmt: skip
 
 
@@ -345,7 +346,7 @@ def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: 
     began = time.monotonic()
     params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
     write = lambda name, value: files.write_artefact(session.workdir, name, {"step": step} | value)
-    io = IO(stage.data, plan.main.tokenizer, write)
+    io = own_names(stage.evals, label, IO(stage.data, plan.main.tokenizer, write))
     results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
     samples = stage.start_samples + (step - stage.start_step) * stage.batch
     row: dict[str, Any] = {

@@ -41,6 +41,7 @@ class Clock:
         self._cpu = time.process_time()
         self._waited = 0.0
         self._steps = 0
+        self.warm = False  # whether a step was done before the last reading: the first one compiles
 
     def wait(self, get: Callable[[], T]) -> T:
         """Returns get(), its time counted as waiting for data."""
@@ -73,6 +74,7 @@ class Clock:
         if self._flops_frac is not None:
             mfu = self._flops_frac * self._steps * self._batch / span
             out["time/mfu"] = float(f"{mfu:.4g}")
+        self.warm |= self._steps > 0
         self._mark, self._cpu, self._waited, self._steps = now, cpu, 0.0, 0
         return out
 

@@ -117,7 +117,7 @@ class _Readers:
         path = file()
         try:
             reader = _open_shard(path)
-        except check.MachineError:  # no handle left, say: with none of ours open, once more
+        except check.Failed:  # no handle left, say: with none of ours open, once more
             with self._lock:
                 self._open.clear()
             reader = _open_shard(path)

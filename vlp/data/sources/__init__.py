@@ -15,6 +15,7 @@ from vlp.data import records, storage
 from vlp.data.sources import fields, files, json_tables, parquet, tables, tar, tfds
 
 TOKENIZER = records.TOKENIZER
+_NUMBERED = re.compile(r"(.*?)(\d+)((?:\.\w+)+)")  # 00000.tar, shard-12.tar.gz
 _PART = re.compile(r"(?:^|(?<=[-_.]))(?P<number>\d+)[-_]of[-_](?P<total>\d+)")
 log = logging.getLogger(__name__)
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
@@ -76,13 +77,27 @@ def open_path(
 
 
 def _check_whole(found: Sequence[str], strict: bool) -> None:
-    """Tells of files that are missing by the names of the others: train-00001-of-00003. Raises: `UserError`
-    if `strict`."""
+    """Warns of files that are missing, judged by the names of the others (train-00001-of-00003, 00001.tar).
+
+    Raises: `UserError` for names of the first kind, if `strict`.
+    """
     there: dict[tuple[str, str], dict[int, str]] = {}
+    numbered: dict[tuple[str, str, str, int], set[int]] = {}
     for file in found:
         if match := _PART.search(_name(file)):
             begin, number, total = _name(file)[: match.start("number")], *match.group(1, 2)
             there.setdefault((begin, total), {})[int(number)] = file
+        elif match := _NUMBERED.fullmatch(_name(file)):
+            begin, number, end = match.groups()
+            series = numbered.setdefault((os.path.dirname(file), begin, end, len(number)), set())
+            series.add(int(number))
+    for (where, begin, end, width), numbers in numbered.items():
+        whole = range(min(numbers), max(numbers) + 1)  # how many there should be is not known
+        if missing := len(whole) - len(numbers):
+            gaps = itertools.islice((n for n in whole if n not in numbers), 4)
+            names = ", ".join(f"{begin}{n:0{width}}{end}" for n in gaps)
+            more = ", …" if missing > 4 else ""
+            log.warning("%s: %d files, without %s%s", where or ".", len(numbers), names, more)
     for (begin, total), parts in there.items():
         count, first = int(total), int(int(total) in parts)  # from 0 on, or from 1 to the total
         missing = count - sum(first <= n < first + count for n in parts)
@@ -139,7 +154,28 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
     for name in fields.names_of(split):
         if inner := _inner(f"{path.rstrip('/')}/{name}") if name in names else []:
             return _in_directory(f"{path.rstrip('/')}/{name}", inner, split, named=True)
+    if config := _config(path, entries):
+        return find(config, split)
     return _in_directory(path, entries, split, named=False)
+
+
+def _config(path: str, entries: list[str]) -> str:
+    """Returns the directory in `path` that holds the splits, as in Hugging Face's exports (default/train/0000.parquet).
+
+    "" if there is none. Raises: `UserError` if there are several.
+    """
+    if any(_kind(e) for e in entries):
+        return ""
+    found = []
+    for entry in (e for e in entries if not _name(e).startswith(".") and _is_directory(e)):
+        inner = {_name(e): e for e in _inner(entry)}
+        splits = [inner[n] for s in fields.SPLITS for n in fields.names_of(s) if n in inner]
+        if any(_kind(e) == "parquet" for s in splits if _is_directory(s) for e in _inner(s)):
+            found.append(entry)
+    if len(found) > 1:
+        got = f"splits in each of {[_name(d) for d in found][:8]}"
+        raise check.error(path, got, "one directory of them", "give its path")
+    return found[0] if found else ""
 
 
 def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
@@ -167,12 +203,15 @@ def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
 def others(path: str, splits: Sequence[str]) -> list[str]:
     """Returns the usual splits that `path` seems to contain in addition to `splits`."""
     path = path.removeprefix("file://")
-    names = {_name(e) for e in storage.listing(path)}
+    entries = storage.listing(path)
+    names = {_name(e) for e in entries}
     if records.MANIFEST in names:
         asked = {n for s in splits for n in fields.names_of(s)}
         return [s for s in records.read_manifest(path)["splits"] if s not in asked]
     if "data" in names:
         names |= {_name(e) for e in _inner(f"{path.rstrip('/')}/data")}
+    elif config := _config(path, entries):
+        names |= {_name(e) for e in _inner(config)}
     asked = {n for s in splits for n in fields.names_of(s)}
     return [s for s in fields.SPLITS if s not in asked and any(_is_named(n, s) for n in names)]
 

@@ -9,6 +9,7 @@ import bisect
 import collections
 import functools
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -131,9 +132,11 @@ class ParquetSource:
                 "a column of images",
                 "name it with --image; download a list of URLs with img2dataset first",
             )
+        self._classes = _class_names(schema.metadata, self.fields.label)
         self._row_groups: list[tuple[int, int]] = []  # (file, its row group) by global number
         counts: list[int] = []
         digest = hashlib.sha256(b"parquet\0")
+        digest.update(json.dumps(self._classes).encode() if self._classes else b"")
         wanted = sorted(self._names(schema.names))
         self._columns = {
             True: wanted,  # with and without the image's
@@ -294,6 +297,10 @@ class ParquetSource:
         path, columns = self.files[file], self._columns[with_image]
         table = _readable(path, open_file(path).read_row_group, number, columns)
         found = _plain_rows(table, keep=fields_lib.column(columns, self.fields.image))
+        for row in found if self._classes else ():
+            number = row[self.fields.label]
+            known = isinstance(number, int) and 0 <= number < len(self._classes)
+            row[self.fields.label] = self._classes[number] if known else None  # -1: not labelled
         with self._lock:
             self._cache[group, with_image] = found
             for kind in (True, False):
@@ -309,6 +316,16 @@ class ParquetSource:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer in the folder of the files."""
         return tokenizers.load(self._tokenizer)
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
+    """The names of a column's classes, which Hugging Face's datasets keep beside their numbers; [] if it has none."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[column]["names"] if features[column]["_type"] == "ClassLabel" else []
+    except (KeyError, TypeError, ValueError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else []
 
 
 def _image_digest(value: Any, directory: str, row: int) -> bytes:

@@ -218,7 +218,7 @@ def verify(path: str, tell: Callable[[str, dict | None], None]) -> int:
             try:
                 records.encode(record)
                 pictures.decode(record["image"])
-            except check.MachineError:
+            except check.Failed:
                 raise
             except (check.UserError, pictures.BadImage) as e:
                 reason = getattr(e, "reason", "record")

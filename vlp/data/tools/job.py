@@ -14,7 +14,7 @@ from vlp.core import check
 from vlp.data import records, sources
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields
-from vlp.data.tools import prepare
+from vlp.data.tools import prepare, shrink
 
 LEFT_OUT = "left_out.jsonl"
 INPUTS = ".inputs"  # in the output, unknown to its manifest: what the input files looked like
@@ -32,7 +32,7 @@ class Job:
     strict: bool = False
     check_images: bool = False  # decode every image; what fails is left out
     val_frac: float = 0.0  # fraction of the rows of "train" that become "val" (0: none)
-    max_val: int = 0  # largest number of such rows (0: no limit)
+    max_px: int = 0  # shrink images whose shorter side is longer (0: none)
     tokenizer: str = ""  # for the dataset: prepare.AUTO, pieces to train, a file, or "" for none
 
     @property
@@ -113,7 +113,9 @@ def plan(job: Job) -> dict:
         "seen": [sources.stamp(job.source(s)) for s in job.splits],
     }
     if job.val_frac:
-        out["val"] = [job.val_frac, job.max_val]
+        out["val"] = job.val_frac
+    if job.max_px:
+        out["max_px"] = [job.max_px, shrink.JPEG_QUALITY]
     if job.tokenizer:
         given = given_tokenizer(job)
         out["tokenizer"] = given.sha256 if given else job.tokenizer

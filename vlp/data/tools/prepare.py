@@ -67,16 +67,15 @@ def digest(image: bytes) -> int:
     return min(int.from_bytes(hashlib.sha256(image).digest()[:8], "big"), int(NO_IMAGE) - 1)
 
 
-def hold_out(blocks: Iterable[np.ndarray], frac: float, limit: int) -> np.ndarray:
+def hold_out(blocks: Iterable[np.ndarray], frac: float) -> np.ndarray:
     """Returns i64, the rows to hold out: images with the smallest digests, up to `frac` of the rows.
 
     blocks: u64, the digests of all rows in order; gone through several times, one by one, as memory
-    may not hold them all. limit: rows at most (0: any number). Every copy of an image is held out with it. Of two
-    different images or more, at least one is held out and one is left; of fewer, none is held out.
+    may not hold them all. Every copy of an image is held out with it. Of two different images or
+    more, at least one is held out and one is left; of fewer, none is held out.
     """
     usable = sum(int((block != NO_IMAGE).sum()) for block in blocks)
     wanted = max(1, round(frac * usable))
-    wanted = min(wanted, limit) if limit else wanted
     least, copies = np.empty(0, np.uint64), np.empty(0, np.int64)
     for block in blocks:
         values, counts = np.unique(block[block != NO_IMAGE], return_counts=True)

@@ -16,7 +16,7 @@ from vlp.data import counts, records, sources
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields, files, img2dataset, tables, tar
 from vlp.data.tools import job as jobs
-from vlp.data.tools import prepare
+from vlp.data.tools import prepare, shrink
 from vlp.data.tools.job import INPUTS, LEFT_OUT, Job
 
 
@@ -49,6 +49,7 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     splits, repeated, detail = {}, {}, ""
     reasons: collections.Counter = collections.Counter()
     parts: collections.Counter = collections.Counter()
+    resized: collections.Counter = collections.Counter()
     with open(os.path.join(final, LEFT_OUT), "w", encoding="ascii") as lines:
         tell = lambda row: lines.write(json.dumps(row, ensure_ascii=True) + "\n")
         for split in job.written:
@@ -58,6 +59,7 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
             for task in (t for t in tasks if t[0] == split):
                 found = jobs.finished(job, task)
                 parts.update(found["parts"])
+                resized[split] += found["resized"]
                 for row in found["left_out"]:
                     tell(row)
                     reasons[row["reason"]] += 1
@@ -112,7 +114,10 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
                     tell({"split": split, **row})
     more: dict[str, bytes | None] = {LEFT_OUT: None}
     if job.val_frac:
-        info["val"] = {"frac": job.val_frac, "at_most": job.max_val, "by": "digests of the images"}
+        info["val"] = {"frac": job.val_frac, "by": "digests of the images"}
+    if job.max_px:
+        told = {"max_px": job.max_px, "jpeg_quality": shrink.JPEG_QUALITY}
+        info["resized"] = told | {"records": dict(resized)}
     if tokenizer := _tokenizer(job, tasks):
         more[records.TOKENIZER] = tokenizer.to_bytes()
         how = "given" if jobs.given_tokenizer(job) else "trained on the captions of train"
