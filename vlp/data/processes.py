@@ -30,7 +30,7 @@ def without_main() -> Iterator[None]:
 def end_with_parent(*_: object) -> None:
     """In a worker: ends this process when its parent has ended for any reason.
 
-    It does not end when the reader of its output ends.
+    A closed pipe at its output does not end it.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
