@@ -160,7 +160,7 @@ def write_index(tar: str, num: int) -> None:
     """Writes a tar that is one hole, and the index that says it holds `num` samples of 2 members."""
     from vlp.data import index as index_lib
     from vlp.data.sources import fields
-    from vlp.data.sources import tar as tar_lib
+    from vlp.data.sources import tar_index as tar_lib
 
     with open(tar, "wb") as file:
         file.truncate(num * 2048)

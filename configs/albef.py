@@ -11,10 +11,11 @@ least 20 % of the area, flips, RandAugment. Not of the paper: see docs/methods.m
 import math
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 WORDS = 30_522  # of BERT's vocabulary; the id behind the tokenizer's is the mask
 

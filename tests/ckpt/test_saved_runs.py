@@ -21,8 +21,8 @@ from vlp.train import loop, session
 def test_a_checkpoint_holds_all_that_its_use_needs(coca_run):
     """What the use of a model needs is in the checkpoint and in the workdir."""
     names = {p.name for p in coca_run.iterdir()} - {".lock"}
-    expected = "checkpoints config.json evals metrics.jsonl preprocessing.json saved.json tokenizer.model versions.json"
-    assert names == set(expected.split())
+    expected = "checkpoints config.json evals metrics.jsonl parameters.txt preprocessing.json"
+    assert names == set(f"{expected} saved.json tokenizer.model versions.json".split())
     meta = Checkpoints(coca_run / "checkpoints", create=False).meta(9)
     beside = {
         name: json.loads((coca_run / f"{name}.json").read_text())

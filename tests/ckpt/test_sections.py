@@ -29,6 +29,8 @@ def other(hint, default, seen):
     """A value of a type that is not the default; classes go into `seen`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if isinstance(default, tuple):  # points of a schedule: a number instead
+            default = None
         return other(next(a for a in args if a is not type(None)), default, seen)
     if origin is typing.Literal:
         return next(a for a in args if a != default)
@@ -42,7 +44,7 @@ def other(hint, default, seen):
         return not default
     if hint in (int, float):
         return hint(2**53 - 1) if hint is int else 1e-7 + (default or 0)
-    assert hint is str, hint
+    assert hint in (str, typing.Any), hint
     return f"é{default}"
 
 

@@ -193,5 +193,5 @@ def test_a_skip_file_of_other_data_is_refused(small_tokenizer, tmp_path):
     (tmp_path / "q").write_text(json.dumps({"record": 1, "fingerprint": "other"}) + "\n")
     with pytest.raises(check.UserError, match="no line of 1 about this data"):
         without(source, str(tmp_path / "q"))
-    with pytest.raises(check.UserError, match="no file"):
+    with pytest.raises(check.UserError, match="not a file"):
         without(source, str(tmp_path / "none"))

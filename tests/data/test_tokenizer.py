@@ -70,7 +70,7 @@ def test_training_is_deterministic_and_caps_the_vocabulary():
 
 
 def test_bad_models_are_refused(tmp_path):
-    with pytest.raises(check.UserError, match="no file"):
+    with pytest.raises(check.UserError, match="not a file"):
         tokenizer.load(tmp_path / "none.model")
     with pytest.raises(check.UserError, match="cannot read"):
         tokenizer.Tokenizer(b"nonsense")

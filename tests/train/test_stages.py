@@ -16,6 +16,7 @@ from vlp.infer.load import load
 from vlp.ops import posembed
 from vlp.optim.schedules import Schedule
 from vlp.train import loop, stages
+from vlp.train.build import abstract_batch
 
 AT_ENTRY = [{"name": "one", "steps": 3}, {"name": "two", "steps": 2}]
 
@@ -93,11 +94,9 @@ def test_a_stage_of_other_sizes_resizes_positions_alone(tmp_path, monkeypatch):
         assert runs.train(runs.COCA, tmp_path / "run") == 0
     first, second = seen
     assert (second.after["step"], second.after["stage_step"]) == (5, 0)
-    fresh = tree.named(
-        runs.states.init_params(
-            second.stage.model, second.stage.objective, second.batch, 0, one_device()
-        )
-    )
+    stage, mesh = second.stage, one_device()
+    batch = abstract_batch(stage, mesh)
+    fresh = tree.named(runs.states.init_params(stage.model, stage.objective, batch, 0, mesh))
     for name in ("params", "teachers/ema"):
         old, new = part(second.before, name), part(second.after, name)
         grid = posembed.resize_grid(jax.numpy.asarray(old.pop("image_tower/pos")), 9)
@@ -166,9 +165,8 @@ def test_freezing_and_another_objective(toy, tmp_path):
 
 
 def test_a_stage_starts_from_another_runs_parameters(clip_run, tmp_path):
-    """Fine-tuning: the other run's parameters, resized; a head that it had not is left as initialised."""
-    heads = {"probe": {"width_in": 8, "width_out": 3}}
-    config = runs.changed(runs.CLIP, **{"model.heads": heads, "data.image_px": 24})
+    """Fine-tuning: the other run's parameters, resized; a parameter that it did not have starts as initialised."""
+    config = runs.changed(runs.CLIP, **{"model.bias": -1.0, "data.image_px": 24})
     plain = entered(config, tmp_path / "plain")
     tuned = entered(runs.changed(config, init=str(clip_run)), tmp_path / "tuned")
     source = part(runs.saved(clip_run), "params")
@@ -177,7 +175,7 @@ def test_a_stage_starts_from_another_runs_parameters(clip_run, tmp_path):
     grid = posembed.resize_grid(jax.numpy.asarray(source.pop("image_tower/pos")), 9)
     np.testing.assert_array_equal(params.pop("image_tower/pos"), grid)
     fresh = {name for name in params if name not in source}
-    assert fresh and all("probe" in name for name in fresh)
+    assert fresh == {"temperature/logit_bias"}
     for name, value in params.items():
         expected = plain[f"params/{name}"] if name in fresh else source[name]
         np.testing.assert_array_equal(value, expected, err_msg=name)

@@ -25,6 +25,9 @@ def check_fields(module: Any, where: str) -> None:
             continue
         if isinstance(value, Mapping):  # heads
             for key, part in value.items():
+                if not dataclasses.is_dataclass(part):
+                    do = "remove it: an objective names its own heads"
+                    raise check.error(f"{name}.{key}", f"{part!r:.60}", "no heads in a config", do)
                 check_fields(part, f"{name}.{key}")
         elif dataclasses.is_dataclass(value):
             check_fields(value, name)
