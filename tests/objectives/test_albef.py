@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-from everything import shapes
 
+from helpers import runs
+from helpers.everything import shapes
 from vlp.core import config as configs
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx
