@@ -1,7 +1,7 @@
-"""What the benchmarks share: options, the environment's line, tables, rows as JSON, and processes that take turns.
+"""Shared parts of the benchmarks: options, environment, tables, rows as JSON, and alternating worker processes.
 
 Every script prints a table, writes its rows with --json FILE (a flat list; every row names its environment), and
-answers a mistake in one line with exit code 2. It runs from a clone as it is: `vlp` need not be installed.
+reports a mistake in one line with exit code 2. It runs from a clone without installing `vlp`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from vlp.core import check  # noqa: E402  # of the tree beside this file
+from vlp.core import check, chips  # noqa: E402  # of this clone
 
 Row = dict[str, Any]
 HIDDEN = argparse.SUPPRESS  # the help of options for workers
@@ -35,14 +35,14 @@ MB = 2**20
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser that describes itself with the first line of a docstring, and has --json."""
+    """Returns a parser with --json, described by the first line of a docstring."""
     out = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     out.add_argument("--json", default="", metavar="FILE", help="also write the rows there")
     return out
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Ends a script: 2 and one line for a mistake of the user's, 1 and one line for a worker that failed."""
+    """Runs a script and exits: code 2 and one line for a user error, code 1 and one line for a failed worker."""
 
     def guarded() -> int | None:
         try:
@@ -78,7 +78,7 @@ def options(
 
 @functools.cache
 def environment() -> str:
-    """One line: the commit, Python, JAX, processor and cards, and what XLA was told. Starts no JAX backend."""
+    """One line: the commit, Python, JAX, processor, GPUs and XLA flags. Starts no JAX backend."""
     parts = [f"vlp {version('vlp') or '(not installed)'}"]
     parts[0] += (
         f" at {commit}"
@@ -112,14 +112,8 @@ def output(*command: str) -> str:
 
 def processor() -> str:
     """The processor's name, and its widest vectors."""
-    with contextlib.suppress(OSError):
-        info = pathlib.Path("/proc/cpuinfo").read_text()
-        fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        flags = fields.get("flags", "").split()
-        wide = next((name for flag, name in VECTORS.items() if flag in flags), "")
-        return " ".join([fields.get("model name", platform.processor()), wide]).strip()
-    return platform.processor() or platform.machine()
+    name, flags = chips.processor()
+    return f"{name} {next((v for flag, v in VECTORS.items() if flag in flags), '')}".strip()
 
 
 VECTORS = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
@@ -135,7 +129,7 @@ def save(file: str | pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def load(file: str | pathlib.Path) -> list[Row]:
-    """The rows of an earlier run, none if there was none. Raises UserError if the file holds something else."""
+    """Returns the rows of an earlier run ([] without one). Raises UserError for another kind of file."""
     if not file or not pathlib.Path(file).exists():
         return []
     with contextlib.suppress(ValueError):
@@ -184,7 +178,7 @@ def aligned(line: list[str], widths: list[int], texts: list[bool]) -> str:
 
 
 def missing(modules: Iterable[str]) -> list[str]:
-    """Those of the modules that are not installed; imports none of them."""
+    """Returns the modules that are not installed, without importing any."""
     absent = lambda name: (
         sys.modules[name] is None if name in sys.modules else importlib.util.find_spec(name) is None
     )
@@ -192,7 +186,7 @@ def missing(modules: Iterable[str]) -> list[str]:
 
 
 def missing_in(python: str, modules: Sequence[str]) -> list[str]:
-    """Those of the modules that another interpreter lacks. Raises UserError if it is none."""
+    """Returns the modules that another interpreter lacks. Raises UserError if `python` is not an interpreter."""
     code = (
         "import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if not u.find_spec(n)))"
     )
@@ -219,7 +213,7 @@ def allow_any_torchvision() -> None:
             library = torch.library.Library("torchvision", "DEF")
             for op in ("nms", "qnms"):
                 library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            KEPT.append(library)  # what is no longer referred to is undefined again
+            KEPT.append(library)  # keeps the reference: without it torch removes the operators
 
 
 KEPT: list[Any] = []
@@ -246,7 +240,7 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, secs: float = 3600, **request: Any) -> Row:
-        """The answer. Raises Failed: the worker ended, or said nothing within `secs`."""
+        """Returns the worker's answer. Raises Failed if it ended or did not answer within `secs`."""
         assert self._process.stdin and self._process.stdout
         late = threading.Event()
         timer = threading.Timer(secs, lambda: (late.set(), self._process.kill()))

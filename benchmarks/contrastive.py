@@ -139,7 +139,7 @@ def measure(devices, batch, impl, args) -> dict:
 
 
 def whole_step(devices, batch, impl, args) -> dict:
-    """One row of --step: the training step with the loss, or with what costs nothing in its place."""
+    """One row of --step: the training step with the loss, or with a sum that costs nothing instead."""
     from unittest import mock
 
     import jax.numpy as jnp

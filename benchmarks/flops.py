@@ -1,13 +1,13 @@
-"""FLOPs of a training step beside what the papers print: FLIP's masking, CoCa's captioning, CLIPA's short sequences.
+"""FLOPs of a training step compared with the papers' tables: FLIP's masking, CoCa's captioning, CLIPA's short inputs.
 
     python benchmarks/flops.py [--json FILE]
 
-Counted by XLA's cost analysis of the whole step (forward, backward, optimiser) with layers unrolled and nothing
-recomputed, on the program as lowered, before optimisation: that needs no compilation, so full-size models take seconds
-on a laptop. tests/benchmarks/test_flops.py holds it against the compiled program at a small size; at full size (FLIP
-L/16, 24 layers unrolled, XLA for CPUs, a minute each) compiled programs have 0.5-0.6 % more, and the same ratios
-(0.517 and 0.281 at a batch of 16). A multiplication with an addition counts as 2. The step has a batch of 256: what
-couples the batch (the similarities) and what does not grow with it (the optimiser) are below 0.1 % of it.
+XLA's cost analysis counts the whole step (forward, backward, optimiser), with unrolled layers and without
+rematerialisation. It reads the lowered program, before optimisation, so nothing is compiled and a full-size model takes
+seconds on a laptop. tests/benchmarks/test_flops.py compares it with the compiled program at a small size. At full size
+(FLIP L/16, 24 unrolled layers, XLA for CPUs, one minute each) compiled programs have 0.5-0.6 % more FLOPs and the same
+ratios (0.517 and 0.281 at batch 16). A multiply-add counts as 2. The batch is 256: the similarities, which grow with
+its square, and the optimiser, which does not grow with it, are below 0.1 % of the step.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from vlp.train.step import train_step
 
 CONFIGS = bench.ROOT / "configs"
 BATCH = 256
-LAION_400M = 400e6  # samples in an epoch, as FLIP and CLIPA count
+LAION_400M = 400e6  # samples per epoch, the count of FLIP and CLIPA
 
 
 def load(spec: str, **overrides: Any) -> dict[str, Any]:
-    """A config by name and argument, with sections laid over it."""
+    """Returns the config NAME or NAME:ARGUMENT with sections overridden."""
     name, _, arg = spec.partition(":")
     return configs.overlay(configs.load(f"{CONFIGS / name}.py:{arg}"), overrides)
 
 
 def lower(stage: stages.Stage, batch: int) -> Any:
-    """The training step of a stage on abstract arrays: layers unrolled, nothing recomputed."""
+    """Lowers a stage's training step on abstract arrays, with unrolled layers and without rematerialisation."""
     towers = {
         name: getattr(stage.model, name).clone(scan=False, remat="none")
         for name in ("image_tower", "text_tower")
@@ -71,17 +71,17 @@ def lower(stage: stages.Stage, batch: int) -> Any:
 
 
 def of_stage(stage: stages.Stage, batch: int = BATCH) -> float:
-    """FLOPs per sample of a stage's training step."""
+    """Returns the FLOPs per sample of a stage's training step."""
     return lower(stage, batch).cost_analysis()["flops"] / batch
 
 
 def of_config(config: Mapping[str, Any]) -> list[tuple[stages.Stage, float]]:
-    """Each stage of a config with its FLOPs per sample."""
+    """Returns each stage of a config with its FLOPs per sample."""
     return [(stage, of_stage(stage)) for stage in stages.parse(config)[1]]
 
 
 def flip() -> list[dict[str, Any]]:
-    """FLIP's table 1: L/16 at 224 px, 32 tokens; FLOPs of a sample relative to the unmasked step."""
+    """FLIP's table 1 (L/16, 224 px, 32 tokens): FLOPs per sample relative to the unmasked step."""
     load_flip = lambda ratio: load(f"flip:keep_ratio={ratio},tune=False")
     flops = {ratio: of_config(load_flip(ratio))[0][1] for ratio in (1, 0.5, 0.25)}
 
@@ -99,21 +99,23 @@ def flip() -> list[dict[str, Any]]:
 
 
 def coca() -> list[dict[str, Any]]:
-    """CoCa's table 8a: base image encoder, 6 + 6 decoder layers. The paper's column is TPU time, not FLOPs.
+    """CoCa's table 8a: base image encoder, 6 + 6 decoder layers.
 
-    The text length is not in the paper (64 here, and 32 beside it), nor whether the contrastive-only model keeps all
-    12 text layers or the lower 6; both are counted. The paper's 1.18 lies between 64 and 32 tokens with 12 layers, and
-    cannot be had with 6, so that 12 is the likely reading; its column is a time, which FLOPs predict only roughly (the
-    product with the vocabulary, a tenth of the step, runs nearer to the peak than the rest).
+    The paper does not state the text length (here 64 and 32), nor whether the contrastive-only model has 12 text layers
+    or 6 (here both). Its ratio of 1.18 lies between our ratios for 64 and 32 tokens with 12 layers; no ratio with 6
+    layers is near, so 12 is more likely. The paper's column is TPU time, which FLOPs predict only roughly: the product
+    with the vocabulary, a tenth of the step, runs closer to peak speed than the rest.
     """
     base = load("coca:size=base", model=dict(text_tower=dict(depth=6), decoder=dict(depth=6)))
-    alone = dict(name="clip", keep_ratio=1.0)
+    contrastive_only = dict(name="clip", keep_ratio=1.0)
     no_captions = dict(queries=0, cascade=False)
     variants = {
         "contrastive only, 12 text layers": dict(
-            model=dict(text_tower=dict(depth=12), poolers=no_captions), objective=alone
+            model=dict(text_tower=dict(depth=12), poolers=no_captions), objective=contrastive_only
         ),
-        "contrastive only, 6 text layers": dict(model=dict(poolers=no_captions), objective=alone),
+        "contrastive only, 6 text layers": dict(
+            model=dict(poolers=no_captions), objective=contrastive_only
+        ),
         "captioning only": dict(
             model=dict(embed=0, text_tower=dict(pool="none")),
             objective=dict(name="cap", keep_ratio=1.0),
@@ -128,26 +130,26 @@ def coca() -> list[dict[str, Any]]:
             name: of_config(configs.overlay(base, patch | dict(data=dict(text_len=length))))[0][1]
             for name, patch in variants.items()
         }
-        one = flops["contrastive only, 12 text layers"]
+        base_flops = flops["contrastive only, 12 text layers"]
         out += [
-            row(f"CoCa base, {length} tokens", name, f, ratio=f / one, paper=paper.get(name))
+            row(f"CoCa base, {length} tokens", name, f, ratio=f / base_flops, paper=paper.get(name))
             for name, f in flops.items()
         ]
     return out
 
 
 def clipa() -> list[dict[str, Any]]:
-    """CLIPA's stages: FLOPs, against the same samples at 224 px and 32 tokens, beside its tables of A100 hours.
+    """CLIPA's stages: FLOPs relative to the same samples at 224 px and 32 tokens, and the papers' A100 hours.
 
-    v1 (arXiv:2305.07017): 6.4 epochs of LAION-400M short, 0.36 at full size. v2 (arXiv:2306.15658): 12.8 B samples at
-    84 px and 8 tokens, then 512 M at 224 px with 30 % masked, then 128 M at 336 px with 40 %.
-    TFLOP/s per device = total / hours: what the hours would mean. Where it is alike, the hours follow the FLOPs.
+    v1 (arXiv:2305.07017): 6.4 epochs of LAION-400M with short inputs, 0.36 epochs at full size. v2 (arXiv:2306.15658):
+    12.8 B samples at 84 px and 8 tokens, then 512 M at 224 px with 30 % masked, then 128 M at 336 px with 40 % masked.
+    TFLOP/s per device = total FLOPs / hours. If rows have a similar value, the papers' hours follow the FLOPs.
     """
     v1 = [
         dict(samples=round(6.4 * LAION_400M)),
         dict(samples=round(0.36 * LAION_400M), objective=dict(keep_ratio=1.0)),
     ]
-    runs = [  # label, argument, stages laid over, hours
+    runs = [  # label, config argument, overrides of each stage, hours
         ("v1 B/16, I50 T16", "size=B/16,image_px=112,text_len=16", v1, 444),
         ("v1 L/16, I17 T16", "size=L/16,image_px=64,text_len=16", v1, 628),
         ("v1 L/16, I37 T8", "size=L/16,image_px=96,text_len=8", v1, 826),

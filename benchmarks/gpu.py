@@ -1,18 +1,18 @@
-"""Everything that needs a card, in one command: kernels and losses against float32, training beside open_clip, input.
+"""All GPU checks in one command: kernels and losses against float32, training speed against open_clip, input.
 
-    python benchmarks/gpu.py --json gpu.json          # a card; under 8 minutes on an H100
-    python benchmarks/gpu.py --smoke                  # a CPU, tiny shapes, ours alone: does the script work?
+    python benchmarks/gpu.py --json gpu.json          # on a GPU; under 8 minutes on an H100
+    python benchmarks/gpu.py --smoke                  # on a CPU: tiny shapes, without open_clip, to test the script
 
 attention   each kernel of vlp.ops.attention, values and gradients, against float32 at the highest precision; its time
 loss        the exact contrastive and sigmoid losses and their gradients against the plain ones in float32
-loss_cost   time and temporary memory of the contrastive loss and its gradients beside the plain one
+loss_cost   time and temporary memory of the contrastive loss and its gradients, compared with the plain one
 input       images/s of the training loader, decoding JPEGs of 500 px
-train       steps in bfloat16 beside open_clip's, compiled: examples/s, FLOP/s, MFU and peak memory
+train       steps in bfloat16 compared with open_clip's, compiled: examples/s, FLOP/s, MFU and peak memory
 
-Each part is a process of its own with a time limit, and prints its rows as they come. A part that fails is a row with
-its error; the rest goes on, and the exit code is 1. What cannot run here (a kernel, a package that is missing) is
-skipped in a row that says why. It needs vlp's JAX side (jax, flax, optax, orbax, jaxtyping, msgpack); torch, timm and
-open_clip for its rows, and the data packages for the input rate.
+Each part runs in its own process with a time limit, and prints its rows as it makes them. A failed part gives a row
+with its error; the others continue, and the exit code is 1. A missing kernel or package gives a row with the reason.
+Needed: vlp's JAX packages (jax, flax, optax, orbax, jaxtyping, msgpack); torch, timm and open_clip for their rows; the
+data packages for the input rate.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXTRAS = {
         "fsspec": "fsspec", "PIL": "pillow", "tqdm": "tqdm", "absl": "absl-py",
     },
 }  # fmt: skip
-# Model, batch, seconds for a side: as a card of 80 GB holds, and XLA and torch.compile need for building.
+# Model, batch that fits 80 GB, time limit per side in seconds, which includes compilation.
 TRAIN = (
     ("coca-L/14", 64, 90),
     ("clip-L/14", 64, 75),
@@ -57,8 +57,8 @@ ATTENTION = {  # name: batch, queries, keys, heads, head size, causal, masked
     "pooler": (16, 256, 257, 8, 96, False, False),
     "B/16 at 384 px": (8, 576, 576, 12, 64, False, False),
 }
-# Largest relative error (norm of the difference over the norm). A bfloat16 has 8 bits: 2⁻⁹ in each rounding, of which
-# attention has a few. A card multiplies float32 as TensorFloat-32 (10 bits) unless told otherwise.
+# Largest relative error (norm of the difference over the norm). A bfloat16 has 8 bits: 2⁻⁹ per rounding, and
+# attention rounds a few times. GPUs multiply float32 as TensorFloat-32 (10 bits) by default.
 LIMITS = {"bfloat16": 0.02, "float32": 0.005}
 COLUMNS = {
     "attention": {
@@ -154,7 +154,7 @@ def rows_of(
 
 
 def ask(part: str, smoke: bool, budget: Budget) -> list[bench.Row]:
-    """The rows of a part that a process of its own makes, one by one as they come."""
+    """Runs a part in its own process and yields its rows."""
     limit = budget.limit(LIMIT_SECS[part] * (3 if smoke else 1))
     if limit <= 0:
         return [{"what": part, "verdict": "skipped: the budget is spent"}]
@@ -223,7 +223,7 @@ def attention(smoke: bool) -> Iterator[bench.Row]:
 
 
 def plain_attention(q_BTHK: Any, k_BSHK: Any, v_BSHK: Any, mask: Any, causal: bool) -> Any:
-    """Attention as its definition, in the type of its arguments."""
+    """Reference attention, computed in the dtype of its arguments."""
     import jax
     import jax.numpy as jnp
 
@@ -315,7 +315,7 @@ def losses() -> dict[str, tuple[Callable, Callable]]:
 
 
 def embeddings(batch: int, width: int, dtype: str) -> tuple:
-    """Unit vectors of pairs that are somewhat alike, and CLIP's largest scale."""
+    """Returns unit vectors of pairs with some similarity, and CLIP's largest scale."""
     import jax
     import jax.numpy as jnp
 
@@ -377,7 +377,7 @@ def feed(smoke: bool) -> Iterator[bench.Row]:
 
 
 def train(args: Any, budget: Budget, absent: Mapping[str, list[str]]) -> Iterator[bench.Row]:
-    """Training steps, each side of each model in a process of its own, in turn; at last ours with cuDNN's attention."""
+    """Times training steps: each side of each model in its own process, then ours with cuDNN's attention."""
     models = TRAIN[-2:] if args.smoke else TRAIN
     jobs = [(side, "auto", *one) for one in models for side in ("vlp", "open_clip")]
     jobs += [("vlp", "cudnn", *TRAIN[0])]

@@ -1,15 +1,15 @@
-"""Images per second and core of the training loader, beside the one that open_clip builds on webdataset.
+"""Images per second and core of the training loader, compared with open_clip's webdataset loader.
 
     python benchmarks/input.py --make-env DIR         # once: an environment for the other loader, 1 GB
     python benchmarks/input.py --rival-python DIR/bin/python --json FILE [--num 2000] [--epochs 3]
 
 Both read the same tar shards, crop (0.9 … 1 of the area) to 224 px and tokenise to 77 ids; the other one is open_clip's
 own `get_wds_dataset` with its transforms and tokenizer, on webdataset 0.2.86 (open_clip 3.3 cannot read what newer ones
-put at the end of a shard). Each is a process of its own without workers or threads. They take turns, batch by batch,
-so that other work on the machine meets both alike, and a batch is charged the CPU seconds of its process (user and
-system), not the time on the wall: images_per_s_per_core. The first batch of each is not counted. Source images are
-made: fields whose amplitude falls as 1 / f^1.2 … 1.4 as a photograph's does, JPEG quality 85, about 2 … 3 bits a pixel
-(`photograph`). Shown beside: the distance of our images from Pillow's antialiased bicubic of the same crops, and the
+put at the end of a shard). Each runs in its own process without workers or threads. They alternate, batch by batch,
+so that other work on the machine affects both equally. images_per_s_per_core uses the CPU seconds of the process (user
+and system), not wall time. The first batch of each is not counted. Source images are synthetic: fields whose amplitude
+falls as 1 / f^1.2 … 1.4 as a photograph's does, JPEG quality 85, about 2 … 3 bits a pixel
+(`photograph`). Also shown: the distance of our images from Pillow's antialiased bicubic of the same crops, and the
 resident memory after each epoch.
 """
 
@@ -208,7 +208,7 @@ RIVAL = (
     "PIL",
     "numpy",
 )
-STEPS = (  # pip's arguments: torchvision, open_clip and timm would bring a torch of their own, with CUDA's libraries
+STEPS = (  # pip's arguments: torchvision, open_clip and timm would install their own torch, with CUDA's libraries
     ("torch==2.13.0", "webdataset==0.2.86", "pandas", "numpy", "pillow"),
     ("--no-deps", "torchvision", "open_clip_torch==3.3.0", "timm"),
     ("ftfy", "regex", "tqdm", "huggingface_hub", "safetensors", "pyyaml"),
@@ -216,7 +216,7 @@ STEPS = (  # pip's arguments: torchvision, open_clip and timm would bring a torc
 
 
 def make_env(directory: str) -> None:
-    """A virtual environment with what the other loader needs. Raises UserError where pip fails."""
+    """Makes a virtual environment for the other loader. Raises UserError if pip fails."""
     if pathlib.Path(directory).exists():
         raise check.error(
             "--make-env", repr(directory), "a directory that is not there", "name another"
@@ -240,7 +240,7 @@ def make_env(directory: str) -> None:
 
 
 def check_rival(python: str) -> None:
-    """Raises UserError unless the interpreter has what the other loader needs, of the right version."""
+    """Raises UserError unless the interpreter has the other loader's packages in the right versions."""
     do = "python benchmarks/input.py --make-env DIR, then --rival-python DIR/bin/python"
     lacks = bench.missing_in(python, RIVAL)
     if lacks:

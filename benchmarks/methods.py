@@ -2,11 +2,11 @@
 
     python benchmarks/methods.py --data data/emoji --workdir runs/methods --json methods.json
 
-Every row is configs/coca_emoji.py with a patch over it, trained with `vlp train`'s own loop in a workdir of its own.
-What is finished is not trained again, what was interrupted goes on. Recall is of the test split (200 emoji whose idea
-training never showed, chance 0.5 % at rank 1), skin tone of six balanced classes (chance 16.7 %). FLOPs are XLA's
-count of the lowered training step (forward, backward, update), before the compiler's optimisations; minutes are of
-training alone, core-minutes those of all cores that were busy (which other work on the machine changes less).
+Each row is configs/coca_emoji.py with overrides, trained with `vlp train`'s loop in its own workdir. Finished runs are
+skipped and interrupted ones resumed. Recall is on the test split (200 emoji held out with all their variants, chance
+0.5 % at rank 1), skin tone on six balanced classes (chance 16.7 %). FLOPs are XLA's count of the lowered training step
+(forward, backward, update), before the compiler's optimisations. Minutes are those of training;
+core-minutes are minutes times busy cores, which other work on the machine changes less.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ TUNE_LR = 2e-4
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """objective: of all stages. first: patch of the first stage, followed by a tuned one (None: a single stage).
+    """A row: overrides of the demo's config.
 
-    model: in place of the demo's whole section, of whose towers it has the sizes.
+    objective: of all stages. first: overrides of the first stage, which a tuning stage follows (None: one stage).
+    model: replaces the demo's model section; its towers have the same sizes.
     """
 
     objective: Mapping[str, Any]

@@ -1,10 +1,10 @@
-"""Whether the large runs fit their pods: `vlp plan` for each, as docs/plans.md. Needs vlp[tpu], no TPU.
+"""Writes docs/plans.md: whether CoCa's sizes fit their pods, by `vlp plan`. Needs vlp[tpu], no TPU.
 
     python benchmarks/plans.py --write docs/plans.md --json plans.json
     python benchmarks/plans.py --only giant base
 
-Each row compiles the real training step with the TPU compiler, the estimate of `vlp plan --fast` beside it. A giant's
-step takes the compiler many minutes of two cores; rows are kept in --json as they come, and what is there is not
+Each row has the real training step's figures from the TPU compiler, and the estimate of `vlp plan --fast`. Compiling a
+giant's step takes many minutes on two cores, so each row is saved in --json when it is ready, and saved rows are not
 compiled again.
 """
 

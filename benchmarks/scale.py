@@ -1,15 +1,14 @@
-"""Memory and time of `vlp data` as the number of samples grows: it should not matter.
+"""Memory and time of `vlp data` for growing numbers of samples: memory should stay constant.
 
     python benchmarks/scale.py --json FILE [--sizes 100000 300000 1000000] [--index 30000000] [--keep DIR]
 
-index: a tar index of that many samples, written through the real writer beside a tar that is one hole, is opened as
-`vlp train` opens it, and 1,000 records at random are read: seconds, and the memory beyond the mapped file (anonymous
-pages, before and after). data: tar shards of records as small as they come (an 8 × 8 PPM, a caption of a few words,
-both different in every record) are converted, filtered and inspected by the real commands, each a process of its own:
-its peak of resident memory (VmHWM) and its seconds. first batch: 256 samples of the converted data, and of the tars
-whose index is there, from `open_dataset` on, without the imports.
+index: writes a tar index of that many samples and a sparse tar, opens them as `vlp train` does and reads 1,000 random
+records; measures seconds, and the memory beyond the mapped file (anonymous pages, before and after). data: converts,
+filters and inspects tar shards of tiny records (an 8 × 8 PPM and a short caption, different in every record) with the
+real commands, each in its own process; measures peak resident memory (VmHWM) and seconds. first batch: time of 256
+samples of the converted data, and of the indexed tars, from `open_dataset` on, without imports.
 
-The bounds that are meant to hold are in `BOUNDS`; the exit code is 1 if one does not.
+The exit code is 1 if a bound of `BOUNDS` does not hold.
 """
 
 import argparse
@@ -71,7 +70,7 @@ def main() -> int:
 
 
 def environment() -> dict:
-    """What the figures depend on, beside the code."""
+    """Returns the environment that the figures depend on."""
     return {
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -100,7 +99,7 @@ def of_size(home: pathlib.Path, num: int) -> list[dict]:
 
 
 def run(home: pathlib.Path, *child: str) -> dict:
-    """Runs a part of this script in a process of its own; returns what it measured."""
+    """Runs a part of this script in a separate process and returns its figures."""
     argv = [sys.executable, __file__, "--child", *child]
     env = os.environ | {"VLP_CACHE": str(home / "cache"), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env)
@@ -191,7 +190,7 @@ def child_index(tar: str, num: str) -> dict:
     from vlp.data import sources
 
     if not os.path.exists(tar) or not os.path.isdir(f"{os.environ['VLP_CACHE']}/tar-index"):
-        # in a process of its own: what writing takes is not the reader's
+        # in a separate process, so that the writer's memory is not counted
         code = "import sys, scale; scale.write_index(sys.argv[1], int(sys.argv[2]))"
         where = os.environ | {
             "PYTHONPATH": ":".join([str(pathlib.Path(__file__).parent), *sys.path])

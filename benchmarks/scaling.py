@@ -1,13 +1,14 @@
-"""Memory and work a chip of whole training steps, as chips, batch, micro-batches and model grow, one at a time.
+"""Memory and FLOPs per chip of a training step, for sweeps of chips, batch, micro-batches and model.
 
     python benchmarks/scaling.py --topology v5e:4x4 v5e:8x8 v5e:16x16 --batch 256 512 --micro 1 2 4 8 --json rows.json
     python benchmarks/scaling.py --config configs/coca.py:size=base,smoke --devices 1 2 4 8 --batch 8 16 --micro 1 2 4
 
-The first of each list is the base point; each list is then walked with the others at their base. `--batch` is a chip's,
-so that chips are added at equal work for each. The step is the real one (vlp.train.step), compiled for the TPU topology
-(no TPU needed: pip install 'vlp[tpu]') or for simulated CPU devices; a step that does not fit is a row with the
-compiler's refusal. Working bytes are the peak less parameters, optimiser, batch and activations kept. `estimate` is
-what `vlp plan --fast` says of the peak, as a share of it.
+The first value of each list is the base point; each list is swept with the others at their first value. `--batch` is
+per chip, so the work per chip is the same for any number of chips. The real step (vlp.train.step) is compiled for the
+TPU topology (no TPU needed: pip install 'vlp[tpu]') or for simulated CPU devices. For a step that does not fit, the row
+holds the compiler's message. `estimate` is the peak that `vlp plan --fast` estimates, divided by the
+compiled peak. In the JSON rows, `working_bytes` is the peak without parameters, optimiser state, batch and saved
+activations.
 """
 
 import argparse
@@ -31,12 +32,24 @@ COLUMNS = {
 def main() -> None:
     parser = bench.parser(__doc__)
     parser.add_argument("--config", nargs="+", default=["configs/coca.py:size=base"])
-    parser.add_argument("--topology", nargs="+", default=[], help="as v5e:4x4 v5e:16x16")
-    parser.add_argument("--devices", type=int, nargs="+", default=[8], help="CPU devices instead")
-    parser.add_argument("--batch", type=int, nargs="+", default=[256], help="rows a chip")
-    parser.add_argument("--micro", type=int, nargs="+", default=[1], help="micro-batches")
-    parser.add_argument("--mesh", default="data=1,fsdp=-1", help="as data=-1,fsdp=8,tensor=2")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
+    parser.add_argument("--topology", nargs="+", default=[], help="for instance v5e:4x4 v5e:16x16")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        nargs="+",
+        default=[8],
+        help="simulated CPU devices",
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[256], help="examples per chip")
+    parser.add_argument(
+        "--micro", type=int, nargs="+", default=[1], help="numbers of micro-batches"
+    )
+    parser.add_argument(
+        "--mesh", default="data=1,fsdp=-1", help="for instance data=-1,fsdp=8,tensor=2"
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="override values of the config"
+    )
     args = bench.options(parser)
     os.environ.setdefault("PJRT_NPROC", "32")
     if args.topology:
@@ -65,7 +78,7 @@ def main() -> None:
 
 
 def measure(point: dict, args: argparse.Namespace) -> dict:
-    """Compiles the last stage's step at one point of the sweep."""
+    """Compiles the last stage's step at one point of the sweep and returns its row."""
     import jax
 
     from vlp.core.config import load
@@ -90,7 +103,7 @@ def measure(point: dict, args: argparse.Namespace) -> dict:
 def show(row: dict) -> None:
     head = f"{row['sweep']:7}{row['value'][-25:]:26}{row['chips']:6}{row['batch']:9,}"
     if not row["fits"]:
-        print(f"{head}  refused: {row['refusal']}", flush=True)
+        print(f"{head}  does not fit: {row['refusal']}", flush=True)
         return
     print(
         head

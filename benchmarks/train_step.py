@@ -1,12 +1,12 @@
-"""Training steps per second beside open_clip's, on this machine: same shapes, same type, same work, in turn.
+"""Training steps per second compared with open_clip's, alternating on this machine, with equal shapes and dtype.
 
     python benchmarks/train_step.py --models coca --batch 16 --json rows.json          # CPU, float32
     python benchmarks/train_step.py --models coca-L/14 clip-B/16 --dtype bfloat16 --compile --batch 256   # a GPU
     python benchmarks/train_step.py --rival-python DIR/bin/python   # after benchmarks/input.py --make-env DIR
 
-A step is forward, loss, backward and AdamW without clipping, on made-up batches that are already in memory. Each side
-is a process of its own. On a CPU they take turns, step by step, so that other work on the machine meets both alike, and
-each rests before its turn until the other's threads sleep; a card runs one side after the other, as both would not fit.
+A step is forward, loss, backward and AdamW without clipping, on synthetic batches in memory. Each side runs in its own
+process. On a CPU they alternate, step by step, so that other work on the machine affects both equally, and each waits
+until the other's threads sleep. On a GPU one side runs after the other, since both would not fit.
 The ratio is the median of the ratios of neighbouring steps. open_clip's AdamW is torch's fused one; --compile is
 torch.compile, --mask FLIP's (patch dropout there). FLOPs: matrix products of the forward pass × 3, attention counted
 full, nothing for recomputation; MFU where the device's peak is known (vlp.core.chips).
@@ -20,7 +20,7 @@ cut to 2 layers a stack, 4 pairs: ratio 0.77 for clip-B/16, 0.80 for coca-2mlp, 
  * Attention took twice torch's time, as keys and values were transposed number by number; heads now come first
    (vlp.ops.attention), which takes 0.6-0.9 of what it did, forward and backward.
  * The norms of gradients, changes and parameters, which are logged, cost more than AdamW: 148 ms for 25 million
-   parameters, 24 ms without them. XLA squares into an array of its own and copies what it updates in place.
+   parameters, 24 ms without them. XLA squares into a new array and copies what it updates in place.
  * Page faults. A step's temporaries are one allocation that is new in every step: 14,500 faults are a third of an
    attention's 100 ms. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (glibc 2.35 and newer) takes pages of 2 MB: 200 faults.
    torch gains more by it (ratios fell to 0.66, 0.65 and 0.44). A C library that keeps what is freed (mallopt) has none,
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=0, help="of a turn (default: 1; 10 on a card)")
     parser.add_argument("--depth", type=int, default=0, help="layers of every stack, for a trial")
-    parser.add_argument("--smoke", action="store_true", help="ours alone and tiny, for a test")
+    parser.add_argument("--smoke", action="store_true", help="only ours, at tiny size, for a test")
     parser.add_argument("--scan", action="store_true", help="layers scanned, not unrolled")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--attention", default="auto", help="kernel of our image tower")
@@ -244,7 +244,7 @@ def row(job: dict[str, Any], side: str, sides: list[str], found: dict[str, Any])
 
 
 class Side:
-    """One side, in a process of its own: builds what it is told, takes steps, says what memory it took."""
+    """Runs one side in its own process: builds the model, runs steps, reports its memory."""
 
     def __init__(self, name: str):
         self._build = {"vlp": ours, "open_clip": theirs}[name]

@@ -1,13 +1,13 @@
 """ALIGN (Jia et al. 2021, arXiv:2102.05918) with transformers on both sides.
 
-Arguments: path, keep_ratio, smoke. Of the paper (§4.2, §5.1): batch 16,384, 1.2 M steps, lr 1e-3, 10,000 warm-up
+Arguments: path, keep_ratio, smoke. From the paper (§4.2, §5.1): batch 16,384, 1.2 M steps, lr 1e-3, 10,000 warm-up
 steps, then linear decay to 0, weight decay 1e-5, a learned temperature that starts at 1, images of 289 px cut from
 346, at most 64 tokens, BERT-Large's text tower (24 × 1024) read at its first token.
 
-Where this differs: the image tower is ViT-H/14 (631 M parameters) at 280 px, not EfficientNet-L2 (480 M) at 289;
+Differences: the image tower is ViT-H/14 (631 M parameters) at 280 px, not EfficientNet-L2 (480 M) at 289;
 AdamW, not LAMB; no label smoothing (0.1 in the paper); the vocabulary is your tokenizer's (100 k WordPieces in the
-paper); gradients are clipped to norm 1 and the logit scale to [1, 100] (the defaults), of which the paper says nothing.
-The joint space has the text tower's width, as there.
+paper); gradients are clipped to norm 1 and the logit scale to [1, 100] (the defaults; not in the paper).
+The joint space has the text tower's width, as in the paper.
 """
 
 import ml_collections

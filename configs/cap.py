@@ -1,4 +1,4 @@
-"""Captioning alone on CoCa's base towers, as the LCap-only row of its table 8a: batch 4,096, no contrastive parts.
+"""Captioning only, with CoCa's base towers (the LCap-only row of its table 8a): batch 4,096, no contrastive parts.
 
 The decoder has the 12 layers of the paper's ablations, 6 of them with cross-attention.
 """

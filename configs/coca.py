@@ -3,9 +3,8 @@
     vlp plan  --config configs/coca.py:size=base
     vlp train --config configs/coca.py:size=large,path=gs://… --workdir …
 
-Where this differs from the paper: gradients clipped to norm 1 (the default; the paper says so of fine-tuning alone),
-and the data is yours.
-The text length of pretraining is not in the paper; 64 tokens + CLS here.
+Differences from the paper: gradients are clipped to norm 1 (the default; in the paper only for fine-tuning); the data.
+The paper does not state the text length of pretraining; here 64 tokens + CLS.
 """
 
 import ml_collections

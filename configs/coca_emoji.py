@@ -4,7 +4,7 @@
 visits each emoji once, in one of its forms (group_by), so that the skin tones of one gesture rarely are negatives of
 each other and do not crowd out the rest.
 
-Arguments: path (the data), clip (the same towers and steps, contrastive loss alone), optim (adamw,
+Arguments: path (the data), clip (the same towers and steps, only the contrastive loss), optim (adamw,
 adafactor or lion), seed, smoke.
 """
 
@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     c.objective = dict(name="clip", keep_ratio=0.5)
     if not arg.clip:
-        # the paper's weight, 2, costs 3 points of R@10 here; 0.5 costs none beside `clip`
+        # the paper's weight, 2, costs 3 points of R@10 here; 0.5 costs none relative to `clip`
         c.objective = dict(name="coca", caption_weight=0.5, keep_ratio=0.5)
     c.data = dict(
         path=arg.path,

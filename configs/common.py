@@ -1,14 +1,19 @@
-"""What several configs share. Plain data; nothing here is read by `vlp` itself."""
+"""Parts that several configs share. `vlp` itself does not import this file."""
 
 from typing import Any
 
 import ml_collections
 
 SMOKE_TOWER = dict(width=32, depth=1, heads=2, mlp=64)
+SMOKE_IMAGE = {
+    "vit": dict(**SMOKE_TOWER, patch=8),
+    "convnext": dict(depths=(1, 1), widths=(8, 16)),
+    "resnet": dict(depths=(1, 1), width=8, heads=2, out=SMOKE_TOWER["width"]),
+}
 
 
 def pretraining(name: str, model: dict[str, Any], path: str) -> ml_collections.ConfigDict:
-    """A dual encoder's config but for what its paper fixes: batch, objective, sizes, optimiser, schedule, length."""
+    """Returns a dual encoder's config without the paper's values: batch, objective, optimiser, schedule, length."""
     c = ml_collections.ConfigDict()
     c.name = name.replace("/", "").lower()
     c.model = model
@@ -24,11 +29,9 @@ def smoke(c: Any) -> Any:
     Every stage is kept, with as few steps as that allows: a stage of several has one step.
     """
     c.batch, c.micro_batches = 8, 1
-    for tower in ("image_tower", "text_tower"):
-        c.model[tower].update(SMOKE_TOWER)
-        c.model[tower].update(remat="none", dtype="float32")
-    c.model.image_tower.patch = 8
-    c.model.text_tower.vocab = 128
+    image, text = c.model.image_tower, c.model.text_tower
+    image.update(SMOKE_IMAGE[image.get("name", "vit")], remat="none", dtype="float32")
+    text.update(SMOKE_TOWER, remat="none", dtype="float32", vocab=128)
     if c.model.get("embed"):
         c.model.embed = SMOKE_TOWER["width"] if not c.model.get("project_image", True) else 16
     if c.model.get("decoder", {}).get("depth"):

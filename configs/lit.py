@@ -2,14 +2,14 @@
 
     vlp train --config configs/lit.py:init=runs/clip_B16 --workdir …
 
-Arguments: init (the workdir of another run, whose image tower is taken), size (B/16 or L/16 with CLIP's image tower;
-the text tower has its width), path, smoke. `init_match` leaves the other run's text tower where it is.
+Arguments: init (workdir of the run whose image tower is loaded), size (B/16 or L/16 with CLIP's image tower; the text
+tower has its width), path, smoke. `init_match` excludes the other run's text tower.
 
-Of the paper (§3, §4): the image tower is locked, not tuned at a low rate, and has no projection of its own; the text
-tower starts fresh and reads BERT-like, both ways, at its first token; 16 text tokens; 224 px. Its optimiser is
+From the paper (§3, §4): the image tower is locked and has no projection; the text tower starts from random weights, is
+bidirectional as BERT, and is pooled at its first token; 16 text tokens; 224 px. Its optimiser is
 Adafactor with lr 1e-3, decay 1e-4, first moments in bfloat16, gradients clipped to norm 1, 10,000 warm-up steps and a
-cosine to 0, at batch 16,384 over 900 M pairs for its ablations: these numbers are from memory. Its decay is, in its
-code (big_vision), the share that a step takes at the full rate; `weight_decay` is in units of lr: 1e-4 / 1e-3 = 0.1.
+cosine to 0, at batch 16,384 over 900 M pairs for its ablations: these numbers are from memory. In its
+code (big_vision), a step at the full rate decays by this factor; `weight_decay` is relative to lr: 1e-4 / 1e-3 = 0.1.
 """
 
 import dataclasses

@@ -1,14 +1,23 @@
-"""Your own data, 100 to 100,000 pairs: every length is computed from the dataset that `vlp data convert` made.
+"""A model of your own data (100 to 100,000 pairs): the config is computed from the output of `vlp data convert`.
 
     vlp data convert photos.csv --out data/mine
     vlp train --config configs/small.py:path=data/mine --workdir runs/mine
 
-Arguments: path; model (coca, or clip: no captions, less time); size (tiny: minutes on a laptop; S/16 and B/16 for a
-GPU); epochs, batch, px (0: computed here); tokenizer (a file; "": the dataset's own); seed; smoke.
+Arguments:
+    path: the dataset.
+    model: coca, or clip (no captions, less time).
+    size: tiny (minutes on a laptop), S/16 or B/16 (for a GPU).
+    epochs, batch, px: 0 computes them as below.
+    tokenizer: a file; "" uses the dataset's own.
+    seed, smoke: as in every config.
 
-Computed: the vocabulary; text_len, which holds 19 captions of 20; image_px, the images' own up to the size's; batch,
-which grows with the data, since other pairs of a batch are the negatives; epochs, 10 or what makes 20,000 samples;
-warm-up, logging, saving and evaluations, as shares of the run. The numbers are rules of thumb, not a paper's.
+Computed values, which are rules of thumb and not from a paper:
+    vocab: size of the tokenizer.
+    text_len: 95th percentile of the captions' lengths.
+    image_px: median of the images' shorter sides, at most the image side of `size`.
+    batch: grows with the number of pairs, since the other pairs of a batch are the negatives.
+    epochs: 20,000 samples, but at least 10 and at most 100 epochs.
+    warm-up, logging, saving, evaluations: fractions of the run's length.
 """
 
 import math
@@ -26,8 +35,9 @@ from vlp.data import tokenizer as tokenizers
 from . import towers
 from .common import smoke
 
-SAMPLES, EPOCHS = 20_000, (10, 100)  # samples at least, within these numbers of epochs
-LOOKED_AT = 256  # records that tell of the lengths of captions and the sizes of images
+NUM_SAMPLES = 20_000  # wanted length of the run, if MIN_EPOCHS and MAX_EPOCHS allow it
+MIN_EPOCHS, MAX_EPOCHS = 10, 100
+NUM_INSPECTED = 256  # records read to measure caption lengths and image sizes
 SIZES = {  # image tower; text depth, decoder depth; image side in pixels, learning rate
     "tiny": (towers.image(8, 128, 4, 4), 2, 2, 64, 1e-3),
     "S/16": (towers.IMAGE["S/16"], 6, 6, 224, 5e-4),
@@ -54,14 +64,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             raise check.unknown(f"config argument {name}", arg[name], known)
     for name in ("epochs", "batch", "px"):
         if arg[name] < 0:
-            raise check.error(f"config argument {name}", arg[name], "0 or more", "correct it")
-    found = {"num": 1000, "evals": "val", "num_evals": 100, "vocab": 500, "px": 64, "text_len": 16}
-    found = found if arg.smoke else look(arg.path, arg.tokenizer)
+            raise check.error(
+                f"config argument {name}", arg[name], "0 or more", "use 0 to compute it"
+            )
+    stats = {"num": 1000, "evals": "val", "num_evals": 100, "vocab": 500, "px": 64, "text_len": 16}
+    stats = stats if arg.smoke else dataset_stats(arg.path, arg.tokenizer)
     image, text_depth, depth, px, lr = SIZES[arg.size]
-    num, patch = found["num"], image["patch"]
+    num, patch = stats["num"], image["patch"]
     batch = arg.batch or power_of_two(min(num / 4, max(64, 2 * math.sqrt(num))))
-    least, most = EPOCHS
-    epochs = arg.epochs or min(max(round(SAMPLES / num), least), most)
+    epochs = arg.epochs or min(max(round(NUM_SAMPLES / num), MIN_EPOCHS), MAX_EPOCHS)
     steps = -(-epochs * num // batch)
 
     c = ml_collections.ConfigDict()
@@ -69,7 +80,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # XLA's CPU backend runs a scanned stack at a quarter of the speed of an unrolled one.
     compute = dict(scan=False) if arg.size == "tiny" else towers.COMPUTE
     width, heads = image["width"], image["heads"]
-    text = dict(vocab=found["vocab"], depth=text_depth, width=width, heads=heads)
+    text = dict(vocab=stats["vocab"], depth=text_depth, width=width, heads=heads)
     c.model = dict(
         name="two_tower",
         image_tower=dict(**image, **compute),
@@ -86,31 +97,45 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.data = dict(
         path=arg.path,
         tokenizer=arg.tokenizer,
-        captions="uniform",  # one of an image's captions, drawn anew each time
-        image_px=arg.px or max(32, min(px, found["px"]) // patch * patch),
-        text_len=found["text_len"],
+        captions="uniform",  # draws one of an image's captions for each sample
+        image_px=arg.px or max(32, min(px, stats["px"]) // patch * patch),
+        text_len=stats["text_len"],
         min_area_frac=0.5,
-        bad_records="replace",  # a broken photograph is no reason to stop; they are counted and listed
+        bad_records="replace",  # broken images are replaced, counted and listed
     )
     c.optim = dict(b2=0.98, weight_decay=0.2)
     c.schedule = dict(lr=lr, warmup_frac=0.1)
-    often = -(-steps // 4)
-    if found["evals"]:
-        of = dict(split=found["evals"], batch=max(8, min(64, power_of_two(2 * found["num_evals"]))))
-        c.evals = dict(retrieval=dict(every_steps=often, **of))
+    quarter = -(-steps // 4)
+    if stats["evals"]:
+        eval_batch = max(8, min(64, power_of_two(2 * stats["num_evals"])))
+        common = dict(split=stats["evals"], batch=eval_batch)
+        c.evals = dict(retrieval=dict(every_steps=quarter, **common))
         if arg.model == "coca":
-            c.evals.captions = dict(of)
-    c.log_every_steps, c.save_every_steps = min(max(steps // 50, 1), 100), often
+            c.evals.captions = dict(common)
+    c.log_every_steps, c.save_every_steps = min(max(steps // 50, 1), 100), quarter
     return smoke(c) if arg.smoke else c
 
 
-def look(path: str, tokenizer: str) -> dict[str, Any]:
-    """What the config needs to know of a dataset. Raises: `UserError` that says how to make one."""
+def dataset_stats(path: str, tokenizer: str) -> dict[str, Any]:
+    """Returns the numbers of a dataset that the config depends on.
+
+    Args:
+        path: output of `vlp data convert`.
+        tokenizer: a file; "" uses the dataset's own.
+
+    Returns:
+        `num`: training records. `evals`: name of the evaluation split ("" without one). `num_evals`: its records.
+        `vocab`: size of the tokenizer. `px`: median of the images' shorter sides. `text_len`: 95th percentile of the
+        captions' lengths in tokens, rounded up to a multiple of 4.
+
+    Raises:
+        UserError: the path is not a dataset, has no tokenizer, or has no captions or no readable images.
+    """
     try:
         splits = records.read_manifest(path)["splits"]
     except check.UserError:
-        new = not path or os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)
-        do = f"make one: vlp data convert photos.csv --out {'data/mine' if new else path}"
+        taken = not path or os.path.isfile(path) or os.path.isdir(path) and os.listdir(path)
+        do = f"make one: vlp data convert photos.csv --out {'data/mine' if taken else path}"
         expected = "a directory that vlp data convert wrote"
         raise check.error("config argument path", repr(path), expected, do) from None
     source = records.open_split(path, "train", hashed=False)
@@ -118,22 +143,22 @@ def look(path: str, tokenizer: str) -> dict[str, Any]:
         words = tokenizers.load(tokenizer) if tokenizer else source.tokenizer()
     except check.UserError:
         where = f"{tokenizer!r}" if tokenizer else f"none in {path}"
-        do = "convert without --tokenizer '', or make one by `vlp data tokenizer`"
+        do = "convert without --tokenizer '', or make one with `vlp data tokenizer`"
         raise check.error("tokenizer of the data", where, "a tokenizer", do) from None
     lengths, sides = [], []
-    for i in np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int).tolist():
+    for i in np.linspace(0, len(source) - 1, min(NUM_INSPECTED, len(source))).astype(int).tolist():
         record = source[i]
         lengths += [np.count_nonzero(words.encode(c["text"], 64)) for c in record["captions"]]
         try:
             sides.append(min(pictures.Picture(record["image"]).size))
         except pictures.BadImage:
-            pass  # training counts them
+            pass  # training replaces and counts them
     if not lengths or not sides:
         what = "captions" if not lengths else "images"
         do = (
-            "labels alone can be evaluated, not trained on"
+            "datasets with only labels are for evaluation, not for training"
             if not lengths
-            else "see vlp data verify"
+            else f"list the broken ones: vlp data verify {path}"
         )
         raise check.error(f"data {path}", f"records without {what}", what, do)
     evals = next((s for s in ("val", "validation", "test") if s in splits), "")
@@ -148,5 +173,5 @@ def look(path: str, tokenizer: str) -> dict[str, Any]:
 
 
 def power_of_two(x: float) -> int:
-    """The largest one up to x, 2 at least."""
+    """Returns the largest power of two that is at most x, but at least 2."""
     return 2 ** max(1, int(math.log2(max(x, 1))))

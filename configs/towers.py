@@ -1,6 +1,6 @@
 """The papers' towers by name, as sections of a config: `IMAGE["B/16"]` and `TEXT["flip"]["B/16"]`.
 
-Sizes alone (patch, width, depth, heads, MLP; vocabulary); how a paper pools, masks and normalises is in `clip`, `flip`,
+Only sizes (patch, width, depth, heads, MLP; vocabulary); how a paper pools, masks and normalises is in `clip`, `flip`,
 `clipa` and `siglip` below, which return the whole section `model`. tests/test_towers.py counts their parameters.
 """
 
@@ -33,6 +33,25 @@ IMAGE = {
     "So400m/14": image(14, 1152, 27, 16, 4304),
 }
 
+# ConvNeXt (Liu et al. 2022, arXiv:2201.03545, §3): blocks and channels of each stage.
+CONVNEXT = {
+    "T": dict(depths=(3, 3, 9, 3), widths=(96, 192, 384, 768)),
+    "S": dict(depths=(3, 3, 27, 3), widths=(96, 192, 384, 768)),
+    "B": dict(depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024)),
+    "L": dict(depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536)),
+    "XL": dict(depths=(3, 3, 27, 3), widths=(256, 512, 1024, 2048)),
+}
+
+# CLIP's ResNets (Radford et al. 2021, arXiv:2103.00020, table 19); `out` is the joint space.
+RESNET = {
+    "RN50": dict(depths=(3, 4, 6, 3), width=64, heads=32, out=1024),
+    "RN101": dict(depths=(3, 4, 23, 3), width=64, heads=32, out=512),
+    "RN50x4": dict(depths=(4, 6, 10, 6), width=80, heads=40, out=640),
+    "RN50x16": dict(depths=(6, 8, 18, 8), width=96, heads=48, out=768),
+    "RN50x64": dict(depths=(3, 15, 36, 10), width=128, heads=64, out=1024),
+}
+RESNET_PX = {"RN50": 224, "RN101": 224, "RN50x4": 288, "RN50x16": 384, "RN50x64": 448}
+
 TEXT = {
     # FLIP (Li et al. 2022, arXiv:2212.00794, §3 and table 10).
     "flip": {
@@ -52,6 +71,11 @@ TEXT = {
         "H/14": text(1024, 24, 16),
         "g/14": text(1024, 24, 16),
         "G/14": text(1280, 32, 20),
+        "RN50": text(512, 12, 8),
+        "RN101": text(512, 12, 8),
+        "RN50x4": text(640, 12, 10),
+        "RN50x16": text(768, 12, 12),
+        "RN50x64": text(1024, 12, 16),
     },
     # SigLIP (Zhai et al. 2023, arXiv:2303.15343): the text tower has the image tower's shape.
     "siglip": {
@@ -70,9 +94,20 @@ def clip(size: str) -> dict[str, Any]:
     """CLIP's and OpenCLIP's: CLS and a norm before the blocks; causal text, read at its end.
 
     CLIP has QuickGELU; OpenCLIP's own models (those it adds to CLIP's sizes among them) have the exact GELU.
-    CLIP's position table has a row for the CLS, which here is part of the CLS.
+    CLIP's position table has a row for the CLS, which here is part of the CLS. RN50 … RN50x64: its modified ResNets,
+    whose attention pooling is the projection too.
     """
     lower = pick("clip", size)
+    if size in RESNET:
+        compute = dict(COMPUTE, remat="none")
+        tower = dict(vocab=49_408, pool="eos", activation="quick_gelu", **lower, **COMPUTE)
+        return dict(
+            name="two_tower",
+            image_tower=dict(name="resnet", **RESNET[size], **compute),
+            text_tower=tower,
+            embed=RESNET[size]["out"],
+            project_image=False,
+        )
     activation = "quick_gelu" if size in ("B/32", "B/16", "L/14") else "gelu_exact"
     shared = dict(activation=activation, **COMPUTE)
     return dict(

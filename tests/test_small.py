@@ -76,7 +76,7 @@ def test_lengths_fit_any_number_of_pairs(monkeypatch, num, num_evals):
     found = {
         "num": num, "evals": "val", "num_evals": num_evals, "vocab": 99, "px": 300, "text_len": 20,
     }  # fmt: skip
-    monkeypatch.setattr(recipe, "look", lambda *_: found)
+    monkeypatch.setattr(recipe, "dataset_stats", lambda *_: found)
     config = configs.plain(recipe.get_config(f"path={num}"))
     run, (stage,) = stages.parse(config)
     assert stage.batch <= max(2, num / 2) and stage.batch & (stage.batch - 1) == 0

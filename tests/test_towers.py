@@ -82,3 +82,45 @@ def test_clipas_towers_have_open_clips_counts(size, total):
     """The same table; its count includes the fixed position table, which is no parameter here."""
     found = counts(towers.clipa(size), text_len=32)
     assert found["total"] == pytest.approx(total, rel=0.005)
+
+
+def image_parameters(section, image_px=224):
+    model = dict(
+        name="two_tower",
+        image_tower=section,
+        text_tower=dict(vocab=8, width=8, depth=1, heads=2),
+        embed=8,
+    )
+    return round(counts(model, image_px, 4)["image"] * 1e6)
+
+
+# timm's counts with a head of 1,000 classes, less the head (convnext_tiny … convnext_xlarge).
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("T", 28_589_128), ("S", 50_223_688), ("B", 88_591_464), ("L", 197_767_336), ("XL", 350_196_968)],
+)  # fmt: skip
+def test_convnext(size, count):
+    head = towers.CONVNEXT[size]["widths"][-1] * 1000 + 1000
+    assert image_parameters(dict(name="convnext", **towers.CONVNEXT[size])) == count - head
+
+
+# image_mparams and mparams of open_clip's docs/model_profile.csv.
+@pytest.mark.parametrize(
+    ("size", "image", "total"),
+    [
+        ("RN50", 38.32, 102.01),
+        ("RN101", 56.26, 119.69),
+        ("RN50x4", 87.14, 178.30),
+        ("RN50x16", 167.33, 290.98),
+        ("RN50x64", 420.38, 623.26),
+    ],
+)
+def test_clip_resnet(size, image, total):
+    found = counts(towers.clip(size), towers.RESNET_PX[size])
+    assert found["image"] == pytest.approx(image, abs=0.0051)
+    assert found["total"] == pytest.approx(total, abs=0.0051)
+
+
+def test_clip_resnet_to_the_last_parameter():
+    """OpenAI's RN50 has 102,007,137; running statistics are no parameters."""
+    assert round(counts(towers.clip("RN50"))["total"] * 1e6) == 102_007_137

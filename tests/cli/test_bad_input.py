@@ -61,7 +61,7 @@ MISTAKES = {
     "layer decay": ({"optim.rules": [{"match": ".*", "layer_decay": 5.0}]}, "in (0, 1]"),
     "pattern": ({"optim.rules": [{"match": "("}]}, "expected a regular expression"),
     "all frozen": ({"optim.rules": [{"match": ".*", "freeze": True}]}, "every parameter frozen"),
-    "rules in words": ({"optim.rules": "[dict(match=1)]"}, "write literals alone"),
+    "rules in words": ({"optim.rules": "[dict(match=1)]"}, "write only literals"),
     "scale": ({"model.scale": -5.0}, "config.model.scale: got -5.0"),
     "dropout": (
         {"model.image_tower.dropout": 1.5},

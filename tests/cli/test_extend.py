@@ -50,7 +50,7 @@ def test_new_evaluators_of_a_finished_run(extend, tmp_path, caplog):
     assert extend(TOY | {"evals": EVALS}) == (0, "")
     last = runs.rows(tmp_path / "run")[-1]
     assert (last["kind"], last["step"], last["num"]) == ("eval", 4, 21)
-    assert "stage 'stage0' evaluates anew retrieval" in caplog.text
+    assert "stage 'stage0': evaluators added or changed: retrieval" in caplog.text
     assert runs.vlp("eval", "--workdir", tmp_path / "run", "--evals", "retrieval") == 0
 
 
@@ -66,7 +66,7 @@ def test_extensions_that_cannot_be_are_one_line(extend, tmp_path, capsys):
     assert runs.train(TOY, tmp_path / "run") == 0
     before = runs.contents(tmp_path / "run")
     assert runs.train(changed(TOY, steps=6), tmp_path / "run") == 2
-    assert "--extend goes on with this one" in capsys.readouterr().err
+    assert "--extend continues with this one" in capsys.readouterr().err
     code, line = extend(changed(TOY, steps=6, **{"schedule.lr": 0.5}))
     assert code == 2 and "schedule.lr: 0.01 -> 0.5" in line and "steps" not in line.split(";")[0]
     code, line = extend(changed(TOY, steps=3))

@@ -1,4 +1,4 @@
-"""docs/architecture.md: every file:function that it names exists, and its table of rooms is that of the floors."""
+"""docs/architecture.md: every file:function that it names exists, and its table of packages has the right floors."""
 
 import ast
 import re
@@ -32,6 +32,6 @@ def test_a_place_exists(file, name):
     assert name in set(defined(file))
 
 
-def test_rooms_are_those_of_the_floors():
+def test_packages_have_their_floors():
     rows = dict(re.findall(r"^\| (\w+) \| (\d) \|", PAGE, re.M))
-    assert {room: int(floor) for room, floor in rows.items()} == FLOORS
+    assert {package: int(floor) for package, floor in rows.items()} == FLOORS

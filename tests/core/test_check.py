@@ -1,5 +1,7 @@
 """Messages of UserErrors."""
 
+import errno
+
 import pytest
 
 from vlp.core import check
@@ -48,3 +50,39 @@ def test_counts_below_one_are_refused():
         check.counts({"batch": [1, 0]})
     with pytest.raises(check.UserError, match="^--text-len: got -1, expected 0 or more"):
         check.counts({"text_len": -1}, "text_len")
+
+
+@pytest.mark.parametrize("error, code", [
+    (check.error("x", 1, 2, "y"), 2),
+    (check.Failed("x: got a\nb"), 1),
+    (OSError(errno.ENOSPC, "No space left", "f"), 1),
+    (PermissionError(errno.EACCES, "Permission denied", b"f"), 1),
+    (OSError(errno.EBADF, "Bad file descriptor"), None),
+    (KeyError("x"), None),
+])  # fmt: skip
+def test_an_answer_is_one_line_and_a_code(error, code):
+    told = check.answer(error)
+    assert (told and told[1]) == code
+    assert told is None or "\n" not in told[0]
+
+
+def test_of_several_errors_the_first_failure_is_told():
+    def closing():
+        try:
+            raise check.Failed("disk full")
+        finally:
+            raise KeyError("closed twice")
+
+    with pytest.raises(KeyError) as e:
+        closing()
+    assert check.answer(e.value) == ("disk full", 1)
+
+
+def test_a_script_ends_with_one_line_for_a_full_disk(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left", "rows.json")
+
+    with pytest.raises(SystemExit) as end:
+        check.run(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("rows.json: got No space left, expected to read")

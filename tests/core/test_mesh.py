@@ -44,10 +44,8 @@ def test_a_product_that_is_not_the_devices(shape):
     with pytest.raises(UserError) as caught:
         meshes.make(MeshShape(*shape))
     message = str(caught.value)
-    assert (
-        message
-        == f"config.mesh: got {got}, expected a product of 8 devices; set one axis to -1: it takes what is left"
-    )
+    do = "set one axis to -1: it takes the remaining devices"
+    assert message == f"config.mesh: got {got}, expected a product of 8 devices; {do}"
 
 
 def test_some_of_the_devices():

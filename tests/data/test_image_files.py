@@ -414,3 +414,24 @@ def test_pillows_own_turn_is_the_same():
         data = encoded(PICTURE, "PNG", exif=exif)
         wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         np.testing.assert_array_equal(pictures.decode(data), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("name", ["Raw profile type exif", "Raw profile type APP1"])
+def test_orientation_in_the_text_chunk_of_a_png_is_read(name):
+    """As ImageMagick writes it; eXIf, where it is, decides."""
+    profile = exif_bytes()
+    text = f"\nexif\n{len(profile):8d}\n{profile[:36].hex()}\n{profile[36:].hex()}\n".encode()
+    shown = image_files.exif_orientation(profile)
+    assert shown > 1
+    for body in (
+        chunk(b"tEXt", name.encode() + b"\0" + text),
+        chunk(b"zTXt", name.encode() + b"\0\0" + zlib.compress(text)),
+    ):
+        assert image_files.without_metadata(png_with(body))[1] == shown
+        one = Image.Exif()
+        one[0x0112] = 1
+        first = chunk(b"eXIf", one.tobytes()[6:])
+        assert image_files.without_metadata(png_with(first + body))[1] == 1
+    for bad in (b"\n", b"\nexif\n 4\nzz", text[:40] + b"!"):
+        body = chunk(b"tEXt", name.encode() + b"\0" + bad)
+        assert image_files.without_metadata(png_with(body))[1] == 1

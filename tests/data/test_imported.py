@@ -75,7 +75,7 @@ def test_clip_merges():
     assert ids[3:6] == [apostrophe, s + 256, bang + 256]
     assert tok.decode(tok.encode("a cat, Über", 40)) == "a cat , über"
     assert json.loads(tok.to_bytes())["model"]["type"] == "BPE"
-    with pytest.raises(check.UserError, match="no pairs"):
+    with pytest.raises(check.UserError, match="exactly two pieces"):
         tokenizer_formats.clip_bpe(b"#version\none two three")
 
 
@@ -216,7 +216,7 @@ def test_roles_are_those_of_the_files_beside(tmp_path, capsys):
     assert tokenizer.load(tmp_path / "mine") == tok == tokenizer.Tokenizer(tok.to_bytes())
     tokenizers.Tokenizer.from_str(tok.to_bytes().decode())  # still a tokenizer.json
     for text, said in (
-        ('{"eos_token": "<stop>"}', "eos = '<stop>', which is no piece"),
+        ('{"eos_token": "<stop>"}', "eos = '<stop>', which is not a piece"),
         ("[1, 2]", "AttributeError"),
         ("{", "JSONDecodeError"),
     ):
@@ -288,3 +288,11 @@ def test_what_the_tokenizer_normalises_to_nothing_is_no_caption():
     with pytest.raises(check.UserError, match="one with text"):
         Dataset(strict, Captioned(texts), tok).batch_at(1, 1, 0)
     assert Dataset(data, Captioned(texts), tok).reference(2) == "10"
+
+
+@pytest.mark.parametrize("single", ["<a> <b> $A", "<a> $A </s> <b>"])
+def test_two_tokens_on_one_side_of_a_text_are_refused(single):
+    t = made("bpe", ["<a>", "<b>", "</s>"])
+    template(t, single)
+    with pytest.raises(check.UserError, match=r"got \[.*'<b>'\] .* one special token at most"):
+        tokenizer.Tokenizer(t.to_str().encode())

@@ -62,7 +62,7 @@ def test_a_full_disk_is_named(tmp_path):
     def build(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(check.MachineError, match=r"cache/k: got No space left .*; free space"):
+    with pytest.raises(check.Failed, match=r"cache/k: got No space left .*; free space"):
         index.cached("k", "stamp", build)
 
 

@@ -33,7 +33,7 @@ def test_batches_are_the_same(caplog):
     for a, b in zip(found, whole):
         np.testing.assert_array_equal(a["record"], b["record"])
         np.testing.assert_array_equal(a["image"], b["image"])
-    assert "a worker process died (exit code -9: killed, as for want of memory)" in caplog.text
+    assert "a worker process died (exit code -9: killed, probably out of memory)" in caplog.text
 
 
 def test_one_that_dies_at_once():

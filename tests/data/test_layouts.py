@@ -560,3 +560,39 @@ def test_tables_beside_images_without_texts_are_named(tmp_path):
         (tmp_path / "in" / name).write_text("file_name,caption\n0000.jpg,a cat\n")
     with pytest.raises(check.UserError, match=r"the path of the table: a\.csv, b\.csv"):
         convert.run(convert.Job(str(tmp_path / "in"), str(tmp_path / "out")))
+
+
+def hub_export(path, splits, names=("dog", "cat")):
+    """default/train/0000.parquet, labels as numbers whose names are in the schema's metadata."""
+    features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    for split, labels in splits.items():
+        (path / split).mkdir(parents=True)
+        images = [{"bytes": formats.rows(9)[i]["jpg"], "path": None} for i in range(len(labels))]
+        table = pyarrow.table({"image": images, "label": labels})
+        pyarrow.parquet.write_table(
+            table.replace_schema_metadata(about), path / split / "0000.parquet"
+        )
+
+
+def test_an_export_of_the_hub_is_found_with_the_names_of_its_classes(tmp_path, capsys):
+    hub_export(tmp_path / "in" / "default", {"train": [1, 0, 1, -1], "validation": [0]})
+    (tmp_path / "in" / "README.md").write_text("x")
+    source = sources.open_path(tmp_path / "in", given=fields.Fields(label="label", captions=()))
+    labels = [source[i].get("label") for i in range(len(source))]
+    assert labels == ["cat", "dog", "cat", None]
+    assert sources.held(str(tmp_path / "in")) == ("train", "val")
+    hub_export(tmp_path / "in" / "other", {"train": [1]})
+    with pytest.raises(check.UserError, match=r"got splits in each of \['default', 'other'\]"):
+        sources.find(str(tmp_path / "in"))
+
+
+def test_gaps_in_the_numbers_of_tars_are_told(tmp_path, caplog):
+    for name in ("00000.tar", "00001.tar", "00004.tar"):
+        formats.tar(tmp_path / name, formats.rows(1))
+    sources.open_path(tmp_path)
+    assert "3 files, without 00002.tar, 00003.tar" in caplog.text
+    caplog.clear()
+    (tmp_path / "00004.tar").rename(tmp_path / "00002.tar")
+    sources.open_path(tmp_path, strict=True)
+    assert "without" not in caplog.text

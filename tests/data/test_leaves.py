@@ -286,7 +286,7 @@ def test_stored_arrays_belong_to_the_crop_that_the_image_shows(small_tokenizer, 
     still = made(small_tokenizer).eval_batch(0, NUM)
     np.testing.assert_array_equal(still["stored.clip"][:, 0], 10 * np.arange(NUM))
     for field in ("jitter", "translate_frac"):
-        with pytest.raises(check.UserError, match=f"config.data.{field}: got 0.2 beside stored"):
+        with pytest.raises(check.UserError, match=f"config.data.{field}: got 0.2 with stored"):
             made(small_tokenizer, ("stored.clip",), **{field: 0.2})
 
 
@@ -348,7 +348,7 @@ def test_a_wrong_field_is_one_line_or_a_bad_record(small_tokenizer, leaf):
 
 def test_stored_arrays_without_their_crops_are_refused(small_tokenizer):
     bare = lambda i, r: {k: v for k, v in r.items() if k != "crops"}
-    with pytest.raises(check.UserError, match="expected beside them the field crops"):
+    with pytest.raises(check.UserError, match="expected also the field crops"):
         made(small_tokenizer, ("stored.clip",), bare).batch_at(0, 2, 0)
 
 

@@ -85,7 +85,7 @@ def test_a_mixed_dataset_counts_and_resumes():
         ({"mixture": (Part("a", weight=float("inf")),)}, "finite"),
         ({"mixture": (Part("a", weight=float("nan")),)}, "finite"),
         ({"mixture": (Part("a", weight=0.0),)}, "not all 0"),
-        ({"mixture": (), "reweight": (Reweight(1, (1.0,)),)}, "a mixture beside it"),
+        ({"mixture": (), "reweight": (Reweight(1, (1.0,)),)}, "a mixture to reweight"),
         ({"reweight": (Reweight(9, (1.0,)),)}, "config.data.reweight.0.weights"),
         ({"reweight": (Reweight(0, (1.0, 1.0, 1.0)),)}, "over 0"),
         ({"mixture": (Part("a", source="shape"),)}, "did you mean 'shapes'"),

@@ -105,13 +105,12 @@ def test_val_depends_on_the_images_alone(tmp_path):
 @given(
     st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1, max_size=5),
     st.floats(0.01, 0.9),
-    st.integers(0, 6),
 )
-def test_held_out_rows_are_a_function_of_their_content(blocks, frac, limit):
+def test_held_out_rows_are_a_function_of_their_content(blocks, frac):
     """0 stands for a row without an image; other numbers are digests."""
     arrays = [np.array([x or prepare.NO_IMAGE for x in b], np.uint64) for b in blocks]
     flat = np.concatenate(arrays)
-    held = prepare.hold_out(arrays, frac, limit)
+    held = prepare.hold_out(arrays, frac)
     assert np.array_equal(held, np.sort(held)) and len(set(held.tolist())) == len(held)
     val, train = set(flat[held].tolist()), set(np.delete(flat, held).tolist())
     none = int(prepare.NO_IMAGE)
@@ -122,8 +121,8 @@ def test_held_out_rows_are_a_function_of_their_content(blocks, frac, limit):
         return
     wanted = max(1, round(frac * int((flat != prepare.NO_IMAGE).sum())))
     assert 1 <= len(val) < len(distinct)
-    assert len(held) <= (min(wanted, limit) if limit else wanted) or len(val) == 1
-    joined = prepare.hold_out([flat], frac, limit)  # blocks change nothing
+    assert len(held) <= wanted or len(val) == 1
+    joined = prepare.hold_out([flat], frac)  # blocks change nothing
     assert np.array_equal(held, joined)
 
 
@@ -230,7 +229,7 @@ def test_convert_takes_or_trains_a_tokenizer(tmp_path, small_tokenizer, capsys):
                 formats.jpeg(hash((kind, k)) % 99)
             )
     assert made("labels", path=tmp_path / "classes") is None
-    with pytest.raises(check.UserError, match="--tokenizer: got 'no.model', which is no file"):
+    with pytest.raises(check.UserError, match="--tokenizer: got 'no.model', which is not a file"):
         made("x", "--tokenizer", "no.model")
     with pytest.raises(check.UserError, match="--tokenizer: got '0'"):
         made("x", "--tokenizer", "0")
@@ -264,7 +263,7 @@ def test_splits_that_the_input_has_are_taken(tmp_path, capsys):
     assert run_as_is("convert", tmp_path / "in", "--out", tmp_path / "out") == 0
     told = capsys.readouterr().out
     assert "val: 4 records in 1 shards\n" in told and "not asked for" not in told
-    with pytest.raises(check.UserError, match="--val-fraction: got 0.1 beside the splits"):
+    with pytest.raises(check.UserError, match="--val-fraction: got 0.1 together with the splits"):
         run_as_is("convert", tmp_path / "in", "--out", tmp_path / "x", "--val-fraction", 0.1)
     only = ("--splits", "train")
     assert run_as_is("convert", tmp_path / "in", "--out", tmp_path / "some", *only) == 0

@@ -256,7 +256,7 @@ except OSError:
                     held.append(open(path + "/manifest.json"))
                 except OSError:
                     break
-    except check.MachineError as e:
+    except check.Failed as e:
         print(e, dict(dataset.loader_stats.bad), sep="\\n")
 """
 
@@ -292,5 +292,5 @@ def test_faults_of_the_machine_are_not_charged_to_a_record(make_records, small_t
 
     data = Data(path="p", bad_records="replace", image_px=8, text_len=8, read_threads=0)
     dataset = Dataset(data, Failing([0]), small_tokenizer)
-    with pytest.raises(check.MachineError, match=r"record 0 of p: got .*, expected room for more;"):
+    with pytest.raises(check.Failed, match=r"record 0 of p: got .*, expected room for more;"):
         dataset.batch_at(0, 1, 0)

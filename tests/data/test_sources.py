@@ -86,7 +86,7 @@ def test_truncated_tails_are_counted_or_refused(tmp_path, keep):
     source = sources.open_path(path)
     same_as(source, pairs[:4])
     assert source.counts == {"truncated": 1}
-    with pytest.raises(check.UserError, match=r"a\.tar: got \{'truncated': 1\} beside 4 good"):
+    with pytest.raises(check.UserError, match=r"a\.tar: got \{'truncated': 1\} and 4 good"):
         sources.open_path(path, strict=True)
 
 
@@ -479,7 +479,7 @@ def test_what_is_no_quarantine_file_is_refused(tmp_path, dataset_dir, text):
 
 def test_parts_of_a_mixture_have_names_of_their_own():
     parts = tuple(Part(name="a", weight=0.5, source="shapes") for _ in range(2))
-    with pytest.raises(check.UserError, match="a name of its own for each part"):
+    with pytest.raises(check.UserError, match="a different name for each part"):
         open_dataset(Data(mixture=parts))
 
 

@@ -563,5 +563,5 @@ def test_base64_that_is_none_is_a_bad_row(made):
     source = sources.open_path(made("a.jsonl", rows_))
     assert source[1]["image"] == formats.jpeg(0)
     for i in (0, 2, 3):
-        with pytest.raises(ValueError, match=f"row {i}, line {i + 1} is no base64"):
+        with pytest.raises(ValueError, match=f"row {i}, line {i + 1} is not base64"):
             source[i]

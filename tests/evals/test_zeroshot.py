@@ -226,7 +226,7 @@ def evaluate_changed(monkeypatch, change, **data):
     """Values, provenance and artefact of the records as `change(i, record)` leaves them."""
     kept, mesh = {}, meshes.make(meshes.MeshShape(), jax.devices()[:1])
     tokenizer = open_dataset(DATA).tokenizer
-    changed = lambda data, tokenizer: Dataset(data, Some(change), tokenizer)
+    changed = lambda data, tokenizer, _: Dataset(data, Some(change), tokenizer)
     monkeypatch.setattr(ios, "_open", changed)
     io = ios.IO(dataclasses.replace(DATA, **data), tokenizer, kept.__setitem__)
     evaluator = zs.Zeroshot("shape", CLASSES, templates=TEMPLATES, batch=8)
@@ -296,7 +296,7 @@ def test_no_record_with_the_label(monkeypatch):
 def test_evaluations_of_captions_need_captions(monkeypatch):
     """Told before training, not after it."""
     none = lambda i, record: record.update(captions=[])
-    changed = lambda data, tokenizer: Dataset(data, Some(none), tokenizer)
+    changed = lambda data, tokenizer, _: Dataset(data, Some(none), tokenizer)
     monkeypatch.setattr(ios, "_open", changed)
     io = ios.IO(DATA, open_dataset(DATA).tokenizer)
     with pytest.raises(

@@ -255,6 +255,8 @@ def inner_jaxprs(eqn):
 
 
 if __name__ == "__main__":
+    from vlp import __main__ as program  # which takes Ctrl-C: not in the tests' own process
+
     logging.root.handlers.clear()  # Grain's, which would keep the command from setting its own
     register_toy()
-    sys.exit(cli.main())
+    sys.exit(program.main())

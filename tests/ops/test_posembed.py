@@ -51,3 +51,10 @@ def test_sequence_rows_are_absolute_positions():
     )
     np.testing.assert_array_equal(posembed.resize_sequence(old, fresh[:3]), old[:3])
     np.testing.assert_array_equal(posembed.resize_sequence(old, fresh[:4]), old)
+
+
+def test_a_first_row_without_a_place_is_kept():
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(1 + 4, 3)), jnp.float32)
+    out = posembed.resize_grid_after_first(table, jnp.zeros((1 + 16, 3)))
+    np.testing.assert_array_equal(out[0], table[0])
+    np.testing.assert_array_equal(out[1:], posembed.resize_grid(table[1:], 16))

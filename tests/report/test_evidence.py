@@ -303,6 +303,8 @@ def test_gallery_and_table_have_one_name(tmp_path):
     config = {"evals": {"skin_tone": {"name": "zeroshot", "label": "tone"}}}
     assert html._title("zeroshot_tone_test", artefact, config) == "Skin tone · test"
     assert html._title("zeroshot_tone_test", artefact, {}) == "Tone · test"
+    second = artefact | {"eval": "plain"}  # of two evaluations with one label
+    assert html._title("zeroshot_tone_test_plain", second, config) == "Plain · test"
 
 
 def test_ranks_have_whole_ticks():

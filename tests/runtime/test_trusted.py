@@ -77,6 +77,7 @@ TOO_LARGE = {
     "negative seed": ({"seed": -1}, "config.seed: got -1, expected 0"),
     "steps": ({"steps": 2**31}, "fewer than 2^31 steps"),
     "samples": ({"steps": 0, "samples": 2**40}, "fewer than 2^31 steps"),
+    "float32": ({"schedule.lr": 1e39}, "config.schedule.lr: got 1e+39, expected a number that"),
     "53 bits": ({"save_every_steps": 2**53}, "config.save_every_steps: got 9007199254740992"),
     "a float": ({"schedule.lr": 10**400}, "config.schedule.lr: got 1000"),
     "a part": (

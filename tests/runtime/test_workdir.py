@@ -156,7 +156,7 @@ def test_opening_follows_no_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError) as e:
         workdir.open_text(tmp_path / "link", "w")
-    assert "link" in check.failure(e.value)
+    assert "link" in (check.answer(e.value) or [""])[0]
     assert (tmp_path / "mine").read_text() == "mine"
     os.symlink(tmp_path, tmp_path / "evals")
     with pytest.raises(check.UserError, match="a symbolic link"):

@@ -353,7 +353,7 @@ REFUSED = {
     "evaluating nobody": ({"eval_params": "emma"}, "expected one of ['student']"),
     "moments of other parameters": (
         {"stages.1.init": "/a/run", "stages.1.keep_opt_state": True},
-        "config.stages.1.keep_opt_state: got True beside init",
+        "config.stages.1.keep_opt_state: got True together with init",
     ),
     "words for stages": ({"stages": "(dict(steps=3),)"}, "config.stages: got '(dict(steps=3),)'"),
     "two of a name": ({"stages.1.name": "one"}, "name 'one' twice"),

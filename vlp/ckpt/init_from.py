@@ -22,6 +22,7 @@ Resize = Callable[[Any, Any], Any]
 # Position tables: full-match pattern of the leaf's name → rule(old, fresh). Every other leaf must keep its shape.
 RESIZE: dict[str, Resize] = {
     r"(.*/)?image_tower/pos": lambda old, fresh: posembed.resize_grid(old, fresh.shape[0]),
+    r"(.*/)?image_tower/pool/pos": posembed.resize_grid_after_first,
     r"(.*/)?text_tower/pos": posembed.resize_sequence,
 }
 
@@ -38,7 +39,7 @@ def transfer_params(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
         where: the config section that asks for it, for errors and the log.
 
     Raises:
-        UserError: a leaf that is no position table has another shape.
+        UserError: a leaf other than a position table has another shape.
     """
     check_fits(old, fresh, where)
     values = tree.named(old)
@@ -82,7 +83,7 @@ def select_params(params: PyTree, match: str, where: str) -> dict[str, Any]:
 
 
 def check_fits(old: PyTree, fresh: PyTree, where: str) -> None:
-    """Raises the UserError of `transfer_params`, from shapes alone."""
+    """Raises the UserError of `transfer_params`; needs only shapes."""
     values = tree.named(old)
     for name, leaf in tree.named(fresh).items():
         shape = values[name].shape if name in values else leaf.shape

@@ -86,6 +86,7 @@ def _convert(args: argparse.Namespace) -> int:
         rows_per_shard=args.rows_per_shard,
         strict=args.strict,
         check_images=args.check_images,
+        max_px=args.max_px,
         tokenizer=args.tokenizer,
         **_val(args),
     )
@@ -96,10 +97,10 @@ def _convert(args: argparse.Namespace) -> int:
         note = f" {how}" if (how := getattr(source, "how", "")) else ""
         num_rows = getattr(source, "num_rows", len(source))
         print(f"{split}: {num_rows} rows of {kind}, {shown}{note}")
-        if told := sources.grouped(source):
-            print(f"{split}: {told} (--no-group: one record per row)")
-        if os.path.isdir(args.input) and (beside := sources.unread(kind, found)):
-            print(f"{split}: not read beside them, by ending: {beside}")
+        if grouping := sources.grouped(source):
+            print(f"{split}: {grouping} (--no-group: one record per row)")
+        if os.path.isdir(args.input) and (unread := sources.unread(kind, found)):
+            print(f"{split}: other files, not read, by ending: {unread}")
     manifest = convert.run(
         job, workers=args.workers, runner=args.runner, runner_args=args.runner_args
     )
@@ -115,6 +116,8 @@ def _convert(args: argparse.Namespace) -> int:
         pieces = f"{words['pieces']} pieces{fewer}"
         print(f"tokenizer: {pieces}, {words['from']}, sha256 {words['sha256'][:12]}…")
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
+    if resized := info.get("resized"):
+        print(f"shrunk to a shorter side of {args.max_px}: {resized['records']} images")
     if parts := info.get("parts_left_out"):
         print(f"parts that do not fit, left out of records: {parts}")
     for kind in ("tar", "folder", "img2dataset"):
@@ -133,7 +136,7 @@ def _val(args: argparse.Namespace) -> dict:
 
     has = set(fields.names_of("val")) & set(args.splits) or "train" not in args.splits
     if args.val_fraction and has:
-        got = f"{args.val_fraction} beside the splits {list(args.splits)}"
+        got = f"{args.val_fraction} together with the splits {list(args.splits)}"
         raise check.error(
             "--val-fraction", got, "'train' without a split val", "leave out --val-fraction"
         )
@@ -174,8 +177,8 @@ def _open(args: argparse.Namespace, split: str):
     from vlp.data import sources
 
     source = sources.open_path(args.input, split, given=data_options.fields_of(args))
-    if told := sources.grouped(source):
-        print(f"{split}: {told} (--no-group: one record per row)", file=sys.stderr)
+    if grouping := sources.grouped(source):
+        print(f"{split}: {grouping} (--no-group: one record per row)", file=sys.stderr)
     return source
 
 

@@ -1,10 +1,10 @@
-"""The options of `vlp data` by action, and the columns that they name."""
+"""The command-line options of each action of `vlp data`."""
 
 import argparse
 
 
 def add_actions(parser: argparse.ArgumentParser) -> None:
-    """Adds the actions (emoji, convert, verify, …) with their options to the parser of `vlp data`."""
+    """Adds the actions (emoji, convert, verify, …) and their options to the parser of `vlp data`."""
     actions = parser.add_subparsers(dest="action", required=True)
     emoji = actions.add_parser("emoji", help="build the emoji demo dataset (no download)")
     emoji.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
@@ -22,41 +22,52 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--rows-per-shard", type=_number, default=16384, help="default 16384")
     convert.add_argument("--workers", type=_number, default=1, help="processes (default 1)")
     convert.add_argument(
-        "--strict", action="store_true", help="raise an error for tars with damaged tails"
+        "--strict",
+        action="store_true",
+        help="raise an error for tars with damaged or omitted parts",
     )
     convert.add_argument(
-        "--check-images", action="store_true", help="leave out images that do not decode"
+        "--check-images", action="store_true", help="decode every image; leave out those that fail"
+    )
+    convert.add_argument(
+        "--max-px",
+        type=_number,
+        default=0,
+        metavar="N",
+        help="shrink images whose shorter side is longer than N pixels, as JPEG (default: none)",
     )
     convert.add_argument(
         "--val-fraction",
         type=_fraction,
         default=0.0,
         metavar="F",
-        help="if there is no split val, hold out this share of train (default 0)",
+        help="fraction of train to hold out, if there is no split val (default 0)",
     )
     convert.add_argument(
         "--tokenizer",
         default="auto",
         metavar="N|FILE",
         help="train N pieces on the captions of train, or use a file; '' for none (default: the"
-        " tokenizer beside the input, or one with as many pieces as the captions allow)",
+        " input's tokenizer, or else a new one with as many pieces as the captions allow)",
     )
     convert.add_argument(
-        "--runner", default="", help="a runner of Apache Beam instead of this machine"
+        "--runner", default="", help="Apache Beam runner to use instead of this machine"
     )
     convert.add_argument("--runner-args", nargs="*", default=[], help="options of the runner")
     verify = actions.add_parser("verify", help="check digests and decode every image")
     verify.add_argument("dir", metavar="DIR")
     verify.add_argument("--quarantine", metavar="FILE", help="write the bad records here, as JSONL")
     inspect = actions.add_parser(
-        "inspect", help="count sizes, lengths and repeats; make a page of images"
+        "inspect", help="report image sizes, caption lengths and duplicates; write a page of images"
     )
     _add_input(inspect)
     inspect.add_argument(
         "--json", action="store_true", help="print JSON; lists are [min, 25 %%, median, 75 %%, max]"
     )
     inspect.add_argument("--html", metavar="FILE", help="write a page with images and captions")
-    keep = actions.add_parser("filter", help="apply ALIGN's image and text rules; count by rule")
+    keep = actions.add_parser(
+        "filter", help="apply ALIGN's image and text rules; print a count per rule"
+    )
     _add_input(keep, splits=None)
     keep.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     for flag, default in RULES.items():
@@ -72,12 +83,14 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "--model-type", choices=("bpe", "unigram"), default="bpe", help="default bpe (byte pairs)"
     )
     words.add_argument("--keep-case", action="store_true", help="do not lower-case")
-    words.add_argument("--lower", action="store_true", help="lower-case before --from's own rules")
+    words.add_argument(
+        "--lower", action="store_true", help="lower-case, then apply the rules of the --from file"
+    )
     words.add_argument(
         "--langs", nargs="+", default=[], help="use only captions in these languages"
     )
     bench = actions.add_parser(
-        "bench", help="images/s of each stage on one core; names the slowest"
+        "bench", help="measure images/s of each stage on one core; name the slowest stage"
     )
     _add_input(bench)
     bench.add_argument("--num-images", type=_number, default=500)
@@ -87,7 +100,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     bench.add_argument("--workers", type=int, default=0)
 
 
-# Flags of `vlp data filter`: the fields of vlp.data.tools.filter.Rules, with the numbers of the paper.
+# Flags and defaults of `vlp data filter`: the fields of vlp.data.tools.filter.Rules, with ALIGN's values.
 RULES = {
     "min-side-px": 200,
     "max-aspect": 3.0,
@@ -124,14 +137,16 @@ def _add_input(
     """Adds the options of an action's input.
 
     Args:
-        parser: of the action.
-        optional: the action also works without an input.
-        splits: that are read by default; None: all that the input has.
+        parser: the action's parser.
+        optional: whether the input may be omitted.
+        splits: splits read by default; None: all splits of the input.
     """
     nargs = "?" if optional else None
     parser.add_argument("input", metavar="PATH", nargs=nargs, help="a directory, shard or table")
-    usual = f"default: {' '.join(splits) if splits else 'train, and val, test, dev if they exist'}"
-    parser.add_argument("--splits", nargs="+", default=splits, help=usual)
+    splits_help = (
+        f"default: {' '.join(splits) if splits else 'train, and val, test, dev if they exist'}"
+    )
+    parser.add_argument("--splits", nargs="+", default=splits, help=splits_help)
     for name in ("key", "image", "lang", "label"):
         off = "" if name == "image" else "; '' to use no column"
         words = f'column, or a path into one ("a.b"){off}'
@@ -151,12 +166,12 @@ def _add_input(
     parser.add_argument(
         "--no-group",
         action="store_true",
-        help="make one record per row, even if rows share an image",
+        help="write one record per row, even if several rows share an image",
     )
     parser.add_argument(
         "--allow-outside",
         action="store_true",
-        help="allow paths of a table or a link that leave the dataset's directory",
+        help="allow table paths and links that point outside of the dataset's directory",
     )
 
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vlp.cli.main import start_jax
     from vlp.core import check, mesh, progress
-    from vlp.evals.io import IO
+    from vlp.evals.io import IO, own_names
     from vlp.infer.load import load
     from vlp.runtime import workdir
 
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     with jax.set_mesh(device_mesh):
         for label, evaluator in chosen.items():
             with progress.phase(f"vlp eval: {label}"):
-                results = list(evaluator(loaded.apply, device_mesh, io))
+                own = own_names(chosen, label, io)
+                results = list(evaluator(loaded.apply, device_mesh, own))
             for r in results:
                 row = {"eval": label, "step": loaded.step, "metric": r.metric, "value": r.value}
                 rows.append(row | dict(r.provenance))
@@ -118,10 +119,12 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
 def ready(
     chosen: dict[str, Any], args: argparse.Namespace, loaded: Loaded, device_mesh: Any, io: Any
 ) -> dict[str, Any]:
-    """The evaluators, by label, that can be done on `--split` (default: on their own splits).
+    """Returns the evaluators, by label, that can run on `--split` (default: on their own splits).
 
-    With `--split`, one that cannot be done is skipped in a line that says why, if another one can and no option names
-    it. Raises the UserError of the first that cannot, otherwise.
+    With `--split`, an evaluator that cannot run is skipped and the reason is printed, unless an option names it.
+
+    Raises:
+        UserError: without `--split`, if any evaluator cannot run; with it, if a named one or all cannot run.
     """
     from vlp.core import check
     from vlp.evals.io import check_asks, check_ready
@@ -135,7 +138,7 @@ def ready(
             check_ready(evaluator, device_mesh, io, f"config.evals.{label}")
             check_asks(evaluator, loaded.apply, loaded.data, f"config.evals.{label}")
             found[label] = evaluator
-        except check.MachineError:
+        except check.Failed:
             raise
         except check.UserError as e:
             if not args.split or label in named:

@@ -1,6 +1,6 @@
 """The command line: `vlp SUBCOMMAND …`.
 
-Exit codes: 0 done; 1 crash, fault of the machine or failed check; 2 mistake of the user; 75 pre-empted and saved;
+Exit codes: 0 done; 1 crash, machine fault or failed check; 2 user error; 75 pre-empted, after a checkpoint was saved;
 76 hang; 130 Ctrl-C (vlp.core.interrupt).
 """
 
@@ -23,19 +23,19 @@ COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "report")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes in one line."""
+    """Raises UserError for a wrong option, so that `main` prints one line instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise check.UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns its exit code."""
+    """Runs one subcommand and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for noisy in ("jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # `vlp` reports what these raise; they would log it too, with its traceback.
+    # These log every exception that they raise, with a traceback; `main` already prints it.
     for noisy in ("absl", "orbax"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     sys.excepthook = _excepthook
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vlp {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen = [c for c in COMMANDS if c == next((a for a in argv if not a.startswith("-")), None)]
-    for name in chosen or COMMANDS:  # one command does not import the others
+    for name in chosen or COMMANDS:  # import only the chosen command: it starts faster
         importlib.import_module(f"vlp.cli.{name}").add_parser(subparsers)
-    progress.in_log = chosen == ["train"]  # standard error holds only the mistakes of `train`
+    progress.in_log = chosen == ["train"]  # so that only errors of `train` go to standard error
     try:
         for a in (a for a in argv if a.startswith("-") and a.endswith("=--")):
             raise check.error(a.removesuffix("=--"), "'--'", "a value", "give one after the =")
@@ -63,19 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         with progress.phase(f"vlp {chosen[0] if chosen else ''}"):
             return args.run(args)
     except Exception as e:
-        if (told := check.answer(e)) is None:
+        if (known := check.answer(e)) is None:
             raise
-        print(f"vlp: {re.sub(r'^vlp:? ', '', told[0])}", file=sys.stderr)
-        return told[1]
+        message, code = known
+        print(f"vlp: {re.sub(r'^vlp:? ', '', message)}", file=sys.stderr)
+        return code
 
 
 def _excepthook(kind: type[BaseException], e: BaseException, trace: Any) -> None:
-    """Prints an uncaught error, except those of TensorStore's threads that call back into a save that has failed."""
+    """Prints an uncaught exception, but not the one that TensorStore's threads raise after a save has failed."""
     if not (kind is RuntimeError and str(e) == "Event loop is closed"):
         sys.__excepthook__(kind, e, trace)
 
 
-# Flags of JAX that numbers depend on. They override the shell and a JAX configuration.
+# JAX flags that change the numbers of a run. These values override environment variables and jax.config.
 PINNED = {
     "jax_enable_x64": False,
     "jax_default_matmul_precision": None,
@@ -89,9 +90,9 @@ _FAST = r"--xla_\w*fast_(math|min_max)(=(true|1))?(?=\s|$)"
 
 
 def start_jax() -> None:
-    """Pins the flags that numbers depend on, and lets runs share compiled programs.
+    """Pins the JAX flags of `PINNED` and turns on JAX's persistent compilation cache.
 
-    The environment variable VLP_CACHE names the folder of compiled programs (default ~/.cache/vlp; empty: none).
+    The environment variable VLP_CACHE is the cache folder (default ~/.cache/vlp; empty: no cache).
     """
     import jax
 
@@ -103,10 +104,10 @@ def start_jax() -> None:
 
 
 def pin_flags() -> None:
-    """Sets JAX's flags as in `PINNED`, and warns of those that had other values.
+    """Sets the JAX flags of `PINNED`, and warns about each flag that had another value.
 
     Raises:
-        UserError: XLA_FLAGS allows fast math, which may ignore NaN and reorder sums.
+        UserError: XLA_FLAGS turns on fast math, which may ignore NaN and reorder sums.
     """
     import jax
 
@@ -114,7 +115,7 @@ def pin_flags() -> None:
     for name, value in PINNED.items():
         found = getattr(jax.config, name, value)
         if found != value:
-            text = "%s=%s is ignored (it stays %s): the numbers of a run depend on its config alone"
+            text = "%s=%s is ignored (it stays %s): the numbers of a run depend only on its config"
             log.warning(text, name.upper(), found, value)
             jax.config.update(name, value)
     if fast := re.search(_FAST, os.environ.get("XLA_FLAGS", "")):

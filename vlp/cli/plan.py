@@ -36,7 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--mfu", type=float, default=0.4, help="MFU that times are computed for (default 0.4)"
     )
     parser.add_argument(
-        "--alone", action="store_true", help="also measure the loss and an evaluation batch alone"
+        "--alone",
+        action="store_true",
+        help="also measure the loss and an evaluation batch separately",
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write the plan as JSON")
     parser.epilog = "Exit code 1: the step does not fit; the output says which settings would."

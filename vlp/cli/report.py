@@ -1,4 +1,4 @@
-"""`vlp report WORKDIR… [--out FILE]`: one HTML file about a run, or about several side by side."""
+"""`vlp report WORKDIR… [--out FILE]`: writes one HTML file about one run, or one that compares several."""
 
 import argparse
 from pathlib import Path
@@ -8,9 +8,11 @@ from vlp.report import html
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand to the parser of `vlp`."""
-    text = "write one self-contained HTML file about a run, or about several"
+    text = "write one self-contained HTML file about a run, or a comparison of several"
     parser = subparsers.add_parser("report", help=text, description=text)
-    parser.add_argument("workdirs", type=Path, nargs="+", metavar="WORKDIR", help="folders of runs")
+    parser.add_argument(
+        "workdirs", type=Path, nargs="+", metavar="WORKDIR", help="work directories of runs"
+    )
     parser.add_argument(
         "--out",
         type=Path,

@@ -1,7 +1,8 @@
 """Errors that a user can act on: one line, `where: got X, expected Y; do Z`.
 
-The command line prints the message of a `UserError` alone and exits with code 2. It does the same for a fault of the
-machine (`Failed`, a full disk), with code 1. Any other exception is a crash: code 1, with its traceback.
+The command line prints only the message of a `UserError` and exits with code 2. It does the same for a failure that
+is not a user error (`Failed`, or an `OSError` of the machine), with code 1. Any other exception is a crash: code 1,
+with its traceback.
 """
 
 import difflib
@@ -20,59 +21,42 @@ class UserError(ValueError):
     """A mistake in a config, a command or a file; its message says what to do."""
 
 
-class Failed(RuntimeError):
-    """Something outside of the program failed (a disk, another process); the message says what is kept."""
+class Failed(UserError):
+    """A failure that is not a user error: a disk, a limit of the machine, another process, non-finite numbers.
+
+    Its exit code is 1. The message names what is saved. The data being read is not the cause.
+    """
 
 
-# Errors of the operating system that no program can prevent.
-_MACHINE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
-    errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG,
-)  # fmt: skip
-
-
-def failure(e: BaseException) -> str:
-    """Returns the line to print for a fault of the machine; "" for a crash."""
-    error: BaseException | None = e
-    while error is not None:  # the first error of the chain, not what failed to close after it
-        if isinstance(error, Failed):
-            return str(error)
-        error = error.__context__
-    if isinstance(e, OSError) and e.errno in _MACHINE:
-        where = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else "a file"
-        return f"{where}: got {e.strerror}, expected to read or write it; correct that and run the command again"
-    return ""
-
-
-class MachineError(UserError):
-    """A limit or a fault of the machine, not of the data that was being read."""
-
-
-_FAULTS = {  # by errno: what to do
+_OTHERWISE = "correct that and run the command again"
+_FAULTS = {  # of the machine, by errno: what to do
     errno.EMFILE: "raise the limit with `ulimit -n`",
     errno.ENFILE: "close other programs' files",
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
     errno.EIO: "check the disk or the network mount",
     errno.ENOMEM: "use fewer workers or smaller batches",
+    errno.EFBIG: "raise the limit with `ulimit -f`",
+    errno.EROFS: _OTHERWISE,
+    errno.ESTALE: _OTHERWISE,
 }
+# Errors of a path. Where data names the file, the data is at fault, not the machine.
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-def machine(where: object, e: BaseException) -> MachineError | None:
+def machine(where: object, e: BaseException) -> Failed | None:
     """Returns the error to raise if `e`, from Python or a library, is a fault of the machine; else None."""
-    if isinstance(e, MachineError):
+    if isinstance(e, Failed):
         return e
     code = errno.ENOMEM if isinstance(e, MemoryError) else getattr(e, "errno", None)
-    if code is None and isinstance(
-        e, RuntimeError | OSError
-    ):  # compiled libraries give only the message
+    if code is None and isinstance(e, RuntimeError | OSError):  # compiled libraries: message only
         code = next((n for n in _FAULTS if os.strerror(n).lower() in str(e).lower()), None)
     if code not in _FAULTS:
         return None
     got = os.strerror(code)
     if code == errno.EMFILE:
         got += f" (this process may hold {resource.getrlimit(resource.RLIMIT_NOFILE)[0]})"
-    return MachineError(f"{where}: got {got}, expected room for more; {_FAULTS[code]}")
+    return Failed(f"{where}: got {got}, expected room for more; {_FAULTS[code]}")
 
 
 def line(text: object) -> str:
@@ -81,22 +65,30 @@ def line(text: object) -> str:
 
 
 def answer(e: BaseException) -> tuple[str, int] | None:
-    """Returns the line to print for an error and its exit code (2: the user's, 1: the machine's); None for a crash."""
+    """Returns the line to print for an error and its exit code (2: user error, 1: failure); None for a crash."""
     if isinstance(e, UserError):
-        return line(e), 1 if isinstance(e, MachineError) else 2
-    told = failure(e)
-    return (line(told), 1) if told else None
+        return line(e), 1 if isinstance(e, Failed) else 2
+    error: BaseException | None = e
+    while error is not None:  # the first error of the chain, not what failed to close after it
+        if isinstance(error, Failed):
+            return line(error), 1
+        error = error.__context__
+    if isinstance(e, OSError) and (e.errno in _FAULTS or e.errno in _OF_PATHS):
+        where = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else "a file"
+        do = _FAULTS.get(e.errno, _OTHERWISE)
+        return line(f"{where}: got {e.strerror}, expected to read or write it; {do}"), 1
+    return None
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs main and exits with its code; a UserError is printed in one line, with its code."""
+    """Runs main and exits with its code; an error that `answer` knows is printed in one line, with its code."""
     try:
         sys.exit(main())
-    except UserError as mistake:
-        told = answer(mistake)
-        assert told is not None
-        print(told[0], file=sys.stderr)
-        sys.exit(told[1])
+    except Exception as e:
+        if (known := answer(e)) is None:
+            raise
+        print(known[0], file=sys.stderr)
+        sys.exit(known[1])
 
 
 def output_file(where: str, path: str | pathlib.Path | None, *, new: bool = False) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import pathlib
+import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +49,15 @@ def mfu(flops_per_s: float, device_kind: str) -> float | None:
     """Returns the model FLOPs utilisation of one device; None if CHIPS does not have it."""
     chip = CHIPS.get(device_kind)
     return None if chip is None else flops_per_s / chip.flops
+
+
+def processor() -> tuple[str, frozenset[str]]:
+    """Returns the processor's name (JAX has none), else its architecture's, and its flags as Linux names them."""
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        pairs = (line.partition(":") for line in lines)
+        fields = {key.strip(): value.strip() for key, _, value in pairs}
+        flags = frozenset(fields.get("flags", "").split())
+        if name := fields.get("model name"):
+            return name, flags
+    return platform.processor() or platform.machine(), frozenset()

@@ -15,6 +15,7 @@ import difflib
 import inspect
 import itertools
 import json
+import math
 import pathlib
 import types
 import typing
@@ -29,7 +30,8 @@ if typing.TYPE_CHECKING:  # imported where config files are read: a model can be
     import ml_collections
 
 T = TypeVar("T")
-_loads = itertools.count()  # a package of its own for each config file that is loaded
+_loads = itertools.count()  # numbers the packages: each config file is loaded as a new one
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> "ml_collections.ConfigDict":
@@ -85,7 +87,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _near(path: pathlib.Path) -> str:
-    """Returns what to do about a config file that is not there: the file beside it of the most similar name."""
+    """Returns advice for a missing config file: the most similar name in the same folder."""
     files = {p.name: p for p in path.parent.glob("*.py")} if path.parent.is_dir() else {}
     if found := difflib.get_close_matches(f"{path.stem}.py", files, n=1, cutoff=0.6):
         return f"did you mean {str(files[found[0]])!r}?"
@@ -112,11 +114,11 @@ def _returned(path: str, arg: str) -> tuple[Any, bool]:
                 raise check.error(where, f"the argument {arg!r} for get_config()", "none", do)
             return function(), plugins.defines_parts(module)
     finally:
-        plugins.forget(package)  # the next load reads every file anew
+        plugins.forget(package)  # the next load reads every file again
 
 
 def plain(value: Any) -> Any:
-    """Returns a deep copy made of dicts, lists and scalars alone (what JSON would give back)."""
+    """Returns a deep copy with only dicts, lists and scalars, as after a JSON round trip."""
     if hasattr(value, "to_dict"):  # a ConfigDict
         value = value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -301,7 +303,7 @@ def _override(config: dict[str, Any], item: str) -> None:
 
 
 def _replaces(stage: Any, base: Any, path: Sequence[str]) -> bool:
-    """Whether a stage's overlay leaves nothing of the base's value at a path."""
+    """Returns whether a stage's overlay replaces the base's whole value at a path."""
     for depth, part in enumerate(path):
         if not isinstance(stage, Mapping) or not isinstance(base, Mapping):
             return True
@@ -357,11 +359,13 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         raise check.error(where, value, "a number of less than 53 bits", "write a smaller one")
     elif hint is float and value != value:
         raise check.error(where, value, "a number", "correct the value")
+    elif hint is float and type(value) is float and _FLOAT32_MAX < abs(value) < math.inf:
+        raise check.error(where, value, "a number that float32 holds", "write one below 3.4e38")
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
     do = "correct the value"
     if isinstance(value, str) and value[:1] in ("(", "[", "{"):
-        do = """on the command line write literals alone, {"key": 1} for dict(key=1)"""
+        do = """on the command line write only literals, {"key": 1} for dict(key=1)"""
     raise check.error(where, repr(value), _name(hint) if origin is None else str(hint), do)

@@ -1,10 +1,11 @@
-"""Ctrl-C ends a command at once: one line, exit code 130, whatever the main thread is doing.
+"""Ctrl-C ends a command at once, with one line and exit code 130, even while XLA compiles.
 
-Python runs signal handlers in the main thread, between two of its instructions: never while XLA compiles, and as an
-exception that any `__del__` may swallow. So `watch` has a thread that the signal wakes. A handler that is set later
-(training's, `vlp.runtime.watchdog.Stop`) takes the first Ctrl-C, as ever; a second one ends the process all the same.
+Python runs signal handlers in the main thread, between two bytecode instructions. So a handler does not run while XLA
+compiles, and a KeyboardInterrupt that is raised inside a `__del__` is lost. `watch` starts a thread that the signal
+wakes. If another handler is set later (in training, `vlp.runtime.watchdog.Stop`), the first Ctrl-C goes to that handler
+and a second Ctrl-C ends the process.
 
-Only the command line calls `watch`, before it imports anything that takes time; the library leaves signals alone.
+Only the command line calls `watch`, before its slow imports. Importing the library changes no signal.
 """
 
 import contextlib
@@ -17,19 +18,19 @@ from collections.abc import Iterator
 from types import FrameType
 
 INTERRUPTED = 130  # exit code
-watched = False  # whether Ctrl-C is this module's
-_folders: list[str] = []
+watched = False  # whether `watch` handles Ctrl-C in this process
+_folders: list[str] = []  # temporary folders that `leave` removes
 
 
 def watch() -> None:
-    """From now on Ctrl-C ends this process. Does nothing in workers, or where whoever started it ignores Ctrl-C."""
+    """Makes Ctrl-C end this process. No-op in worker processes, and if Ctrl-C is ignored (a job in the background)."""
     global watched
     processes = sys.modules.get("multiprocessing")
     if processes is not None and processes.parent_process() is not None:
         return
     if watched or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
-    # the process that clears up after killed workers would tell, in lines of its own, that it does
+    # silences multiprocessing's resource tracker, which warns about what killed workers leave
     quiet, given = "ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS", "")
     os.environ["PYTHONWARNINGS"] = f"{given},{quiet}" if given else quiet
     reader, writer = os.pipe()
@@ -42,37 +43,41 @@ def watch() -> None:
 
 
 def _woken(number: int, frame: FrameType | None) -> None:
-    """Nothing: the thread acts."""
+    """Does nothing: Python needs a handler to write to the wake-up pipe, and the thread acts."""
 
 
 def _forked() -> None:
-    """A child wakes nobody, and ends with its parent."""
+    """Makes a forked child ignore Ctrl-C; its parent ends it."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _wait(reader: int) -> None:
-    asked = None  # the handler that took a Ctrl-C before
+    notified = None  # the handler that got the previous Ctrl-C
     while numbers := os.read(reader, 64):
         for _ in range(numbers.count(signal.SIGINT)):
             handler = signal.getsignal(signal.SIGINT)
-            if handler is _woken or handler is asked:
+            if handler is _woken or handler is notified:
                 leave()
-            asked = handler
+            notified = handler
 
 
 def leave() -> None:
-    """Kills the workers, removes what `removing` names, says so in a line, and ends this process."""
+    """Kills the workers, removes the folders of `removing`, prints "vlp: interrupted" and ends this process."""
     if (processes := sys.modules.get("multiprocessing")) is not None:
         for child in processes.active_children():
             child.kill()
     for folder in _folders:
         for _ in range(5):  # the main thread may still be writing there
             shutil.rmtree(folder, ignore_errors=True)
-    flush = threading.Thread(target=_flush, daemon=True)  # another thread may hold the stream
+    flush = threading.Thread(
+        target=_flush, daemon=True
+    )  # another thread may hold the stream's lock
     flush.start()
     flush.join(1.0)
-    line = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # a bar, or ^C
+    line = (
+        "\n" if sys.stderr is not None and sys.stderr.isatty() else ""
+    )  # ends the line of a bar or of ^C
     with contextlib.suppress(OSError):
         os.write(2, f"{line}vlp: interrupted\n".encode())
     os._exit(INTERRUPTED)
@@ -85,7 +90,7 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def removing(folder: str) -> Iterator[None]:
-    """Removes a temporary folder at the end, Ctrl-C included."""
+    """Removes a temporary folder on exit, also after Ctrl-C."""
     _folders.append(folder)
     try:
         yield
@@ -96,13 +101,13 @@ def removing(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def workers_start() -> Iterator[None]:
-    """Processes that start in here do not get Ctrl-C, which a terminal sends to all of them: `leave` ends them."""
+    """Blocks Ctrl-C in processes started inside: a terminal sends it to all processes, but `leave` ends these."""
     if not watched:
         yield
         return
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # whose start would unblock the signal
+    resource_tracker.ensure_running()  # before the block, since its start unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

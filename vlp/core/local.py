@@ -1,4 +1,4 @@
-"""Which rows of a global batch a process loads: those that its devices hold."""
+"""The rows of a global batch that a process loads."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from vlp.core import mesh as meshes
 
 
 def rows(batch: int, mesh: Mesh, process: int | None = None) -> tuple[range, ...]:
-    """Returns the rows of a global batch on a process's devices, as blocks of consecutive rows in order.
-
-    One block if the host's devices are neighbours in the mesh; several if they are not (folded TPU meshes); all rows if
-    an axis that does not split the batch extends over hosts.
+    """Returns the rows of a global batch that are stored on the devices of a process.
 
     Args:
         batch: number of rows of the global batch.
         mesh: the run's mesh.
-        process: number of the process; None: this one.
+        process: index of the process (default: this process).
+
+    Returns:
+        Blocks of consecutive rows, in order. One block if the process's devices are neighbours in the mesh; several if
+        they are not (folded TPU meshes); all rows if only axes that do not split the batch extend over hosts.
     """
     process = jax.process_index() if process is None else process
-    places = meshes.batch_sharding(mesh).devices_indices_map((batch,))
+    indices = meshes.batch_sharding(mesh).devices_indices_map((batch,))
     blocks = {
-        index.indices(batch)[:2] for d, (index,) in places.items() if d.process_index == process
+        index.indices(batch)[:2] for d, (index,) in indices.items() if d.process_index == process
     }
     out: list[range] = []
     for start, stop in sorted(blocks):

@@ -1,7 +1,7 @@
 """The device mesh, and the table from logical axis names to mesh axes.
 
 A parameter names its axes where its shape is written (`logical`); activations use the same names (`constrain`).
-Models and objectives know no mesh axes. Losses are written for the global batch, as for one device.
+Models and objectives never name mesh axes. Losses are written for the global batch, as for one device.
 """
 
 import dataclasses
@@ -27,24 +27,27 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
-    "kv": (),  # q, k, v stacked; the size of a head
-    "joint": ("tensor",),  # joint space
+    "kv": (),  # the stack of q, k, v; the width of a head
+    "joint": ("tensor",),  # width of the joint embedding space
     "pixels": (),  # a flattened patch
-    "tokens": (),  # positions and queries
+    "tokens": (),  # positions of a table; queries of a pooler
 }
-LARGE_BYTES = (
-    1 << 20
-)  # a parameter above this without axis names, or on every device whole, is a mistake
+# A larger parameter must have axis names and must not be replicated.
+LARGE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Number of devices along each mesh axis. One axis may be -1: the devices that the others leave.
+    """Number of devices along each mesh axis. One axis may be -1: it takes the remaining devices.
 
-    data: splits the batch; parameters are replicated. fsdp: splits the batch, and parameters, optimiser state and
-    averages, which are gathered layer by layer. tensor: splits each layer's heads and MLP. replica: slices of a
-    multi-slice TPU, which only sum gradients over the data-centre network (0: the slices that there are).
-    allow_replicated: parameters over 1 MB that no axis divides may be replicated.
+    Attributes:
+        data: splits the batch; parameters are replicated.
+        fsdp: splits the batch, and shards parameters, optimiser state and moving averages. Parameters are gathered
+            layer by layer.
+        tensor: splits each layer's heads and MLP.
+        replica: slices of a multi-slice TPU, which only sum gradients over the data-centre network (0: the number of
+            slices found).
+        allow_replicated: replicates parameters over 1 MB that fsdp does not divide, instead of an error.
     """
 
     data: int = -1
@@ -55,7 +58,11 @@ class MeshShape:
 
 
 def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh (axes replica, data, fsdp, tensor; Auto) over `devices` (None: all). Raises UserError."""
+    """Returns the mesh over `devices` (default: all), with Auto axes replica, data, fsdp, tensor.
+
+    Raises:
+        UserError: the axes' product is not the number of devices, or `replica` is not the number of slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
     sizes = [shape.replica or slices, shape.data, shape.fsdp, shape.tensor]
@@ -70,21 +77,19 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         or (not free and known != len(devices))
     ):
         shown = [f"{a}={n}" for a, n in zip(names, sizes) if a != "replica" or n != 1]
-        got, do = " × ".join(shown), "set one axis to -1: it takes what is left"
+        got, do = " × ".join(shown), "set one axis to -1: it takes the remaining devices"
         raise check.error("config.mesh", got, f"a product of {len(devices)} devices", do)
     sizes = [len(devices) // known if n == -1 else n for n in sizes]
     types = (AxisType.Auto,) * len(names)
     if slices == 1:
         try:
             return jax.make_mesh(tuple(sizes), names, axis_types=types, devices=devices)
-        except NotImplementedError:  # whole axes of the torus do not give these sizes: divide some
+        except NotImplementedError:  # these sizes need some axis of the torus to be split
             grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
             return Mesh(grid, names, axis_types=types)
     if sizes[0] != slices:
-        do = "set it to 0, the number of slices"
-        raise check.error(
-            "config.mesh.replica", sizes[0], f"{slices}, the slices that there are", do
-        )
+        do = "set it to 0, which means one per slice"
+        raise check.error("config.mesh.replica", sizes[0], f"{slices}, the number of slices", do)
     inner, outer = (1, *sizes[1:]), (slices, 1, 1, 1)
     try:
         grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
@@ -95,7 +100,7 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def logical(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
-    """Returns an initialiser whose parameter carries the names of its axes (keys of RULES, or None)."""
+    """Returns `init` with one logical axis name per dimension attached (a key of RULES, or None)."""
     unknown = [n for n in names if n is not None and n not in RULES]
     assert not unknown, f"unknown logical axes {unknown}"
     return nn.with_logical_partitioning(init, names)
@@ -104,9 +109,15 @@ def logical(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
 def spec(
     names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """Returns the mesh axes of each dimension: of its name's axes, those with the most devices that divide it.
+    """Returns the mesh axes that shard each dimension of an array.
 
-    An axis is used once.
+    RULES gives the candidate axes of a dimension. It is sharded over the subset with the most devices whose number
+    divides it. A mesh axis shards at most one dimension; earlier dimensions choose first.
+
+    Args:
+        names: logical axis of each dimension (None: not sharded).
+        shape: size of each dimension.
+        mesh: its axis sizes are used.
     """
     return PartitionSpec(*(axes or None for axes in _axes(names, shape, mesh)))
 
@@ -125,12 +136,12 @@ def _axes(
 
 
 def _subsets(axes: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every subset of axes in their order, larger ones first."""
+    """Returns all subsets of the axes, largest first; each keeps the axes' order."""
     return [c for n in range(len(axes), -1, -1) for c in itertools.combinations(axes, n)]
 
 
 def _divides(axes: Iterable[str], dim: int, mesh: Mesh | AbstractMesh) -> int:
-    """The number of devices along `axes` if it divides `dim`, else 0."""
+    """Returns the number of devices along `axes` if it divides `dim`, else 0."""
     ways = math.prod(mesh.shape[a] for a in axes)
     return 0 if dim % ways else ways
 
@@ -138,11 +149,17 @@ def _divides(axes: Iterable[str], dim: int, mesh: Mesh | AbstractMesh) -> int:
 def param_spec(
     names: Sequence[str | None], shape: Sequence[int], num_bytes: int, mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """As `spec`, with two exceptions for fsdp that depend on the parameter's size.
+    """Returns the mesh axes that shard each dimension of a parameter: `spec`, with two exceptions for fsdp.
 
-    Vectors under 1 MB (biases, norms; the axis of stacked layers does not count) are replicated: gathering them costs
-    more than it saves. If fsdp divides no dimension that RULES gives it, it takes the largest one that it divides.
-    Stacked layers are never divided: each layer is gathered when it is computed.
+    Vectors up to 1 MB (biases, norms; the axis of stacked layers does not count) are not sharded over fsdp: gathering
+    them costs more than it saves. If `spec` does not shard a larger parameter over fsdp, fsdp shards the largest
+    dimension that it divides, but never the axis of stacked layers: layers are gathered one by one.
+
+    Args:
+        names: logical axis of each dimension (None: not sharded).
+        shape: size of each dimension.
+        num_bytes: size of the parameter.
+        mesh: its axis sizes are used.
     """
     parts = _axes(names, shape, mesh)
     divided = any("fsdp" in axes for axes in parts)
@@ -162,7 +179,7 @@ def param_spec(
 def gather(param: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """Gathers a parameter over fsdp where it is used; its gradient stays sharded.
 
-    Called on the parameter in the compute dtype, so that half the bytes are sent, once. Without it, the partitioner
+    Call it on the parameter in the compute dtype: bfloat16 halves the bytes sent. Without `gather`, XLA's partitioner
     turns products with a sharded operand into loops over shards.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -192,7 +209,7 @@ def _without_fsdp(axes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Returns the NamedShardings of a tree of abstract parameters that carry their axis names."""
+    """Returns the sharding of each leaf of a tree of abstract parameters with axis names (`logical`)."""
 
     def one(name: str, leaf: Any) -> NamedSharding:
         value = leaf.unbox() if isinstance(leaf, nn.meta.AxisMetadata) else leaf
@@ -211,9 +228,11 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def whole(placed: Any, mesh: Mesh) -> dict[str, int]:
-    """Returns the leaves over 1 MB that fsdp does not divide, with their bytes on each device ({} if fsdp is 1).
+    """Returns {name: bytes on each device} of the leaves over 1 MB that fsdp does not shard ({} if fsdp is 1).
 
-    placed: a tree of abstract arrays with shardings.
+    Args:
+        placed: a tree of abstract arrays with shardings.
+        mesh: the run's mesh.
     """
     if mesh.shape["fsdp"] == 1:
         return {}
@@ -226,7 +245,7 @@ def whole(placed: Any, mesh: Mesh) -> dict[str, int]:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrains an activation's sharding by logical names; no-op outside a mesh."""
+    """Constrains an activation's sharding by one logical axis name per dimension; no-op outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -242,12 +261,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
-    """Returns the number of parts into which the mesh divides a batch."""
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
 def check_batch(batch: int, mesh: Mesh, num_micro: int = 1, where: str = "config.batch") -> None:
-    """Raises UserError unless batch axes × micro-batches divides the global batch."""
+    """Raises UserError unless the batch shards times the micro-batches divide the global batch.
+
+    Args:
+        batch: rows of the global batch.
+        mesh: the run's mesh.
+        num_micro: number of micro-batches.
+        where: name of the setting that the message blames.
+    """
     ways = batch_ways(mesh)
     for name, value in ((where, batch), ("config.micro_batches", num_micro)):
         if value < 1:
@@ -260,7 +286,7 @@ def check_batch(batch: int, mesh: Mesh, num_micro: int = 1, where: str = "config
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns this host's rows as part of global arrays that are sharded on their first axis."""
+    """Returns global arrays, sharded on their first axis, from each host's own rows."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return {k: jax.device_put(v, sharding) for k, v in batch.items()}
@@ -268,7 +294,7 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns the whole array, on every host."""
+    """Returns the whole array as NumPy, on every host."""
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils

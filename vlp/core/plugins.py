@@ -1,7 +1,7 @@
-"""Parts from outside of the package: a module whose dicts (TABLES: OBJECTIVES, MODELS …) add to those of `vlp`.
+"""Plugins: modules outside of the package whose dicts (TABLES: OBJECTIVES, MODELS …) extend those of `vlp`.
 
     config.plugins = ("my_parts",)        # a module that can be imported
-    config.plugins = ("my_parts.py",)     # a file beside the config file (or a path)
+    config.plugins = ("my_parts.py",)     # a file in the config's folder (or a path)
 
 A config file that defines such dicts is a plugin itself. A checkpoint remembers the module's name, or the file's
 absolute path and digest. Nothing is registered: `extended` returns a table with the parts of the plugins added.
@@ -57,9 +57,9 @@ _digests: dict[str, tuple[str, str]] = {}  # of plugins' files that ran: path an
 
 
 def execute(path: str, package: str) -> types.ModuleType:
-    """Runs a Python file, whatever its ending, as a module of `package`; call it within `beside(path)`.
+    """Runs a Python file with any ending as a module of `package`; call it within `beside(path)`.
 
-    `from .common import x` in it imports the file common.py beside it, or else that of `vlp`'s own configs/.
+    In it, `from .common import x` imports common.py from its folder, or else from `vlp`'s configs/.
     """
     folder = os.path.dirname(os.path.realpath(path))
     if package not in sys.modules:
@@ -85,14 +85,14 @@ def module_name(path: str, package: str) -> str:
 
 
 def forget(package: str) -> None:
-    """Forgets a package of `execute` and its modules; a file that runs as one of them later imports them anew."""
+    """Removes a package of `execute` and its modules, so that later imports read the files again."""
     for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
         del sys.modules[name]
 
 
 @contextlib.contextmanager
 def beside(path: str) -> Iterator[None]:
-    """Inside, `import common` finds common.py beside a file, whatever other folders' files imported by that name."""
+    """Inside, `import common` finds common.py in the folder of a file, even if another common.py was imported."""
     folder = os.path.dirname(os.path.realpath(path))
     others = {name: sys.modules.pop(name) for name in _plain & sys.modules.keys()}
     before = set(sys.modules)
@@ -108,7 +108,7 @@ def beside(path: str) -> Iterator[None]:
         tops = {name for name in new if "." not in name and _lies_in(sys.modules[name], folder)}
         mine = {name for name in new if name.partition(".")[0] in tops}
         _plain.update(mine)
-        if _open:  # a config that loads a config goes on with its own modules
+        if _open:  # a config that loads another config keeps its own modules
             for name in mine:
                 del sys.modules[name]
             sys.modules.update(others)
@@ -123,7 +123,7 @@ def _lies_in(module: types.ModuleType, folder: str) -> bool:
 
 @contextlib.contextmanager
 def blamed(where: str, path: str, expected: str) -> Iterator[None]:
-    """Turns whatever a user's file raises into a UserError with its line."""
+    """Turns any exception of a user's file into a UserError with the line in that file."""
     try:
         yield
     except check.UserError:
@@ -135,12 +135,12 @@ def blamed(where: str, path: str, expected: str) -> Iterator[None]:
         found = re.search(rf"module named '{_PACKAGE}\.(\S+)'|name '(\w+)' from '{_PACKAGE}'", text)
         if isinstance(e, ImportError) and found:
             got = f"no module {found[1] or found[2]!r} in line {line}"
-            do = "copy it beside the file, or correct the name"
-            raise check.error(where, got, "one beside it or in vlp's configs/", do) from e
+            do = "copy it into the file's folder, or correct the name"
+            raise check.error(where, got, "one in its folder or in vlp's configs/", do) from e
         if isinstance(e, ModuleNotFoundError):
             got = f"no module {e.name!r} in line {line}"
             do = "correct the name, or install it"
-            raise check.error(where, got, "one beside the file or installed", do) from e
+            raise check.error(where, got, "one in the file's folder or installed", do) from e
         got = f"{type(e).__name__} ({re.sub(_PACKAGE, '', text)}) in line {line}"
         raise check.error(where, got, expected, "correct the file") from e
 
@@ -149,7 +149,7 @@ def resolve(entries: Any, folder: str | os.PathLike = ".") -> list[dict[str, str
     """Returns `config.plugins` as a checkpoint keeps it: {"module": …} or {"file": …, "sha256": …}.
 
     folder: where relative files and modules are looked for first. Entries that are resolved stay as they are.
-    Raises UserError for what is no list of names, and for a file that is not there.
+    Raises UserError if it is not a list of names, and for a missing file.
     """
     where = "config.plugins"
     if isinstance(entries, str) or not isinstance(entries, list | tuple):
@@ -171,7 +171,7 @@ def _resolve(entry: Any, folder: pathlib.Path, where: str) -> dict[str, str]:
         if os.path.isfile(path):
             return of_file(path)
     if is_file:
-        raise check.error(where, repr(entry), "a file beside the config", "check the path")
+        raise check.error(where, repr(entry), "a file in the config's folder", "check the path")
     if not all(part.isidentifier() for part in entry.split(".")):
         raise check.error(where, repr(entry), "a module's name or a .py file", "correct it")
     return {"module": entry}

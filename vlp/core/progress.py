@@ -19,7 +19,7 @@ EVERY_SECS = 15.0
 _phases: list[object] = []  # outermost first; the innermost prints
 in_log = False
 _write: Callable[[str], object] | None = None  # used instead of print while a bar is shown
-_last = 0.0  # when anything was last printed (time.monotonic)
+_last = 0.0  # time of the last printed line (time.monotonic)
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def phase(
 
     Args:
         text: a string, or a function if the text changes during the phase.
-        since: returns when the work that the text names began (time.monotonic); default: the begin of the phase.
+        since: returns the start time of the shown work (time.monotonic); default: the start of the phase.
     """
     began, done = time.monotonic(), threading.Event()
     _phases.append(done)
@@ -73,13 +73,13 @@ def lines_by(write: Callable[[str], object]) -> Iterator[None]:
 
 
 def said() -> None:
-    """Records that something else was printed just now (a progress bar moved)."""
+    """Resets the timer, because something else was just printed (a progress bar moved)."""
     global _last
     _last = time.monotonic()
 
 
 class Said(logging.Handler):
-    """A log handler that calls `said` for every line."""
+    """A log handler that calls `said` for every log record."""
 
     def emit(self, record: logging.LogRecord) -> None:
         said()

@@ -198,7 +198,7 @@ class Ctx:
 
     batch: the leaves that the objective `reads`: "image" u8[B R R 3], "text" i32[B L] (or [B K L]: `captions`) …, and
     always "mask" bool[B], "index" u32[B 2] (position in the sample stream, high and low word) and "record" u32[B 2].
-    Leaves of another stream are prefixed by its name ("more/image") and have a batch size of their own.
+    Leaves of another stream are prefixed by its name ("more/image") and have their own batch size.
     progress: share of the stage that is done, in [0, 1]. frozen: the teachers. num_captions: inside `captions`, how
     many rows each example has.
     """
@@ -248,7 +248,7 @@ class Ctx:
     def keys(self, stream: str) -> jax.Array | None:
         """One PRNG key per row = fold_in(seed, stream, sample index): no mesh, micro-batch or restart shows.
 
-        Inside `captions`, each caption of an example has a key of its own. None in evaluation and in teachers.
+        Inside `captions`, each caption of an example has its own key. None in evaluation and in teachers.
         """
         more = [f"{stream}:{k}" for k in range(1, self.num_captions)]
         return self._keys([stream, *more])
@@ -288,9 +288,9 @@ class Ctx:
         The program that is traced does not grow with K. Dropout and masks differ between captions.
 
         Args:
-            f: sees "text" i32[B·K L] (and "text.mask"), every other leaf and `arrays` repeated K times. Every leaf
-                that it returns leads with B·K.
-            arrays: trees of arrays that lead with B.
+            f: gets "text" i32[B·K L] (and "text.mask"), with every other leaf and `arrays` repeated K times. Every
+                leaf that it returns has leading axis B·K.
+            arrays: pytrees with leading axis B.
 
         Returns:
             What f returns, [B K …]. K is 1 where the batch has one text for each example.
@@ -386,7 +386,7 @@ class Objective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One number of an evaluation, and where it comes from (split, size, what it was computed on)."""
+    """One number of an evaluation and its provenance (split, size, software)."""
 
     metric: str
     value: float

@@ -1,4 +1,4 @@
-"""The config section `data`: what is read and how it is prepared. `check_data` tells what can never work."""
+"""The config section `data`: what is read and how it is prepared. `check_data` rejects invalid settings."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ NAMED = ("slots", "views", "stored")  # fields of `Data` that hold sections by n
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source of a mixture; what it leaves empty is as in `Data`."""
+    """One source of a mixture. Empty fields take the value of `Data`."""
 
     name: str
     weight: float = 1.0
@@ -80,9 +80,7 @@ class StoredArray:
     """The leaf `stored.<teacher>`: what a record's `embeddings` hold under the teacher's name."""
 
     shape: tuple[int, ...]  # of one sample: (E,), or (N, D) for tokens
-    of: str = (
-        "crop"  # one for each of the record's `crops`, or one for the "record", whatever its crop
-    )
+    of: str = "crop"  # "crop": one array for each of the record's `crops`; "record": one array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +93,8 @@ class Data:
     tokenizer: str = ""  # path of a model; "" = the source's own
     num_records: int = 512  # source "shapes" only
     shuffle: bool = True
-    shuffle_block: int = 0  # slow media: runs of so many records stay together (0: each for itself)
-    shuffle_window: int = 8  # … of which so many runs are mixed at a time
+    shuffle_block: int = 0  # for slow media: records that stay together in the order (0: none)
+    shuffle_window: int = 8  # number of such blocks that are mixed at a time
     group_rows: bool = True  # a table's rows of one image are one record, with all their captions
     allow_outside: bool = False  # follow a table's or a link's paths out of the dataset's directory
     group_by: str = ""  # a field of the records: an epoch visits each of its values once
@@ -104,16 +102,18 @@ class Data:
     text_len: int = 16  # tokens, with bos and eos
     captions: str = "first"  # first | uniform | weighted | all (the first num_captions)
     num_captions: int = 1
-    langs: tuple[str, ...] = ()  # captions in these languages alone (("en",)); () = in every one
+    langs: tuple[str, ...] = ()  # use only captions in these languages (("en",)); () = all
     caption_sources: tuple[
         CaptionSource, ...
     ] = ()  # () = every source, by the captions' own weights
     shorten: str = "truncate"  # how training texts are cut to text_len (text_ops.SHORTEN)
     slots: Mapping[str, TextSlot] = dataclasses.field(default_factory=dict)  # further texts by role
     sentences: SentenceSet = SentenceSet()
-    classes: tuple[str, ...] = ()  # their names, where labels are strings: a label's place here
-    num_boxes: int = 8  # a sample, of those whose centre is in the crop
-    num_negatives: int = 1  # texts a sample
+    classes: tuple[
+        str, ...
+    ] = ()  # class names, for labels that are strings; the id is the index here
+    num_boxes: int = 8  # boxes per sample, of those whose centre is in the crop
+    num_negatives: int = 1  # texts per sample
     num_negative_images: int = 1
     views: Mapping[str, ViewSet] = dataclasses.field(default_factory=dict)  # further crops by name
     stored: Mapping[str, StoredArray] = dataclasses.field(
@@ -125,12 +125,12 @@ class Data:
     translate_frac: float = 0.0  # white border that crops may include, as a share of the side
     flip: bool = False
     jitter: float = 0.0  # largest relative change of brightness, contrast, saturation
-    randaugment: int = 0  # operations an image
+    randaugment: int = 0  # operations per image
     randaugment_magnitude: float = 9.0  # of 10
     resize: str = "bicubic"  # one of image_ops.FILTERS
-    bad_records: str = "error"  # or "replace": by one that the stream position decides
-    max_bad_frac: float = 0.05  # a run with more to replace stops
-    skip: str = ""  # a quarantine file (of an earlier run): its records are left out
+    bad_records: str = "error"  # or "replace": use another record, chosen by the stream position
+    max_bad_frac: float = 0.05  # the run stops if it replaces more
+    skip: str = ""  # a quarantine file of an earlier run, whose records are omitted
     mixture: tuple[Part, ...] = ()  # several sources instead of one
     reweight: tuple[Reweight, ...] = ()  # changes of the mixture's weights, in order
     cache_decoded: bool = False  # keep decoded images in memory (once per worker process)
@@ -187,7 +187,7 @@ def check_data(data: Data) -> None:
         (
             "captions",
             data.captions != "weighted" or bool(sources),
-            "caption_sources beside 'weighted'",
+            "caption_sources to be set for 'weighted'",
         ),
         (
             "caption_sources",
@@ -199,13 +199,13 @@ def check_data(data: Data) -> None:
         ("num_negative_images", 1 <= data.num_negative_images <= 2**8, "in 1 … 256"),
         ("classes", len({*data.classes}) == len(data.classes), "names that differ"),
         ("max_bad_frac", 0 <= data.max_bad_frac <= 1, "in [0, 1]"),
-        ("mixture", not (data.mixture and data.group_by), "no group_by beside it"),
+        ("mixture", not (data.mixture and data.group_by), "no group_by together with a mixture"),
         (
             "mixture",
             len({p.name for p in data.mixture}) == len(data.mixture),
-            "a name of its own for each part",
+            "a different name for each part",
         ),
-        ("reweight", bool(data.mixture) or not data.reweight, "a mixture beside it"),
+        ("reweight", bool(data.mixture) or not data.reweight, "a mixture to reweight"),
         ("cache_mb", data.cache_mb >= 0, "at least 0"),
         ("workers", data.workers >= 0, "at least 0"),
         ("read_threads", data.read_threads >= 0, "at least 0"),

@@ -19,13 +19,13 @@ _KIND = "S16"  # of a digest: NumPy sorts and compares these as bytes
 
 
 def digest(item: bytes | str) -> bytes:
-    """Returns the 16 bytes that stand for an item."""
+    """Returns a 16-byte digest of an item."""
     data = item.encode("utf-8", "surrogatepass") if isinstance(item, str) else item
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _short(item: bytes | str) -> bytes | str:
-    """What stands for an item in a table: a text, or a digest."""
+    """Returns the key of an item in a table: a short text itself, else its digest."""
     return item if isinstance(item, str) and len(item) <= _LONG else digest(item)
 
 

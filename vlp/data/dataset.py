@@ -1,9 +1,10 @@
-"""The `Dataset`: from stream positions to batches of numpy arrays; mixtures.
+"""The `Dataset`: maps positions of the sample stream to batches of NumPy arrays; mixtures.
 
-An element of the pipeline is one host's rows of one global batch, computed from its number alone.
-So hosts, workers and threads change the speed and never the content, nothing is dropped, and a run
-resumes anywhere by passing `start`. Not here: the order (order.py, stages.py), one row (samples.py), threads and
-processes (pipeline.py), device arrays (core/mesh.py).
+The pipeline's element is one host's rows of one global batch, computed only from the batch's number. So the content of
+a batch does not depend on hosts, workers or threads, no sample is dropped, and a run resumes at any `start`.
+
+Not here: the order (order.py, stages.py), one row (samples.py), threads and processes (pipeline.py), device arrays
+(core/mesh.py).
 """
 
 import contextlib
@@ -40,13 +41,13 @@ def open_dataset(
     """Opens and checks the data.
 
     Args:
-      data: the config section.
-      tokenizer: overrides the config's (a checkpoint's own, say).
-      reads: names of leaves; what is not read is not made (`leaves.find`).
-      plugins: modules with further LEAVES.
+        data: the config section.
+        tokenizer: replaces that of the config (for instance with a checkpoint's).
+        reads: names of the leaves to make (`leaves.find`).
+        plugins: modules with further LEAVES.
 
-    Raises: `UserError` for a config that cannot work, data that cannot be read, and a leaf for which none of 64
-      records has anything.
+    Raises:
+        UserError: an invalid config, unreadable data, or a leaf that none of 64 inspected records can fill.
     """
     if data.source not in SOURCES:
         raise check.unknown("config.data.source", data.source, SOURCES)
@@ -61,10 +62,10 @@ def open_dataset(
 
 
 def _look(data: Data, source: Any, found: Sequence[leaves.Leaf], num: int = 64) -> None:
-    """Looks at `num` records for what is optional in them.
+    """Inspects `num` records, evenly spaced, for the optional fields that the config uses.
 
-    Warns of names in `caption_sources` that none has: mistyped ones pass for rare. Raises UserError for a leaf that all
-    of them lack.
+    Warns of a name in `caption_sources` that no inspected record has, since it may be mistyped. Raises UserError if all
+    inspected records lack a leaf's field.
     """
     optional: list[Any] = [leaf for leaf in found if hasattr(leaf, "lacks")]
     if not (data.caption_sources or optional) or not len(source):
@@ -102,9 +103,9 @@ def _open_mixture(data: Data) -> "Concatenated":
 
 
 class Dataset:
-    """One split, ready to be read in batches: picklable, safe to use from several threads.
+    """One split, read in batches. Picklable, and safe to use from several threads.
 
-    A batch is a dict of numpy arrays, b rows of this host: the leaves that are read (leaves.py), and
+    A batch is a dict of NumPy arrays with the b rows of this host: the leaves in `reads` (leaves.py), and
       mask    bool[b]        True; False on the rows that fill the last batch of an evaluation
       index   u32[b, 2]      the sample's position in the global stream, as (high, low) words
       record  u32[b, 2]      its record id, likewise (`order.join_words` joins them)
@@ -129,7 +130,7 @@ class Dataset:
         self._groups = groups.read(source, data.group_by) if data.group_by else None
         self._reader = samples.Reader(data, source)
 
-    def __reduce__(self):  # the cache stays behind; workers fill their own
+    def __reduce__(self):  # without the cache: each worker fills its own
         args = (self.data, self.source, self.tokenizer, self.begin, self.reads, self.plugins)
         return Dataset, args
 
@@ -143,7 +144,7 @@ class Dataset:
         return self._records(start, count, seed)[0]
 
     def _records(self, start: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns i64[count] twice: the records at stream positions from `start` on, their epochs."""
+        """Returns the record ids and the epochs of stream positions from `start` on, i64[count] each."""
         shuffle = order.Shuffle.of(self.data)
         if self._mixture:
             return self._mixture.record_ids(start, count, seed, shuffle)
@@ -155,7 +156,7 @@ class Dataset:
         return order.record_ids(start, count, self.num_records, seed, shuffle), epoch_b
 
     def beginning(self, begin: Begin) -> "Dataset":
-        """Returns the same data with another beginning of its order."""
+        """Returns the same data, but with its order starting at `begin`."""
         out = object.__new__(Dataset)
         out.__dict__ |= self.__dict__ | {"begin": begin}
         out._mixture = (
@@ -176,7 +177,7 @@ class Dataset:
         return dict(zip((p.name for p in self.data.mixture), counts))
 
     def laws(self) -> tuple[tuple, ...]:
-        """Returns for each part what decides the order of its records, beside the seed; no two are equal."""
+        """Returns for each part a unique key of everything, except the seed, that its record order depends on."""
         parts = self.source.parts if isinstance(self.source, Concatenated) else (self.source,)
         names = [part.fingerprint for part in parts]
         how = (order.Shuffle.of(self.data), self.data.group_by)
@@ -187,7 +188,7 @@ class Dataset:
         return self._reader.decoded(int(record_id))
 
     def key(self, record_id: int) -> str:
-        """Returns a record's key, or "record N" for one that cannot be read."""
+        """Returns a record's key, or "record N" if the record cannot be read."""
         return self._reader.key(record_id)
 
     def reference(self, record_id: int) -> str:
@@ -195,7 +196,7 @@ class Dataset:
         return self._first_caption(self.record(record_id))[0]
 
     def captions(self, record_id: int) -> list[str]:
-        """Returns the same in a list, without a look at the image. Raises: `text_ops.BadCaption`."""
+        """Returns [the reference caption], without decoding the image. Raises: `text_ops.BadCaption`."""
         return self._first_caption(self.source[record_id])
 
     def _first_caption(self, record: dict) -> list[str]:
@@ -210,10 +211,16 @@ class Dataset:
     def batch_at(
         self, start: int, batch: int, seed: int, rows: range | slice | None = None
     ) -> dict[str, np.ndarray]:
-        """Returns rows (default: all) of the global batch that begins at stream position `start`.
+        """Returns rows of the global batch that begins at stream position `start`.
 
-        A pure function of its arguments and the data: what a leaf draws depends on the seed, its own name, and the
-        sample's stream position (captions: its epoch and the record's key).
+        A pure function of its arguments and the data. A leaf's random draws depend on the seed, the leaf's name and the
+        sample's stream position (for captions: on the epoch and the record's key).
+
+        Args:
+            start: number of samples before the batch.
+            batch: rows of the global batch.
+            seed: of the order and of all draws.
+            rows: consecutive rows to return (default: all).
         """
         rows = range(batch) if rows is None else rows
         (rows,) = _blocks([range(batch)[rows] if isinstance(rows, slice) else rows], batch)
@@ -233,11 +240,19 @@ class Dataset:
         rows: Sequence[range] | None = None,
         quarantine: str | os.PathLike | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields rows (blocks of them, default: all) of `num_batches` global batches from stream position `start` on.
+        """Yields this host's rows of `num_batches` global batches.
 
-        `start` is the number of samples seen so far and need not be a multiple of anything. What
-        was replaced is counted in `loader_stats`, and listed in the file `quarantine` if given: one JSON
-        line a record, which `Data.skip` reads. Raises: `UserError` past `max_bad_frac`.
+        Args:
+            start: number of samples seen before; any number.
+            batch: rows of a global batch.
+            num_batches: number of batches to yield.
+            seed: of the order and of all draws.
+            rows: blocks of consecutive rows of this host (default: all rows).
+            quarantine: file that lists replaced records, one JSON line each, as `Data.skip` reads it. `loader_stats`
+                counts them in any case.
+
+        Raises:
+            UserError: more than `max_bad_frac` of the records were replaced.
         """
         blocks = _blocks(rows, batch)
         batches = pipeline.iterate(
@@ -256,22 +271,20 @@ class Dataset:
         *,
         reads: Sequence[str] | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields one pass in record order, without augmentation; drawn captions become the first.
+        """Yields one pass in record order, without augmentation, with the first caption instead of a drawn one.
 
-        Every host yields equally many full batches of its rows (default: all): rows past the end
-        repeat the last record and have mask False.
+        Every host yields the same number of full batches: rows past the end repeat the last record with mask False.
 
         Args:
-          batch: rows of a global batch.
-          rows: blocks of them that are this host's.
-          reads: names of leaves; None for the dataset's own. Without "text", records need no captions.
+            batch: rows of a global batch.
+            rows: blocks of consecutive rows of this host (default: all rows).
+            reads: names of the leaves to make (default: the dataset's). Without "text", records need no captions.
         """
         blocks = _blocks(rows, batch)
-        quiet = dataclasses.replace(
-            self.data, workers=0
-        )  # starting processes costs more than one pass
+        # no worker processes: starting them takes longer than one pass
+        data = dataclasses.replace(self.data, workers=0)
         make = _EvalBatch(self, batch, blocks, None if reads is None else tuple(reads))
-        return pipeline.iterate(make, self.num_eval_batches(batch), quiet)
+        return pipeline.iterate(make, self.num_eval_batches(batch), data)
 
     def eval_batch(
         self,
@@ -281,7 +294,14 @@ class Dataset:
         *,
         reads: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Returns rows of evaluation batch `number`: what `eval_iter` yields."""
+        """Returns rows of one batch of `eval_iter`.
+
+        Args:
+            number: index of the batch.
+            batch: rows of a global batch.
+            rows: consecutive rows to return (default: all).
+            reads: names of the leaves to make (default: the dataset's).
+        """
         rows = range(batch) if rows is None else rows
         first = number * batch + rows.start
         positions_b = np.arange(first, first + len(rows))
@@ -302,15 +322,15 @@ class Dataset:
         training: bool = True,
         carry: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Makes every sample straight into one preallocated batch.
+        """Makes a batch of the given records, writing each sample into preallocated arrays.
 
         Args:
-          first: stream position of the first row.
-          ids_b, epochs_b: i64[b], the records due and their epochs.
-          seed: of all draws.
-          found: the leaves to make.
-          training: whether anything is drawn.
-          carry: adds what `LoaderStats` counts.
+            first: stream position of the first row.
+            ids_b, epochs_b: i64[b], the record ids and their epochs.
+            seed: of all draws.
+            found: the leaves to make.
+            training: whether to draw augmentations and captions.
+            carry: whether to add the counts for `LoaderStats`.
         """
         b, data = len(ids_b), self.data
         specs = {name: s for leaf in found for name, s in leaf.spec(data, b).items()}
@@ -334,13 +354,13 @@ class Dataset:
 
 
 def start_plan(dataset: Dataset, *, batch: int, samples: int, num_hosts: int = 1) -> str:
-    """Returns the line that a run prints before it starts: what it will read, and the memory that takes.
+    """Returns the line that a run logs before it starts: the data to read and the memory of prefetched batches.
 
     Args:
-      dataset: the data.
-      batch: rows of a global batch.
-      samples: that will be read.
-      num_hosts: that share the rows.
+        dataset: the data.
+        batch: rows of a global batch.
+        samples: number of samples to read.
+        num_hosts: number of hosts that share the rows.
     """
     data, rows = dataset.data, batch // num_hosts
     specs = leaves.spec(data, 1, dataset.reads, dataset.plugins).values()
@@ -365,7 +385,7 @@ def start_plan(dataset: Dataset, *, batch: int, samples: int, num_hosts: int = 1
 
 @dataclasses.dataclass(frozen=True)
 class _TrainBatch:
-    """Number of a batch since `start` → the host's rows of it."""
+    """Maps the index of a batch, counted from `start`, to the host's rows of it."""
 
     dataset: Dataset
     start: int
@@ -382,7 +402,7 @@ class _TrainBatch:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalBatch:
-    """Number of an evaluation batch → the host's rows of it."""
+    """Maps the index of an evaluation batch to the host's rows of it."""
 
     dataset: Dataset
     batch: int
@@ -403,7 +423,7 @@ def _blocks(rows: Sequence[range] | None, batch: int) -> tuple[range, ...]:
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns blocks of rows as one batch; their counts are added up."""
+    """Concatenates blocks of rows to one batch and adds up their counts."""
     if len(parts) == 1:
         return parts[0]
     out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != STATS}

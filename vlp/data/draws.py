@@ -47,11 +47,11 @@ class Draws:
     texts_cut: int = 0
 
     def rng(self, name: str) -> np.random.Generator:
-        """Returns a generator that depends on the seed, the name and the position in the stream alone."""
+        """Returns a generator that depends only on the seed, the name and the position in the stream."""
         return order.sample_rng(self.seed, name, self.position)
 
     def rng_of_key(self, name: str, record: Mapping) -> np.random.Generator:
-        """Returns a generator that depends on the seed, the name, the record's key and the epoch alone."""
+        """Returns a generator that depends only on the seed, the name, the record's key and the epoch."""
         return order.sample_rng(self.seed, f"{name}:{record.get('key')}", self.epoch)
 
     def chosen(self, name: str, num: int, most: int) -> list[int]:
@@ -66,7 +66,7 @@ class Draws:
         self.texts_cut += self.tokenizer.encode_into(text, out_L) or was_cut
 
     def encode_all(self, texts: Sequence[str], out_KL: np.ndarray, mask_K: np.ndarray) -> None:
-        """Writes the ids of at most K texts, and True for each; those that are missing become [bos] [eos]."""
+        """Writes the ids of at most K texts and their mask; missing texts become [bos] [eos] with mask False."""
         for text, out_L in zip(texts, out_KL):
             self.encode(text, out_L)
         for out_L in out_KL[len(texts) :]:

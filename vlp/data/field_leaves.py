@@ -95,9 +95,7 @@ class Stored:
         if given.of == "crop":
             if not record.get("crops"):
                 do = "field crops: the augmentations that they were computed on"
-                raise BadRecord(
-                    "bad_field", f"embeddings {self.name!r}, expected beside them the {do}"
-                )
+                raise BadRecord("bad_field", f"embeddings {self.name!r}, expected also the {do}")
             shape = (len(record["crops"]), *shape)
         if array.shape != shape:
             where = f"embeddings {self.name!r} of shape {array.shape}"

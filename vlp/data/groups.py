@@ -38,7 +38,7 @@ def read(source: Any, field: str) -> order.Groups:
 
 
 def _name(source: Any, i: int, field: str) -> str:
-    """Names the group of record i; one that is bad or lacks the field is a group of its own, at the end."""
+    """Returns the group of record i. A bad record, or one without the field, is its own group, at the end."""
     try:
         value = source[i].get(field)
     except check.UserError:

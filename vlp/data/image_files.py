@@ -2,7 +2,7 @@
 
 Decoders disagree about metadata: some turn the pixels by themselves, some refuse a picture for a
 broken comment. So they are given files without any, and the orientation that is read here is applied
-once, by image_ops.py. Orientation comes from EXIF (JPEG, PNG, WebP), the directory (TIFF) or the
+once, by image_ops.py. Orientation comes from EXIF (JPEG; PNG, its text chunks too; WebP), the directory (TIFF) or the
 transforms of the primary item (AVIF, by its decoder); never from XMP. Colour profiles are dropped:
 values are taken as sRGB. Nothing here raises: what cannot be parsed is handed on as it is, with
 orientation 1. Not here: pixels.
@@ -14,7 +14,7 @@ import zlib
 JPEG, PNG, TIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 0x0112  # of TIFF and EXIF
 _EXIF = b"Exif\0\0"
-# what tells a decoder of TIFF where the pixels are and how they are stored (TIFF 6.0, §8 … §22, libtiff's tags.h)
+# tags that a TIFF decoder needs to find and read the pixels (TIFF 6.0, §8 … §22, libtiff's tags.h)
 _TIFF_TAGS = frozenset(
     (254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322)
     + (323, 324, 325, 332, 338, 339, 340, 341, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521)
@@ -110,7 +110,7 @@ def _tiff(data: bytes) -> bytes:
 
 def _png(data: bytes) -> tuple[bytes, int]:
     """Keeps the critical chunks and transparency: of an animation, its default image."""
-    out, orientation, at = [PNG], 1, len(PNG)
+    out, orientation, in_text, at = [PNG], 0, 0, len(PNG)
     depth, color, pixels = data[24:25], data[25:26], False
     while at + 8 <= len(data):
         name = data[at + 4 : at + 8]
@@ -121,18 +121,34 @@ def _png(data: bytes) -> tuple[bytes, int]:
         if name[:1].isupper():
             pixels |= name == b"IDAT"
             out.append(data[at:end])
-        elif name in (b"eXIf", b"tRNS"):
+        elif name in (b"eXIf", b"tRNS", b"tEXt", b"zTXt"):
             body, crc = data[at + 8 : end - 4], int.from_bytes(data[end - 4 : end], "big")
             good = end <= len(data) and crc == zlib.crc32(name + body)
             if good and name == b"eXIf":
                 orientation = exif_orientation(body)
+            elif good and name in (b"tEXt", b"zTXt"):  # eXIf, if there is one, is the newer word
+                in_text = in_text or _text_orientation(name, body)
             elif good and not pixels and (body := _transparency(body, depth, color)):
                 out += [len(body).to_bytes(4, "big"), name, body]
                 out.append(zlib.crc32(name + body).to_bytes(4, "big"))
         at = end
         if name == b"IEND":
             break
-    return b"".join(out), orientation
+    return b"".join(out), orientation or in_text or 1
+
+
+def _text_orientation(name: bytes, body: bytes) -> int:
+    """The orientation in EXIF that ImageMagick wrote as text ("Raw profile type exif" or "APP1"); 0 if none."""
+    keyword, _, text = body.partition(b"\0")
+    if keyword not in (b"Raw profile type exif", b"Raw profile type APP1"):
+        return 0
+    try:
+        if name == b"zTXt":  # a byte that says how it is compressed
+            text = zlib.decompressobj().decompress(text[1:], 2**20)
+        profile = bytes.fromhex(b"".join(text.split()[2:]).decode())  # behind its type and length
+    except (zlib.error, ValueError):
+        return 0
+    return exif_orientation(profile)
 
 
 def _transparency(body: bytes, depth: bytes, color: bytes) -> bytes:
@@ -170,7 +186,7 @@ def _webp(data: bytes) -> tuple[bytes, int]:
 
 
 def _avif(data: bytes) -> bytes:
-    """The type of its EXIF item becomes one that no decoder knows."""
+    """Changes the type of the EXIF item to an unknown one, so that decoders skip it."""
     at = 0
     while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")

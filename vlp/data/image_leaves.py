@@ -150,7 +150,7 @@ def _is_box(entry: Any) -> bool:
 class NegativeImages:
     """negatives.image u8[B M R R 3], negatives.image.mask bool[B M]: images that the captions do not describe.
 
-    Changed like the leaf "image", each by draws of its own; black where a record has fewer.
+    Changed like the leaf "image", each with its own draws; black where a record has fewer.
     """
 
     config: ClassVar = "num_negative_images"

@@ -122,13 +122,13 @@ def train_image(
     The crop covers a uniform share of the area with a log-uniform aspect ratio in [1/max_aspect,
     max_aspect] (`train_box`); `crop` replaces it. `translate_frac` first adds a white
     border of that share of the shorter side, so that the crop may also look past the edge. `jitter`
-    is the largest relative change of brightness, contrast and saturation; `randaugment` so many
-    operations follow (randaugment.py), then, with the probabilities `grey_frac` and `blur_frac`, the image loses its
-    colours and is blurred by a Gaussian of 0.1 … 2 pixels at 224 (Chen et al. 2020, arXiv:2002.05709, appendix A).
+    is the largest relative change of brightness, contrast and saturation; `randaugment` is the
+    number of its operations (randaugment.py). Then, with the probabilities `grey_frac` and `blur_frac`, the image is
+    made grey and blurred by a Gaussian of 0.1 … 2 pixels at 224 (Chen et al. 2020, arXiv:2002.05709, appendix A).
     A `Picture` is decoded at the smallest power-of-two fraction at which the crop has 1.25 times `size_px` pixels a
     side. With resize="fast" the crop is made of whole pixels of what was decoded.
     """
-    # always eight, so that switching one option on leaves the others' draws alone
+    # always eight, so that an option does not change the draws of the others
     draws = rng.random(8)
     if crop is None:
         crop = draw_crop(
@@ -279,7 +279,7 @@ def _opencv() -> types.ModuleType:
         got = "'fast', which needs OpenCV"
         do = "pip install 'vlp[fast]', or choose another filter"
         raise check.error("config.data.resize", got, "OpenCV installed", do) from None
-    cv2.setNumThreads(1)  # the loader has threads of its own
+    cv2.setNumThreads(1)  # the loader has its own threads
     return cv2
 
 

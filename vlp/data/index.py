@@ -1,8 +1,8 @@
 """Compact indices: named arrays in one file of the cache, which all processes map.
 
 A file is a line of JSON (what each array is, and what the builder says of the whole) and the arrays behind it. It is
-written in streams, so memory does not grow with it; opening maps it and reads the line alone. Files are trusted only in
-a directory that belongs to this user alone, and hold no code (no pickles). Not here: what the arrays mean (sources/).
+written in streams, so memory does not grow with it; opening maps it and reads only this line. Files are trusted only in
+a directory that only this user can write, and hold no code (no pickles). Not here: what the arrays mean (sources/).
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from vlp.data import storage
 MAGIC = "vlp-index-1"
 _ALIGN = 64  # bytes
 _HEADER_BYTES = 2**24  # no header is longer
-_LOOKS = 2**13  # after so many, mapped pages are given back: they would pass for memory in use
+_LOOKS = 2**13  # look-ups after which mapped pages are released; else they count as used memory
 log = logging.getLogger(__name__)
 
 
 class Index:
-    """The arrays of a file by name, mapped; `meta` is what the builder said. Picklable by its path.
+    """The memory-mapped arrays of a file, by name; `meta` is from its writer. Pickled as its path.
 
     Raises: FileNotFoundError, or ValueError for a file that is damaged.
     """
@@ -158,7 +158,11 @@ class Writer:
 
 
 def cached(kind: str, stamp: str, build: Callable[[str], None]) -> Index:
-    """Returns the index that `build(path)` writes, kept in the cache of that kind while `stamp` is the same."""
+    """Returns the index that `build(path)` writes, kept in the cache of that kind while `stamp` is the same.
+
+    Processes that start at once may each build it: all write the same bytes, each to a file of its own that is then
+    renamed, so whoever is last changes nothing for those that have it open.
+    """
     file = place(kind, stamp)
     directory = os.path.dirname(file)
     try:

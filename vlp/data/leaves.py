@@ -64,7 +64,7 @@ def find(
       reads: names of leaves, or of their companions ("boxes.mask"); `ALWAYS` are made in any case.
       added: plugins with further LEAVES.
 
-    Raises: `UserError` for a name that no leaf of this config makes, and for stored crops beside further changes.
+    Raises: `UserError` for a name that no leaf of this config makes, and for stored crops with augmentation.
     """
     known = _known(data, added)
     wanted = sorted({*reads} - ALWAYS.keys())
@@ -76,8 +76,8 @@ def find(
     if uses_stored_crops(data, leaves):
         for field in ("jitter", "randaugment", "translate_frac"):
             if value := getattr(data, field):
-                got, do = f"{value} beside stored arrays", "set it to 0"
-                expected = "0: the teacher saw the stored crops alone"
+                got, do = f"{value} with stored arrays", "set it to 0"
+                expected = "0: the teacher saw only the stored crops"
                 raise check.error(f"config.data.{field}", got, expected, do)
     return leaves
 

@@ -71,7 +71,7 @@ def measured(secs: np.ndarray, texts: int, cut: int) -> np.ndarray:
 
 
 def resident_mb() -> float:
-    """Resident memory of this process; 0 where the system does not tell."""
+    """Returns the resident memory of this process in MB; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -1,4 +1,4 @@
-"""The law of the data order: which record stands at which place of the endless training stream.
+"""The sample order: maps each position of the endless training stream to a record.
 
 Position p of the stream lies in epoch p // n, slot p % n; its record is a bijection of [0, n) keyed
 by (seed, epoch). Everything is index arithmetic: no permutation array, no iterator state. A run
@@ -233,17 +233,17 @@ class Mixture:
         first, ids = np.cumsum(sizes) - sizes, np.empty_like(number_b)
         for k in np.unique(source_b).tolist():
             here = np.flatnonzero(source_b == k)
-            low = int(number_b[here[0]])  # its numbers are consecutive: a window of its own stream
+            low = int(number_b[here[0]])  # numbers within a source are consecutive
             own = seed + (self.orders[k] if self.orders else k)
             ids[here] = first[k] + record_ids(low, here.size, self.sizes[k], own, shuffle)
         return ids, number_b // sizes[source_b]
 
 
 def interleave(shares: Sequence[int]) -> np.ndarray:
-    """Returns i64[sum of shares]: one period in which source k stands shares[k] times, evenly.
+    """Returns i64[sum of shares]: one period that contains source k shares[k] times, evenly spread.
 
-    Tijdeman's rule: of the sources that a further place would not put too far ahead, the one whose
-    share runs out first. At every prefix n: |count_k - n · shares[k] / sum| < 1.
+    Tijdeman's rule: among the sources that would not get too far ahead of their share, the next is the one with the
+    earliest deadline. At every prefix n: |count_k - n · shares[k] / sum| < 1.
     """
     w, total, count = np.asarray(shares, np.int64), int(sum(shares)), np.zeros(len(shares))
     if len(shares) == 1:
@@ -265,10 +265,10 @@ MAX_PERIOD = 100_000  # places of an interleave's period: `interleave` lays them
 def whole_shares(weights: Sequence[float], where: str) -> tuple[int, ...]:
     """Returns weights as whole numbers in the same proportions: (0.7, 0.3) → (7, 3).
 
-    Weights of few decimals are met exactly. Others (0.7 and 1 − 0.7, say) get the shares of the shortest period, of
-    at most 100,000 places, in which none is further than 1e-6 from its part of the whole, or, where many weights
-    allow no such period, of the one that is nearest (5e-6 at most). A weight above 0 has at least one place.
-    Depends on the weights alone. Raises: `UserError` for weights that are negative, not finite or all 0.
+    Weights with few decimals are exact. Others (0.7 and 1 − 0.7) get the shortest period, up to 100,000 samples, in
+    which each fraction is within 1e-6 of its weight. If no period satisfies this, the closest one is used (error at
+    most 5e-6). A weight above 0 gets at least one sample. Depends only on the weights.
+    Raises: `UserError` for weights that are negative, not finite or all 0.
     """
     good = bool(weights) and all(math.isfinite(w) and w >= 0 for w in weights) and max(weights) > 0
     if not good:
@@ -298,7 +298,7 @@ def _nearest_shares(parts: Sequence[fractions.Fraction]) -> tuple[int, ...]:
 
 
 def substitute(position: int, attempt: int, first: int, count: int, seed: int) -> int:
-    """Returns which of records first … first + count - 1 stands in for a bad one at a position."""
+    """Returns the id, in first … first + count - 1, of the record that replaces a bad one at a position."""
     mixed = _hash(seed, np.array([position], np.uint64))
     return first + int(_hash(attempt, mixed)[0] % np.uint64(count))
 
@@ -340,7 +340,7 @@ class _Key(np.random.bit_generator.ISeedSequence):
 
 
 def sample_rng(seed: int, stream: str, position: int) -> np.random.Generator:
-    """Returns a generator that depends on (seed, stream, position) alone.
+    """Returns a generator that depends only on (seed, stream, position).
 
     Philox is keyed rather than seeded: two positions or streams never share a sequence by accident
     of hashing.

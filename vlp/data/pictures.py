@@ -18,7 +18,7 @@ REASONS = (
     *("missing", "outside", "empty", "not_an_image", "unsupported"),
     *("too_large", "truncated", "corrupt", "value_range"),
 )
-# in what decoders say of files that end too early, and of what they cannot decode
+# parts of decoders' messages for truncated files, and for unsupported ones
 _CUT = ("truncated", "chunk b''", "not enough", "unexpected end")
 _UNKNOWN = ("unknown pixel mode", "cannot handle", "support", "unrecognized", "conversion")
 _LEVELS = np.round(np.arange(1 << 16) * (255 / 65535)).astype(np.uint8)  # 16 bits → 8
@@ -26,7 +26,7 @@ _ROWS = 64  # of a picture that are scaled at a time, so that the floats take li
 
 
 class BadImage(ValueError):
-    """Bytes that are no usable image; `reason` is one of `REASONS`, `key` the record's where known."""
+    """Bytes that are not a usable image. `reason` is one of `REASONS`; `key` is the record's, if known."""
 
     def __init__(self, reason: str, detail: str, key: str | None = None):
         super().__init__(f"{reason}: {detail}")
@@ -46,15 +46,15 @@ def _bad(e: Exception, data: bytes) -> BadImage:
         return _unread(data)
     if isinstance(e, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return BadImage("too_large", detail)
-    said = str(e).lower()
+    message = str(e).lower()
     short = isinstance(e.__cause__ or e, EOFError | IndexError | struct.error)
-    if short or any(x in said for x in _CUT):
+    if short or any(x in message for x in _CUT):
         return BadImage("truncated", detail)
-    return BadImage("unsupported" if any(x in said for x in _UNKNOWN) else "corrupt", detail)
+    return BadImage("unsupported" if any(x in message for x in _UNKNOWN) else "corrupt", detail)
 
 
 def _unread(data: bytes) -> BadImage:
-    """Asks the decoder that the first bytes name why it cannot read the file: `Image.open` does not tell."""
+    """Runs the decoder that the first bytes name, for its error message, which `Image.open` hides."""
     for name in FORMATS:
         make, accepts = Image.OPEN[name]
         found = accepts(data[:16]) if accepts else False
@@ -78,7 +78,7 @@ class Picture:
 
     def __init__(self, data: bytes):
         self._data = data
-        self._image = None  # Pillow's, opened where libjpeg-turbo alone will not do
+        self._image = None  # Pillow's, opened only if libjpeg-turbo is not enough
         self._decoded: dict[int, tuple[np.ndarray, int]] = {}  # by `shrink`
         self.format, stored = "JPEG", None
         if data.startswith(image_files.JPEG):
@@ -192,8 +192,8 @@ def _grey(image: Image.Image) -> np.ndarray:
     """Returns u8[H, W] of a picture of one channel that has more than 8 bits.
 
     Integers of up to 16 bits are scaled from the range of their type. Those of 32 bits and floats
-    have no range of their own: white is the first of 1 (floats), 255, 65535 and the type's largest
-    (integers) of which the picture's maximum is at most 1.1, and, but for the first, at least 1/16.
+    have no fixed range: white is the first of 1 (floats), 255, 65535 and the type's largest (integers) for which
+    maximum / white is at most 1.1 and, except for the first, at least 1/16.
     Values below black or above white are clipped.
     Raises: `BadImage` ("value_range") where no white fits, where values go below black by more than
     a tenth of white, and for NaN and infinity.

@@ -63,7 +63,7 @@ def _restarted(start: Callable[[int], Iterator[dict]]) -> Iterator[dict]:
             found = re.search(r"process was terminated unexpectedly with exit code (-?\d+)", str(e))
             if found is None:
                 raise
-            why = {"-9": "killed, as for want of memory", "-7": "no room in /dev/shm"}
+            why = {"-9": "killed, probably out of memory", "-7": "/dev/shm is full"}
             code = f"exit code {found[1]}" + (f": {why[found[1]]}" if found[1] in why else "")
             if done == died_at:
                 do = "give it more memory, or lower config.data.workers, prefetch or cache_mb"

@@ -1,4 +1,4 @@
-"""Worker processes that need nothing of the script that starts them and do not outlive it."""
+"""Worker processes that do not import the starting script and end with it."""
 
 import contextlib
 import multiprocessing
@@ -8,7 +8,7 @@ import threading
 import types
 from collections.abc import Iterator
 
-from vlp.core import interrupt
+from vlp.core import interrupt, pipes
 
 
 @contextlib.contextmanager
@@ -28,10 +28,14 @@ def without_main() -> Iterator[None]:
 
 
 def end_with_parent(*_: object) -> None:
-    """In a worker: ends this process when the one that started it has died, by whatever death."""
+    """In a worker: ends this process when its parent has ended for any reason.
+
+    A closed pipe at its output does not end it.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    pipes.guard(ends=False)
 
     def wait() -> None:
         parent.join()

@@ -21,13 +21,13 @@ MIN_SEEN = 1000  # max_bad_frac is a share of the samples seen, or of this many 
 def watched(
     batches: Iterator[dict], dataset: Any, seed: int, path: str | os.PathLike | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Passes batches on, without what the workers measured, which is added to `dataset.loader_stats`.
+    """Yields the batches without the workers' counters, which are added to `dataset.loader_stats`.
 
     Args:
       batches: as made by workers, with the leaves `BAD` and `STATS`.
       dataset: the `Dataset` that they come from.
-      seed: of the order, to find the record that was due at a position.
-      path: file to which a line is added for every record that was replaced; None for none.
+      seed: of the order, to find the original record at a position.
+      path: file to which a line is added for every replaced record (default: no file).
 
     Raises: `UserError` once more than `max_bad_frac` of the samples were replaced.
     """

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719): so many operations of one list, all of one magnitude.
+"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719): N random operations with one magnitude.
 
 Operations and ranges are those of the authors' list (its §3.1 and the reference code's, Posterize to
 4 bits, Solarize from 256, shifts of up to 100 of 331 pixels), their order of signs drawn from the

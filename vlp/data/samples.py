@@ -55,7 +55,9 @@ class Reader:
             found["image"] = image = pictures.Picture(image)
         if not self.data.cache_decoded:
             return found
-        if isinstance(image, pictures.Picture):  # whole, whether or not there is room for it
+        if isinstance(
+            image, pictures.Picture
+        ):  # decoded in full, even if it does not fit the cache
             found["image"] = image = image.pixels()[0]
         with self._lock:
             if self._cache_left >= image.nbytes and record_id not in self._cache:
@@ -93,7 +95,7 @@ class Reader:
 
         Args:
           leaves: stage and leaf (`leaves.in_order`).
-          record_id: the record that is due.
+          record_id: the record at this position.
           draws: the place of the sample.
           row: by name of a leaf, a view of its array.
           secs: f64, by stage (`loader_stats.STAGES`); the seconds taken are added.
@@ -131,7 +133,7 @@ class Reader:
         )
 
     def _siblings(self, record_id: int) -> tuple[int, int]:
-        """The records that may stand in for one: first id and number (those of its source)."""
+        """Returns the records that may replace a bad one, those of its source: first id, number."""
         if not isinstance(self.source, Concatenated):
             return 0, len(self.source)
         ends = np.cumsum(self.source.sizes)

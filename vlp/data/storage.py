@@ -56,7 +56,7 @@ def news() -> dict[str, int]:
 
 
 def note(num_bytes: int) -> None:
-    """Counts a read that was done elsewhere (by a library of its own)."""
+    """Counts a read that another library did."""
     with _lock:
         _counts["reads"] += 1
         _counts["bytes"] += num_bytes
@@ -207,7 +207,7 @@ def _retried(path: str, ask: Callable[[], Any]) -> Any:
             raise check.error(
                 path, f"{type(e).__name__} ({e!s:.80})", "a readable file", "check the path"
             ) from None
-        except Exception as e:  # every store has exceptions of its own
+        except Exception as e:  # every store has its own exceptions
             if fault := check.machine(path, e):
                 raise fault from None
             kind = {TimeoutError: "stalls", _ShortRead: "short"}.get(type(e), "errors")
@@ -216,7 +216,7 @@ def _retried(path: str, ask: Callable[[], Any]) -> Any:
             last = e
         if attempt + 1 < POLICY.tries:
             time.sleep(min(10.0, POLICY.pause_secs * 2**attempt) * random.uniform(0.5, 1.5))
-    raise check.MachineError(
+    raise check.Failed(
         f"{path}: got {POLICY.tries} failed reads (last: {type(last).__name__} {last!s:.80}), "
         "expected an answer; check the store and the network, then start again"
     )

@@ -59,7 +59,9 @@ def shortened(texts: Sequence[str], draws: Draws, name: str) -> Iterable[tuple[s
         return
     rng = draws.rng(name)
     for text in texts:
-        short = text_ops.shorten(text, data.text_len - 2, data.shorten, rng)  # beside bos and eos
+        short = text_ops.shorten(
+            text, data.text_len - 2, data.shorten, rng
+        )  # leaves room for bos and eos
         short = text if draws.is_blank(short) else short
         yield short, short is not text
 

@@ -40,7 +40,7 @@ def is_plain(text: str) -> bool:
 
 
 def is_invisible(text: str) -> bool:
-    """Whether a text is made of white space, control, format and filler characters alone."""
+    """Returns whether a text has only white space, control, format and filler characters."""
     return not is_plain(text) and all(
         c in _UNSEEN or unicodedata.category(c) in _SEPARATE for c in text
     )
@@ -70,11 +70,10 @@ def choose(
 ) -> list[str]:
     """Returns the caption texts of one sample, out of those in `langs` and from `sources` (empty: any).
 
-    "first": the first; "uniform": one drawn from `rng`; "weighted": one drawn with a probability
-    proportional to its `weight` (1 if it has none), or, given `sources`, first one of the record's
-    sources in proportion to the weight given here, whatever the number of its captions; "all": the
-    first `num`, or fewer if there are no more. Texts that `is_blank` do not count.
-    Raises: `BadCaption`, a `UserError`, if no caption is left or one is no caption.
+    "first": the first. "uniform": one drawn from `rng`. "weighted": one drawn in proportion to its `weight`
+    (default 1); with `sources`, first a source is drawn in proportion to its weight there, then one of its captions.
+    "all": the first `num`, or fewer. Texts that are blank (`is_blank`) do not count.
+    Raises: `BadCaption`, a `UserError`, if no caption is left or one is malformed.
     """
     if policy not in POLICIES:
         raise check.unknown("config.data.captions", policy, POLICIES)

@@ -1,10 +1,9 @@
 """Text to fixed-length ids and back: a SentencePiece model or a tokenizer.json behind a contract.
 
 The contract: pad 0, bos 1, eos 2, unk 3, all distinct; a row is [bos] pieces [eos] pads, and
-truncation keeps eos. `mask_id` hides a word of masked language modelling: the model's own mask token,
-else the first id behind the vocabulary. No text yields pad, bos, eos or mask: one that spells such a
-token is text. Lower-casing and Unicode normalisation live inside the model, so that its bytes are
-the whole definition.
+truncation keeps eos. `mask_id` is the mask token of masked language modelling: the model's own, else the
+first id after the vocabulary. A text never yields pad, bos, eos or mask, even if it spells such a token.
+Lower-casing and Unicode normalisation are part of the model, so that its bytes define everything.
 """
 
 import hashlib
@@ -174,7 +173,7 @@ def _controls(model: bytes, mask: int | None = None) -> bytes:
 
 
 def model_bytes(path: str) -> bytes:
-    """Reads a model; a tokenizer.json with the roles that the files beside it name."""
+    """Reads a model; for a tokenizer.json also the roles in the other files of its folder."""
     data = storage.whole(path)
     if data[:1] != b"{":
         return data
@@ -189,7 +188,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if not storage.exists(path):
         raise check.error(
             "config.data.tokenizer",
-            f"{path!r}, which is no file",
+            f"{path!r}, which is not a file",
             "a SentencePiece model or a tokenizer.json",
             "train or import one with `vlp data tokenizer`, or correct config.data.tokenizer",
         )

@@ -4,6 +4,7 @@ Their ids move: pad, bos, eos, unk become 0 … 3 and every other piece follows 
 order (`old_ids` says from where, for porting an embedding table). Needs the package `tokenizers`.
 """
 
+import functools
 import gzip
 import json
 import zlib
@@ -13,15 +14,15 @@ from typing import Any
 from vlp.core import check
 
 ROLES = ("pad", "bos", "eos", "unk")
-# names in the wild, for what the file itself does not tell; a role that none has gets an id of its own
+# usual names, if the file does not assign a role; a role without a token gets a new id
 NAMES = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
     "bos": ("<s>", "[CLS]", "<bos>", "<|startoftext|>", "<|begin_of_text|>"),
     "eos": ("</s>", "[SEP]", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
     "unk": ("<unk>", "[UNK]"),
 }
-MASKS = ("[MASK]", "<mask>", "<|mask|>")  # names in the wild of the token that hides a word
-# the files that Hugging Face keeps beside a tokenizer.json, and their keys of each role
+MASKS = ("[MASK]", "<mask>", "<|mask|>")  # usual names of the mask token
+# Hugging Face's files in the folder of a tokenizer.json, and their keys of each role
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 _KEYS = {
     "pad": ("pad_token",),
@@ -81,22 +82,22 @@ class Pieces:
 
 
 def with_roles(model: bytes, beside: Mapping[str, bytes], where: str) -> bytes:
-    """Returns the tokenizer.json with the roles of special tokens that the files beside it name.
+    """Returns the tokenizer.json with the roles of special tokens from the other files of its folder.
 
-    They are written as a Hugging Face library would: as its post-processor and padding. What the
-    file itself tells is kept. Raises: `UserError` for a token that is no piece.
+    Roles are written as Hugging Face does, as post-processor and padding. Roles that the file assigns
+    itself are kept. Raises: `UserError` for a token that is not a piece.
     """
     spec = _spec(model, where)
-    found = _told(spec)
+    found = _told(spec, where)
     for name in BESIDE:
         if name in beside:
             for role, token in _named(beside[name], f"{where}: {name}").items():
                 if token not in _old_ids(spec):
-                    got = f"{role} = {token!r}, which is no piece of the tokenizer"
+                    got = f"{role} = {token!r}, which is not a piece of the tokenizer"
                     do = "correct the file, or move it away"
                     raise check.error(f"{where}: {name}", got, "one of its pieces", do)
                 found.setdefault(role, token)
-    if found == _told(spec):
+    if found == _told(spec, where):
         return model
     old = _old_ids(spec)
     around = [[{"SpecialToken": {"id": found[r], "type_id": 0}}] if r in found else []
@@ -128,8 +129,10 @@ def _spec(model: bytes, where: str) -> dict:
     """The file as JSON, if its parts are those of a tokenizer.json."""
     try:
         spec = json.loads(model)
-        for part in (_old_ids, _special, _told):  # raise where something is not as expected
-            part(spec)
+        for part in (_old_ids, _special, functools.partial(_told, where=where)):
+            part(spec)  # raises where something is not as expected
+    except check.UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
         raise _no_tokenizer(where, e) from None
     return spec
@@ -148,7 +151,7 @@ def _special(spec: dict) -> list[str]:
 
 
 def _model_unk(spec: dict) -> str | None:
-    """What the model itself gives for what it does not know."""
+    """Returns the model's unknown token."""
     model = spec["model"]
     if isinstance(model["vocab"], list):
         unk = model.get("unk_id")
@@ -156,9 +159,17 @@ def _model_unk(spec: dict) -> str | None:
     return model.get("unk_token")
 
 
-def _told(spec: dict) -> dict[str, str]:
-    """The roles that the file itself tells: by its post-processor, its padding, its model."""
+def _told(spec: dict, where: str) -> dict[str, str]:
+    """The roles that the file itself tells: by its post-processor, its padding, its model.
+
+    Raises: `UserError` if it puts several tokens before or after a text, which would be lost.
+    """
     before, after = _bracket(spec.get("post_processor"))
+    pads = {*NAMES["pad"], (spec.get("padding") or {}).get("pad_token")}
+    for side, tokens in (("before", before), ("after", after)):
+        if len(set(tokens) - pads) > 1:
+            do = "keep one in its post-processor, or train a tokenizer (vlp data tokenizer)"
+            raise check.error(where, f"{tokens} {side} a text", "one special token at most", do)
     told = {
         "pad": (spec.get("padding") or {}).get("pad_token"),
         "bos": before[0] if before else None,
@@ -192,7 +203,7 @@ def _bracket(processor: dict | None) -> tuple[list[str], list[str]]:
 
 
 def _named(data: bytes, where: str) -> dict[str, str]:
-    """The roles that a file beside the tokenizer.json names."""
+    """Returns the roles in one of the files `BESIDE`."""
     try:
         config = json.loads(data)
         found = {}
@@ -208,21 +219,21 @@ def _named(data: bytes, where: str) -> dict[str, str]:
 
 
 def _roles(spec: dict, where: str) -> dict[str, str]:
-    """Role → token: as the file tells, else by name; none for a role that has to have an id of its own."""
-    old, special, roles = _old_ids(spec), _special(spec), _told(spec)
+    """Returns role → token, as the file assigns them, else by name; without roles that need a new id."""
+    old, special, roles = _old_ids(spec), _special(spec), _told(spec, where)
     if strange := {r: t for r, t in roles.items() if t not in old}:
-        got, do = f"{strange}, which are no pieces of it", "correct the file"
+        got, do = f"{strange}, which are not pieces of it", "correct the file"
         raise check.error(where, got, "special tokens among the pieces", do)
     for role, names in NAMES.items():
         if role not in roles and (known := [n for n in names if n in (special or old)]):
             roles[role] = known[0]
     rest = sorted(set(special) - set(roles.values()))
     if rest and not {"bos", "eos"} & set(roles):
-        got = f"special tokens {rest[:8]} and no post-processor that tells their roles"
-        do = f"put its {BESIDE[0]} beside it"
+        got = f"special tokens {rest[:8]} and no post-processor that assigns their roles"
+        do = f"put its {BESIDE[0]} into the same folder"
         raise check.error(where, got, "which of them begin and end a text", do)
     others = lambda role: {t for r, t in roles.items() if r != role}
-    for role in ("pad", "unk"):  # of their own: what pads, or is unknown, neither begins nor ends
+    for role in ("pad", "unk"):  # pad and unk must differ from bos and eos
         if roles.get(role) in others(role):
             del roles[role]
     if roles.get("pad") not in (*special, *NAMES["pad"]):
@@ -231,7 +242,7 @@ def _roles(spec: dict, where: str) -> dict[str, str]:
 
 
 def _without(spec: dict, controls: set[str]) -> dict:
-    """The file without its control tokens: in the model, their names become ones that no text has."""
+    """Returns the file with its control tokens renamed, so that no text contains one."""
     model: dict[str, Any] = dict(spec["model"])
     names = {t: f"\0control {i}\0" for i, t in enumerate(sorted(controls))}
     if isinstance(model["vocab"], list):
@@ -272,7 +283,7 @@ def clip_bpe(data: bytes, where: str = "CLIP's merges") -> bytes:
         raise check.error(where, f"{type(e).__name__} ({e!s:.80})", expected, do) from None
     merges = [tuple(x.split()) for x in text.split("\n")[1 : CLIP_MERGES + 1]]
     if not merges or any(len(m) != 2 for m in merges):
-        raise check.error(where, "lines that are no pairs", expected, do)
+        raise check.error(where, "lines without exactly two pieces", expected, do)
     # the bytes in the order of the file's author: printable ones first, then the shifted rest
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]

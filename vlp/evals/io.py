@@ -1,4 +1,4 @@
-"""What an evaluator is given beside the model: data prepared as in training, and a place for its artefacts."""
+"""An evaluator's input and output: data prepared as in training, and a place for its artefacts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import io as bytes_io
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ class IO:
     write: Callable[[str, dict[str, Any]], None] = lambda name, artefact: None
 
     def open(self, split: str) -> Dataset:
-        """A split as evaluations see it: without what is of training alone (other captions, records left out, order).
+        """Opens a split for evaluation: the first caption, all records, in record order.
 
         Of a mixture, those parts that have the split; raises UserError if none has.
         """
@@ -44,7 +45,7 @@ class IO:
             self.data, split=split, captions="first", num_captions=1, skip="", group_by="",
             mixture=parts, reweight=(),
         )  # fmt: skip
-        return _open(data, self.tokenizer)
+        return _open(data, self.tokenizer, os.getcwd())
 
     def provenance(self, dataset: Dataset) -> dict[str, Any]:
         return {
@@ -54,8 +55,26 @@ class IO:
         }
 
 
+def own_names(evals: Mapping[str, Evaluator], label: str, io: IO) -> IO:
+    """Returns an `IO` whose artefacts have names of their own.
+
+    Of two evaluations of one kind, split and `label`, the second would replace the artefacts of the first. So their
+    names end in the evaluation's name in the config, which is also the artefact's "eval".
+
+    Args:
+        evals: all evaluations, by name in the config.
+        label: the name of the one that gets the `IO`.
+        io: what all of them share.
+    """
+    kind = lambda e: (type(e), e.split, getattr(e, "label", None))
+    if sum(kind(e) == kind(evals[label]) for e in evals.values()) < 2:
+        return io
+    write = lambda name, value: io.write(f"{name}_{label}", value | {"eval": label})
+    return dataclasses.replace(io, write=write)
+
+
 def check_ready(evaluator: Evaluator, mesh: Mesh, io: IO, where: str) -> None:
-    """Raises UserError for whatever of the data or the mesh would stop the evaluator after hours of training."""
+    """Raises UserError for data or a mesh on which the evaluator would fail later, after hours of training."""
     meshes.check_batch(evaluator.batch, mesh, where=f"{where}.batch")
     dataset = io.open(evaluator.split)
     if getattr(evaluator, "reads_captions", True):
@@ -105,7 +124,8 @@ def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(data: Data, tokenizer: Tokenizer) -> Dataset:
+def _open(data: Data, tokenizer: Tokenizer, _where: str) -> Dataset:
+    """Opens a split once. _where: the working directory, on which relative paths depend."""
     parts, first = [], None
     for part in data.mixture:
         try:

@@ -26,14 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Zeroshot:
-    """accuracy, top5 (where there are more than five classes), mean_per_class: each class counts alike.
+    """Zero-shot classification: accuracy, top5 (with more than five classes), mean_per_class (mean over classes).
 
-    label: the records' field that holds the class. Left out and counted are records without it (num_unlabelled), of
-    a class that is none of `classes` (num_other_classes) and, with bad_records "replace", those that cannot be read
-    (num_bad). Captions are not needed.
-    phrases: how a prompt says each class (default: the class itself; "" says nothing). templates: "{}" is the
-    phrase; a class is the mean of its prompts' unit embeddings, made a unit vector (CLIP, Radford et al. 2021,
-    arXiv:2103.00020, §3.1.4). extra_splits: more records beside those of `split`. items: images in the report.
+    Omitted and counted: records without a label (num_unlabelled), with a class not in `classes` (num_other_classes)
+    and, with bad_records "replace", unreadable ones (num_bad). Captions are not needed.
+
+    label: the records' field that holds the class. phrases: text of each class (default: its name). templates: prompts,
+    in which "{}" is the phrase. The embedding of a class is the normalised mean of its prompts' unit embeddings (CLIP,
+    Radford et al. 2021, arXiv:2103.00020, §3.1.4). extra_splits: splits evaluated together with `split`. items: number
+    of images in the report.
     """
 
     reads_captions: ClassVar = False
@@ -71,7 +72,7 @@ class Zeroshot:
         self.check_prompts(io, where)
 
     def check_prompts(self, io: ios.IO, where: str) -> None:
-        """Raises UserError for classes that no prompt tells apart, warns of prompts that are cut."""
+        """Raises UserError for two classes with the same prompts; warns of prompts that are cut."""
         length, known, num_cut = io.data.text_len, {}, 0
         for name, phrase in zip(self.classes, self.phrases or self.classes):
             found = [encoded(io.tokenizer, phrase, t, length) for t in self.templates]
@@ -80,7 +81,7 @@ class Zeroshot:
             if ids in known:
                 got = f"the same tokens for {known[ids]!r} and {name!r}"
                 do = "change the phrases or templates, or raise config.data.text_len"
-                expected = f"prompts that tell classes apart in {length} tokens"
+                expected = f"prompts that differ in their first {length} tokens"
                 raise check.error(f"{where}.phrases", got, expected, do)
             known[ids] = name
         if num_cut:
@@ -204,7 +205,7 @@ def encoded(
     """A prompt's ids, and whether it was too long: then it loses words of the template, from its beginning up to the
     class, before it loses the class."""
     before, _, after = template.partition("{}")
-    words = before.split(" ")  # the last one stands beside the class
+    words = before.split(" ")  # the last one is next to the class
     for dropped in range(len(words)):
         text = prompts(phrase, [" ".join(words[dropped:]) + "{}" + after])[0]
         if (tokenizer.encode(text, 2 * length)[length:] == tokenizer.pad_id).all():

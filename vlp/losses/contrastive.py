@@ -1,7 +1,7 @@
-"""Contrastive losses of a batch of pairs, per example, exact over the global batch, in float32 or wider.
+"""Contrastive losses per example, exact over the global batch, in float32 or wider.
 
-Columns may be more than the batch: a queue, negatives, further captions (`Columns`). Texts may be [B K E], K captions
-of each image. The plain form of every loss here is in `losses.reference`.
+Further keys can be added to the batch's own: a queue, hard negatives, more captions (`Columns`). Texts may be [B K E],
+with K captions per image. `losses.reference` has the plain B × B form of every loss.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ Function = Callable[..., jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Further columns: Q embeddings that no row of the batch owns.
+    """Further columns of the logits: Q embeddings without a positive pair in the batch.
 
-    z: [Q E], or what the score takes; differentiated. leaves: what `where` and `targets` read of them, in the
-    structure of the batch's own leaves. where: bool[Q], which of them exist (None: all).
+    Attributes:
+        z: embeddings [Q E], or the pytree that the score takes. Differentiated.
+        leaves: arrays that `where` and `targets` read, with the structure of the batch's leaves.
+        where: bool[Q], which of them exist (None: all).
     """
 
     z: PyTree
@@ -59,36 +61,35 @@ def softmax(
     """Cross-entropy of each image over all texts (`i2t`) and of each text over all images (`t2i`).
 
     Args:
-        zi: Unit vectors [B E] of the images. With a `score` of its own, any leaves that lead with B.
+        zi: Unit vectors [B E] of the images. With another `score`, any pytree with leading axis B.
         zt: Unit vectors [B E] of the texts; row k belongs to image k. Or [B K E], K captions of each image: caption k
             is contrasted with the captions k of the other images, and the result is the mean over captions.
         scale: Multiplies the scores.
         where: where(i, j, a, b) → bool, which pairs are in the denominators (`losses.pairs.Pairs`). j ≥ B is a
             further text, i ≥ B a further image.
-        targets: targets(i, j, a, b) ≥ 0, how much image i and text j belong together, instead of 1 where i = j.
-            Normalised per image for i2t and per text for t2i; a row without any has loss 0. Or a matrix [B B], which
-            then is the largest array here.
-        a: Leaves of the images, which lead with B, for `where` and `targets`. Not differentiated.
-        b: Leaves of the texts, likewise; they lead with [B K] if zt does.
+        targets: targets(i, j, a, b) ≥ 0, the target weight of image i and text j (default: 1 where i = j, else 0).
+            Normalised per image for i2t and per text for t2i; a row whose targets are all 0 has loss 0. Or a matrix
+            [B B], which needs B² memory.
+        a: Pytree of the images, with leading axis B, that `where` and `targets` read. Not differentiated.
+        b: The same of the texts, with leading axes [B K] if zt has them.
         where_BK: bool of zt's leading shape, which texts exist. A missing text is in no denominator and its row has
             loss 0. The mean over captions is over those that exist.
         more_texts: Further columns of i2t, Q embeddings (a queue, negatives).
         more_images: Further columns of t2i, M embeddings.
-        score: Score of a pair: `losses.pairs.dot`, `losses.pairs.TokenSets()`, or a function of your own.
+        score: Score of a pair: `losses.pairs.dot`, `losses.pairs.TokenSets()`, or another function.
         params: Further parameters of the score, a dict. Differentiated.
-        chunk: Texts gathered at a time (0: 1,024). Changes memory, not values.
+        chunk: Number of texts gathered at a time (0: 1,024). Changes memory, not values.
 
     Returns:
-        Numbers per example, [B]: `i2t`, `t2i`; and for losses made of them (leave-one-out, focal) `lse_i2t` and
-        `lse_t2i`, log-sum-exp of an image's and of a text's scores, and `positive`, the pair's own score (with
-        `targets`, an image's mean score by them). `hit_i2t`, `hit_t2i`: 1 where no other pair scores above the own
-        one, shared among equals (retrieval@1 among the columns).
+        Arrays [B]. `i2t`, `t2i`: the losses. `lse_i2t`, `lse_t2i`: log-sum-exp of an image's and of a text's scores.
+        `positive`: score of the positive pair (with `targets`: an image's mean score, weighted by them). `hit_i2t`,
+        `hit_t2i`: 1 if the positive pair has the highest score (retrieval@1), 1/n if n pairs share it.
 
     Raises:
-        UserError: for numbers of images and texts that differ, or a matrix of targets of another shape or beside
-            further columns.
+        UserError: the numbers of images and texts differ, or a matrix of targets has another shape or is combined
+            with further columns.
 
-    Source: CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3), which halves the sum of both directions.
+    Source: CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3), whose loss is (i2t + t2i) / 2.
     """
     if _has_captions(zi, zt):
         one = lambda text, where_B: softmax(
@@ -105,7 +106,7 @@ def softmax(
             if targets.shape == (num, num):
                 got = "a matrix of targets and further columns"
             raise check.error("losses.contrastive", got, f"{(num, num)}", do)
-        a, where, targets = (a, targets), where and _BesideMatrix(where), _row_of_matrix
+        a, where, targets = (a, targets), where and _IgnoreMatrix(where), _row_of_matrix
     what = pairs.Pairs(score=score, where=where, targets=targets)
     weights = {"scale": scale, **(params or {})}
     image, text = _both_ways(what, weights, zi, zt, a, b, where_BK, more_texts, more_images, chunk)
@@ -134,17 +135,17 @@ def one_way(
     params: PyTree = None,
     chunk: int = 0,
 ) -> Stats:
-    """Cross-entropy of each row over all keys, in one direction: keys of a teacher, neighbours, momentum contrast.
+    """Cross-entropy of each row over all keys, in one direction, for keys of a teacher or a queue.
 
     Args:
         z: Unit vectors [B E].
         keys: Unit vectors [C E], C ≥ B; key k belongs to row k.
         scale, where, targets, score, params, chunk: As in `softmax`.
-        a, b: Leaves of the rows and of the keys.
-        more: Further keys (a queue); their index begins at C.
+        a, b: Pytrees of the rows and of the keys, for `where` and `targets`.
+        more: Further keys (a queue), with indices from C.
 
     Returns:
-        Numbers per row, [B]: `nll`, `lse`, `positive` and `hit`, as `i2t`, `lse_i2t`, … of `softmax`.
+        Arrays [B]: `nll`, `lse`, `positive` and `hit`, as `i2t`, `lse_i2t`, `positive` and `hit_i2t` of `softmax`.
 
     Source: MoCo (He et al. 2020, arXiv:1911.05722, eq. 1).
     """
@@ -166,11 +167,11 @@ def teacher_targets(
     """Soft targets α · softmax(scale · z·keys) + (1 − α) · identity, as arguments of `one_way`; without gradient.
 
     Args:
-        z_BE: A teacher's rows.
-        keys_CE: The teacher's keys.
+        z_BE: The teacher's rows, unit vectors.
+        keys_CE: The teacher's keys, unit vectors.
         scale: Multiplies the teacher's scores.
-        alpha: Share of the teacher, in [0, 1].
-        more: Further keys (a queue), the teacher's and the student's.
+        alpha: Weight of the softmax, in [0, 1].
+        more: Further keys (a queue), for both the targets and the student's loss.
 
     Returns:
         `targets`, `a`, `b` and `more`: one_way(z, keys, scale, **teacher_targets(…)).
@@ -209,22 +210,22 @@ def sigmoid(
     params: PyTree = None,
     chunk: int = 0,
 ) -> Stats:
-    """`loss`: the sum over texts j of −log σ(z (scale · xᵢ·yⱼ + bias)), z = 1 for the pair and −1 for others.
+    """Sigmoid loss: Σⱼ −log σ(z (scale · xᵢ·yⱼ + bias)) over texts j, with z = 1 if i = j and −1 otherwise.
 
     Every pair is one binary decision (SigLIP, Zhai et al. 2023, arXiv:2303.15343, eq. 2).
 
     Args:
         bias: Added to the scores.
-        targets: targets(i, j, a, b) in [0, 1], the probability that i and j belong together, instead of 1 where i = j.
-        more_images: Further images; their pairs count to the loss of the text's example.
-        where_BK: As in `softmax`; the pairs of a missing text do not count, nor does the row of its image.
+        targets: targets(i, j, a, b) in [0, 1], the probability that i and j match (default: 1 where i = j, else 0).
+        more_images: Further images; their pairs are added to the loss of the text's example.
+        where_BK: As in `softmax`; pairs of a missing text are not counted, and the loss of its image is 0.
         All others: As in `softmax`.
 
     Returns:
-        Numbers per example, [B]: `loss`, `hit_i2t`, `hit_t2i`.
+        Arrays [B]: `loss` (a sum over texts, not a mean), `hit_i2t`, `hit_t2i`.
 
     Raises:
-        UserError: for numbers of images and texts that differ.
+        UserError: the numbers of images and texts differ.
     """
     if _has_captions(zi, zt):
         one = lambda text, where_B: sigmoid(
@@ -261,15 +262,17 @@ def over_captions(
     zt_BKE: PyTree,
     where_BK: Bool[Array, "B K"] | None = None,
 ) -> Stats:
-    """The mean of a loss over the captions of each image: caption k beside the other images' captions k.
+    """Computes a loss for each caption index k and returns its mean over k.
+
+    Caption k of an image is contrasted with the captions k of the other images.
 
     Args:
-        f: f(zt_BE, where_B), the loss of one caption of each image; its results lead with B.
-        zt_BKE: Texts, or leaves that lead with [B K].
-        where_BK: Which captions exist. The mean is over those; an example without any has 0.
+        f: f(zt_BE, where_B), the loss of one caption per image; its results have leading axis B.
+        zt_BKE: Texts, or a pytree with leading axes [B K].
+        where_BK: Which captions exist. The mean is over those; an example without captions gets 0.
 
     Returns:
-        What f returns. The traced program does not grow with K.
+        The structure that f returns. The captions are scanned, so the compiled program does not grow with K.
 
     Source: LaCLIP (Fan et al. 2023, arXiv:2305.20088, §3.2) draws one of the captions; this is the expectation.
     """
@@ -310,17 +313,17 @@ def metrics(
     more_texts: int = 0,
     more_images: int = 0,
 ) -> dict[str, Term]:
-    """What to log of a batch: the mean of both directions minus ln of the columns (0: nothing learned), retrieval@1.
+    """Metrics to log: retrieval@1, the logit scale, and the loss minus that of a random model (ln of the columns).
 
     Args:
         loss: A result of `softmax` or `sigmoid`.
         scale: The logit scale.
-        left_out: Pairs of each row that are in no denominator, 1 for leave-one-out.
-        more_texts: Further columns of i2t.
-        more_images: Further columns of t2i, M embeddings.
+        left_out: Number of pairs per row that are not in its denominator: 1 for leave-one-out.
+        more_texts: Number of further columns of i2t.
+        more_images: Number of further columns of t2i.
 
     Returns:
-        Terms by name. "contrastive/minus_log_batch" only of `softmax`.
+        Terms by name. "contrastive/minus_log_batch" exists only for `softmax`.
     """
     num = loss["hit_i2t"].shape[0]
     hits_B = 0.5 * (loss["hit_i2t"] + loss["hit_t2i"])
@@ -333,12 +336,12 @@ def metrics(
 
 
 def _has_captions(zi: PyTree, zt: PyTree) -> bool:
-    """Whether texts are [B K E] beside images [B E]."""
+    """Returns whether texts are [B K E] and images [B E]."""
     return isinstance(zt, jax.Array) and zt.ndim == 3 and jnp.ndim(zi) == 2
 
 
 def _num_pairs(zi: PyTree, zt: PyTree) -> int:
-    """The number of pairs; raises UserError if images and texts are not as many."""
+    """Returns the number of pairs. Raises UserError if the numbers of images and texts differ."""
     shapes = lambda z: z.shape if isinstance(z, jax.Array) else jax.tree.leaves(z)[0].shape[:1]
     if isinstance(zi, jax.Array) == isinstance(zt, jax.Array) and shapes(zi) != shapes(zt):
         got, do = f"{shapes(zi)} images and {shapes(zt)} texts", "give one text for each image"
@@ -354,7 +357,7 @@ def _both_ways(
     what: pairs.Pairs, params: PyTree, x: PyTree, y: PyTree, a: PyTree, b: PyTree,
     exists: jax.Array | None, more_y: Columns | None, more_x: Columns | None, chunk: int,
 ) -> tuple[Stats, Stats]:  # fmt: skip
-    """Sums of the rows x over y and more_y, and of the columns y over x and more_x. exists: which of y do."""
+    """Sums of each row x over y and more_y, and of each column y over x and more_x. exists: bool, which y exist."""
     rows, cols = _reduce(what, params, x, y, a, b, exists, chunk)
     if more_y:
         num = jax.tree.leaves(y)[0].shape[0]
@@ -379,7 +382,7 @@ def _reduce(
     what: pairs.Pairs, params: PyTree, x: PyTree, y: PyTree, a: PyTree, b: PyTree,
     of_y: jax.Array | None, chunk: int, of_x: jax.Array | None = None,
 ) -> tuple[Stats, Stats]:  # fmt: skip
-    """`pairs.reduce` over the rows and columns that exist, by of_x and of_y (None: all)."""
+    """`pairs.reduce` over the rows and columns that exist: bool masks of_x and of_y (None: all)."""
     if of_x is not None or of_y is not None:
         targets = what.targets and _TargetsOfExisting(what.targets)
         what = dataclasses.replace(what, where=_Existing(what.where), targets=targets)
@@ -389,7 +392,7 @@ def _reduce(
 
 @dataclasses.dataclass(frozen=True)
 class _Existing:
-    """`where` of rows and columns that exist; leaves are (those of the batch, which exist)."""
+    """`where`, and False for rows and columns that do not exist. a and b are pairs (leaves, mask)."""
 
     where: Function | None
 
@@ -411,8 +414,8 @@ class _TargetsOfExisting:
 
 
 @dataclasses.dataclass(frozen=True)
-class _BesideMatrix:
-    """`where` where a matrix of targets travels with the rows' leaves."""
+class _IgnoreMatrix:
+    """Calls `where` without the matrix of targets, which is the second item of a."""
 
     where: Function
 
@@ -425,14 +428,14 @@ def _row_of_matrix(i_B1: Any, j_1B: jax.Array, a: PyTree, b: Any) -> jax.Array:
 
 
 def _mean_score(sums: Stats, targets: Any) -> jax.Array:
-    """The own score, or the mean score by the targets (0 without any)."""
+    """Returns the positive pair's score, or the mean score weighted by the targets (0 if all are 0)."""
     if targets is None:
         return sums["target"]
     return sums["target"] / jnp.where(sums["mass"] > 0, sums["mass"], 1)
 
 
 def _cross_entropy(sums: Stats, targets: Any, exists: jax.Array | None) -> jax.Array:
-    """Per row; 0 for a row without targets and for one that does not exist."""
+    """Returns the cross-entropy per row; 0 for a row without targets and for a row that does not exist."""
     loss = sums["lse"] - _mean_score(sums, targets)
     if targets is not None:
         loss = jnp.where(sums["mass"] > 0, loss, 0)

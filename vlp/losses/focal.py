@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 
 def weigh(nll_B: Float[Array, "B"], gamma: float) -> Float[Array, "B"]:
-    """(1 − p)^γ · nll with p = exp(−nll): what is already right counts less; γ 0 is nll itself, γ in (0, 1) unfit.
+    """Focal loss (1 − p)^γ · nll with p = exp(−nll). γ = 0 returns nll; γ in (0, 1) is not supported.
 
     A nll that rounding made negative counts as p = 1. Source: Lin et al. 2017 (arXiv:1708.02002, eq. 4).
     """

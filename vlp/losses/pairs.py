@@ -132,19 +132,19 @@ def reduce(
     """Sums over all pairs, for every row and for every column.
 
     Args:
-        pairs: What is summed.
+        pairs: Defines the sums.
         params: Parameters of the score. Differentiated.
-        x, y: Leaves of the rows, which lead with B, and of the columns, which lead with C. Differentiated (but for
-            boolean ones).
-        a, b: Further leaves of rows and of columns, for `where` and `targets`. Not differentiated.
+        x, y: Pytrees of the rows, with leading axis B, and of the columns, with leading axis C. Differentiated (except
+            boolean leaves).
+        a, b: Further pytrees of rows and of columns, for `where` and `targets`. Not differentiated.
         chunk: Columns gathered at a time, over all devices (0: 1,024). Changes memory, not values.
         tile: Rows of a device scored at a time (0: what the score asks, else 1,024). Changes memory, not values.
 
     Returns:
         Two dicts, of rows [B] and of columns [C] (empty if pairs.columns is False). `lse`: log-sum-exp of the scores
         (−inf where there are none), or `each`, if that is given. `target`: the sum of target · score. Without
-        gradient: `mass`, the sum of targets; `max`, the best score; `ties`, how many pairs have it; `hit`, 1 where no
-        pair scores above (k, k), shared among equals.
+        gradient: `mass`, the sum of targets; `max`, the best score; `ties`, how many pairs have it; `hit`, 1 if
+        (k, k) has the best score, 1/n if n pairs share it.
 
     Raises:
         UserError: for a negative chunk or tile.
@@ -434,7 +434,7 @@ def _forward(
     pairs = sweep.pairs
     x_tiles, a_tiles = sweep.split((_wide(x), a), sweep.tile)
     i, real = sweep.row_indices()
-    # Tied to the data: a loop around this would otherwise compute what indices alone decide, of all pairs, beforehand.
+    # Stops XLA from hoisting values that depend only on indices, for all pairs, out of an outer loop.
     i, real, x_tiles = jax.lax.optimization_barrier((i, real, x_tiles))
     dtype = jax.eval_shape(
         lambda p, x, y: pairs.score(p, x, y, sweep.precision),
@@ -502,7 +502,7 @@ def _backward(
         d_params, d_x, waiting = carry
         y_S, b_S, of_S = here
         y_S, col = _wide(y_S), (*sweep.columns(k), b_S)
-        # what the slice before leaves to be summed over devices travels while this one is worked on
+        # reduces the previous slice's gradients over devices while this slice is computed
         ready = () if waiting is None else jax.tree.map(sweep.scatter, waiting, y)
 
         def tile(sums: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:

@@ -29,7 +29,7 @@ from vlp.models.layers import (
 class Joint(nn.Module):
     """Projects to the joint space and normalises to unit length, in float32 (epsilon 1e-8, FLIP).
 
-    project False: normalises alone (SigLIP's image side), and then x must have the joint space's width.
+    project False: only normalises (SigLIP's image side); x must then have the joint space's width.
     """
 
     embed: int
@@ -167,7 +167,7 @@ class NormMlpHead(nn.Module):
 
 
 class FusionHead(nn.Module):
-    """Cross-attention encoder: text tokens that look at each other and at an image's tokens (ALBEF, §3.1).
+    """Cross-attention encoder: text tokens that attend to each other and to an image's tokens (ALBEF, §3.1).
 
     depth: blocks of self-attention, cross-attention and MLP. heads: of the attention (None: width / 64, 1 at least).
     mlp: hidden width (0: 4 · width). remat, scan: as of a tower's blocks. The width is the text tokens'.
@@ -312,10 +312,10 @@ class RegionsHead(nn.Module):
 
 
 class MixtureHead(nn.Module):
-    """Mixes an example's K tokens by how well each fits a query (Llip, Lavoie et al. 2024, arXiv:2405.00740, §3).
+    """Attention pooling of an example's K tokens by a query (Llip, Lavoie et al. 2024, arXiv:2405.00740, §3).
 
-    One attention layer: queries from the text, keys and values from the image's tokens. width_out: of the result.
-    heads: of the attention. scale: factor of its logits beside 1/√(head size) (Llip's inverse temperature).
+    One attention layer: queries from the text, keys and values from the image's tokens. width_out: output width.
+    heads: attention heads. scale: factor of the logits, in addition to 1/√(head size) (Llip's inverse temperature).
     """
 
     width_out: int

@@ -70,7 +70,7 @@ class Linear(nn.Module):
         )
         contract = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
         kernel: Any = gather(jnp.asarray(kernel, self.dtype), self.names)
-        # heads × head size as one dimension, as the product may be kept and a head alone is narrower than a TPU's tile
+        # heads × head size as one dimension, as the product may be stored and one head is narrower than a TPU's tile
         merged = (*self.shape_out[:-2], math.prod(self.shape_out[-2:]))
         kernel = kernel.reshape(*self.shape_in, *merged)
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contract, ((), ())))
@@ -326,9 +326,9 @@ class Stack(nn.Module):
         Args:
             x: the tokens.
             context: what the blocks' cross-attention reads; None: the blocks have no cross-attention.
-            mask: True where token t may look at token s.
+            mask: True where token t may attend to token s.
             keys: one key per example for dropout and drop path; None: deterministic.
-            causal: token t looks at tokens 0..t alone.
+            causal: token t attends only to tokens 0..t.
             collect: also return the output of every block.
 
         Returns:

@@ -23,12 +23,12 @@ from vlp.ops.params import spread
 
 
 class ResNet(nn.Module):
-    """Stages of bottleneck blocks with batch norm; the first sees a fourth of the side, each next one half.
+    """Stages of bottleneck blocks with batch norm, at 1/4 of the image side and then half of it per stage.
 
-    depths: blocks of each stage. width: channels of the stem; stage i has 4 · 2^i times as many. heads: of the
-    attention pooling. out: size of what it returns (0: the last stage's width); with the joint space's size and the
-    model's project_image False it is CLIP's projection. momentum: of the running statistics. mean, std: pixels in
-    [0, 1] are normalised by them. dtype, remat, scan: as of `layers.BlockConfig`.
+    depths: blocks of each stage. width: channels of the stem; stage i has 4 · 2^i times as many. heads: heads of the
+    attention pooling. out: width of its output (0: the last stage's width); the joint space's width together with
+    project_image False gives CLIP's projection. momentum: of the running statistics. mean, std: normalise pixels in
+    [0, 1]. dtype, remat, scan: as in `layers.BlockConfig`.
     """
 
     kind: ClassVar[str] = "image"

@@ -25,12 +25,12 @@ class Text(nn.Module):
             arXiv:2205.01917, §3.2).
         "eos": the first end-of-text token (CLIP).
         "first": the first token, for bidirectional towers (BERT's [CLS]; FLIP, ALIGN).
-        "last": the last position, whatever it holds (SigLIP).
+        "last": the last position, even if it is padding (SigLIP).
         "mean": the mean of the real tokens, then the final norm. "norm_mean": the norm first (MaMMUT).
         "map": attention pooling over the real tokens.
         "none": no vector.
     attend_padding: treats a pad as a word like any other (the released FLIP and SigLIP towers have no mask). Otherwise
-    no token looks at padding, and the number of pads changes the result of "last" alone.
+    no token attends to padding, and the number of pads changes only the result of "last".
     """
 
     kind: ClassVar[str] = "text"
@@ -135,19 +135,19 @@ class Text(nn.Module):
 
 
 def mean(x_BLD: Float[Array, "B L D"], seen_BL: Bool[Array, "B L"]) -> Float[Array, "B D"]:
-    """The mean of the tokens that are seen (0 if there are none)."""
+    """Mean over the real tokens (0 without any)."""
     count_B1 = jnp.maximum(seen_BL.sum(axis=1, keepdims=True), 1)
     return ((x_BLD * seen_BL[..., None]).sum(axis=1) / count_B1).astype(x_BLD.dtype)
 
 
 def attention_mask(mask_BL: Bool[Array, "B L"], *, causal: bool, cls: bool) -> Bool[Array, "B T T"]:
-    """Which token looks at which: [b, t, s] is True where token t looks at token s.
+    """Attention mask: [b, t, s] is True if token t attends to token s.
 
-    Every token looks at the real tokens (if causal, those before it) and at itself, so that no softmax is empty. A
-    CLS at the end looks at all real tokens, and no other token looks at it.
+    Every token attends to itself, so that no softmax is empty, and to the real tokens (if causal, only to earlier
+    ones). A CLS at the end attends to all real tokens, and no other token attends to it.
     """
     length = mask_BL.shape[1] + int(cls)
-    keys_BT = jnp.pad(mask_BL, ((0, 0), (0, int(cls))))  # nobody else sees the CLS
+    keys_BT = jnp.pad(mask_BL, ((0, 0), (0, int(cls))))  # no other token attends to the CLS
     seen_TT = (
         jnp.tril(jnp.ones((length, length), bool)) if causal else jnp.ones((length, length), bool)
     )

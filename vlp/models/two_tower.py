@@ -53,12 +53,12 @@ class Poolers:
 
 
 class TwoTower(nn.Module):
-    """Answers `image`, `text`, `head`; with a joint space `scale_bias`; with a decoder `decode`.
+    """Two-tower model with methods `image`, `text`, `head`; `scale_bias` with a joint space; `decode` with a decoder.
 
-    embed: size of the joint space; 0: none. scale, bias: start of the logit scale and of the logit bias (None: the
-    logits have no bias). SigLIP has no projection of the image and a bias in that of the text: project_image False,
-    text_bias True. Without `poolers` the image's embedding is a projection of what the image tower pools.
-    heads: the objective's heads by name, as specifications.
+    embed: width of the joint space; 0: none. scale, bias: initial logit scale and logit bias (None: no bias).
+    project_image False and text_bias True give SigLIP's model: no projection of the image, a bias in the text's.
+    Without `poolers`, the image's embedding is a projection of the image tower's pooled output.
+    heads: {name: specification}, from the objective.
     """
 
     image_tower: Any = named(TOWERS, "vit", kind="image")

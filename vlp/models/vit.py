@@ -22,8 +22,8 @@ class ViT(nn.Module):
     """Image tower. Sizes of images come from the input; `mlp` 0 means 4 · width.
 
     pos: "learned" or "sincos". pool: "cls" (a learned token, put in front after masking), "mean" over all tokens,
-    "map" (attention pooling, SigLIP) or "none". cls: the token is there whatever the pool; "mean" counts it (FLIP).
-    registers: further learned tokens, which nothing reads afterwards (Darcet et al. 2024, arXiv:2309.16588).
+    "map" (attention pooling, SigLIP) or "none". cls: adds the token for every pool; "mean" includes it (FLIP).
+    registers: further learned tokens, whose outputs are dropped (Darcet et al. 2024, arXiv:2309.16588).
     pre_norm: LayerNorm before the blocks (CLIP). mean, std: pixels in [0, 1] are normalised by them.
     """
 

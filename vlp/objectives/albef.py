@@ -1,4 +1,4 @@
-"""ALBEF: align, then fuse, with the targets of a moving average (Li et al. 2021, arXiv:2107.07651)."""
+"""ALBEF: align before fuse, with soft targets from a momentum teacher (Li et al. 2021, arXiv:2107.07651)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from vlp.ops.masking import mask_words
 
 @dataclasses.dataclass(frozen=True)
 class Albef:
-    """Contrast over batch and queue + matching of fused pairs + masked words, with equal weights (§3.2, eq. 8).
+    """Contrastive loss over batch and queue + image-text matching + masked language modelling (§3.2, eq. 8).
 
-    The teacher "ema" (config.teachers.ema.decay) gives the keys of the contrast, and the soft part of the targets.
-    alpha: share of the soft part, a number or (progress, value) points. queue: past embeddings of each side.
-    mask_ratio: share of the words that are masked. mask_id, vocab_size: of the tokenizer. fusion_depth: blocks that
-    fuse.
+    The three losses have equal weights. The teacher "ema" (config.teachers.ema.decay) gives the contrastive keys, and
+    the soft targets of the contrastive and the masked-language loss.
+
+    Attributes:
+        mask_id: the tokenizer's mask token.
+        vocab_size: the tokenizer's number of tokens.
+        alpha: weight of the soft targets, in [0, 1]: a number, or (progress, value) points.
+        queue: number of past teacher embeddings kept, of images and of texts.
+        mask_ratio: fraction of the text tokens that are masked.
+        fusion_depth: number of fusion blocks.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
@@ -64,42 +70,74 @@ class Albef:
         return Out(terms, pushed, metrics)
 
     def encode(self, ctx: Ctx) -> Any:
-        """The student's embeddings and tokens, the teacher's embeddings, the masked words' losses."""
+        """Returns the student's embeddings and tokens, the teacher's embeddings, and the loss of the masked tokens."""
         text, words = ctx.batch["text"], (self.mask_id or 0, self.vocab_size or 0)
         masked, where = mask_words(text, ctx.keys("words"), *words, ratio=self.mask_ratio)
 
         def run(c: Ctx) -> tuple[Any, Any, Any]:
             c, image = after(c, c.student("image", ctx.batch["image"]))
             text = c.student("text", ctx.batch["text"])
-            seen = c.student("text", masked, pass_id=1)
-            fused = c.head("fuse", seen["tokens"], image["tokens"], mask=seen["mask"])
+            corrupted = c.student("text", masked, pass_id=1)
+            fused = c.head("fuse", corrupted["tokens"], image["tokens"], mask=corrupted["mask"])
             return image, text, c.head("words", fused["tokens"])
 
         (image, text, words), (image_m, text_m, words_m) = run(ctx), run(ctx.teacher("ema"))
-        ours, soft = ((w["hidden"], w["unembed"]) for w in (words, words_m))
-        nll = caption.nll(*ours, ctx.batch["text"], where=where, shift=False, teacher=soft)
+        student, teacher = ((w["hidden"], w["unembed"]) for w in (words, words_m))
+        nll = caption.nll(*student, ctx.batch["text"], where=where, shift=False, teacher=teacher)
         own = {"image": image["embed"], "patches": image["tokens"]}
         own |= {"text": text["embed"], "words": text["tokens"], "mask": text["mask"]}
         return own, {"image": image_m["embed"], "text": text_m["embed"]}, nll
 
     def contrast(
-        self, a: str, b: str, own: Any, ema: Any, queue: Any, scale: Any, alpha: Any
+        self, rows: str, keys: str, own: Any, ema: Any, queue: Any, scale: Any, alpha: Any
     ) -> Any:
-        """One direction (eq. 6): rows of `a` over the teacher's keys of `b` and their queue."""
-        more = queue[b] if self.queue else None
-        targets = contrastive.teacher_targets(ema[a], ema[b], scale, alpha, more=more)
-        return contrastive.one_way(own[a], ema[b], scale, **targets)
+        """Contrastive loss in one direction (eq. 6): student rows against the teacher's keys and queue.
+
+        Args:
+            rows: "image" or "text", the side that queries.
+            keys: the other side.
+            own: the student's embeddings [B E] by side.
+            ema: the teacher's embeddings [B E] by side.
+            queue: the teacher's past embeddings [Q E] by side.
+            scale: the logit scale.
+            alpha: weight of the soft targets.
+
+        Returns:
+            Numbers per row, [B]: the result of `losses.contrastive.one_way`.
+        """
+        more = queue[keys] if self.queue else None
+        targets = contrastive.teacher_targets(ema[rows], ema[keys], scale, alpha, more=more)
+        return contrastive.one_way(own[rows], ema[keys], scale, **targets)
 
     def negatives(self, ctx: Ctx, own: Any, ema: Any, scale: Any) -> tuple[Any, Any]:
-        """Another image's patches for each text; another text's words and their mask for each image."""
+        """Draws a hard negative image for each text and a hard negative text for each image.
+
+        Args:
+            ctx: gives one random key per example.
+            own: the student's embeddings and tokens, from `encode`.
+            ema: the teacher's embeddings, from `encode`.
+            scale: the logit scale; negatives are drawn by the softmax of the scaled student-teacher similarities.
+
+        Returns:
+            The patches of the negative images; the words and masks of the negative texts.
+        """
         image_B = sampling.negatives(ctx.keys("image"), scale * own["text"] @ ema["image"].T)
         text_B = sampling.negatives(ctx.keys("text"), scale * own["image"] @ ema["text"].T)
         return {"patches": own["patches"][image_B]}, {k: own[k][text_B] for k in ("words", "mask")}
 
-    def match(self, ctx: Ctx, own: Any, *wrong: Any) -> dict[str, jax.Array]:
-        """Cross-entropy [B 3] of the pair, of its text with another image, of its image with another text."""
+    def match(self, ctx: Ctx, own: Any, *negatives: Any) -> dict[str, jax.Array]:
+        """Matching loss of each pair, of its text with a negative image, and of its image with a negative text.
+
+        Args:
+            ctx: applies the heads.
+            own: `patches` [B N D], `words` [B L D] and their `mask` [B L].
+            negatives: what replaces the leaves of `own`, from `self.negatives`.
+
+        Returns:
+            `nll`: binary cross-entropy [B 3]. `correct`: 1 where the right class has more than half [B 3].
+        """
         found = []
-        for k, pair in enumerate((own, *(own | other for other in wrong))):
+        for k, pair in enumerate((own, *(own | other for other in negatives))):
             fused = ctx.head(
                 "fuse", pair["words"], pair["patches"], mask=pair["mask"], pass_id=k + 1
             )

@@ -1,4 +1,4 @@
-"""Captioning alone: the image-conditioned language model of CoCa's second term (LCap only, its table 8a)."""
+"""Captioning only: the image-conditioned language model of CoCa (LCap only in its table 8a)."""
 
 from __future__ import annotations
 

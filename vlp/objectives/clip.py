@@ -1,4 +1,4 @@
-"""Contrastive language-image pretraining (Radford et al. 2021, arXiv:2103.00020), leave-one-out and focal variants."""
+"""CLIP's contrastive loss (Radford et al. 2021, arXiv:2103.00020), with leave-one-out and focal variants."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from vlp.objectives.passes import embeds
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Symmetric softmax loss: the mean of both directions, ½ (i→t + t→i).
+    """Symmetric softmax cross-entropy: the mean of both directions, ½ (i→t + t→i).
 
-    leave_one_out: the pair's own score stays out of its denominators (InfoLOOB; CLOOB, Fürst et al. 2022,
-    arXiv:2110.11316, eq. 2, without the factor 1/scale and the Hopfield retrieval): the loss is then unbounded below.
-    focal: γ of the weight (1 − p)^γ, p the probability of the right match (Lin et al. 2017, arXiv:1708.02002, on the
-    softmax); 0 is the plain loss.
-    keep_ratio: fraction of patches the image tower sees in training (FLIP, Li et al. 2022, arXiv:2212.00794).
+    Attributes:
+        leave_one_out: leaves the positive pair out of the denominators (InfoLOOB; CLOOB, Fürst et al. 2022,
+            arXiv:2110.11316, eq. 2, without the factor 1/scale and the Hopfield retrieval). The loss then has no lower
+            bound.
+        focal: γ of the weight (1 − p)^γ, where p is the probability of the positive pair (Lin et al. 2017,
+            arXiv:1708.02002); 0 is the plain loss.
+        keep_ratio: fraction of the patches that the image tower sees in training (FLIP, Li et al. 2022,
+            arXiv:2212.00794).
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
@@ -30,9 +33,9 @@ class Clip:
     keep_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        right = self.focal == 0 or (self.focal >= 1 and not self.leave_one_out)
-        expected = "0, or at least 1 and no leave_one_out, which has no probability"
-        check.bounds("config.objective", self, {"focal": (right, expected)})
+        valid = self.focal == 0 or (self.focal >= 1 and not self.leave_one_out)
+        expected = "0, or at least 1 without leave_one_out"
+        check.bounds("config.objective", self, {"focal": (valid, expected)})
 
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, zt_BKE = ctx.map(lambda c: embeds(c, self.keep_ratio))
@@ -53,5 +56,8 @@ class Clip:
 
 
 def off_diagonal(i: jax.Array, j: jax.Array, *_: Any) -> jax.Array:
-    """Which pairs compete: all but the own one. Exact where lse and positive would cancel (float32, large scale)."""
+    """Selects the negative pairs, i ≠ j.
+
+    Masking stays exact where subtracting the positive pair from the denominator would cancel (float32, large scale).
+    """
     return i != j

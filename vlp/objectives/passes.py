@@ -61,7 +61,7 @@ def after(ctx: Ctx, out: PyTree) -> tuple[Ctx, PyTree]:
 
 @jax.custom_vjp
 def _before(first: PyTree, second: PyTree) -> tuple[PyTree, PyTree]:
-    """Both unchanged; the cotangents of `second` wait for those of `first`."""
+    """Identity on both; the cotangents of `second` are computed after those of `first`."""
     return first, second
 
 

@@ -1,4 +1,4 @@
-"""Negatives that are drawn from the batch."""
+"""Hard negatives drawn from the batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from vlp.core import check
 
 
 def weights(logits_BB: jax.Array) -> jax.Array:
-    """For each row, its softmax over the columns that are not its own."""
+    """Returns the softmax of each row over all columns except its own, [B B]."""
     own_BB = jnp.eye(logits_BB.shape[0], dtype=bool)
     return jax.nn.softmax(jnp.where(own_BB, -jnp.inf, logits_BB))
 
 
 def negatives(keys_B: jax.Array | None, logits_BB: jax.Array) -> jax.Array:
-    """For each row another column i32[B], drawn by `weights`; the likeliest without keys. No gradient.
+    """Draws another column for each row with the probabilities of `weights`; the most likely one without keys.
+
+    Returns i32[B], without gradient.
 
     Source: ALBEF (Li et al. 2021, arXiv:2107.07651, §3.2).
     """

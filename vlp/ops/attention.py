@@ -18,7 +18,7 @@ from vlp.core import mesh as meshes
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 SPLASH_FROM = 256  # queries and keys, from which "auto" takes Splash on a TPU: docs/attention.md
-BLOCK = 1024  # at most so many queries or keys of one turn of Splash
+BLOCK = 1024  # largest block of queries or keys in Splash
 LANES = 128
 
 
@@ -106,7 +106,7 @@ def _splash_of_one(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, causal: bool) ->
         q_seq_shards=1, interpret=_platform() == "cpu",
     )  # fmt: skip
     segments = None
-    if (full_q, full_k) != (num_q, num_k):  # what was added attends to itself alone
+    if (full_q, full_k) != (num_q, num_k):  # padding attends only to itself
         added = [jnp.arange(full) >= num for full, num in ((full_q, num_q), (full_k, num_k))]
         segments = splash.SegmentIds(*(a.astype(jnp.int32) for a in added))
 

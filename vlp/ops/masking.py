@@ -44,17 +44,17 @@ def mask_words(
     Args:
         text_BL: The ids.
         keys_B: A key per example; None (in evaluation): nothing is masked.
-        mask_id: What stands for a hidden word (`Tokenizer.mask_id`).
+        mask_id: Id of the mask token (`Tokenizer.mask_id`).
         vocab_size: The tokenizer's; a swapped word is one of its ordinary pieces, each as likely.
         ratio: Share of words that are chosen.
-        hidden: Share of the chosen that become `mask_id`.
-        swapped: Share of the chosen that become a random word. The rest is left as it is.
+        hidden: Fraction of the chosen words that become `mask_id`.
+        swapped: Fraction of the chosen words that become a random word. The rest is unchanged.
 
     Returns:
         The text with masks, and which positions were chosen: the targets, with the words of `text_BL`.
 
     Raises:
-        UserError: for shares that are no shares.
+        UserError: a fraction is not in [0, 1], or the two sum to more than 1.
 
     Source: BERT (Devlin et al. 2019, arXiv:1810.04805, §3.1), which chooses 15 %: 80 % hidden, 10 % swapped.
     """

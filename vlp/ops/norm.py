@@ -1,4 +1,4 @@
-"""Layer and batch normalisation whose backward passes need their input alone."""
+"""Layer and batch normalisation whose backward passes store only the input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def layer_norm(
 ) -> Float[Array, "*b D"]:
     """(x − mean) / √(var + eps) · scale + bias over the last axis, in float32 or wider, returned in x's type.
 
-    Left to automatic differentiation it would hold three copies of x in float32; here x alone is held, in its own type,
+    Automatic differentiation would store three copies of x in float32; this stores only x, in its own dtype,
     and the statistics are computed again. Source: Ba et al. 2016 (arXiv:1607.06450).
     """
     y, _ = _normalise(x, eps)

@@ -43,7 +43,7 @@ def _rows_forward(
 
 
 def _rows_backward(dtype: DTypeLike, saved: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
-    table_VD, ids = saved  # the table for its shape and type alone
+    table_VD, ids = saved  # only the shape and type of the table are used
     zeros = constrain(jnp.zeros_like(table_VD), "vocab", None)
     return zeros.at[ids].add(grad.astype(table_VD.dtype)), None
 

@@ -1,4 +1,4 @@
-"""Position tables: the 2-D sine-cosine table, and the one rule by which learned tables change size."""
+"""Position tables: the fixed 2-D sine-cosine table, and resizing of learned tables."""
 
 import math
 
@@ -45,8 +45,16 @@ def resize_grid(table_ND: Float[Array, "N D"], num_tokens: int) -> Float[Array, 
     )
 
 
+def resize_grid_after_first(
+    table_ND: Float[Array, "N D"], fresh_MD: Float[Array, "M D"]
+) -> Float[Array, "M D"]:
+    """As `resize_grid`, for a table whose first row (of a pooled token) belongs to no place and is kept."""
+    grid = resize_grid(table_ND[1:], fresh_MD.shape[0] - 1)
+    return jnp.concatenate([table_ND[:1], grid])
+
+
 def resize_sequence(
     table_LD: Float[Array, "L D"], fresh_MD: Float[Array, "M D"]
 ) -> Float[Array, "M D"]:
-    """Rows of a text table are absolute positions: the common ones are kept, further ones are taken fresh."""
+    """Cuts a text table to the length of `fresh_MD`, or appends the rows of `fresh_MD` for the new positions."""
     return jnp.concatenate([table_LD, fresh_MD[table_LD.shape[0] :]])[: fresh_MD.shape[0]]

@@ -1,13 +1,13 @@
-"""Running statistics and auxiliary losses: what a layer tells the step from inside of a forward pass.
+"""Running statistics and auxiliary losses, passed from inside a forward pass to the training step.
 
-A forward pass runs under scans over layers and micro-batches and is computed again in the backward pass, so nothing
-can be carried out of it by hand. What does come out, summed and in the right place, is the gradient of a parameter.
-So a layer keeps its statistics as parameters that no rule trains, named `stat_…` ("slots"), and `record` gives them a
-gradient that is no derivative but the change that the layer asks for. The step adds the mean change (`updated`).
+A forward pass runs under scans over layers and micro-batches and is recomputed in the backward pass, so it cannot
+return extra values. But gradients of parameters leave it, already summed. So a layer keeps its statistics as parameters
+named `stat_…` ("slots"), which the optimiser skips, and `record` sets their gradient to the change of the statistic
+instead of a derivative. The step adds the mean change (`updated`).
 
-Beside its slots a module has `stat_share`, always 1: the share of a pass that one call of the module is. `Ctx.map`
-divides it by the number of micro-batches, so that changes and auxiliary losses are means over the micro-batches; its
-own gradient counts the passes. A pass without a gradient (a teacher, an evaluation) records nothing.
+A module with slots also has `stat_share`, always 1: the fraction of a pass that one call of the module represents.
+`Ctx.map` divides it by the number of micro-batches, so that changes and auxiliary losses are means over micro-batches;
+its gradient counts the passes. A pass without a gradient (a teacher, an evaluation) records nothing.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ record.defvjp(_record_forward, _record_backward)
 
 @jax.custom_vjp
 def attach(x: Float[Array, "*s"], loss: Float[Array, ""], weight: Array) -> Float[Array, "*s"]:
-    """Returns x. In the backward pass weight · loss is part of what is minimised.
+    """Returns x, and adds weight · loss to the minimised loss in the backward pass.
 
-    For the gradient it is as if the objective had that term; the loss that the step logs is without it.
+    The gradient is that of an objective with this term, but the logged loss does not include it.
     """
     return x
 

@@ -9,7 +9,7 @@ from vlp.core.types import Weight, at
 
 
 def update(average: Any, params: Any, decay: Weight, progress: jax.Array | float = 0.0) -> Any:
-    """average ← decay · average + (1 − decay) · params, exactly: there is no warm-up.
+    """Returns decay · average + (1 − decay) · params, without built-in warm-up.
 
     Args:
         average: Arrays in float32.
@@ -26,6 +26,6 @@ def update(average: Any, params: Any, decay: Weight, progress: jax.Array | float
         share = 1 - decay
     else:
         share = at(tuple((place, 1 - value) for place, value in decay), progress)
-    # written so, a constant is a fixed point, whatever the rounding of the share
+    # in this form, equal values stay equal for any rounding of `share`
     toward = lambda a, p: jnp.where(share == 1, p, a + share * (p - a))
     return jax.tree.map(lambda a, p: toward(a, p.astype(jnp.float32)), average, params)

@@ -1,4 +1,4 @@
-"""The optimiser: an update rule of optax, and ordered rules that say what happens to which parameter.
+"""The optimiser: an optax update rule, and ordered rules by parameter name (freeze, learning rate, weight decay).
 
 A rule is a full-match pattern of leaf names. The first that matches a leaf decides. Every leaf must have a rule, and
 every rule a leaf: otherwise a mistyped pattern would have no effect and no error.
@@ -138,7 +138,7 @@ def stacked(name: str) -> bool:
 
 
 def _by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies `inner` (factored RMS) to each block alone: the layers must not count as a dimension to factor over."""
+    """Applies `inner` (factored RMS) to each layer of a stack: the layer axis must not be factored."""
 
     def every(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(f) if stacked(name) else f
@@ -257,7 +257,7 @@ class Updater:
 
     @property
     def statistics(self) -> PyTree:
-        """Which leaves are statistics that the forward pass changes. Those that a rule freezes stay as they are."""
+        """Returns which leaves are statistics that the forward pass updates; frozen ones are not updated."""
         return jax.tree.map(lambda r: r is STATISTIC, self.rules)
 
     @property

@@ -1,4 +1,4 @@
-"""Compiles the training step of a stage, for devices that need not be here, and reads what the compiler reports."""
+"""Compiles a stage's training step, also for devices that are absent, and returns the compiler's figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PyTree = Any
 class Target:
     """Devices to compile for: a TPU topology, simulated CPU devices, or those of this machine.
 
-    stands_for: the kind of device that these replace; "": none. With a replacement the plan is only an estimate.
+    stands_for: the kind of device that these simulate ("": none); the plan is then only an estimate.
     """
 
     name: str
@@ -57,7 +57,7 @@ _NO_TPU = {
 
 
 def topology(name: str, slices: int = 1) -> Target:
-    """Returns a TPU pod that need not be here: "v5e:16x16", or several slices of it. Needs libtpu, but no TPU."""
+    """Returns a TPU pod by name, "v5e:16x16", or several slices of it. Needs libtpu, but no TPU."""
     from jax.experimental import topologies
 
     for variable, value in _NO_TPU.items():
@@ -186,7 +186,7 @@ def describe(plan: StagePlan, mesh: Mesh, target: Target) -> dict[str, Any]:
 
 
 def measure_parts(plan: StagePlan, mesh: Mesh) -> dict[str, Any]:
-    """Measures the objective's loss alone, with the results of its forward passes given, and one evaluation batch."""
+    """Measures the loss without its forward passes, and one evaluation batch."""
     stage = plan.stage
     rows = meshes.batch_sharding(mesh)
     place = lambda tree, sharding: jax.tree.map(

@@ -3,7 +3,7 @@
 The gradient of the step is traced once for a prime number of examples, so that the batch shows in shapes: an array
 with a dimension that the prime divides is sharded over the mesh's batch axes; parameters and arrays made from them are
 sharded by the table of axes. Then the trace is walked: an array lives from the equation that makes it to the last one
-that reads it. Operations that a compiler fuses (elementwise, casts, changes of shape) make no array of their own.
+that reads it. Operations that a compiler fuses (elementwise, casts, changes of shape) make no array.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlp.train import metrics
 from vlp.train.build import StagePlan
 
 PRIME = 251  # examples of a traced micro-batch
-# Operations without arrays of their own: a compiler computes them where their results are read.
+# Operations that a compiler fuses into the readers of their results.
 FUSED = frozenset({
     "abs", "add", "add_any", "and", "broadcast_in_dim", "convert_element_type", "copy", "div", "eq", "erf", "exp",
     "expand_dims", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min",
@@ -40,7 +40,7 @@ class Estimate:
     """Bytes per device. peak = state and batch + the most that the step holds at one time."""
 
     peak_bytes: int
-    held_bytes: int  # by the step, beside state and batch
+    held_bytes: int  # the largest part of the peak that is not state or batch
 
 
 def peak(plan: StagePlan, mesh: Mesh) -> Estimate:
@@ -79,7 +79,7 @@ def _gradient(plan: StagePlan) -> Any:
     num = PRIME * stage.micro_batches
     small = dataclasses.replace(stage, batch=num)
     batch = {}
-    for name, x in plan.batch.items():  # leaves of other streams have a batch size of their own
+    for name, x in plan.batch.items():  # other streams have their own batch size
         batch[name] = jax.ShapeDtypeStruct((num * x.shape[0] // stage.batch, *x.shape[1:]), x.dtype)
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(bare, plan.abstract.params)
@@ -156,7 +156,7 @@ def _walk(jaxpr: Any, size: Callable[..., float]) -> list[float]:
     seen = [0.0]
     for i, eqn in enumerate(jaxpr.eqns):
         outs = {v: size(v.aval) for v in eqn.outvars if v not in roots and v in last}
-        if eqn.primitive.name == "pallas_call":  # its operands have a layout of their own
+        if eqn.primitive.name == "pallas_call":  # its operands have another layout
             outs = {v: size(v.aval, minor=True) for v in eqn.outvars}
             inner = [sum((size(v.aval, minor=True) - size(v.aval) for v in eqn.invars), 0.0)]
         else:

@@ -32,7 +32,7 @@ def check(
         target: the devices.
         stage: name of the only stage to check; "": all.
         fast: estimate, do not compile.
-        alone: also measure the loss and an evaluation batch alone.
+        alone: whether to measure also the loss and an evaluation batch separately.
 
     Returns:
         A flat row per stage, by `compiled.measure` or `estimate.measure`. A stage that does not fit also has
@@ -106,7 +106,7 @@ def candidates(config: dict[str, Any], index: int) -> Iterator[tuple[dict[str, A
         patch: dict[str, Any] = dict(choice)
         patch["model"] = {name: dict(remat=remat) for name in towers}
         at = ""
-        if "stages" in config:  # in this stage alone: its own settings override the base
+        if "stages" in config:  # only in this stage: its settings override the base
             at = f"stages.{index}."
             patch = {
                 "stages": [
@@ -142,8 +142,8 @@ def _lines(row: Mapping[str, Any], mfu: float) -> Iterator[str]:
             yield f"  {label:24s} {gb(key)} GiB per device"
     limit = row.get("hbm_bytes")
     verdict = {True: "fits", False: "does NOT fit", None: "memory of this device is not known"}
-    told = row.get("refusal") or (f"of {limit / GiB:.2f} GiB" if limit else "")
-    yield f"  {verdict[row['fits']]}: {told}" if told else f"  {verdict[row['fits']]}"
+    detail = row.get("refusal") or (f"of {limit / GiB:.2f} GiB" if limit else "")
+    yield f"  {verdict[row['fits']]}: {detail}" if detail else f"  {verdict[row['fits']]}"
     if "would_fit" in row:
         yield (
             f"  would fit at {row['would_fit/peak_bytes'] / GiB:.2f} GiB, "

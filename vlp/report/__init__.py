@@ -1,4 +1,4 @@
-"""`vlp report`: one self-contained HTML file about one run, or about several, made from their workdirs alone.
+"""`vlp report`: one self-contained HTML file about one or several runs, made only from their workdirs.
 
 html.py     entry points: `write`, `write_comparison`    templates/  layout, style and script of the pages
 load.py     workdir → Run (rows as they are)             numbers.py  numbers → short text

@@ -1,6 +1,6 @@
 """Which metrics share a chart, and the title of each chart. The first pattern that matches a key wins.
 
-A key that matches no pattern gets a chart of its own, with its name from names.py: a new objective needs no line
+A key that matches no pattern gets its own chart, with its name from names.py: a new objective needs no line
 here.
 """
 
@@ -147,7 +147,7 @@ def _charts(
 ) -> list[svg.Chart]:
     """Returns a chart for each group that takes any key, in order, then one for each key left.
 
-    A chart takes up to svg.STYLES lines, which readers can tell apart; each further key gets a chart of its own.
+    A chart takes up to svg.STYLES lines, which readers can distinguish; each further key gets its own chart.
 
     Args:
         rows: of training, or of one evaluation.

@@ -1,4 +1,4 @@
-"""What the run does, as data for pictures: retrieval with its best answers and as a heat map, captions beside images.
+"""Data for the report's examples: retrieval with its best answers and as a heat map, captions of images.
 
 Images must be data URIs; others are left out, so that the page never asks the network. Ranks count from 1.
 Artefacts may hold values of any type: what does not fit is left out.

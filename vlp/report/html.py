@@ -128,8 +128,11 @@ def _curves(charts: Sequence[svg.Chart]) -> dict[str, Sequence[object]]:
 def _title(name: str, artefact: dict, config: dict | None = None) -> str:
     """Returns the evaluation and the split of an artefact as a title, or else the name of its file in words.
 
-    An evaluation is called as in the tables, by its key in `config`, if one has the artefact's label.
+    An evaluation is called as in the tables, by its key in `config`: the one that the artefact names, or the one that
+    has the artefact's label.
     """
+    if isinstance(key := artefact.get("eval"), str):
+        artefact = artefact | {"label": key}
     label, split = artefact.get("label"), artefact.get("split")
     kind = str(artefact.get("kind", ""))
     evals = (config or {}).get("evals")

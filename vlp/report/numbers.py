@@ -83,7 +83,7 @@ def labels(values: Sequence[float], *, as_percent: bool = False) -> list[str]:
     unit, scale = ("%", 100.0) if as_percent else ("", 1.0)
     plain = (
         1e-3 <= scale * max(map(abs, values), default=0.0) < 1e3
-    )  # 0.0005 beside 0.001, not 5e−4
+    )  # next to 0.001, 0.0005 and not 5e−4
 
     def show(value: float, digits: int) -> str:
         return (_plain if plain else si)(scale * value, digits) + unit

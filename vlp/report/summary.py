@@ -1,7 +1,7 @@
 """The run in one paragraph and a row of figures: its last evaluation, its size, its speed.
 
 The paragraph draws a conclusion only from enough steps and records, and from a difference beyond its standard error;
-otherwise it gives the numbers alone.
+otherwise it gives only the numbers.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Line charts as inline SVG, with what the page's script needs to answer a pointer.
 
 A chart is data (`Chart`); `figure` draws it. Colours, line styles and fonts are classes in
-templates/report.css: one drawing serves light, dark and paper. Series differ in dash and have a
-legend; colour alone never tells them apart.
+templates/report.css: one drawing serves light, dark and paper. Series have a legend and differ in
+dash as well as in colour.
 """
 
 import dataclasses

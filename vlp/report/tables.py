@@ -17,7 +17,7 @@ from vlp.report import curves, load, names, numbers, summary, svg
 MAX_CLASSES = 40
 MAX_STAGES = 20
 MAX_NAME = 80  # characters of the name of a class or a stage
-_NEAR = 2.0  # standard errors of a difference within which a value is marked beside the best
+_NEAR = 2.0  # a value this many standard errors from the best is marked like it
 
 Cell = str | tuple[str, str]  # text; or text and the class of its mark: "best", "near"
 
@@ -29,7 +29,7 @@ class Table:
     heads: Sequence[str]
     lines: Sequence[Sequence[Cell]]
     title: str = ""
-    note: str = ""  # beside the title
+    note: str = ""  # next to the title
     hint: str = ""  # below the table
     groups: Sequence[tuple[str, int]] = ()  # of columns, after the first one: text and size
 
@@ -46,7 +46,7 @@ class HeatLine:
 
 @dataclasses.dataclass(frozen=True)
 class Heat:
-    """A table whose cells are shaded; `missing` says why there is none."""
+    """A table whose cells are shaded; `missing` is the text shown without a table."""
 
     heads: Sequence[Any] = ()
     lines: Sequence[HeatLine] = ()

@@ -1,10 +1,10 @@
-"""Runs of several processes (hosts): find this process's place, check that all have come, decide jointly.
+"""Runs of several processes (hosts): rank of this process, roll call before the start, joint errors.
 
-JAX has `jax.distributed.initialize(initialization_timeout=…)`. When a process is missing, it ends all others by SIGABRT
-with "DEADLINE_EXCEEDED" and a C++ stack trace, which Python cannot catch and which names nobody (JAX 0.10.2). So the
-processes first meet at the coordinator's port by plain TCP, and JAX starts once all are there. Within `secs` every
-process prints one line that names the processes that are missing, that differ from process 0 in config or code, or that
-do not see its workdir. After that, JAX's `multihost_utils` is used.
+If a process is missing, `jax.distributed.initialize(initialization_timeout=…)` aborts all others with SIGABRT,
+"DEADLINE_EXCEEDED" and a C++ stack trace. Python cannot catch it, and no process is named (JAX 0.10.2).
+So the processes first connect to the coordinator's port by TCP, and JAX starts when all are connected. If that fails
+within `secs`, every process prints one line that names the processes that are missing, differ from process 0 in config
+or code, or do not see its workdir. Later decisions use JAX's `multihost_utils`.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def find(coordinator: str = "", num: int | None = None, process: int | None = No
     JAX detects (Cloud TPU, Slurm, Open MPI, Kubernetes).
 
     Args:
-        coordinator: "host:port" of process 0; "none": this process is alone, whatever the environment says.
+        coordinator: "host:port" of process 0; "none": a run of one process; ignores the environment.
         num: number of processes.
         process: number of this process, from 0.
 
     Returns:
-        The place; None if this process is alone.
+        The place; None for a run of one process.
 
     Raises:
         UserError: some of the three are known and others are not.
@@ -164,18 +164,18 @@ def joined(
     try:
         _check_devices()
         log.info("process %d of %d, on %s", place.process, place.num, _host())
-        if place.process:  # process 0 speaks for all
+        if place.process:  # only process 0 logs
             logging.getLogger().setLevel(logging.WARNING)
         yield
     except BaseException as error:
-        told = check.answer(error)
-        if told:
-            print(f"vlp: {told[0]}", file=sys.stderr)
+        known = check.answer(error)
+        if known:
+            print(f"vlp: {known[0]}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(told[1] if told else 1)
+        os._exit(known[1] if known else 1)
     jax.distributed.shutdown()
 
 
@@ -406,31 +406,31 @@ def raise_together(where: str) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: names the first process that raised, or whose dict differs from that of process 0.
     """
-    said: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     if not jax.distributed.is_initialized():
-        yield said
+        yield reported
         return
     error: Exception | None = None
     try:
-        yield said
+        yield reported
     except Exception as e:
         error = e
     problem = "" if error is None else str(error) or repr(error)
-    answers = _gather({"host": _host(), "problem": problem, "said": plain(said)})
+    answers = _gather({"host": _host(), "problem": problem, "reported": plain(reported)})
     if error is not None:
         raise error
     for number, answer in enumerate(answers):
         if answer["problem"]:
             raise check.UserError(f"process {number} on {answer['host']}: {answer['problem']}")
     for number, answer in enumerate(answers):
-        if changes := difference(answers[0]["said"], answer["said"]):
+        if changes := difference(answers[0]["reported"], answer["reported"]):
             got, do = f"another {changes[0]}", "make them equal"
             where = f"{where}: process {number} on {answer['host']}"
             raise check.error(where, got, "what process 0 has", do)
 
 
 def _gather(value: Any) -> list[Any]:
-    """Every process's value (plain data), in the order of processes."""
+    """Returns the value (plain data) of every process, in order."""
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)

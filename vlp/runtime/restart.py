@@ -8,15 +8,17 @@ from typing import Any
 from vlp.core.config import plain
 
 # FREE may change between two starts of a run: the numbers do not depend on them (a fingerprint identifies the data).
-# LOCAL may also differ between the processes of a run.
-LOCAL = (
-    "data.workers",
-    "data.read_threads",
-    "data.prefetch",
-    "data.cache_decoded",
-    "data.cache_mb",
-    "data.path",
+# LOCAL may also differ between the processes of a run. A "*" stands for every entry of a list or a section.
+_READING = (
+    "workers",
+    "read_threads",
+    "prefetch",
+    "cache_decoded",
+    "cache_mb",
+    "path",
+    "mixture.*.path",
 )
+LOCAL = tuple(f"{where}.{key}" for where in ("data", "streams.*.data") for key in _READING)
 FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "micro_remat", "platform",
         "hang_secs", "sinks", "plugins", *LOCAL)  # fmt: skip
 
@@ -40,9 +42,19 @@ def fixed(config: Mapping[str, Any], free: Sequence[str] = FREE) -> dict[str, An
     out = plain(config)
     for section in (out, *out.get("stages", [])):
         for path in free:
-            node: Any = section
-            *parents, last = path.split(".")
-            for part in parents:
-                node = node.get(part, {})
-            node.pop(last, None)
+            _pop(section, path.split("."))
     return out
+
+
+def _pop(node: Any, path: Sequence[str]) -> None:
+    """Removes what lies at a path of names, if it is there."""
+    name, *rest = path
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return
+    if not rest:
+        node.pop(name, None)
+    for inner in [*node.values()] if name == "*" else [node.get(name)]:
+        if rest:
+            _pop(inner, rest)

@@ -1,4 +1,4 @@
-"""Sinks: copies of metrics.jsonl for other tools. A sink has no state of its own.
+"""Sinks: copies of metrics.jsonl for other tools. A sink has no state.
 
 Each start gives every sink all rows that are kept. So a step that a killed run lost and did again appears once, and a
 sink that is added at a restart has the whole run.

@@ -30,16 +30,18 @@ class Stop:
     def __init__(self) -> None:
         self._asked = False
         self._previous: dict[int, object] = {}
-        self._handler = self._ask  # one object: what is set is what is compared
+        self._handler = self._ask  # one bound method, so that `is` recognises it later
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            alone = jax.process_count() == 1  # else JAX listens to SIGTERM, and agrees on a step
-            self._take(signal.SIGTERM if alone else signal.SIGINT)
+            single = (
+                jax.process_count() == 1
+            )  # else JAX handles SIGTERM and all hosts stop after one step
+            self._take(signal.SIGTERM if single else signal.SIGINT)
         return self
 
     def work(self) -> None:
-        """There is something to save from now on."""
+        """Notes that a step was done, so that stopping saves a checkpoint."""
         if self._previous and signal.SIGINT not in self._previous:
             self._take(signal.SIGINT)
 

@@ -23,6 +23,7 @@ import jax
 from vlp import __version__
 from vlp.ckpt.manager import check_path
 from vlp.core import check
+from vlp.core.chips import processor
 from vlp.core.config import difference
 from vlp.runtime import restart
 from vlp.runtime.sinks import Sink
@@ -194,7 +195,7 @@ def check_saved(workdir: pathlib.Path) -> None:
     """Raises UserError if a run saved checkpoints here. Call it if there are none now."""
     if (workdir / "saved.json").exists():
         do = "bring the checkpoints back, or choose another --workdir to begin again"
-        got = "no checkpoint of a run that saved some (saved.json says so)"
+        got = "no checkpoint of a run that saved some (see saved.json)"
         raise check.error(f"--workdir {workdir}", got, "its checkpoints", do)
 
 
@@ -252,7 +253,7 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
         if extend:
             do += " (--extend allows the last stage's length, evaluators, logging and saving)"
         elif extends:
-            do += "; --extend goes on with this one"
+            do += "; --extend continues with this one"
         raise check.error(
             f"--workdir {workdir}",
             f"a run with another config ({changes[0]}{more})",
@@ -299,10 +300,11 @@ def code_versions() -> dict[str, Any]:
 def versions() -> dict[str, Any]:
     """Returns what results depend on besides the config: packages, git commit, device, flags of JAX and XLA."""
     devices = jax.devices()
+    kind = devices[0].device_kind
     return {
         **code_versions(),
         "platform": devices[0].platform,
-        "device": devices[0].device_kind,
+        "device": f"CPU ({processor()[0]})" if kind == "cpu" else kind,
         "devices": len(devices),
         "processes": jax.process_count(),
         "flags": {

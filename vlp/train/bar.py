@@ -1,4 +1,4 @@
-"""The bar of a stage's steps, where a terminal has room for one; what is logged stands above it in whole lines."""
+"""The progress bar of a stage, on terminals that can show one; log lines are printed above it."""
 
 from __future__ import annotations
 

@@ -62,9 +62,9 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
         )
         for name, stream in {"": stage, **stage.streams}.items()
     }
-    if (told := with_tokenizer(stage, datasets[""].tokenizer)) is not stage:
-        plan = assemble(told, settings, mesh)
-    stage = told
+    if (completed := with_tokenizer(stage, datasets[""].tokenizer)) is not stage:
+        plan = assemble(completed, settings, mesh)
+    stage = completed
     check_text(stage, datasets[""])
     trace(plan)
     for label, evaluator in stage.evals.items():
@@ -74,7 +74,7 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
 
 
 def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
-    """The stages, each stream's data going on in one where the stages before left it (`vlp.data.stages.in_stages`)."""
+    """Makes each stream continue its sample order from stage to stage (`vlp.data.stages.in_stages`)."""
     datasets: list[dict[str, Dataset]] = [{} for _ in plans]
     for name in sorted({name for plan in plans for name in plan.datasets}):
         here = [i for i, plan in enumerate(plans) if name in plan.datasets]
@@ -152,7 +152,7 @@ def check_streams(stage: Stage, batch: Mapping[str, Any]) -> None:
 
 
 def teachers_shapes(stage: Stage, loaded: Mapping[str, Apply]) -> states.Nets:
-    """Model and parameters' shapes of each teacher from another run; (None, None) for those of the trained model."""
+    """Returns {teacher: (model, shapes of its parameters)}; (None, None) for an average of the trained model."""
     shapes = lambda apply: jax.eval_shape(lambda: apply.params)
     of = {name: (apply.model, shapes(apply)) for name, apply in loaded.items()}
     return {name: of.get(name, (None, None)) for name in stage.teachers}

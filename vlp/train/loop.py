@@ -1,4 +1,4 @@
-"""The training loop: data, step, log, evaluate, save. One for every method, stage and machine."""
+"""The training loop: data, step, log, evaluate, save. The same loop trains every method, stage and machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
 from vlp.data.dataset import start_plan
-from vlp.evals.io import IO
+from vlp.evals.io import IO, own_names
 from vlp.runtime import hosts
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import check_range
@@ -45,7 +45,7 @@ from vlp.train.start import check_length, check_start, extension, start_stage
 from vlp.train.state import State
 
 log = logging.getLogger(__name__)
-AHEAD = 2  # steps that the device may have in hand while the host prepares the next
+AHEAD = 2  # steps queued on the device while the host prepares the next one
 
 
 def run(
@@ -54,10 +54,20 @@ def run(
     profile: tuple[int, int] | None = None,
     extend: bool = False,
 ) -> int:
-    """Trains, or continues, the run of `config` in `directory`. Returns the exit code: 0, or 75 if pre-empted.
+    """Starts or continues training.
 
-    profile: first and last step of the run (from 1) to trace. extend: the last stage's length and the evaluators may
-    be others than at the last start.
+    Args:
+        config: the whole config.
+        directory: the work directory, which is created.
+        profile: first and last step to profile, counted from 1 over the whole run.
+        extend: whether the last stage's length and the evaluators may differ from those of the run's last start.
+
+    Returns:
+        The exit code: 0, or 75 if the run was pre-empted and saved.
+
+    Raises:
+        UserError: a mistake in the config or the work directory.
+        FloatingPointError: the loss, gradient or parameters of a step are not finite.
     """
     resolved: dict[str, Any] = plain(config)
     if "plugins" in resolved:
@@ -73,7 +83,7 @@ def run(
         meta = last_meta(workdir)
         position = meta["position"] if meta else {"step": 0, "stage": 0, "stage_step": 0}
         total = stages[-1].start_step + stages[-1].num_steps
-        with hosts.raise_together("config.data") as said:
+        with hosts.raise_together("config.data") as reported:
             check_range(profile, position["step"], total)
             plans = []
             for stage in stages:
@@ -87,15 +97,14 @@ def run(
                     "--extend: %s",
                     extension(stages, files.latest(workdir, meta["config"]), position),
                 )
-            said |= {plan.stage.name: description_of_data(plan) for plan in plans}
+            reported |= {plan.stage.name: description_of_data(plan) for plan in plans}
         session = open_session(resolved, settings, workdir, mesh, stop, plans[0], position, profile)
         say_model(session, plans)
         say_changes(meta, session)
         state = None
         interval = Interval((meta or {}).get("interval"))
-        with (
-            contextlib.ExitStack() as closing
-        ):  # in reverse; what fails to close keeps no other open
+        # closes the parts in reverse order, also if one of them fails to close
+        with contextlib.ExitStack() as closing:
             for part in (session.lock, session.checkpoints, session.watchdog, session.metrics):
                 closing.callback(part.close)
             closing.callback(session.profile.close)
@@ -112,12 +121,12 @@ def run(
                 ):
                     state = train_stage(session, plan, state, interval, bar)
                 if int(state.step) < total and stop.asked(int(state.step)):
-                    session.checkpoints.wait()  # before it is said
+                    session.checkpoints.wait()  # the line below is true only after this
                     log.info(
                         "stopped at step %d and saved; the same command continues", int(state.step)
                     )
                     return PREEMPTED
-            session.checkpoints.wait()  # before it is said
+            session.checkpoints.wait()
             log.info("done: %s", workdir)
             return 0
 
@@ -125,17 +134,30 @@ def run(
 def train_stage(
     session: Session, plan: StagePlan, state: State, interval: Interval, bar: tqdm
 ) -> State:
-    """Trains to the stage's end, or until asked to stop; the state returned is saved."""
+    """Trains to the end of the stage, or until the process is asked to stop.
+
+    Args:
+        session: the run's open files, mesh, watchdog and profiler.
+        plan: the stage, its data and its compiled step.
+        state: the state to start from.
+        interval: sums of metrics since the last logged row.
+        bar: progress bar.
+
+    Returns:
+        The last state, which is also saved.
+    """
     stage, settings = plan.stage, session.settings
     first = int(state.stage_step)
     if first:
         make_up(session, plan, state, first)
     batches = feed(plan, settings.seed, first, session.mesh, session.workdir)
     clock = Clock(stage.batch, flops_frac(plan, session.mesh))
-    pending: collections.deque[Done] = collections.deque()  # steps that were not looked at yet
+    pending: collections.deque[Done] = (
+        collections.deque()
+    )  # dispatched steps whose metrics are not read yet
 
     def record(ahead: int = 0) -> None:
-        """Looks at all steps but the last `ahead`, which may still be running."""
+        """Reads the metrics of all steps except the last `ahead`, which may still run."""
         while len(pending) > ahead:
             write_step(session, plan, pending.popleft(), clock, bar)
 
@@ -171,7 +193,7 @@ def train_stage(
                 try:
                     for label in due:
                         evaluate(session, plan, state, label, step)
-                except Exception:  # a broken evaluation costs no training
+                except Exception:  # saves first, so that a failed evaluation loses no training
                     save(session, plan, state, number + 1, interval.plain())
                     raise
                 if saving:
@@ -182,7 +204,7 @@ def train_stage(
 
 
 def due_evals(plan: StagePlan, stage_step: int) -> list[str]:
-    """The evaluations that follow a step of the stage (from 1)."""
+    """Returns the labels of the evaluators to run after step `stage_step` of the stage (from 1)."""
     stage = plan.stage
     step, last = stage.start_step + stage_step, stage_step == stage.num_steps
     every = lambda e: e.every_steps and step % e.every_steps == 0
@@ -190,12 +212,12 @@ def due_evals(plan: StagePlan, stage_step: int) -> list[str]:
 
 
 def make_up(session: Session, plan: StagePlan, state: State, stage_step: int) -> None:
-    """Runs the evaluations of a restored step that the start before did not get done."""
+    """Runs the evaluations of a restored step that are missing in metrics.jsonl."""
     step = plan.stage.start_step + stage_step
     rows = session.metrics.begun if jax.process_index() == 0 else []
-    there = {row.get("eval") for row in rows if row["kind"] == "eval" and row["step"] == step}
+    done = {row.get("eval") for row in rows if row["kind"] == "eval" and row["step"] == step}
     due = due_evals(plan, stage_step)
-    missing = np.array([name not in there for name in due], bool)
+    missing = np.array([name not in done for name in due], bool)
     if due and jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -213,7 +235,20 @@ def make_up(session: Session, plan: StagePlan, state: State, stage_step: int) ->
 def feed(
     plan: StagePlan, seed: int, stage_step: int, mesh: Mesh, workdir: pathlib.Path
 ) -> Iterator[dict[str, jax.Array]]:
-    """Global device batches from a stage's step on: the samples are a function of how many were seen."""
+    """Yields the global batches of a stage, as arrays on the devices.
+
+    The samples of a batch depend only on the number of samples seen before, so a resumed run gets the same ones.
+
+    Args:
+        plan: the stage and its datasets.
+        seed: of the order and of all draws.
+        stage_step: steps of the stage that are already done.
+        mesh: the run's mesh.
+        workdir: the work directory, where bad records are listed.
+
+    Yields:
+        {leaf: array [B …]}, with the leaves of another stream named "stream/leaf".
+    """
     stage = plan.stage
     streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
     for name, data in plan.datasets.items():
@@ -242,16 +277,27 @@ def feed(
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A step that was started: its number in the stage (from 1) and what it will say, still on the device."""
+    """A dispatched step: its number in the stage (from 1) and its metrics, still on the device."""
 
     number: int
     metrics: dict[str, jax.Array]
     finite: jax.Array
-    sums: Sums | None  # of the steps since the last row, if a row is due
+    sums: Sums | None  # of the metrics since the last row; None if no row is due
 
 
 def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar: Any) -> None:
-    """Waits for a step; stops the run if its metrics are no numbers, and records the interval's if that is due."""
+    """Waits for a step, checks that its metrics are finite, and writes a row of means if one is due.
+
+    Args:
+        session: the run's open files.
+        plan: the stage.
+        done: the step.
+        clock: counts steps and the time since the last row.
+        bar: progress bar.
+
+    Raises:
+        FloatingPointError: a metric is not finite. The batch is listed in nonfinite_stepN.json.
+    """
     stage, settings = plan.stage, session.settings
     clock.count()
     number, step = done.number, stage.start_step + done.number
@@ -268,38 +314,39 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
             path, {"step": step, "metrics": found, "records": ids.tolist(), "keys": keys}
         )
         got = ", ".join(f"{k} {found[k]}" for k in FINITE)
-        raise FloatingPointError(
+        raise check.Failed(
             f"step {step}: got {got}, expected finite numbers; see {path} for the batch "
-            f"(keys {', '.join(keys[:4])}, …), lower the learning rate or look at the data"
+            f"(keys {', '.join(keys[:4])}, …), lower the learning rate or inspect these records"
         )
     if done.sums is None:
         return
-    averages = values(done.sums)
+    averages, warm = values(done.sums), clock.warm
     times = clock.read() | input_metrics(plan, number)
     session.metrics.write(row | averages | times)
     rate, wait = times["time/examples_per_s"], times["time/data_wait_frac"]
     if wait > 0.05:
         limit = plan.main.loader_stats.limiting()
-        log.info("waiting for data %.0f%%: mostly its stage %s", 100 * wait, limit)
+        log.info("waiting for data %.0f%% of the time; slowest loader stage: %s", 100 * wait, limit)
     bar.set_postfix_str(
         f"loss {averages['loss']:.3f}, {rate:.0f} examples/s, waiting for data {wait:.0%}"
     )
     if bar.disable:
         left = (stage.num_steps - number) * stage.batch / max(rate, 1e-9)
+        pace = f"{rate:.0f} examples/s  {left:.0f} s left" if warm else "compiled"
         log.info(
-            "[%d] %s %d/%d  loss %.4f  %.0f examples/s  %.0f s left  data wait %.0f%%",
-            step, stage.name, number, stage.num_steps, averages["loss"], rate, left, 100 * wait,
+            "[%d] %s %d/%d  loss %.4f  %s  data wait %.0f%%",
+            step, stage.name, number, stage.num_steps, averages["loss"], pace, 100 * wait,
         )  # fmt: skip
 
 
 def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: int) -> None:
-    """Runs one evaluator on the present parameters and records what it yields."""
+    """Runs one evaluator on the current parameters, and writes its results to metrics.jsonl and the log."""
     stage = plan.stage
     session.watchdog.beat(f"eval {label}")
     began = time.monotonic()
     params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
     write = lambda name, value: files.write_artefact(session.workdir, name, {"step": step} | value)
-    io = IO(stage.data, plan.main.tokenizer, write)
+    io = own_names(stage.evals, label, IO(stage.data, plan.main.tokenizer, write))
     results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
     samples = stage.start_samples + (step - stage.start_step) * stage.batch
     row: dict[str, Any] = {
@@ -316,7 +363,7 @@ def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: 
 
 
 def check_platform(wanted: str) -> None:
-    """Never train on another kind of device than the config asks for."""
+    """Raises UserError if JAX's devices are not of the kind that config.platform names ("": any)."""
     found = jax.default_backend()
     if wanted and wanted != found:
         do = (

@@ -41,6 +41,7 @@ class Clock:
         self._cpu = time.process_time()
         self._waited = 0.0
         self._steps = 0
+        self.warm = False  # whether a step was done before the last reading: the first one compiles
 
     def wait(self, get: Callable[[], T]) -> T:
         """Returns get(), its time counted as waiting for data."""
@@ -73,6 +74,7 @@ class Clock:
         if self._flops_frac is not None:
             mfu = self._flops_frac * self._steps * self._batch / span
             out["time/mfu"] = float(f"{mfu:.4g}")
+        self.warm |= self._steps > 0
         self._mark, self._cpu, self._waited, self._steps = now, cpu, 0.0, 0
         return out
 
@@ -92,12 +94,12 @@ class Interval:
         self._sums: Sums | None = {k: as_metric(k, v) for k, v in (kept or {}).items()} or None
 
     def add(self, metrics: Mapping[str, jax.Array]) -> jax.Array:
-        """Takes a step in; returns whether its loss, gradient and parameters are numbers (bool[], on the device)."""
+        """Adds a step's metrics. Returns whether loss, gradient and parameters are finite (bool[], on the device)."""
         self._sums, finite = _add(self._sums, metrics)
         return finite
 
     def take(self) -> Sums:
-        """The sums of the steps since the last call, still on the device; the next step begins anew."""
+        """Returns the sums over the steps since the last call, still on the device, and resets them."""
         sums, self._sums = self._sums, None
         assert sums is not None, "no step was added"
         return sums
@@ -164,8 +166,10 @@ def loss(stage: Stage, model: Any, params: PyTree, batch: Mapping[str, Any], num
 
 
 def own_flops(plan: StagePlan, mesh: Mesh, objective: Any = None) -> float:
-    """FLOPs per example of the method itself (or of `objective`): three times its forward pass, as the backward pass
-    of a matrix product is two products. Nothing for what is computed again."""
+    """Returns the FLOPs per example of the method (or of `objective`): three times the forward pass.
+
+    The backward pass of a matrix product is two products. Recomputation is not counted.
+    """
     stage = plan.stage
     if objective is not None:
         stage = dataclasses.replace(stage, objective=objective)
@@ -176,9 +180,9 @@ def own_flops(plan: StagePlan, mesh: Mesh, objective: Any = None) -> float:
 
 
 def flops_frac(plan: StagePlan, mesh: Mesh) -> float | None:
-    """FLOPs of an example over the peak of the mesh: times examples/s, the MFU. None where the peak is not known.
+    """Returns FLOPs per example / peak FLOP/s of the mesh (None if the peak is not known); MFU = this × examples/s.
 
-    Forward × 3, attention full, nothing for what is computed again.
+    FLOPs are forward × 3, with full attention and without recomputation.
     """
     kind = mesh.devices.flat[0].device_kind
     if kind not in CHIPS:

@@ -1,9 +1,9 @@
-"""An objective's hook between steps: clusterings, prototypes and banks that are made anew every so many samples.
+"""An objective's hook between steps: recomputes clusters, prototypes or banks every `refresh_every` samples.
 
-An objective with `refresh_every` (samples) and `refresh(state, embed) → state` has it called before the first step of
-a stage, and before the first step at or after every multiple of `refresh_every` samples seen. The call depends on the
-parameters, the method state and the number of samples seen, and on nothing else. A checkpoint is written before the
-call, so a run that is stopped at any step, also at one that refreshes, continues with the same numbers.
+The hook is `refresh(state, embed) → state`. The trainer calls it before the first step of a stage, and before the first
+step at or after every multiple of `refresh_every` samples seen. The result depends only on the parameters, the method
+state and the number of samples seen. A checkpoint is written before the call, so a run that is stopped at any step,
+including one that refreshes, resumes with the same numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PyTree = Any
 class Embed:
     """What `refresh` may ask of the present model: `embed(f, num)`.
 
-    samples: how many samples the run has seen. rng(): a NumPy generator that depends on the seed and on them alone.
+    samples: number of samples the run has seen. rng(): a NumPy generator that depends only on the seed and on it.
     """
 
     plan: StagePlan
@@ -90,14 +90,14 @@ def _compiled(
 
 
 def due(stage: Stage, stage_step: int) -> bool:
-    """Whether the method state is made anew before the step after `stage_step`."""
+    """Returns whether the method state is refreshed before the step after `stage_step`."""
     every = getattr(stage.objective, "refresh_every", 0)
     seen = stage.start_samples + stage_step * stage.batch
     return bool(every) and (stage_step == 0 or seen // every > (seen - stage.batch) // every)
 
 
 def refreshed(session: Session, plan: StagePlan, state: State, stage_step: int) -> State:
-    """The state with the method state that the objective's `refresh` returns.
+    """Returns the state with the method state refreshed by the objective.
 
     Raises:
         UserError: the arrays have other names, shapes or types than before.
@@ -117,5 +117,5 @@ def refreshed(session: Session, plan: StagePlan, state: State, stage_step: int) 
     place = lambda v, x: jax.make_array_from_callback(v.shape, x.sharding, lambda at: v[at])
     method_state = jax.tree.map(place, after, plan.abstract.method_state)
     step = stage.start_step + stage_step
-    log.info("[%d] method state made anew in %.1f s", step, time.monotonic() - began)
+    log.info("[%d] method state refreshed in %.1f s", step, time.monotonic() - began)
     return dataclasses.replace(state, method_state=method_state)

@@ -60,7 +60,7 @@ def open_session(
     position: Mapping[str, int],
     profile: tuple[int, int] | None = None,
 ) -> Session:
-    """Makes the workdir, or opens it to go on from `position`. Nothing was written before this."""
+    """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
     with hosts.raise_together("--workdir"):
         lock = files.lock(workdir)
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
@@ -120,7 +120,7 @@ def parameters(params: Any) -> str:
 
 
 def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """What the newest whole checkpoint says of itself; None if there is no checkpoint."""
+    """Returns the metadata of the newest complete checkpoint; None without a checkpoint."""
     if not (workdir / "checkpoints").is_dir():
         files.check_saved(workdir)
         return None
@@ -133,7 +133,7 @@ def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def say_changes(meta: Mapping[str, Any] | None, session: Session) -> None:
-    """Logs what is installed or set otherwise than when the checkpoint was written: numbers may differ from here on."""
+    """Logs changes of packages and settings since the checkpoint, after which numbers may differ."""
     here = {k: v for k, v in session.versions.items() if k != "data"}
     before = {k: v for k, v in (meta or {}).get("versions", here).items() if k != "data"}
     if meta:
@@ -146,9 +146,9 @@ def say_changes(meta: Mapping[str, Any] | None, session: Session) -> None:
 def save(
     session: Session, plan: StagePlan, state: State, stage_step: int, interval: Mapping[str, Any]
 ) -> None:
-    """Puts the metrics on disk, then starts a checkpoint that claims them.
+    """Flushes the metrics to disk, then starts a checkpoint that refers to them.
 
-    interval: sums of the steps that no row tells of yet (`Interval.plain`).
+    interval: sums of metrics since the last row (`Interval.plain`).
     """
     session.watchdog.beat("save")
     session.metrics.flush()
@@ -185,7 +185,7 @@ def description(session: Session, plan: StagePlan) -> dict[str, Any]:
 
 
 def description_of_data(plan: StagePlan) -> dict[str, Any]:
-    """What must be the same when the run goes on."""
+    """Returns what must be equal when the run continues."""
     return {
         "tokenizer_sha256": plan.main.tokenizer.sha256,
         "fingerprints": {name: data.fingerprint for name, data in plan.datasets.items()},

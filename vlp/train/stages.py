@@ -28,19 +28,22 @@ from vlp.optim.make import Optim
 from vlp.optim.schedules import Schedule
 
 MAX_BATCH = 2**26
-# What acts where it is said: a later stage does not have it from the config above the stages.
+# Settings that apply only to the stage that sets them: later stages do not inherit them from the base config.
 ONCE = ("init", "init_match")
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen model beside the trained one.
+    """A teacher: a second model without gradients.
 
-    decay: it is the exponential moving average of the trained parameters, average ← decay · average + (1 − decay) ·
-    parameters in every step, exactly: there is no warm-up. A number, or ((progress, decay), …) points over the stage,
-    joined by straight lines (a warm-up: ((0, 0.9), (0.1, 0.999))). It is updated after the step; methods that update
-    it before the forward pass (ALBEF, MoCo) see the same teacher, since no step lies between.
-    path: another run's workdir, of any architecture. With neither, the parameters that the stage began with.
+    Without `decay` and `path`, the teacher is the model with the parameters at the start of the stage.
+
+    Attributes:
+        decay: makes the teacher the moving average of the trained parameters: average ← decay · average + (1 − decay) ·
+            parameters, after each step, without built-in warm-up. A number, or ((progress, decay), …) points over the
+            stage, interpolated linearly (a warm-up: ((0, 0.9), (0.1, 0.999))). Methods whose papers update it before
+            the forward pass (ALBEF, MoCo) get the same teacher.
+        path: workdir of another run, of any architecture, whose model is the teacher.
     """
 
     decay: float | tuple[tuple[float, float], ...] | None = None
@@ -69,7 +72,9 @@ class Run:
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard", "wandb", "clu"
     hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
-    plugins: tuple[Plugin, ...] = ()  # modules and files with plan of their own (core.plugins)
+    plugins: tuple[
+        Plugin, ...
+    ] = ()  # modules and files of users that extend the tables (core.plugins)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +98,8 @@ class Stage:
     teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
     evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eval_params: str = "student"  # or the name of a teacher ("ema")
-    init: str = (
-        ""  # workdir whose parameters the run starts from; a later stage, where it says so itself
-    )
-    init_match: str = ".*"  # … those whose names match in full ("image_tower/.*")
+    init: str = ""  # workdir whose parameters the stage starts from; not inherited by later stages
+    init_match: str = ".*"  # only parameters whose whole name matches ("image_tower/.*")
     keep_opt_state: bool = False
     index: int = 0
     start_step: int = 0
@@ -193,13 +196,13 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
         names = [s.name for s in stages]
         if len(set(names)) < len(names):
             raise check.error(
-                where, f"name {names[-1]!r} twice", "a name of its own for each stage", "rename it"
+                where, f"name {names[-1]!r} twice", "a different name for each stage", "rename it"
             )
     return run, tuple(stages)
 
 
 def check_average(where: str, teacher: Teacher) -> None:
-    """Raises UserError for a teacher's decay that is none."""
+    """Raises UserError for an invalid decay of a teacher."""
     decay = teacher.decay
     if isinstance(decay, tuple):
         places, values = zip(*decay) if decay else ((-1,), (-1,))
@@ -298,7 +301,7 @@ def _build(
     check.pattern("config.init_match", stage.init_match)
     if index and stage.init and stage.keep_opt_state:
         do = "drop keep_opt_state, or init"
-        got = "True beside init, whose parameters these moments do not belong to"
+        got = "True together with init: the optimiser state belongs to other parameters"
         raise check.error(f"config.stages.{index}.keep_opt_state", got, "one of them", do)
     known = ("student", *(k for k, t in stage.teachers.items() if t.decay is not None))
     if stage.eval_params not in known:

@@ -1,4 +1,4 @@
-"""Where training goes on: restored from a checkpoint, carried over from the stage before, or fresh."""
+"""The state at the start of a stage: restored from a checkpoint, taken from the previous stage, or fresh."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def check_length(last: Stage, position: Mapping[str, int]) -> None:
 
 
 def extension(stages: Sequence[Stage], old: Mapping[str, Any], position: Mapping[str, int]) -> str:
-    """What is other than in the config `old` of the last start, and what it does to the learning rate."""
+    """Returns the differences from the config `old` of the last start, and their effect on the learning rate."""
     _, before = parse(old)
     found = []
     for stage, other in zip(stages, before):
         labels = sorted(k for k in stage.evals if other.evals.get(k) != stage.evals[k])
         if lost := sorted(other.evals.keys() - stage.evals.keys()):
-            found.append(f"stage {stage.name!r} evaluates no longer {', '.join(lost)}")
+            found.append(f"stage {stage.name!r}: evaluators removed: {', '.join(lost)}")
         if labels:
-            found.append(f"stage {stage.name!r} evaluates anew {', '.join(labels)}")
+            found.append(f"stage {stage.name!r}: evaluators added or changed: {', '.join(labels)}")
     stage, other = stages[-1], before[-1]
     if stage.num_steps != other.num_steps:
         found.append(f"stage {stage.name!r} has {stage.num_steps:,} steps, not {other.num_steps:,}")
@@ -143,7 +143,7 @@ def initial(stage: Stage) -> dict[str, Any]:
 def start_stage(
     session: Session, plan: StagePlan, previous: State | None, position: dict[str, Any] | None
 ) -> State:
-    """The state at the point where training goes on: restored, carried over from the stage before, or fresh."""
+    """Returns the state to train from: restored, taken from the previous stage, or fresh."""
     stage, mesh = plan.stage, session.mesh
     files.write_json(session.workdir / "preprocessing.json", plain(stage.data))
     if position is not None and position["stage_step"] > 0:

@@ -78,7 +78,7 @@ def init_params(
 @functools.lru_cache(maxsize=16)
 def _abstract_params(model: Any, objective: Objective, batch: tuple, teachers: tuple) -> PyTree:
     init = _maker(model, objective, batch, teachers)
-    # a key of its own: the mesh may be of no devices
+    # a new key, since the mesh may have no devices
     return jax.eval_shape(lambda: init(jax.random.key(0)))
 
 

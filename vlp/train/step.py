@@ -1,4 +1,4 @@
-"""One training step: one jit, state donated. Knows no method and no parameter by name; imports no data code."""
+"""One training step: one `jit`, with the state donated. It names no method and no parameter."""
 
 from __future__ import annotations
 
@@ -31,20 +31,23 @@ def train_step(
     micro_remat: str = "full",
     teachers: Mapping[str, tuple[Any, Weight | None]] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """Returns the next state and the metrics of this step (scalars).
+    """Computes loss and gradients, and applies the optimiser and the moving averages.
 
     Args:
-        state: Donated.
-        batch: Global arrays by name.
-        model: The flax module that `state.params` belong to.
-        objective: What is minimised.
-        updater: The optimiser, bound to the parameters.
+        state: The state before the step; its buffers are donated.
+        batch: Global arrays [B …] by leaf name.
+        model: The flax module of `state.params`.
+        objective: Computes the loss to minimise.
+        updater: The optimiser of these parameters.
         lr_at: Stage step → learning rate.
-        seed: Of all masks and dropout.
-        num_steps: Length of the stage, of which `Ctx.progress` is the share done.
-        num_micro: Micro-batches.
-        micro_remat: What the backward pass keeps of them (`MICRO_REMAT`).
-        teachers: Name → (model, decay). With a decay the teacher is the moving average of the trained parameters.
+        seed: Seed of masks and dropout.
+        num_steps: Length of the stage; `Ctx.progress` is stage step / num_steps.
+        num_micro: Number of micro-batches.
+        micro_remat: What a micro-batch saves for its backward pass (`MICRO_REMAT`).
+        teachers: Name → (model, decay). With a decay, the teacher is the moving average of the trained parameters.
+
+    Returns:
+        The next state and the step's metrics (scalars).
     """
     teachers = teachers or {}
     moving = jax.tree.map(lambda a, b: a or b, updater.trainable, updater.statistics)

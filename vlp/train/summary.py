@@ -20,11 +20,11 @@ def stages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One flat row per stage: name, batch, steps, samples, and parameters by group (`parameters/image` …)."""
     rows = []
     settings, built = parse(config)
-    alone = dataclasses.replace(settings, mesh=meshes.MeshShape())
-    mesh = meshes.make(alone.mesh, devices=jax.devices("cpu")[:1])
+    single = dataclasses.replace(settings, mesh=meshes.MeshShape())
+    mesh = meshes.make(single.mesh, devices=jax.devices("cpu")[:1])
     for stage in built:
         with jax.set_mesh(mesh):
-            plan = assemble(stage, alone, mesh)
+            plan = assemble(stage, single, mesh)
             trace(plan)  # refuses what training would refuse
         rows.append(row(plan))
     return rows

@@ -1,4 +1,4 @@
-"""Datasets on disk: ArrayRecord shards beside a manifest.json that says exactly what they hold.
+"""Datasets on disk: ArrayRecord shards and a manifest.json that describes them.
 
 format.py says what a record is; manifest.py what the manifest holds; write.py and read.py do that. Not here: other
 formats (sources/), order, decoding, batching (dataset.py).

@@ -2,7 +2,7 @@
 
   key         str, unique in its split
   image       bytes, an encoded file
-  captions    [{text, source, lang, weight}, …], one or more, or none beside a label (classification);
+  captions    [{text, source, lang, weight}, …], one or more, or none if there is a label (classification);
               weight is optional and counts as 1
   boxes       optional [{box: [x0, y0, x1, y1], text}, …]: shares of width and height in [0, 1]
   negatives   optional [str, …]: texts that do not describe the image

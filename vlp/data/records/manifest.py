@@ -87,7 +87,7 @@ def _missing(manifest: Mapping) -> str:
     if wrong := first(manifest, {"splits": dict}, ""):
         return wrong
     if not isinstance(manifest.get("files", {}), dict):
-        return "files that are no object"
+        return "files, which is not an object"
     for name, entry in manifest.get("files", {}).items():
         wrong = f"files {name!r}, a path" if name != os.path.basename(name) else ""
         if wrong := wrong or first(entry, {"bytes": int, "sha256": str}, f"files.{name}"):

@@ -117,7 +117,7 @@ class _Readers:
         path = file()
         try:
             reader = _open_shard(path)
-        except check.MachineError:  # no handle left, say: with none of ours open, once more
+        except check.Failed:  # no handle left, say: with none of ours open, once more
             with self._lock:
                 self._open.clear()
             reader = _open_shard(path)
@@ -188,12 +188,12 @@ class RecordSource:
         return out
 
     def inputs(self) -> tuple[str, ...]:
-        """Returns the file that tells of all others behind it."""
+        """Returns the files whose change means that the dataset changed: the manifest, which has all digests."""
         return (os.path.join(self.path, MANIFEST),)
 
     @property
     def info(self) -> dict:
-        """What the dataset says of itself: where it comes from, its licence and attribution."""
+        """The dataset's description: origin, licence and attribution."""
         return read_manifest(self.path).get("info", {})
 
     def tokenizer(self) -> tokenizers.Tokenizer:

@@ -15,6 +15,7 @@ from vlp.data import records, storage
 from vlp.data.sources import fields, files, json_tables, parquet, tables, tar, tfds
 
 TOKENIZER = records.TOKENIZER
+_NUMBERED = re.compile(r"(.*?)(\d+)((?:\.\w+)+)")  # 00000.tar, shard-12.tar.gz
 _PART = re.compile(r"(?:^|(?<=[-_.]))(?P<number>\d+)[-_]of[-_](?P<total>\d+)")
 log = logging.getLogger(__name__)
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
@@ -29,8 +30,8 @@ def open_data(data) -> records.Source:
         group=None if data.group_rows else False, allow_outside=data.allow_outside
     )
     source = open_path(data.path, data.split, strict=data.bad_records == "error", given=given)
-    if told := grouped(source):
-        log.warning("%s: %s (config.data.group_rows, .captions)", data.path, told)
+    if grouping := grouped(source):
+        log.warning("%s: %s (config.data.group_rows, .captions)", data.path, grouping)
     return source
 
 
@@ -49,11 +50,10 @@ def open_path(
     strict: bool = False,
     given: fields.Fields | None = None,
 ) -> records.Source:
-    """Opens one split of `path`, after a look at what it holds.
+    """Opens one split of `path`; the files decide the format.
 
-    A directory has its splits in sub-directories (train/…) or in the file names (train-00000.tar,
-    train.csv), "val" also as "validation"; with neither, it is all "train", as is a single file
-    unless its name says otherwise.
+    Splits are sub-directories (train/…) or parts of file names (train-00000.tar, train.csv); "validation" also
+    counts as "val". Without either, all files are "train", as is a single file whose name has no split.
     """
     path, given = os.fspath(path).removeprefix("file://"), given or fields.Fields()
     kind, found = find(path, split)
@@ -77,13 +77,27 @@ def open_path(
 
 
 def _check_whole(found: Sequence[str], strict: bool) -> None:
-    """Tells of files that are missing by the names of the others: train-00001-of-00003. Raises: `UserError`
-    if `strict`."""
+    """Warns of files that are missing, judged by the names of the others (train-00001-of-00003, 00001.tar).
+
+    Raises: `UserError` for names of the first kind, if `strict`.
+    """
     there: dict[tuple[str, str], dict[int, str]] = {}
+    numbered: dict[tuple[str, str, str, int], set[int]] = {}
     for file in found:
         if match := _PART.search(_name(file)):
             begin, number, total = _name(file)[: match.start("number")], *match.group(1, 2)
             there.setdefault((begin, total), {})[int(number)] = file
+        elif match := _NUMBERED.fullmatch(_name(file)):
+            begin, number, end = match.groups()
+            series = numbered.setdefault((os.path.dirname(file), begin, end, len(number)), set())
+            series.add(int(number))
+    for (where, begin, end, width), numbers in numbered.items():
+        whole = range(min(numbers), max(numbers) + 1)  # how many there should be is not known
+        if missing := len(whole) - len(numbers):
+            gaps = itertools.islice((n for n in whole if n not in numbers), 4)
+            names = ", ".join(f"{begin}{n:0{width}}{end}" for n in gaps)
+            more = ", …" if missing > 4 else ""
+            log.warning("%s: %d files, without %s%s", where or ".", len(numbers), names, more)
     for (begin, total), parts in there.items():
         count, first = int(total), int(int(total) in parts)  # from 0 on, or from 1 to the total
         missing = count - sum(first <= n < first + count for n in parts)
@@ -120,7 +134,7 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
 
     kind: "records" or "tfds" (which know their splits), "tar" or "parquet" (files), "table" (one
     file), "folder" (one directory); the last two are read from a disk only. Raises: `UserError` if
-    there is no such split, and for what cannot be read, with the cause.
+    the split is missing or cannot be read.
     """
     path = path.removeprefix("file://")
     if not path:
@@ -140,13 +154,34 @@ def find(path: str, split: str = "train") -> tuple[str, list[str]]:
     for name in fields.names_of(split):
         if inner := _inner(f"{path.rstrip('/')}/{name}") if name in names else []:
             return _in_directory(f"{path.rstrip('/')}/{name}", inner, split, named=True)
+    if config := _config(path, entries):
+        return find(config, split)
     return _in_directory(path, entries, split, named=False)
 
 
-def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
-    """Counts, by ending, files beside the tars, Parquet files or table `found` that are not read.
+def _config(path: str, entries: list[str]) -> str:
+    """Returns the directory in `path` that holds the splits, as in Hugging Face's exports (default/train/0000.parquet).
 
-    Not counted: files of the same kind (other splits), and what img2dataset writes beside shards.
+    "" if there is none. Raises: `UserError` if there are several.
+    """
+    if any(_kind(e) for e in entries):
+        return ""
+    found = []
+    for entry in (e for e in entries if not _name(e).startswith(".") and _is_directory(e)):
+        inner = {_name(e): e for e in _inner(entry)}
+        splits = [inner[n] for s in fields.SPLITS for n in fields.names_of(s) if n in inner]
+        if any(_kind(e) == "parquet" for s in splits if _is_directory(s) for e in _inner(s)):
+            found.append(entry)
+    if len(found) > 1:
+        got = f"splits in each of {[_name(d) for d in found][:8]}"
+        raise check.error(path, got, "one directory of them", "give its path")
+    return found[0] if found else ""
+
+
+def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
+    """Counts, by ending, unread files in the folder of the tars, Parquet files or table `found`.
+
+    Not counted: files of the same kind (other splits), and img2dataset's reports.
     """
     if kind not in ("tar", "parquet", "table") or not os.path.isfile(found[0]):
         return {}
@@ -166,20 +201,23 @@ def unread(kind: str, found: Sequence[str]) -> dict[str, int]:
 
 
 def others(path: str, splits: Sequence[str]) -> list[str]:
-    """Returns the names of usual splits that `path` seems to hold beside `splits`."""
+    """Returns the usual splits that `path` seems to contain in addition to `splits`."""
     path = path.removeprefix("file://")
-    names = {_name(e) for e in storage.listing(path)}
+    entries = storage.listing(path)
+    names = {_name(e) for e in entries}
     if records.MANIFEST in names:
         asked = {n for s in splits for n in fields.names_of(s)}
         return [s for s in records.read_manifest(path)["splits"] if s not in asked]
     if "data" in names:
         names |= {_name(e) for e in _inner(f"{path.rstrip('/')}/data")}
+    elif config := _config(path, entries):
+        names |= {_name(e) for e in _inner(config)}
     asked = {n for s in splits for n in fields.names_of(s)}
     return [s for s in fields.SPLITS if s not in asked and any(_is_named(n, s) for n in names)]
 
 
 def tokenizer_file(path: str) -> str:
-    """Returns where a tokenizer beside the data would be."""
+    """Returns the path that a tokenizer of the data would have."""
     path = path.removeprefix("file://")
     is_file = os.path.isfile(path) or storage.is_remote(path) and bool(_kind(path))
     root = os.path.dirname(path) if is_file else path.rstrip("/")
@@ -214,7 +252,7 @@ def _find_file(path: str, split: str) -> tuple[str, list[str]]:
         raise check.error(path, got, expected, do)
     own_splits = kind == "table" and tables.stem_ending(path) == ".json"  # perhaps: it says so
     if split != "train" and not own_splits and not _is_named(_name(path), split):
-        do = f"name it {split}… or give that split as a path of its own"
+        do = f"name it {split}… or give the path of that split"
         raise check.error(f"split {split!r}", f"the one file {path}", "'train'", do)
     if kind == "table":
         _check_local(path)
@@ -299,7 +337,7 @@ def _kinds(
 ) -> Iterator[tuple[str, list[str]]]:
     """What a directory may be taken for, most telling first, with its files (a folder: itself)."""
     local = not storage.is_remote(where)
-    # by their names alone, in a store; never a FIFO, which would keep whoever opens it waiting
+    # only by name in a store; a FIFO is never opened, since that would block
     entries = [e for e in entries if not _name(e).startswith(".") and (not local or _is_file(e))]
     for kind in ("tar", "parquet"):  # img2dataset writes Parquet sidecars beside tars and folders
         found = [e for e in entries if _kind(e) == kind]
@@ -310,7 +348,7 @@ def _kinds(
     has_images = any(e.lower().endswith(files.EXTENSIONS) for e in entries)
     stems = ("metadata", *fields.names_of(split))  # metadata: Hugging Face's imagefolder
     found = [e for e in entries if _kind(e) == "table" and tables.stem(e) in stems]
-    if has_images:  # a .json beside images is one's text
+    if has_images:  # a .json in a folder of images is the text of one
         found = [e for e in found if tables.stem_ending(e) != ".json"]
     if found:
         yield "table", found
@@ -334,7 +372,7 @@ def _inner(path: str) -> list[str]:
 
 
 def _unread(path: str) -> tuple[str, str, str]:
-    """Returns (got, expected, do) for a file that is no dataset."""
+    """Returns (got, expected, do) for a file that is not a dataset."""
     name = path.lower()
     if packed := next((e for e in PACKED if name.endswith(e)), ""):
         got, expected = (

@@ -88,7 +88,7 @@ def without(source: Any, path: str) -> Without:
     """
     if not os.path.isfile(path):
         raise check.error(
-            "config.data.skip", f"{path!r}, which is no file", "a quarantine file", "correct it"
+            "config.data.skip", f"{path!r}, which is not a file", "a quarantine file", "correct it"
         )
     try:
         with open(path, encoding="utf-8") as f:

@@ -65,7 +65,7 @@ def _separator(path: str, file: str) -> str:
     bare = re.sub('"[^"]*"', "", header)
     found = max(SEPARATORS, key=bare.count)
     if "\r" in without_end(header):
-        got, do = "lines that end in \\r alone", "save it anew"
+        got, do = "lines that end in \\r without \\n", "save it with \\n"
         raise check.error(path, got, "UTF-8 text with lines that end in \\n or \\r\\n", do)
     return "\t" if stem_ending(path) == ".tsv" and "\t" in bare else found
 
@@ -90,7 +90,7 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
     """Reads a CSV or TSV in one pass in two ways, with quoting and without, and takes what fits."""
     quoted, plain = _Reading(), _Reading()
     digest, at, number = hashlib.sha256(), 0, 0
-    # lines with a quote, with two in a row, with a cell in quotes, with such a one that has two in it
+    # number of lines with a quote, with "", with a quoted cell, with "" in a quoted cell
     marks = {"any": 0, "pairs": 0, "full": 0, "doubled": 0}
     joined = 0  # the first line on which a quoted row goes on to the next
     open_row = [0, 0]  # lines of the quoted row that is being read, and those that name an image
@@ -153,8 +153,8 @@ def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array,
 
 
 def _joins(num_lines: int, num_named: int) -> str:
-    """Says what the lines of one quoted row are: "rows" of their own, each with an image, "cells" of
-    one row, with one image, or "unclear"."""
+    """Classifies the lines of one quoted row: "rows" if each names an image, "cells" if one does, else
+    "unclear"."""
     return {num_lines: "rows", 1: "cells"}.get(num_named, "unclear")
 
 
@@ -167,12 +167,11 @@ def _use_quotes(
     *,
     is_tsv: bool,
 ) -> bool | str:
-    """Returns whether a file is read with quoting, or why it cannot be told.
+    """Returns whether a file is read with quoting, or, as text, why both readings are possible.
 
-    What reads fewer ragged rows is right. Where quotes join lines and both ways read as well, they
-    quote if each joined row names one image, and are text if each of its lines does. Where they
-    join none, a CSV quotes, a TSV only if it shows that its writer did: a header in quotes, doubled
-    quotes, or quotes on every line.
+    The reading with fewer ragged rows wins. If they are equal and quotes join lines: quotes enclose cells if
+    each joined row names one image, and are text if each of its lines names one. If quotes join no lines: a CSV
+    is quoted; a TSV only with a quoted header, doubled quotes, or quotes on every line.
     """
     header = quoted.columns != plain.columns
     num_joined = sum(joins.values())
@@ -197,7 +196,7 @@ def _use_quotes(
 
 
 def _is_quoted(cell: str) -> bool:
-    """True for what a writer that quotes makes of a cell."""
+    """Returns whether a cell is in valid quotes."""
     inner = cell[1:-1]
     return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
 

@@ -1,8 +1,8 @@
 """Which columns of a foreign table are key, image, captions, language and label; rows → records.
 
 The guess is by column name and is always shown; every part of it can be set by hand or switched
-off. A guessed column never costs a pair: a value that does not fit counts as none, and is told. A
-column named by hand is strict. Not here: reading the formats.
+off. A wrong value in a guessed column never loses a pair: it is dropped and reported. In a column named
+by the user it is an error. Not here: reading the formats.
 """
 
 import dataclasses
@@ -46,12 +46,12 @@ class Fields:
     lang: str = ""
     label: str = ""
     default_lang: str = "und"  # ISO 639-2: undetermined
-    off: tuple[str, ...] = ()  # of GUESSED: there is none, whatever the columns are called
+    off: tuple[str, ...] = ()  # of GUESSED: not used, even if a column has such a name
     group: bool | None = None  # rows of one image are one record; None: where that is cheap
     allow_outside: bool = False  # follow paths that lead out of the dataset's directory
 
     def show(self) -> str:
-        """One line that says what was taken for what."""
+        """Returns one line that names the column used for each field."""
         parts = [f"{k}={getattr(self, k) or '-'}" for k in ("key", "image", "lang", "label")]
         return " ".join([*parts, f"captions={','.join(self.captions) or '-'}"])
 
@@ -179,13 +179,13 @@ def text(value: str | bytes, what: str) -> str:
         value.encode()
         return value
     except UnicodeError as e:
-        raise ValueError(f"{what} is no UTF-8 text ({e})") from None
+        raise ValueError(f"{what} is not UTF-8 text ({e})") from None
 
 
 def parts(row: Mapping[str, Any], found: Fields, given: Fields, notes: Notes) -> dict:
     """Returns {"captions": …} of a row, with its "label" if it has one.
 
-    found, given: all columns, and those of them that were named by hand.
+    found, given: all columns, and those of them that the user named.
     """
     strict = bool(given.lang)
     return {
@@ -207,8 +207,8 @@ def captions(
 ) -> list[dict]:
     """Returns the captions of a row: every caption column, lists flattened, repeats dropped.
 
-    `lang`: the column that names their language, "" if none does; `strict`: it was named by hand.
-    Raises: ValueError for text that is not UTF-8, and if there are only values that are no text.
+    `lang`: the column of their language ("": none); `strict`: whether the user named it.
+    Raises: ValueError for text that is not UTF-8, and if no value is text.
     """
     lang = _lang(row, lang, default_lang, strict, notes)
     out: list[dict] = []
@@ -252,7 +252,7 @@ def _lang(
     try:
         if isinstance(found, (str, bytes)):
             return text(found, f"column {name!r}")
-        raise ValueError(f"language {found!r:.40} is no string")
+        raise ValueError(f"language {found!r:.40} is not a string")
     except ValueError as e:
         return _unfit("lang", e, strict, notes) or default
 
@@ -302,7 +302,7 @@ def key(
 
 
 def _unfit(part: str, e: ValueError, strict: bool, notes: Notes | None) -> str:
-    """Notes a value that is left out; raises if its column was named by hand."""
+    """Notes a value that is left out; raises if the user named its column."""
     if strict:
         raise e
     if notes is not None:
@@ -343,7 +343,7 @@ def of_rows(
 def merged(records: Iterable[dict], notes: Notes) -> dict:
     """Returns one record for several of one image: the first, with the captions of all.
 
-    Labels that differ are no label of the image: they are left out, and noted.
+    If the labels differ, the record has no label, and `notes` counts them.
     """
     first, *others = records
     captions = list(first["captions"])

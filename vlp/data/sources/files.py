@@ -1,4 +1,4 @@
-"""A folder of images, each with its texts beside it: a .txt, .caption, .text, .cls or .json.
+"""A folder of images with text files of the same names: .txt, .caption, .text, .cls or .json.
 
 Folders in it are read too; where no image has a text, they are its classes. An image that is not
 there is a `BadImage`, like one that cannot be decoded. Not here: remote folders, tables (tables.py).
@@ -24,11 +24,13 @@ EXTENSIONS = tuple(
 )
 TEXTS = ("txt", "caption", "text")
 BESIDE = ("json", *TEXTS, "cls")
-CACHED_FILES = 10_000  # a smaller folder is read anew faster than the cache fills with its like
+CACHED_FILES = (
+    10_000  # smaller folders are not cached: reading them again is fast and keeps the cache small
+)
 
 
 class FolderSource:
-    """The images under a folder in path order, each with texts beside it.
+    """The images under a folder in path order, with their text files.
 
     The key is the path without its ending; the fingerprint covers names, texts and the images'
     sizes. A .json counts with its caption fields. A text that is not UTF-8, or a .json that does
@@ -137,7 +139,7 @@ class FolderSource:
         return [os.path.normpath(os.path.join(directory, n)) for n in images], texts
 
     def _is_sidecar(self, name: str) -> bool:
-        """True for what img2dataset writes beside a folder of its images."""
+        """Returns whether a file is one of img2dataset's reports."""
         stem = next((e for e in ("_stats.json", ".parquet") if name.endswith(e)), "")
         return bool(stem) and os.path.isdir(os.path.join(self.path, name.removesuffix(stem)))
 
@@ -149,7 +151,7 @@ class FolderSource:
         return name[: -len(ending) - 1] if ending else os.path.splitext(name)[0]
 
     def _beside(self, i: int) -> dict[str, str]:
-        """Returns the files beside an image (path: ending)."""
+        """Returns the text files of an image, {path: ending}."""
         stem, out = os.path.join(self.path, self._stem(self.files[i])), {}
         for ending in self._endings():
             paths = (f"{stem}.{e}" for e in dict.fromkeys((ending, ending.upper(), ending.lower())))

@@ -1,4 +1,4 @@
-"""What img2dataset writes beside its tars: how many rows it fetched, and which ones it could not."""
+"""Reads img2dataset's reports: how many rows were fetched, and which ones failed."""
 
 import collections
 import os
@@ -56,6 +56,6 @@ def failures(files: Sequence[str], key: str = "") -> Iterator[dict]:
 
 
 def _cause(message: str) -> str:
-    """One line, without the byte counts that would make every truncated body a cause of its own."""
+    """Returns one line without byte counts, so that all truncated downloads have the same cause."""
     line = " ".join(message.split())[:80]
     return re.sub(r"\d+ bytes read, \d+ more", "n bytes read, m more", line)

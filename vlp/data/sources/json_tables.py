@@ -57,7 +57,7 @@ def _json_rows(file: IO[bytes], path: str, split: str) -> Iterator[dict]:
     try:
         found = fields_lib.parsed(file.read(), os.path.basename(path))
     except ValueError as e:
-        do = "name it .jsonl if every line is an object of its own"
+        do = "name it .jsonl if every line is an object"
         raise check.error(path, f"broken JSON ({e!s:.80})", expected, do) from None
     images = found.get("images") if isinstance(found, dict) else found
     if not isinstance(images, list) or not all(isinstance(x, dict) for x in images):
@@ -86,7 +86,7 @@ def _json_rows(file: IO[bytes], path: str, split: str) -> Iterator[dict]:
             name = kinds.get(kind)
             labels.setdefault(one, set()).add(name if name and _is_id(name) else kind)
     if bad:
-        log.warning("%s: %d annotations left out: an id that is no number or text", path, bad)
+        log.warning("%s: %d annotations left out: the id is neither a number nor text", path, bad)
     for image in images:
         one, row = image.get("id"), {}
         known = one if _is_id(one) else None  # of no annotation

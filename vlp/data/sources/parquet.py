@@ -1,7 +1,7 @@
 """Parquet files with images or their paths as random access.
 
-The unit of reading is a row group, of which a few stay in memory: files with row groups of some
-hundred images read well, files with one huge group read better as records. Rows of the same image
+A read loads a whole row group, and a few groups stay in memory. Files with a few hundred images per group are
+fast; convert files with one huge group to records. Rows of the same image
 are one record.
 """
 
@@ -9,6 +9,7 @@ import bisect
 import collections
 import functools
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -121,7 +122,7 @@ class ParquetSource:
         for name in (fields.key, fields.image, fields.lang, fields.label, *fields.captions):
             top = fields_lib.column(schema.names, name) if name else ""
             if top and top not in usable:
-                do = "write it as columns of their own"
+                do = "write it as separate columns"
                 raise check.error(f"{self.files[0]}: column {name!r}", "a map", "values", do)
         self.fields = fields_lib.sniff(usable, fields, where=self.files[0], nested=nested)
         if not self.fields.image:
@@ -131,9 +132,11 @@ class ParquetSource:
                 "a column of images",
                 "name it with --image; download a list of URLs with img2dataset first",
             )
+        self._classes = _class_names(schema.metadata, self.fields.label)
         self._row_groups: list[tuple[int, int]] = []  # (file, its row group) by global number
         counts: list[int] = []
         digest = hashlib.sha256(b"parquet\0")
+        digest.update(json.dumps(self._classes).encode() if self._classes else b"")
         wanted = sorted(self._names(schema.names))
         self._columns = {
             True: wanted,  # with and without the image's
@@ -195,7 +198,7 @@ class ParquetSource:
                         image = fields_lib.value(row, self.fields.image)
                         yield _image_digest(image, os.path.dirname(path), number)
                         number += 1
-            except ValueError:  # damaged: who reads these rows is told so
+            except ValueError:  # damaged: reading such a row raises
                 pass
             while number < self._ends[group]:
                 yield _image_digest(None, "", number)
@@ -294,6 +297,10 @@ class ParquetSource:
         path, columns = self.files[file], self._columns[with_image]
         table = _readable(path, open_file(path).read_row_group, number, columns)
         found = _plain_rows(table, keep=fields_lib.column(columns, self.fields.image))
+        for row in found if self._classes else ():
+            number = row[self.fields.label]
+            known = isinstance(number, int) and 0 <= number < len(self._classes)
+            row[self.fields.label] = self._classes[number] if known else None  # -1: not labelled
         with self._lock:
             self._cache[group, with_image] = found
             for kind in (True, False):
@@ -307,8 +314,18 @@ class ParquetSource:
         return self.files
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that lies beside the files."""
+        """Returns the tokenizer in the folder of the files."""
         return tokenizers.load(self._tokenizer)
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
+    """The names of a column's classes, which Hugging Face's datasets keep beside their numbers; [] if it has none."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[column]["names"] if features[column]["_type"] == "ClassLabel" else []
+    except (KeyError, TypeError, ValueError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else []
 
 
 def _image_digest(value: Any, directory: str, row: int) -> bytes:

@@ -13,7 +13,9 @@ import numpy as np
 from vlp.core import check
 from vlp.data import counts, index, pictures, storage
 
-CACHED_BYTES = 2**20  # a smaller file is indexed anew faster than the cache fills with its like
+CACHED_BYTES = (
+    2**20
+)  # smaller files are not cached: indexing them again is fast and keeps the cache small
 Index = tuple[dict, dict[str, np.ndarray]]
 
 

@@ -29,7 +29,7 @@ ENDINGS = (*TABLES, ".csv.gz", ".tsv.gz", ".jsonl.gz", ".json.gz")
 
 
 def stem(path: str) -> str:
-    """Returns the name of a table without its ending ("a/train.csv.gz" → "train"); "" if it is none."""
+    """Returns the name of a table without its ending ("a/train.csv.gz" → "train"); "" for another ending."""
     name = os.path.basename(path)
     ending = max((e for e in ENDINGS if name.lower().endswith(e)), key=len, default="")
     return name[: -len(ending)] if ending else ""
@@ -175,7 +175,7 @@ class TableSource:
             try:
                 return base64.b64decode("".join(value["base64"].split()), validate=True)
             except ValueError as e:  # signs of no base64 are not skipped
-                raise ValueError(f"the image of {where} is no base64 ({e})") from None
+                raise ValueError(f"the image of {where} is not base64 ({e})") from None
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]  # as Hugging Face writes it
         if not isinstance(value, str) or not value:
@@ -211,7 +211,7 @@ class TableSource:
                 continue
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that lies beside the table."""
+        """Returns the tokenizer in the folder of the table."""
         return tokenizers.load(self._tokenizer)
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class TarSource:
     """The samples of tar files, in the order of `files`: a `records.Source`, picklable by its index.
 
-    A sample has an image and a caption, a class or both; one of a class alone has no captions.
+    A sample has an image and a caption, a class or both; one with only a class has no captions.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TarSource:
             number = int(np.argmax(self._index["left_file_ends"] > 0))
             first = collections.Counter(row["reason"] for row in self._left_out(number))
             good = self._index.part("sample_ends", number)
-            got = f"{dict(first)} beside {good.stop - good.start} good samples"
+            got = f"{dict(first)} and {good.stop - good.start} good samples"
             do = "fetch it again, or read it without strict mode"
             raise check.error(self._index.text("file", number), got, "a whole tar", do)
         if counts:
@@ -167,7 +167,7 @@ class TarSource:
         return self.files
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that lies beside the shards."""
+        """Returns the tokenizer in the folder of the shards."""
         return tokenizers.load(self._tokenizer)
 
 

@@ -77,7 +77,7 @@ KINDS = {
     "member_name": "<u2",  # place in meta["names"]
     "member_at": "<i8",
     "member_size": "<i8",
-    "left_reason": "u1",  # place in `REASONS`, of what is left out
+    "left_reason": "u1",  # index in `REASONS` of omitted members and samples
     "left_file_ends": "<i8",
 }
 REASONS = ("link", "unsafe_name", "sparse", "other", "no_image", "no_text", "truncated", "damaged",
@@ -85,16 +85,18 @@ REASONS = ("link", "unsafe_name", "sparse", "other", "no_image", "no_text", "tru
 
 
 class _Samples:
-    """Takes members in their order, writes samples and what is left out."""
+    """Groups members, in their order, into samples; writes samples and omitted members."""
 
     def __init__(self, writer: index_lib.Writer, wanted: Wanted):
         self.writer, self.wanted = writer, wanted
         self.place = {n: i for i, n in enumerate(wanted.names)}
         self.key: str | None = None
-        self.parts: dict[str, tuple[int, int]] = {}  # of the sample at hand
+        self.parts: dict[str, tuple[int, int]] = {}  # of the current sample
         self.sparse: set[str] = set()
         self.counts: collections.Counter = collections.Counter()
-        self.seen: collections.Counter = collections.Counter()  # members of what is left out
+        self.seen: collections.Counter = (
+            collections.Counter()
+        )  # number of omitted members, by reason
         self.digest = hashlib.sha256(b"tar\0")
         self._samples: list[tuple[bytes, list[tuple[int, int, int]]]] = []
         self._left: list[tuple[int, bytes]] = []
@@ -124,7 +126,7 @@ class _Samples:
             self.flush()
 
     def close(self) -> None:
-        """Ends the sample at hand."""
+        """Ends the current sample."""
         key, parts, sparse = self.key, self.parts, self.sparse
         self.key, self.parts, self.sparse = None, {}, set()
         if key is None:

@@ -111,7 +111,7 @@ class TfdsSource:
         return storage.listing(self.path)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that lies beside the dataset."""
+        """Returns the tokenizer in the folder of the dataset."""
         return tokenizers.load(self._tokenizer)
 
 
@@ -143,7 +143,7 @@ def check_files(path: str) -> None:
         for kind, value in _named(found):
             own = {"class": _CLASS, "message": _PROTO}.get(kind)
             if own and not (isinstance(value, str) and own.fullmatch(value)):
-                expected = "features of tensorflow_datasets.core.features alone"
+                expected = "only features of tensorflow_datasets.core.features"
                 do = "prepare it again with these, or write it as Parquet"
                 raise check.error(file, f"the {kind} {value!r:.100}", expected, do)
             if kind == "path" and (

@@ -1,7 +1,7 @@
 """`vlp data convert`: any source → ArrayRecord shards, on one machine or on Apache Beam.
 
 Output shard j is a pure function of input rows j·n … (j+1)·n - 1, so it does not matter who makes
-it or in what order: a killed conversion keeps its finished shards and goes on, and every runner
+it or in what order: a killed conversion keeps its finished shards and resumes, and every runner
 gives the same bytes. Rows that cannot be a record are left out, counted by reason and listed in
 `left_out.jsonl`. Not here: reading the formats (sources/), what a conversion is (job.py), its output's manifest
 (publish.py), what is held out (prepare.py).
@@ -24,7 +24,7 @@ from vlp.core import check, progress
 from vlp.data import pictures, processes, records
 from vlp.data.sources import fields
 from vlp.data.tools import job as jobs
-from vlp.data.tools import prepare
+from vlp.data.tools import prepare, shrink
 from vlp.data.tools.job import INPUTS, LEFT_OUT, Job
 from vlp.data.tools.publish import publish, shown
 
@@ -32,7 +32,7 @@ __all__ = ["INPUTS", "LEFT_OUT", "Job", "look", "make_shard", "run", "shown"]
 
 
 def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[str] = ()) -> dict:
-    """Converts and returns the manifest; a second call after a kill goes on where it stopped.
+    """Converts and returns the manifest; a second call after a kill resumes where it stopped.
 
     runner: "" for this machine (`workers` processes), else a runner of Apache Beam.
     Raises: `UserError` if `out` or the work directory belongs to something else.
@@ -43,10 +43,12 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
         raise check.error("rows_per_shard", job.rows_per_shard, "at least 1", "raise it")
     if workers < 1:
         raise check.error("workers", workers, "at least 1", "raise it")
+    if job.max_px < 0:
+        raise check.error("max_px", job.max_px, "0 or more", "set it to 0 to keep all sizes")
     if not 0 <= job.val_frac < 1:
         raise check.error("val_frac", job.val_frac, "in [0, 1)", "correct it")
     if job.val_frac and ("train" not in job.splits or "val" in job.splits):
-        got = f"{job.val_frac} beside the splits {list(job.splits)}"
+        got = f"{job.val_frac} together with the splits {list(job.splits)}"
         raise check.error("val_frac", got, "'train' and no 'val'", "set it to 0")
     fields.check_splits(job.splits)
     records.refuse_foreign(job.out)
@@ -85,12 +87,12 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
 
 
 def _hold_out(job: Job, do: Callable[[Callable, list, str], None]) -> None:
-    """Decides which rows become "val", after a look at the images of all."""
+    """Chooses the rows of "val" by the digests of all images."""
     blocks = -(-len(job.source("train")) // job.rows_per_shard)
     paths = [_looked(job, number) for number in range(blocks)]
     todo = [n for n, p in enumerate(paths) if not os.path.isfile(p)]
     do(functools.partial(look, job), todo, "looking for copies of images, for val")
-    rows = prepare.hold_out(prepare.Blocks(paths), job.val_frac, job.max_val)
+    rows = prepare.hold_out(prepare.Blocks(paths), job.val_frac)
     _save(job.held_out, rows)
 
 
@@ -122,13 +124,21 @@ def make_shard(job: Job, task: tuple[str, int]) -> None:
     split, number = task
     source, path = job.part(split), jobs.shard(job, split, number)
     first = number * job.rows_per_shard
-    keys, left_out, parts = [], [], collections.Counter()
+    keys, left_out, parts, resized = [], [], collections.Counter(), 0
     words: list[str] = []  # for the tokenizer
     step = prepare.step(len(source)) if split == "train" and job.tokenizer else 0
 
     def rows() -> Iterator[dict]:
+        nonlocal resized
         for i in range(first, min(first + job.rows_per_shard, len(source))):
             record, reason, detail, notes = _row(job, source, i)
+            if job.max_px and not reason:
+                try:
+                    small = shrink.shrunk(record["image"], job.max_px)
+                    record |= {"image": small} if small else {}
+                    resized += bool(small)
+                except pictures.BadImage as e:
+                    reason, detail = f"image {e.reason}", f"{e!s:.200}"
             if reason:
                 entry = {"split": split, "row": i} | _place(source, i)
                 entry |= {"key": record["key"]} if record.get("key") else {}
@@ -147,6 +157,7 @@ def make_shard(job: Job, task: tuple[str, int]) -> None:
     entry = {"records": len(keys), **records.file_entry(part)}
     os.replace(part, path)
     found = {"entry": entry, "keys": keys, "left_out": left_out, "parts": parts, "words": words}
+    found["resized"] = resized
     text = json.dumps(found)
     with open(part, "w", encoding="utf-8") as f:
         f.write(text)

@@ -145,7 +145,7 @@ def _grams(text: str) -> list[str]:
 
 
 def _same(text: str) -> str:
-    """Equal for texts that differ in case or white space alone."""
+    """Returns a key that is equal for texts which differ only in case or white space."""
     return " ".join(words(text))
 
 
@@ -157,5 +157,5 @@ def _read(source: records.Source, i: int) -> dict | str:
         return "image_unreadable"
     except check.UserError:
         raise  # a file that cannot be read is no property of the row
-    except ValueError:  # a row that does not parse, a text that is none
+    except ValueError:  # a row that does not parse, or whose text is not a string
         return "row_unreadable"

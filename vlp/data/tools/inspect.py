@@ -1,4 +1,4 @@
-"""`vlp data inspect` and `verify`: what a dataset holds, a page to look at it, and what is wrong.
+"""`vlp data inspect` and `verify`: statistics of a dataset, a page of examples, and its faults.
 
 Reads every record once; images are decoded only by `verify`, and a hundred of them for the rest.
 """
@@ -218,7 +218,7 @@ def verify(path: str, tell: Callable[[str, dict | None], None]) -> int:
             try:
                 records.encode(record)
                 pictures.decode(record["image"])
-            except check.MachineError:
+            except check.Failed:
                 raise
             except (check.UserError, pictures.BadImage) as e:
                 reason = getattr(e, "reason", "record")

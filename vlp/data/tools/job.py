@@ -14,7 +14,7 @@ from vlp.core import check
 from vlp.data import records, sources
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields
-from vlp.data.tools import prepare
+from vlp.data.tools import prepare, shrink
 
 LEFT_OUT = "left_out.jsonl"
 INPUTS = ".inputs"  # in the output, unknown to its manifest: what the input files looked like
@@ -31,8 +31,8 @@ class Job:
     rows_per_shard: int = 16384
     strict: bool = False
     check_images: bool = False  # decode every image; what fails is left out
-    val_frac: float = 0.0  # of the rows of "train" that become "val" (0: none)
-    max_val: int = 0  # … so many at most (0: any number)
+    val_frac: float = 0.0  # fraction of the rows of "train" that become "val" (0: none)
+    max_px: int = 0  # shrink images whose shorter side is longer (0: none)
     tokenizer: str = ""  # for the dataset: prepare.AUTO, pieces to train, a file, or "" for none
 
     @property
@@ -103,7 +103,7 @@ def shard(job: Job, split: str, number: int) -> str:
 
 
 def plan(job: Job) -> dict:
-    """What decides every byte of the output; "seen", beside that, changes when an input file does."""
+    """Returns everything that the output depends on; "seen" also changes if an input file is touched."""
     out = {
         "version": 1,
         "inputs": {s: [job.source(s).fingerprint, len(job.source(s))] for s in job.splits},
@@ -113,7 +113,9 @@ def plan(job: Job) -> dict:
         "seen": [sources.stamp(job.source(s)) for s in job.splits],
     }
     if job.val_frac:
-        out["val"] = [job.val_frac, job.max_val]
+        out["val"] = job.val_frac
+    if job.max_px:
+        out["max_px"] = [job.max_px, shrink.JPEG_QUALITY]
     if job.tokenizer:
         given = given_tokenizer(job)
         out["tokenizer"] = given.sha256 if given else job.tokenizer
@@ -146,7 +148,7 @@ def is_done(job: Job, plan: dict) -> bool:
 
 
 def claim(job: Job, plan: dict) -> None:
-    """Makes the work directory, or goes on in the one that the same plan left behind."""
+    """Creates the work directory, or reuses that of an interrupted run of the same plan."""
     file = os.path.join(job.work, "plan.json")
     refuse_foreign_work(job)
     os.makedirs(job.work, exist_ok=True)

@@ -20,7 +20,7 @@ NO_IMAGE = np.uint64(2**64 - 1)  # the digest of a row that cannot be held out
 MAX_PIECES = 16_000
 CHARS_PER_PIECE = 50  # about nine words: 300 short captions make 300 pieces, 20,000 the largest
 MAX_RECORDS = 200_000  # whose captions are looked at, evenly spaced (seconds of training)
-AUTO = "auto"  # the tokenizer beside the input, or one trained with a size of its own
+AUTO = "auto"  # the input's tokenizer, or else a trained one of automatic size
 
 
 class Subset:
@@ -67,16 +67,15 @@ def digest(image: bytes) -> int:
     return min(int.from_bytes(hashlib.sha256(image).digest()[:8], "big"), int(NO_IMAGE) - 1)
 
 
-def hold_out(blocks: Iterable[np.ndarray], frac: float, limit: int) -> np.ndarray:
+def hold_out(blocks: Iterable[np.ndarray], frac: float) -> np.ndarray:
     """Returns i64, the rows to hold out: images with the smallest digests, up to `frac` of the rows.
 
     blocks: u64, the digests of all rows in order; gone through several times, one by one, as memory
-    may not hold them all. limit: rows at most (0: any number). Every copy of an image is held out with it. Of two
-    different images or more, at least one is held out and one is left; of fewer, none is held out.
+    may not hold them all. Every copy of an image is held out with it. Of two different images or
+    more, at least one is held out and one is left; of fewer, none is held out.
     """
     usable = sum(int((block != NO_IMAGE).sum()) for block in blocks)
     wanted = max(1, round(frac * usable))
-    wanted = min(wanted, limit) if limit else wanted
     least, copies = np.empty(0, np.uint64), np.empty(0, np.int64)
     for block in blocks:
         values, counts = np.unique(block[block != NO_IMAGE], return_counts=True)
@@ -86,7 +85,7 @@ def hold_out(blocks: Iterable[np.ndarray], frac: float, limit: int) -> np.ndarra
         least, copies = least[: wanted + 1], copies[: wanted + 1]
     chosen, total = [], 0
     for value, count in zip(least[: len(least) - (len(least) <= wanted)], copies):
-        if total + count <= wanted:  # else: an image of so many copies stays in train
+        if total + count <= wanted:  # images with more copies stay in train
             chosen.append(value)
             total += int(count)
     if not chosen and len(least) > 1:
@@ -107,9 +106,9 @@ class Blocks:
 
 
 def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
-    """Returns the tokenizer that `wanted` names: AUTO the one beside the input, a file its own.
+    """Returns an existing tokenizer: the file `wanted`, or the input's own (`beside`) for AUTO.
 
-    None if it is to be trained, or wanted is "". Raises: `UserError` if it is no tokenizer.
+    None if one must be trained, or `wanted` is "". Raises: `UserError` if the file is not a tokenizer.
     """
     if wanted == AUTO:
         return tokenizers.load(beside) if storage.exists(beside) else None
@@ -117,7 +116,7 @@ def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
         return None
     if not storage.exists(wanted):
         do = "train one with `vlp data tokenizer`, or correct the path"
-        got = f"{wanted!r}, which is no file"
+        got = f"{wanted!r}, which is not a file"
         raise check.error("--tokenizer", got, "a number of pieces, a file, or ''", do)
     return tokenizers.load(wanted)
 
@@ -128,10 +127,9 @@ def step(num_records: int) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], wanted: str) -> tokenizers.Tokenizer | None:
-    """Trains one of about `wanted` pieces, or, for AUTO, of as many as the texts can fill.
+    """Trains a tokenizer with about `wanted` pieces, or, for AUTO, with as many as the texts allow.
 
-    Every character is a piece in any case; a few are special. None if there are no texts, but
-    labels alone.
+    Special tokens and every character of the texts are always pieces. None if there are no texts, only labels.
     """
     texts = list(_visible(texts))
     if not texts:

@@ -1,4 +1,4 @@
-"""Publishes a conversion: its shards under their final names, beside a manifest and the list of what is left out."""
+"""Publishes a conversion: shards with final names, the manifest and the list of omitted rows."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ from vlp.data import counts, records, sources
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields, files, img2dataset, tables, tar
 from vlp.data.tools import job as jobs
-from vlp.data.tools import prepare
+from vlp.data.tools import prepare, shrink
 from vlp.data.tools.job import INPUTS, LEFT_OUT, Job
 
 
@@ -42,13 +42,14 @@ def _tokenizer(job: Job, tasks: Sequence[tuple[str, int]]) -> tokenizers.Tokeniz
 
 
 def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
-    """Gathers the shards under their final names beside a manifest; one rename makes it appear."""
+    """Moves the shards and a manifest to their final names; one rename makes the dataset appear."""
     final = os.path.join(job.work, "dataset")
     shutil.rmtree(final, ignore_errors=True)
     os.makedirs(final)
     splits, repeated, detail = {}, {}, ""
     reasons: collections.Counter = collections.Counter()
     parts: collections.Counter = collections.Counter()
+    resized: collections.Counter = collections.Counter()
     with open(os.path.join(final, LEFT_OUT), "w", encoding="ascii") as lines:
         tell = lambda row: lines.write(json.dumps(row, ensure_ascii=True) + "\n")
         for split in job.written:
@@ -58,6 +59,7 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
             for task in (t for t in tasks if t[0] == split):
                 found = jobs.finished(job, task)
                 parts.update(found["parts"])
+                resized[split] += found["resized"]
                 for row in found["left_out"]:
                     tell(row)
                     reasons[row["reason"]] += 1
@@ -75,7 +77,7 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
                     there = _tables_in(job.source(split if split in job.splits else "train"))
                     if there:
                         do = f"give the path of the table: {there}"
-                    do += ", or keep labels alone by --captions ''"
+                    do += ", or keep only labels with --captions ''"
                 raise check.error(f"split {split!r} of {job.path}", got, "at least one", do)
             entries = []
             for i, (path, entry) in enumerate(shards):
@@ -112,7 +114,10 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
                     tell({"split": split, **row})
     more: dict[str, bytes | None] = {LEFT_OUT: None}
     if job.val_frac:
-        info["val"] = {"frac": job.val_frac, "at_most": job.max_val, "by": "digests of the images"}
+        info["val"] = {"frac": job.val_frac, "by": "digests of the images"}
+    if job.max_px:
+        told = {"max_px": job.max_px, "jpeg_quality": shrink.JPEG_QUALITY}
+        info["resized"] = told | {"records": dict(resized)}
     if tokenizer := _tokenizer(job, tasks):
         more[records.TOKENIZER] = tokenizer.to_bytes()
         how = "given" if jobs.given_tokenizer(job) else "trained on the captions of train"
@@ -124,7 +129,7 @@ def publish(job: Job, plan: dict, tasks: Sequence[tuple[str, int]]) -> dict:
     manifest = records.write_manifest(final, os.path.basename(job.out), info, splits, more)
     pathlib.Path(final, INPUTS).write_text(json.dumps(plan["seen"]))
     if os.path.isdir(job.out):
-        os.rmdir(job.out)  # empty, or `jobs.done` would have said so
+        os.rmdir(job.out)  # empty: `jobs.done` has checked it
     os.replace(final, job.out)
     shutil.rmtree(job.work)
     return manifest

@@ -32,7 +32,7 @@ SHAPES = [(8, 1, 1), (2, 2, 2)]
 class Pairs:
     """Cosine of each pair, one minus: no batch in the loss, so that only the batch norm couples the rows.
 
-    looks: the EMA teacher looks at the image turned around first, and a pass without gradient at the text's.
+    looks: the EMA teacher looks at the image turned around first, and a pass of the student without gradient does too.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"image", "text"})
@@ -76,13 +76,15 @@ def two_steps(case, make_batch):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_meshes_change_nothing(shape, two_steps, error):
+def test_meshes_change_nothing(shape, two_steps, case, make_batch, error):
+    """Not the gradients (of a step's parameters, Adam makes more of rounding), nor two steps' statistics and losses."""
+    grads, want_grads = (case.value(make_batch(), s, grads=True)[1] for s in (shape, (1, 1, 1)))
+    assert error(grads, want_grads) < 1e-5
     (_, *ours), our_metrics = two_steps(shape, 1)
     (_, *want), metrics = two_steps((1, 1, 1), 1)
     for a, b, m, n in zip(ours, want, our_metrics, metrics):
-        assert error(slots(a.params), slots(b.params)) < 1e-5
-        assert error(a.params, b.params) < 1e-4
-        np.testing.assert_allclose(m["loss"], n["loss"], rtol=5e-5)
+        assert error(slots(a.params), slots(b.params)) < 1e-4
+        np.testing.assert_allclose(m["loss"], n["loss"], rtol=1e-4)
 
 
 def test_convolutions_without_statistics_are_sharded_alike(
