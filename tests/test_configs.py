@@ -156,7 +156,7 @@ def test_a_shipped_config_can_be_copied_anywhere(tmp_path, monkeypatch):
     (tmp_path / "common.py").write_text(
         (FOLDER / "common.py").read_text() + "\nSMOKE_TOWER['width'] = 64\n"
     )
-    assert configs.load("my-clip.v2.py:smoke")["model"]["image_tower"]["width"] == 64
+    assert configs.load("my-clip.v2.py:smoke")["model"]["text_tower"]["width"] == 64
     (tmp_path / "common.py").write_text("")
     with pytest.raises(check.UserError, match="cannot import name 'pretraining'") as caught:
         configs.load("my-clip.v2.py:smoke")
