@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from flax.core import FrozenDict
+
 from vlp.core import check
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -29,20 +31,22 @@ def check_fields(module: Any, where: str) -> None:
         elif dataclasses.is_dataclass(value):
             check_fields(value, name)
         elif field.name in _SIZES and isinstance(value, int) and value < 1:
-            raise check.error(name, value, "1 or more", "change it")
+            raise check.error(name, value, "1 or more", "set it to 1 at least")
         elif field.name in _COUNTS and isinstance(value, int) and value < 0:
-            raise check.error(name, value, "at least 0", "change it")
+            raise check.error(name, value, "at least 0", "set it to 0 for none")
         elif isinstance(value, int) and value > (_SIZES | _COUNTS).get(field.name, value):
             most = (_SIZES | _COUNTS)[field.name]
-            raise check.error(name, value, f"at most {most:,}", "change it")
+            raise check.error(name, value, f"at most {most:,}", f"set it to {most} or less")
         elif field.name in ("dropout", "drop_path") and not 0 <= (value or 0) < 1:
-            raise check.error(name, value, "in [0, 1)", "change it")
+            raise check.error(name, value, "in [0, 1)", "set it to 0 for none, or to 0.1")
         elif field.name == "scale" and isinstance(value, float) and not 0 < value < math.inf:
-            raise check.error(name, value, "above 0: the factor of the logits", "change it")
+            raise check.error(
+                name, value, "above 0: the factor of the logits", "set it to 14.3 (1/0.07)"
+            )
         elif field.name in ("mean", "std") and isinstance(value, tuple):
             if len(value) != 3 or (field.name == "std" and min(value) <= 0):
                 expected = "a number of each colour" + ", above 0" * (field.name == "std")
-                raise check.error(name, value, expected, "change it")
+                raise check.error(name, value, expected, "give red, green and blue")
         elif field.name == "dtype" and value not in DTYPES:
             raise check.unknown(name, str(value), DTYPES)
 
@@ -54,7 +58,7 @@ def with_fields(module: Any, **values: Any) -> Any:
         part = getattr(module, field.name)
         if isinstance(part, Mapping):  # heads
             parts = {key: with_fields(value, **values) for key, value in part.items()}
-            changes[field.name] = type(part)(parts)
+            changes[field.name] = FrozenDict(parts)
         elif field.name not in ("parent", "name") and dataclasses.is_dataclass(part):
             changes[field.name] = with_fields(part, **values)
     return dataclasses.replace(module, **changes)

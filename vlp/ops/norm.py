@@ -18,8 +18,8 @@ def layer_norm(
 ) -> Float[Array, "*b D"]:
     """(x − mean) / √(var + eps) · scale + bias over the last axis, in float32 or wider, returned in x's type.
 
-    Left to automatic differentiation it would hold three copies of x in float32; here x alone is held, in its own type,
-    and the statistics are computed again. Source: Ba et al. 2016 (arXiv:1607.06450).
+    The backward pass holds x alone, in its own type, and computes the statistics again; automatic differentiation would
+    hold three copies of x in float32. Source: Ba et al. 2016 (arXiv:1607.06450).
     """
     y, _ = _normalise(x, eps)
     return (y * _over(scale_D, y) + _over(bias_D, y)).astype(x.dtype)
