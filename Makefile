@@ -1,4 +1,4 @@
-# `make demo` trains the demo from nothing; `make test` runs the tests. Both make their own .venv.
+# `make demo` trains the demo from nothing; `make test` runs the tests, `make lint` ruff and pyright. They make their own .venv.
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/coca_emoji
@@ -13,11 +13,12 @@ demo: $(VENV)/.demo
 	$(BIN)/vlp report $(WORKDIR)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q -n logical --dist worksteal --durations=12
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -32,7 +33,7 @@ $(VENV)/.demo: setup.py | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: setup.py | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q -e '.[dev]' $(WITH)
 	touch $@ $(VENV)/.demo
 
 clean:

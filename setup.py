@@ -21,6 +21,7 @@ core = [
     "absl-py",
     "array_record>=0.8",
     "fsspec>=2024.6",
+    "jinja2>=3.1",
     "jaxtyping>=0.3",
     "msgpack>=1.0",
     "numpy>=2.0",
@@ -38,13 +39,9 @@ extras = {
     "fast": ["opencv-python-headless>=4.10"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.19"],
-    "eval": ["pycocoevalcap>=1.2"],
-    "export": ["safetensors>=0.5"],
-    "parity": ["torch", "open_clip_torch>=3.3", "timm", "transformers"],
     "beam": ["apache-beam>=2.60"],
     "syntax": ["textblob>=0.19"],
     "hf": ["tokenizers>=0.20"],
-    "docs": ["nbclient", "nbformat", "ipykernel"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -61,7 +58,7 @@ extras["dev"] = (
     + extras["syntax"]
     + extras["hf"]
     + extras["test"]
-    + ["ruff>=0.14", "pyright>=1.1.400"]
+    + ["ruff>=0.14", "pyright[nodejs]>=1.1.400", "pre-commit>=4.0"]
 )
 
 setup(
@@ -73,6 +70,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlp", "vlp.*"]),
+    package_data={"": ["templates/*"]},  # of pages: .html.j2, .css, .js
     install_requires=core,
     extras_require=extras,
     entry_points={"console_scripts": ["vlp = vlp.__main__:main"]},

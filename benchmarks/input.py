@@ -82,7 +82,7 @@ def vlp_epochs(directory: str, num: int, threads: int = 0):
         path=directory, image_px=IMAGE_PX, text_len=TEXT_LEN, langs=(), min_area_frac=0.9,
         max_aspect=4 / 3, resize="fast", bad_records="replace", read_threads=threads,
     )  # fmt: skip
-    dataset = open_dataset(data, tokenizer.train(texts, 64, model_type="bpe"))
+    dataset = open_dataset(data, tokenizer.train(texts, 64))
     start = 0
     while True:
         yield dataset.train_iter(start=start, batch=BATCH, num_batches=num // BATCH, seed=0)
@@ -127,12 +127,12 @@ def resident_mb() -> float:
 
 def distance(directory: str, num: int = 200) -> float:
     """Mean absolute difference, of 255, between our training images and Pillow's bicubic of the same crops."""
-    from vlp.data import image_ops, order, sources
+    from vlp.data import image_ops, order, pictures, sources
 
     source, total = sources.open_path(directory), 0.0
     options = {"min_area_frac": 0.9, "max_aspect": 4 / 3}
     for i in range(num):
-        picture = image_ops.Picture(source[i]["image"])
+        picture = pictures.Picture(source[i]["image"])
         rngs = [order.sample_rng(0, "image", i) for _ in range(2)]
         ours = image_ops.train_image(picture, IMAGE_PX, rngs[0], resize="fast", **options)
         box, shrink = image_ops.train_box(picture.size, IMAGE_PX, rngs[1].random(8), **options)
@@ -275,7 +275,8 @@ def main() -> None:
     parser.add_argument("--serve", nargs=2, metavar=("LOADER", "DIR"), help=bench.HIDDEN)
     args = bench.options(parser, needs=("jax", "grain", "sentencepiece", "simplejpeg"))
     if args.serve:
-        return serve(*args.serve, args.num)
+        loader, folder = args.serve
+        return serve(loader, folder, args.num)
     if args.make_env:
         return make_env(args.make_env)
     if args.num % BATCH or args.num * args.epochs < 2 * BATCH:

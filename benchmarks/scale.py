@@ -236,7 +236,7 @@ def child_batch(path: str) -> dict:
     from vlp.data.config import Data
     from vlp.data.dataset import open_dataset
 
-    words = tokenizer.train([f"w{i} w{i * 7}" for i in range(500)], 60, model_type="bpe")
+    words = tokenizer.train([f"w{i} w{i * 7}" for i in range(500)], 60)
     data = Data(path=path, image_px=32, text_len=16, langs=())
     began = time.perf_counter()
     open_dataset(data, words).batch_at(0, BATCH, 0)

@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     c = pretraining("albef", model, arg.path)
     c.batch, c.samples = 512, 30 * 14_000_000
-    c.objective = dict(name="albef", mask_id=WORDS, vocab_size=WORDS)
+    c.objective = dict(name="albef")
     c.teachers = dict(ema=dict(decay=0.995))
     c.data.update(image_px=256, text_len=32, min_area_frac=0.2, flip=True)
     c.data.update(randaugment=2, randaugment_magnitude=7.0)
@@ -42,6 +42,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.schedule = dict(lr=1e-4, warmup_steps=2_000, end_frac=0.1)
     if arg.smoke:
         c = smoke(c)
-        small = c.model.text_tower.vocab - 1
-        c.objective.update(mask_id=small, vocab_size=small, queue=16, fusion_depth=1)
+        c.model.text_tower.vocab += 1  # the mask's id
+        c.objective.update(queue=16, fusion_depth=1)
     return c

@@ -11,10 +11,11 @@ The joint space has the text tower's width, as there.
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

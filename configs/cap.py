@@ -3,11 +3,12 @@
 The decoder has the 12 layers of the paper's ablations, 6 of them with cross-attention.
 """
 
-import coca
 import ml_collections
-from common import smoke
 
 from vlp.core.config import parse_arg
+
+from . import coca
+from .common import smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

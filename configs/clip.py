@@ -7,8 +7,6 @@ the vocabulary is your tokenizer's (49,408 at most). Larger sizes take L/14's ra
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
 

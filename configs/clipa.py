@@ -13,10 +13,11 @@ and starts the others fresh.
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 UNIT = 131_072_000  # samples
 

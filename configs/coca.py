@@ -9,10 +9,11 @@ The text length of pretraining is not in the paper; 64 tokens + CLS here.
 """
 
 import ml_collections
-from common import smoke
 
 from vlp.core import check
 from vlp.core.config import parse_arg
+
+from .common import smoke
 
 SIZES = {  # image depth, MLP; unimodal and multimodal depth, MLP; width; heads; tied embeddings
     "base": (12, 3072, 12, 12, 3072, 768, 12, False),

@@ -9,10 +9,11 @@ adafactor or lion), seed, smoke.
 """
 
 import ml_collections
-from common import smoke
 
 from vlp.core import check
 from vlp.core.config import parse_arg
+
+from .common import smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -11,10 +11,11 @@ your tokenizer's. Weights are kept in float32 and computed with in bfloat16; the
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 EPOCH = 1_281_167  # FLIP counts in ImageNet's
 

@@ -15,11 +15,12 @@ code (big_vision), the share that a step takes at the full rate; `weight_decay` 
 import dataclasses
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
 from vlp.optim.make import DEFAULT_RULES
+
+from . import towers
+from .common import pretraining, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -7,10 +7,11 @@ OpenCLIP's large runs (AdamW 0.9/0.95, decay 0.2, clip 1), and are yours to choo
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -9,10 +9,11 @@ is not bounded.
 """
 
 import ml_collections
-import towers
-from common import pretraining, smoke
 
 from vlp.core.config import parse_arg
+
+from . import towers
+from .common import pretraining, smoke
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -17,13 +17,14 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-import towers
-from common import smoke
 
 from vlp.core import check
 from vlp.core.config import parse_arg
-from vlp.data import image_ops, records
+from vlp.data import pictures, records
 from vlp.data import tokenizer as tokenizers
+
+from . import towers
+from .common import smoke
 
 SAMPLES, EPOCHS = 20_000, (10, 100)  # samples at least, within these numbers of epochs
 LOOKED_AT = 256  # records that tell of the lengths of captions and the sizes of images
@@ -124,8 +125,8 @@ def look(path: str, tokenizer: str) -> dict[str, Any]:
         record = source[i]
         lengths += [np.count_nonzero(words.encode(c["text"], 64)) for c in record["captions"]]
         try:
-            sides.append(min(image_ops.Picture(record["image"]).size))
-        except image_ops.BadImage:
+            sides.append(min(pictures.Picture(record["image"]).size))
+        except pictures.BadImage:
             pass  # training counts them
     if not lengths or not sides:
         what = "captions" if not lengths else "images"

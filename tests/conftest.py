@@ -1,12 +1,11 @@
 """Eight simulated CPU devices for every test, strict ranks, and one cache of compiled programs for the suite."""
 
+import importlib.metadata
 import os
 import pathlib
 
-import jaxlib
-
 # Before JAX starts: a third of the time to compile. Later versions of jaxlib lack the switch and refuse unknown ones.
-if jaxlib.__version__.startswith("0.10."):
+if importlib.metadata.version("jaxlib").startswith("0.10."):
     _flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
 
@@ -46,8 +45,8 @@ def random_params():
     """
     import flax.linen as nn
     import numpy as np
-    from everything import abstract
 
+    from helpers.everything import abstract
     from vlp.core import tree
 
     def draw(model, image_px: int, text_len: int, seed: int = 0, heads=()):
@@ -85,7 +84,7 @@ def error():
 @pytest.fixture(scope="session")
 def coca_run(tmp_path_factory):
     """The workdir of a finished two-stage run (`runs.COCA`). Read only: copy it to change it."""
-    import runs
+    from helpers import runs
 
     directory = tmp_path_factory.mktemp("coca") / "run"
     assert runs.train(runs.COCA, directory) == 0
@@ -95,7 +94,7 @@ def coca_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clip_run(tmp_path_factory):
     """The workdir of a finished run of one stage (`runs.CLIP`). Read only: copy it to change it."""
-    import runs
+    from helpers import runs
 
     directory = tmp_path_factory.mktemp("clip") / "run"
     assert runs.train(runs.CLIP, directory) == 0
@@ -104,9 +103,8 @@ def clip_run(tmp_path_factory):
 
 @pytest.fixture
 def toy(monkeypatch):
-    """Knows the model and the objective "toy" (`runs.TOY`), which compile in no time."""
-    import runs
-
+    """Registers the model and the objective "toy" (`runs.TOY`), which compile in no time."""
+    from helpers import runs
     from vlp.models import MODELS
     from vlp.objectives import OBJECTIVES
 

@@ -22,10 +22,11 @@ from typing import Any, ClassVar
 import ml_collections
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+from helpers import runs
 from vlp.core.types import Ctx, Out, Term
+from vlp.data import records, tokenizer
 from vlp.losses import caption
 from vlp.train import stages
 
@@ -34,17 +35,28 @@ PAGES = ("README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.
 
 SMALLER = "smaller towers and two epochs: seconds, not minutes"
 SHORT = "smoke: two steps on made-up shapes, not the minutes of the demo"
+TINY = " ".join(  # of the demo's config: its data, splits and evaluations stay
+    f"--config.{key}={value}"
+    for key, value in {
+        **{f"model.{t}.depth": 1 for t in ("image_tower", "text_tower", "decoder")},
+        **{f"model.{t}.width": 16 for t in ("image_tower", "text_tower")},
+        **{"model.poolers.queries": 2, "model.embed": 16, "data.image_px": 16, "batch": 16},
+        **{f"evals.{e}.batch": 16 for e in ("retrieval", "validation", "skin_tone", "captions")},
+        "stages": """'({"name":"masked","steps":2},{"name":"unmasked","steps":1,"objective":{"keep_ratio":1.0}})'""",
+    }.items()
+)
 INSTEAD = {  # part of a command → what stands for it here, and why
     "small.py:path=data/mine --workdir": (
         "small.py:path=data/mine,px=16,epochs=2 --config.model.image_tower.depth=1"
         " --config.model.text_tower.depth=1 --config.model.decoder.depth=1 --workdir",
         SMALLER,
     ),
-    "train --config configs/coca_emoji.py --workdir": (
-        "train --config configs/coca_emoji.py:smoke --workdir",
-        SHORT,
+    "coca_emoji.py --workdir runs/seen": ("coca_emoji.py:smoke --workdir runs/seen", SHORT),
+    "coca_emoji.py --workdir runs/coca_emoji": (
+        f"coca_emoji.py {TINY} --workdir runs/coca_emoji",
+        SMALLER,
     ),
-    "coca_emoji.py:seed=1": ("coca_emoji.py:seed=1,smoke", SHORT),
+    "coca_emoji.py:seed=1": (f"coca_emoji.py:seed=1 {TINY}", SMALLER),
     "--profile 20:25": ("--profile 1:2", "a smoke run has two steps"),
     "vlp data bench data/mine": (
         "vlp data bench data/mine --num-images 20 --batch 4 --image-px 32",
@@ -139,8 +151,27 @@ def shards():
                 archive.addfile(member, io.BytesIO(data))
 
 
+def emoji():
+    """data/emoji in small: the demo's splits and fields, skin tones where the demo has them, coloured squares."""
+    tones = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
+
+    def rows(split, num, tones=tones[:1]):
+        for k in range(num):
+            out = io.BytesIO()
+            Image.new("RGB", (16, 16), (250 - 9 * k, 9 * k, len(split))).save(out, "PNG")
+            text = {"text": f"{split} person {k}", "source": "unicode", "lang": "en"}
+            row = {"key": f"{split}{k}", "base": f"{split}{k}", "primary": True}
+            yield row | {"image": out.getvalue(), "captions": [text], "tone": tones[k % len(tones)]}
+
+    words = tokenizer.train([r["captions"][0]["text"] for r in rows("train", 24)], vocab_size=100)
+    splits = {"train": rows("train", 24, tones), "val": rows("val", 8), "test": rows("test", 8)}
+    splits |= {f"{s}_variants": rows(f"{s}_variants", 12, tones) for s in ("val", "test")}
+    files = {records.TOKENIZER: words.to_bytes()}
+    records.write("data/emoji", splits, name="emoji", info={}, files=files)
+
+
 def prepare(page, heading):
-    """What the section takes for given: the reader's own files, and the repository's."""
+    """Makes the files that a section assumes: the reader's own, and the repository's."""
     os.symlink(ROOT / "configs", "configs")
     if page == "docs/data.md" or heading == "Your own images":
         photographs(24)
@@ -149,6 +180,8 @@ def prepare(page, heading):
         assert runs.vlp("data", "convert", "photos.csv", "--out", "data/english") == 0
     if heading == "A first tour":
         Image.new("RGB", (50, 40), (200, 30, 30)).save("my.png")
+        if not os.environ.get("VLP_SLOW"):  # the section's first command draws them
+            emoji()
 
 
 def shortened(command):
@@ -218,7 +251,7 @@ def test_every_block_of_a_section(page, heading, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if why_not(c)])
 def test_what_is_not_run_here(command):
-    """Says by name what the test above left out."""
+    """Skips, and names, what the test above leaves out."""
     pytest.skip(f"{why_not(command)}{' (VLP_SLOW=1 runs it)' * any(p in command for p in SLOW)}")
 
 
@@ -254,7 +287,7 @@ def _name(assign):
 
 
 def python(block):
-    """Runs a block with what it takes for given."""
+    """Runs a block with the names that it assumes."""
     given = {"dataclasses": dataclasses, "Ctx": Ctx, "Out": Out, "Term": Term, "caption": caption}
     given |= {"ClassVar": ClassVar, "Any": Any}
     given["c"] = config = ml_collections.ConfigDict()
@@ -280,7 +313,7 @@ def same_but_for_a_metric(text):
 
 
 def console(block):
-    """What a console shows is what the command says; a line without a command is a kind of message."""
+    """A console shows the command's real output; a line without a command is an example of a message."""
     command, _, shown = block.text.partition("\n")
     if not command.startswith("$ "):
         source = "".join(p.read_text() for p in (ROOT / "vlp").rglob("*.py"))

@@ -1,16 +1,15 @@
 """configs/small.py: its lengths fit data of any size. A whole run, from photographs on: tests/test_readme.py."""
 
-import importlib.util
 import io
 import json
 import random
-import sys
 
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+from configs import small as recipe
+from helpers import runs
 from vlp.core import check
 from vlp.core import config as configs
 from vlp.data import records, tokenizer
@@ -77,11 +76,8 @@ def test_lengths_fit_any_number_of_pairs(monkeypatch, num, num_evals):
     found = {
         "num": num, "evals": "val", "num_evals": num_evals, "vocab": 99, "px": 300, "text_len": 20,
     }  # fmt: skip
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("s", CONFIG))
-    monkeypatch.setattr(sys, "path", [str(CONFIG.parent), *sys.path])
-    module.__spec__.loader.exec_module(module)
-    monkeypatch.setattr(module, "look", lambda *_: found)
-    config = configs.plain(module.get_config(f"path={num}"))
+    monkeypatch.setattr(recipe, "look", lambda *_: found)
+    config = configs.plain(recipe.get_config(f"path={num}"))
     run, (stage,) = stages.parse(config)
     assert stage.batch <= max(2, num / 2) and stage.batch & (stage.batch - 1) == 0
     assert stage.schedule.warmup(stage.batch, stage.num_steps) < stage.num_steps / 2

@@ -1,20 +1,13 @@
 """Parameter counts of the papers' towers, from shapes alone."""
 
-import sys
-
 import flax.linen as nn
 import pytest
-import runs
-from everything import abstract
 
+from configs import towers
+from helpers.everything import abstract
 from vlp.core.config import build_named
 from vlp.models import MODELS
 from vlp.train import summary
-
-sys.path.insert(0, str(runs.ROOT / "configs"))
-import towers  # beside the configs
-
-sys.path.pop(0)
 
 
 def counts(section, image_px=224, text_len=77):
@@ -28,7 +21,7 @@ def counts(section, image_px=224, text_len=77):
 @pytest.mark.parametrize(
     ("size", "image", "text"), [("B/16", 86, 53), ("L/16", 303, 109), ("H/14", 631, 334)]
 )
-def test_flip(size, image, text):
+def test_flips_towers_have_the_papers_counts(size, image, text):
     """FLIP's table (model sizes), printed in whole millions: within 0.5 % or half of the last digit."""
     found = counts(towers.flip(size), text_len=32)
     assert found["image"] == pytest.approx(image, rel=0.005, abs=0.5)
@@ -50,7 +43,7 @@ OPEN_CLIP = {
 
 
 @pytest.mark.parametrize("size", OPEN_CLIP)
-def test_clip(size):
+def test_clips_towers_have_open_clips_counts(size):
     """To the last printed digit, but for the CLS's row of the position table (`width` parameters)."""
     section = towers.clip(size)
     found = counts(section)
@@ -62,7 +55,7 @@ def test_clip(size):
     assert found["total"] + row == pytest.approx(want[2], abs=0.0051)
 
 
-def test_clip_to_the_last_parameter():
+def test_clips_b32_has_openais_count():
     """OpenAI's ViT-B/32 has 151,277,313, of which 768 are the position of the CLS."""
     assert round(counts(towers.clip("B/32"))["total"] * 1e6) + 768 == 151_277_313
 
@@ -76,7 +69,7 @@ SIGLIP = {
 
 
 @pytest.mark.parametrize("size", SIGLIP)
-def test_siglip(size):
+def test_siglips_towers_have_open_clips_counts(size):
     px, length, image, text, total = SIGLIP[size]
     found = counts(towers.siglip(size), px, length)
     assert found["image"] == pytest.approx(image, abs=0.0051)
@@ -85,7 +78,7 @@ def test_siglip(size):
 
 
 @pytest.mark.parametrize(("size", "total"), [("L/14", 414.21), ("H/14", 968.24), ("G/14", 2517.22)])
-def test_clipa(size, total):
+def test_clipas_towers_have_open_clips_counts(size, total):
     """The same table; its count includes the fixed position table, which is no parameter here."""
     found = counts(towers.clipa(size), text_len=32)
     assert found["total"] == pytest.approx(total, rel=0.005)

@@ -1,4 +1,4 @@
-"""The scripts import what they share, benchmarks/bench.py, by its name; some run where packages are missing."""
+"""Scripts of benchmarks/ import bench.py by its name; some are tested where packages are missing."""
 
 import os
 import pathlib

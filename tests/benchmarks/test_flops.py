@@ -3,8 +3,8 @@
 import importlib.util
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import config as configs
 from vlp.train import stages
 
@@ -25,13 +25,13 @@ def small(keep_ratio):
 
 
 def test_lowered_equals_compiled():
-    """Optimisation moves and fuses, and changes the count by little: elementwise work, and no product."""
+    """XLA's optimisation changes the count of elementwise work a little, and that of products not at all."""
     program = flops.lower(small(0.5), 8)
     compiled = program.compile().cost_analysis()["flops"]
     assert program.cost_analysis()["flops"] == pytest.approx(compiled, rel=0.03)
 
 
-def test_by_hand():
+def test_counted_flops_equal_a_count_by_hand():
     """Forward and backward of every product: 3 · 2 · (weights used per token + keys · width, twice) · tokens."""
     width, batch = 256, 64
     products = lambda tokens: 2 * tokens * (12 * width**2 + 2 * tokens * width)  # 2 layers
@@ -41,7 +41,7 @@ def test_by_hand():
     assert flops.of_stage(small(0.5), batch) == pytest.approx(want, rel=0.05)
 
 
-def test_flips_ratios():
+def test_masking_saves_the_flops_that_flip_reports():
     """Table 1: 0.52 and 0.28 of the unmasked step."""
     for row in flops.flip():
         assert row["ratio"] == pytest.approx(row["paper"], abs=0.03), row["what"]

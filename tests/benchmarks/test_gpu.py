@@ -29,7 +29,7 @@ def test_the_input_rate(script):
 
 
 def test_a_part_that_fails_is_a_row(script):
-    """And the next goes on; without a GPU nothing starts unless asked for."""
+    """The parts after it run. Without a GPU nothing runs unless asked for."""
     absent = ("vlp.losses.contrastive",)
     done = script("gpu", "--smoke", "--only", "loss", "loss_cost", absent=absent)
     assert done.returncode == 1

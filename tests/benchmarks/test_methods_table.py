@@ -1,12 +1,12 @@
-"""benchmarks/methods.py at tiny size: every method's config, rows of one and of several seeds, and going on."""
+"""benchmarks/methods.py at tiny size: every method's config, rows of one and of several seeds, and resuming."""
 
 import importlib.util
 import json
 import sys
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import config as configs
 from vlp.train import stages
 
@@ -22,8 +22,8 @@ def test_every_method_sees_as_many_samples(name):
     assert {s.model.image_tower.width for s in built} == {128}
 
 
-def test_the_demo_is_the_demo():
-    """Its row is configs/coca_emoji.py as it is, but for the evaluations."""
+def test_the_demos_row_is_its_config():
+    """The row is configs/coca_emoji.py with other evaluations."""
     demo = configs.load(f"{runs.ROOT}/configs/coca_emoji.py:path=data/emoji")
     _, theirs = stages.parse(demo)
     _, ours = stages.parse(methods.build(methods.METHODS[methods.DEMO], "data/emoji", 0, 600))

@@ -1,4 +1,4 @@
-"""The benchmark of growing data: every row is there, and what it measures is what it says."""
+"""benchmarks/scale.py: it has every row, and measures what the row says."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ import sys
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "scale.py"
 
 
-def test_smoke(tmp_path):
+def test_the_script_runs_at_its_smallest(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--smoke", "--json", str(tmp_path / "rows.json")],
         capture_output=True,

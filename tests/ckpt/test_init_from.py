@@ -1,4 +1,4 @@
-"""Parameters carried into a model of other shapes."""
+"""Parameters transferred into a model of other shapes."""
 
 import logging
 
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from everything import abstract
 
+from helpers.everything import abstract
 from vlp.ckpt import init_from
 from vlp.core import check, tree
 from vlp.core import mesh as meshes
@@ -80,7 +80,7 @@ def test_new_and_dropped_leaves_are_named(draw, caplog):
 
 
 def test_a_pattern_picks_what_is_carried(draw):
-    """LiT: another run's image tower, and nothing else of it, whatever shapes the rest has."""
+    """LiT: only the other run's image tower is transferred, whatever the shapes of the rest."""
     old, fresh = draw(model(), 16, 8, 0), draw(model(), 24, 8, 1)
     old["text_tower"] = {"pos": jnp.ones((3, 5))}
     picked = init_from.select_params(old, "image_tower/.*", "init")
@@ -111,7 +111,7 @@ def test_other_shapes_are_refused(draw):
 
 
 def test_shards_and_types_of_the_fresh(draw):
-    """Values from NumPy, as a checkpoint gives them, take the sharding and type that the run wants."""
+    """NumPy arrays, as loaded from a checkpoint, get the run's sharding and dtype."""
     mesh = meshes.make(meshes.MeshShape(2, 2, 2))
     boxed = abstract(model(), 24, 8)
     shards = meshes.shardings(boxed, mesh)

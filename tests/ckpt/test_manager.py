@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how they fail, and that broken ones are passed over."""
+"""Checkpoints: content, failures, and that broken ones are skipped."""
 
 import json
 import logging
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints, select
 from vlp.core import check
@@ -20,7 +20,7 @@ MESH = meshes.MeshShape(2, 2, 2)
 
 
 def trees(step):
-    """Parameters and the rest, with values that tell the step; sharded over eight devices."""
+    """Parameters and the rest of a state, with values that depend on the step, sharded over eight devices."""
     mesh = meshes.make(MESH)
     put = lambda x, *names: jax.device_put(
         np.float32(x), jax.sharding.NamedSharding(mesh, meshes.spec(names, np.shape(x), mesh))
@@ -71,7 +71,7 @@ def test_round_trip_onto_another_mesh(three):
     assert params["w"].sharding.device_set == {jax.devices()[0]}
 
 
-def test_parameters_alone(three):
+def test_parameters_can_be_read_without_the_rest(three):
     checkpoints = Checkpoints(three, create=False)
     for teacher, tree in (("", trees(6)[0]), ("ema", trees(6)[1]["teachers"]["ema"])):
         params = checkpoints.params(6, teacher)
@@ -87,7 +87,7 @@ def test_reading_writes_nothing(three):
     assert runs.contents(three) == before
 
 
-def test_keeps_the_newest(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     save(checkpoints, 1, 2, 30)
     checkpoints.close()
@@ -128,7 +128,7 @@ def test_broken_checkpoints_are_passed_over(copied, caplog, harm):
     with caplog.at_level(logging.WARNING, "vlp"):
         assert reader.newest() == 4 == select(reader, "run", None)
     assert "step_000000006: " in caplog.text and told in caplog.text
-    assert "taking step 4 instead" in caplog.text
+    assert "using step 4 instead" in caplog.text
     with pytest.raises(check.UserError, match=told):
         select(reader, "run", 6)
     assert select(reader, "run", 2) == 2
@@ -145,16 +145,16 @@ def test_broken_checkpoints_are_passed_over(copied, caplog, harm):
     assert Checkpoints(copied, create=False).steps() == [4, 6, 8]
 
 
-def test_all_broken(copied):
+def test_if_all_checkpoints_are_broken_nothing_is_changed(copied):
     for folder in copied.iterdir():
         flip(folder)
     before = runs.contents(copied)
-    with pytest.raises(check.UserError, match="expected a whole checkpoint; bring back a copy"):
+    with pytest.raises(check.UserError, match="expected a whole checkpoint; restore a copy"):
         Checkpoints(copied, create=False).newest()
     assert runs.contents(copied) == before
 
 
-def test_every_file_counts(copied):
+def test_a_change_of_any_file_makes_a_checkpoint_broken(copied):
     folder = copied / "step_000000006"
     names = json.loads((folder / digest.FILE).read_text())
     files = {p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file()}
@@ -168,8 +168,8 @@ def test_every_file_counts(copied):
         (folder / name).write_bytes(data)
 
 
-def test_without_digests(copied):
-    """Copies that lost the file, and checkpoints of others: taken if their items are there."""
+def test_checkpoints_without_digests_are_taken_if_complete(copied):
+    """Without a file of digests (lost, or from another program), a checkpoint needs all its items."""
     for folder in copied.iterdir():
         (folder / digest.FILE).unlink()
     shutil.rmtree(copied / "step_000000006" / "rest")
@@ -177,7 +177,7 @@ def test_without_digests(copied):
 
 
 def test_unfinished_saves_do_not_count(copied):
-    """What a process leaves that died in a save; saving that step again replaces it."""
+    """A process that dies in a save leaves a temporary folder; saving that step again replaces it."""
     half = copied / "step_000000008.orbax-checkpoint-tmp"
     shutil.copytree(copied / "step_000000006" / "params", half / "params")
     assert Checkpoints(copied, create=False).newest() == 6
@@ -194,7 +194,7 @@ def test_unfinished_saves_do_not_count(copied):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("how", ["save", "wait", "close"])
 def test_a_failed_save_is_not_lost(tmp_path, monkeypatch, how):
-    """A save runs in the background: its failure must stop the run at the next word with the checkpoints."""
+    """Saves run in the background: the next call to the checkpoints raises a save's error."""
     checkpoints = Checkpoints(tmp_path / "c")
     save(checkpoints, 2)
 
@@ -214,7 +214,7 @@ def test_a_failed_save_is_not_lost(tmp_path, monkeypatch, how):
     assert Checkpoints(tmp_path / "c", create=False).newest() == 2
 
 
-def test_nothing_there(tmp_path):
+def test_an_empty_directory_has_no_checkpoint(tmp_path):
     with pytest.raises(check.UserError, match="got no checkpoints, expected a workdir"):
         Checkpoints(tmp_path / "run" / "checkpoints", create=False)
     assert not list(tmp_path.iterdir())

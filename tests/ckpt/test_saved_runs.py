@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and a run whose newest checkpoint broke."""
+"""The files of a run, and a run whose newest checkpoint is broken."""
 
 import io
 import json
@@ -6,9 +6,9 @@ import shutil
 from unittest import mock
 
 import pytest
-import runs
 from PIL import Image
 
+from helpers import runs
 from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints
 from vlp.core.config import build
@@ -18,8 +18,8 @@ from vlp.data.tokenizer import Tokenizer
 from vlp.train import loop, session
 
 
-def test_contents(coca_run):
-    """All that is needed to use the model, in the checkpoint and beside it."""
+def test_a_checkpoint_holds_all_that_its_use_needs(coca_run):
+    """What the use of a model needs is in the checkpoint and in the workdir."""
     names = {p.name for p in coca_run.iterdir()} - {".lock"}
     expected = "checkpoints config.json evals metrics.jsonl preprocessing.json saved.json tokenizer.model versions.json"
     assert names == set(expected.split())
@@ -47,7 +47,7 @@ def test_keeps_as_many_as_asked(coca_run):
 
 
 def dying_after_step_4(config, directory):
-    """A run of which the checkpoints of steps 2 and 4 are there."""
+    """A run that has the checkpoints of steps 2 and 4."""
     number = iter(range(100))
 
     def save(*args):
@@ -59,8 +59,8 @@ def dying_after_step_4(config, directory):
         runs.train(config, directory)
 
 
-def test_a_broken_checkpoint(toy, tmp_path, capsys):
-    """The run goes on from the one before, and ends as it would have."""
+def test_a_run_goes_on_from_before_a_broken_checkpoint(toy, tmp_path, capsys):
+    """It resumes from the checkpoint before, and its end is the same to the bit."""
     config = runs.changed(runs.TOY, steps=6)
     assert runs.train(config, tmp_path / "whole") == 0
     dying_after_step_4(config, tmp_path / "run")
@@ -103,7 +103,7 @@ def test_other_data_than_the_checkpoints(toy, tmp_path, capsys):
 
 
 def test_a_failed_save_fails_the_run(toy, tmp_path, monkeypatch, capsys):
-    """At the latest when the run ends: it must not say that it is done. One line, and exit code 1."""
+    """The run prints one line and exits with code 1, at the latest at its end."""
 
     def full(folder):
         raise OSError("no space left on device")

@@ -6,7 +6,8 @@ import pathlib
 import shutil
 
 import pytest
-import runs
+
+from helpers import runs
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def results(file):
 
 
 def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
-    """Of the averaged parameters, since the run evaluates those."""
+    """The averaged parameters are evaluated, as in the run."""
     run = shutil.copytree(coca_run, tmp_path / "run")
     before = runs.contents(run)
     assert runs.vlp("eval", "--workdir", run, "--json", tmp_path / "out.json") == 0
@@ -44,8 +45,8 @@ def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
     assert all("/evals/" in name for name in changed)
 
 
-def test_eight_devices(coca_run, last, tmp_path):
-    """On a mesh of another size, the same up to rounding; with one label and another split, only that."""
+def test_evaluation_gives_the_same_numbers_on_another_mesh(coca_run, last, tmp_path):
+    """Equal up to rounding. With a label and a split, only that evaluation runs."""
     run = shutil.copytree(coca_run, tmp_path / "run")
     argv = ["eval", "--workdir", run, "--json", tmp_path / "out.json", "--evals"]
     assert runs.vlp(*argv, "captions", devices=8) == 0
@@ -58,14 +59,14 @@ def test_eight_devices(coca_run, last, tmp_path):
     assert json.loads((run / "evals" / "captions_val.json").read_text())["split"] == "val"
 
 
-def test_an_older_step(coca_run, tmp_path):
+def test_an_older_checkpoint_can_be_evaluated(coca_run, tmp_path):
     run = shutil.copytree(coca_run, tmp_path / "run")
     argv = ["eval", "--workdir", run, "--evals", "retrieval", "--json", tmp_path / "out.json"]
     assert runs.vlp(*argv, "--step", 8) == 0
     assert {row["step"] for row in json.loads((tmp_path / "out.json").read_text())} == {8}
 
 
-def test_refused(coca_run, tmp_path, capsys):
+def test_mistakes_of_vlp_eval_are_one_line(coca_run, tmp_path, capsys):
     argv = ["eval", "--workdir", coca_run]
     before = runs.contents(coca_run)
     for extra, message in (
@@ -77,9 +78,9 @@ def test_refused(coca_run, tmp_path, capsys):
         captured = capsys.readouterr()
         assert message in captured.err and not captured.out
     for change, message in (
-        ("objective.keep_ratio=1.0", "train with it instead"),
-        ("data.text_len=4", "train with it instead"),
-        ("model={}", "train with it instead"),
+        ("objective.keep_ratio=1.0", "give it to `vlp train`"),
+        ("data.text_len=4", "give it to `vlp train`"),
+        ("model={}", "give it to `vlp train`"),
         ("data.resize=bilinaer", "did you mean 'bilinear'"),
         ("evals.retrieval.batchh=4", "did you mean 'batch'"),
         ("evals.retrival.batch=4", "did you mean 'retrieval'"),
@@ -92,7 +93,7 @@ def test_refused(coca_run, tmp_path, capsys):
     assert runs.contents(coca_run) == before
 
 
-def test_overrides(coca_run, tmp_path):
+def test_overrides_change_what_is_evaluated(coca_run, tmp_path):
     """Another batch gives the same numbers; another label, split or average is evaluated as asked."""
     argv = ["eval", "--workdir", coca_run, "--json", tmp_path / "out.json", "--evals"]
     before = runs.contents(coca_run)
@@ -110,7 +111,7 @@ def test_overrides(coca_run, tmp_path):
     assert runs.contents(coca_run) == before
 
 
-def test_anywhere(toy, tmp_path, monkeypatch):
+def test_a_run_can_be_evaluated_from_any_directory(toy, tmp_path, monkeypatch):
     """Relative paths mean what they meant in training; a workdir that cannot be written to, and an objective that is
     not known here, are no hindrance; `--data` names other data."""
     import numpy as np
@@ -153,3 +154,80 @@ def test_anywhere(toy, tmp_path, monkeypatch):
         assert {row["num"] for row in json.loads(pathlib.Path("out.json").read_text())} == {num}
     for path in paths:
         path.chmod(0o755)
+
+
+def labelled(num, *tones):
+    """num records of one colour, whose field `tone` goes round."""
+    from PIL import Image
+
+    for i in range(num):
+        image = io.BytesIO()
+        Image.new("RGB", (20, 20), (9 * i % 250, 40, 90)).save(image, "PNG")
+        caption = {"text": f"number {i}", "source": "alt", "lang": "en"}
+        tone = tones[i % len(tones)]
+        yield {
+            "key": f"{tone}{i}",
+            "image": image.getvalue(),
+            "captions": [caption],
+            "tone": tone,
+        }
+
+
+@pytest.fixture(scope="module")
+def toned(tmp_path_factory):
+    """A run whose zero-shot evaluation reads two splits, of data whose val has one class alone."""
+    from vlp.data import records, tokenizer
+
+    runs.register_toy()
+    root = tmp_path_factory.mktemp("toned")
+    words = tokenizer.train([f"number {i}" for i in range(30)], vocab_size=64)
+    splits = {"train": labelled(8, "dark"), "val": labelled(9, "dark")}
+    splits |= {"test": labelled(10, "light", "dark"), "test_variants": labelled(6, "light", "dark")}
+    files = {"tokenizer.model": words.to_bytes()}
+    records.write(str(root / "data"), splits, name="toned", info={}, files=files)
+    data = {"path": str(root / "data"), "image_px": 16, "text_len": 8}
+    tone = {"name": "zeroshot", "label": "tone", "classes": ["light", "dark"], "batch": 8}
+    tone |= {"split": "test_variants", "extra_splits": ["test"], "templates": ["{}"]}
+    evals = {"retrieval": {"split": "test", "batch": 8}, "tone": tone}
+    assert runs.train(runs.TOY | {"steps": 2, "data": data, "evals": evals}, root / "run") == 0
+    return root / "run"
+
+
+def test_a_split_that_one_evaluator_cannot_read(toned, toy, tmp_path, capsys):
+    """It is skipped in one line that says why; asked for by name, or with no other, it is an error."""
+    out = tmp_path / "out.json"
+    argv = ["eval", "--workdir", toned, "--json", out]
+    capsys.readouterr()
+    assert runs.vlp(*argv, "--split", "val") == 0
+    (skipped,) = (
+        row
+        for row in capsys.readouterr().out.splitlines()
+        if row.startswith("tone") and "skip" in row
+    )
+    assert "'val'" in skipped and "no record of ['light']" in skipped
+    rows = json.loads(out.read_text())
+    assert {(row["eval"], row["split"], row["num"]) for row in rows} == {("retrieval", "val", 9)}
+    for named in (
+        ["--evals", "tone"],
+        ["--config.evals.tone.batch=4"],
+        ["--evals", "retrieval,tone"],
+    ):
+        assert runs.vlp(*argv, "--split", "val", *named) == 2
+        captured = capsys.readouterr()
+        assert "no record of ['light'] in ['val']" in captured.err and not captured.out
+    assert runs.vlp(*argv, "--split", "vla") == 2  # none can be done: a mistake, and no skipping
+    captured = capsys.readouterr()
+    assert "did you mean 'val'" in captured.err and not captured.out
+
+
+def test_a_split_is_all_that_is_read(toned, toy, tmp_path):
+    """--split names the records that count: further splits of an evaluator are not added to it."""
+    out = tmp_path / "out.json"
+    argv = ["eval", "--workdir", toned, "--json", out, "--evals", "tone"]
+    for extra, split, num in (
+        ([], "test_variants+test", 16),
+        (["--split", "test"], "test", 10),
+        (["--split", "test_variants"], "test_variants", 6),
+    ):
+        assert runs.vlp(*argv, *extra) == 0
+        assert {(r["split"], r["num"]) for r in json.loads(out.read_text())} == {(split, num)}

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import runs
-from runs import TOY, changed
+
+from helpers import runs
+from helpers.runs import TOY, changed
 
 EVALS = {"retrieval": {"batch": 8, "gallery": 0}}
 STAGES = TOY | {"steps": 0, "stages": [{"name": "a", "steps": 2}, {"name": "b", "steps": 2}]}
@@ -19,7 +20,7 @@ def extend(toy, tmp_path, capsys):
     return extend
 
 
-def test_more_steps(extend, tmp_path, caplog):
+def test_extending_a_run_trains_the_further_steps(extend, tmp_path, caplog):
     caplog.set_level("INFO")
     constant = changed(TOY, **{"schedule.shape": "constant"})
     assert runs.train(constant, tmp_path / "run") == 0
@@ -53,7 +54,7 @@ def test_new_evaluators_of_a_finished_run(extend, tmp_path, caplog):
     assert runs.vlp("eval", "--workdir", tmp_path / "run", "--evals", "retrieval") == 0
 
 
-def test_the_last_stage_alone(extend, tmp_path):
+def test_only_the_last_stage_is_extended(extend, tmp_path):
     assert runs.train(STAGES, tmp_path / "run") == 0
     code, line = extend(changed(STAGES, **{"stages.0.steps": 3}))
     assert code == 2 and "stages.0.steps: 2 -> 3" in line
@@ -61,7 +62,7 @@ def test_the_last_stage_alone(extend, tmp_path):
     assert runs.rows(tmp_path / "run")[-1]["step"] == 5
 
 
-def test_refused(extend, tmp_path, capsys):
+def test_extensions_that_cannot_be_are_one_line(extend, tmp_path, capsys):
     assert runs.train(TOY, tmp_path / "run") == 0
     before = runs.contents(tmp_path / "run")
     assert runs.train(changed(TOY, steps=6), tmp_path / "run") == 2

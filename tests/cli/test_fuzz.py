@@ -1,4 +1,4 @@
-"""The command line against nonsense: exit code 0, 2 or 1, mistakes in one line, nothing written out of place.
+"""Random command lines: exit code 0, 1 or 2, mistakes in one line, and no file written elsewhere.
 
 60 command lines; with VLP_SLOW=1 2,000, also with real training of what is small enough.
 """
@@ -19,11 +19,11 @@ import signal
 import hypothesis
 import numpy as np
 import pytest
-import runs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers import runs
 from vlp.cli import main as cli
 from vlp.core.config import plain
 from vlp.data import records, tokenizer
@@ -236,7 +236,7 @@ def _parsers():
 
 
 class Reached(Exception):
-    """Training would begin."""
+    """Raised where training would begin."""
 
 
 @dataclasses.dataclass
@@ -342,7 +342,7 @@ def check_one(argv, sandbox, training=False):
 
 
 @pytest.mark.parametrize("seed", range(4 if SLOW else 1))
-def test_any_command_line(sandbox, toy, seed):
+def test_any_command_line_is_answered_without_a_traceback(sandbox, toy, seed):
     if SLOW and os.environ.get("VLP_FUZZ_SEED", str(seed)) != str(seed):
         pytest.skip("another part")
 

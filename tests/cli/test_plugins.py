@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.infer import load as loading
 from vlp.infer.load import load
 from vlp.models import MODELS
@@ -95,14 +95,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def refused(capsys, *argv):
-    assert runs.vlp(*argv) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
-def test_every_command(run, tmp_path, capsys, monkeypatch):
+def test_every_command_knows_the_parts_of_plugins(run, tmp_path, capsys, monkeypatch):
     """Nothing is added to vlp's own tables; the checkpoint knows where its parts came from, and not from where
     the command is started."""
     monkeypatch.chdir(tmp_path)
@@ -119,11 +112,11 @@ def test_every_command(run, tmp_path, capsys, monkeypatch):
     from PIL import Image
 
     Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
-    line = refused(capsys, "caption", "--workdir", run, tmp_path / "a.png")
+    line = runs.refused(capsys, "caption", "--workdir", run, tmp_path / "a.png")
     assert "got a Colours, expected a model with a decoder" in line
 
 
-def test_in_the_config_file_or_by_name(tmp_path, capsys, monkeypatch):
+def test_parts_may_lie_in_the_config_file_or_in_an_installed_module(tmp_path, capsys, monkeypatch):
     file = tmp_path / "config.py"
     config = {k: v for k, v in CONFIG.items() if k != "plugins"}
     file.write_text(f"{PARTS}\n\ndef get_config(arg):\n    return {config!r}\n")
@@ -142,8 +135,29 @@ def test_in_the_config_file_or_by_name(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
 
 
-def test_gone_or_changed(run, tmp_path, capsys, caplog):
-    """Only what needs the plugin asks for it: not the evaluation of one of vlp's models."""
+def test_plugins_import_what_lies_beside_them_each_from_its_own_folder(tmp_path, capsys):
+    """With a dot or without; two plugins of one folder share one module."""
+    parts = PARTS.replace("class Colours", "from DOTbits import EMBED\n\n\nclass Colours")
+    parts = parts.replace("embed: int = 4", "embed: int = EMBED")
+    for dot in (".", ""):
+        for embed in (3, 5):
+            folder = tmp_path / f"{embed}{dot}"
+            argv = write(folder, CONFIG, parts.replace("DOT", dot))
+            (folder / "bits.py").write_text(f"EMBED = {embed}\n")
+            assert runs.vlp("plan", *argv) == 0
+            assert f"{(3 + 128) * embed:,}" in capsys.readouterr().out.replace("_", ",")
+    again = "from .my_parts import OBJECTIVES, Colours\nMODELS = {'more': Colours}\n"
+    argv = write(folder := tmp_path / "both", CONFIG | {"plugins": ["more", "my_parts"]})
+    (folder / "more.py").write_text(again)
+    assert runs.vlp("plan", *argv) == 0
+    (folder / "more.py").write_text("from .mine import x\n")
+    assert "got no module 'mine' in line 1" in runs.refused(capsys, "plan", *argv)
+
+
+def test_a_plugin_that_changed_is_noted_and_one_that_is_gone_is_named(
+    run, tmp_path, capsys, caplog
+):
+    """A plugin is loaded only where its parts are used: not to evaluate one of vlp's own models."""
     caplog.set_level("INFO")
     config = runs.changed(runs.CLIP, steps=1, objective={"name": "distance"}, plugins=["my_parts"],
                           evals={"retrieval": {"batch": 8}})  # fmt: skip
@@ -159,7 +173,7 @@ def test_gone_or_changed(run, tmp_path, capsys, caplog):
     moved = run.parent / "mine" / "my_parts.py"
     moved.rename(tmp_path / "kept.py")
     loading._load.cache_clear()
-    line = refused(capsys, "eval", "--workdir", other)
+    line = runs.refused(capsys, "eval", "--workdir", other)
     assert str(moved) in line and "which is gone" in line
     (tmp_path / "kept.py").rename(moved)
 
@@ -177,9 +191,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake, tmp_path, capsys):
+def test_mistakes_in_plugins_are_one_line(mistake, tmp_path, capsys):
     parts, changes, message = MISTAKES[mistake]
     argv = write(tmp_path / "mine", CONFIG | changes, parts)
     for command in (["plan"], ["train", "--workdir", tmp_path / "run"]):
-        assert message in refused(capsys, *command, *argv)
+        assert message in runs.refused(capsys, *command, *argv)
     assert not (tmp_path / "run").exists()

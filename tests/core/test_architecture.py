@@ -4,8 +4,9 @@ import ast
 import re
 
 import pytest
-import runs
 from test_floors import FLOORS
+
+from helpers import runs
 
 PAGE = (runs.ROOT / "docs" / "architecture.md").read_text()
 PLACES = sorted(set(re.findall(r"`(vlp/[\w/]+\.py):([\w.]+)`", PAGE)))

@@ -1,4 +1,4 @@
-"""Messages of errors that a user can act on."""
+"""Messages of UserErrors."""
 
 import pytest
 
@@ -6,9 +6,9 @@ from vlp.core import check
 
 
 def test_one_line_that_says_where_what_and_what_to_do():
-    error = check.error("config.batch", 7, "a multiple of 8", "change it")
+    error = check.error("config.batch", 7, "a multiple of 8", "write 8")
     assert isinstance(error, ValueError)
-    assert str(error) == "config.batch: got 7, expected a multiple of 8; change it"
+    assert str(error) == "config.batch: got 7, expected a multiple of 8; write 8"
 
 
 @pytest.mark.parametrize(
@@ -22,18 +22,18 @@ def test_unknown_names_list_the_known_ones(got, hint):
 
 def test_a_script_ends_with_one_line(capsys):
     def main():
-        raise check.error("--batch", 7, "a multiple of 8", "change it")
+        raise check.error("--batch", 7, "a multiple of 8", "write 8")
 
     with pytest.raises(SystemExit) as end:
         check.run(main)
     assert end.value.code == 2
-    assert capsys.readouterr().err == "--batch: got 7, expected a multiple of 8; change it\n"
+    assert capsys.readouterr().err == "--batch: got 7, expected a multiple of 8; write 8\n"
     with pytest.raises(SystemExit) as end:
         check.run(lambda: 76)
     assert end.value.code == 76
 
 
-def test_files_to_write(tmp_path):
+def test_output_files_are_checked_before_work(tmp_path):
     check.output_file("--json", "")
     check.output_file("--json", tmp_path / "rows.json")
     with pytest.raises(check.UserError, match="^--json: got the directory"):
@@ -42,7 +42,7 @@ def test_files_to_write(tmp_path):
         check.output_file("--json", str(tmp_path / "none" / "rows.json"))
 
 
-def test_counts():
+def test_counts_below_one_are_refused():
     check.counts({"batch": [1, 2], "chunk": 0, "name": "x", "time": False, "mask": [0.0]}, "chunk")
     with pytest.raises(check.UserError, match="^--batch: got 0, expected 1 or more"):
         check.counts({"batch": [1, 0]})

@@ -82,7 +82,7 @@ def test_argument_takes_the_types_of_its_defaults(path):
     refused("smoke: got 1, expected bool", parse, "smoke=1")
 
 
-def test_a_file_that_is_none(tmp_path):
+def test_files_that_are_no_configs_are_refused(tmp_path):
     refused("--config: got '.*absent.py'", config.load, str(tmp_path / "absent.py"))
     (tmp_path / "empty.py").write_text("x = 1\n")
     refused("no get_config", config.load, str(tmp_path / "empty.py"))
@@ -94,7 +94,7 @@ def test_a_file_that_is_none(tmp_path):
     )
 
 
-def test_overrides(path):
+def test_overrides_set_values_by_path(path):
     load = lambda *items: config.load(path, items)
     assert load("tower.width=8")["tower"] == {"width": 8, "kind": "a"}
     assert load("towers.1.width=9")["towers"] == [{"width": 1}, {"width": 9}]
@@ -150,7 +150,7 @@ def test_plain_is_json_and_a_copy():
     assert config.plain({1: [Tower(2)]})["1"][0]["width"] == 2
 
 
-def test_overlay():
+def test_an_overlay_replaces_sections_of_another_name():
     base = {"a": {"x": 1, "y": {"z": 2}}, "o": {"name": "clip", "keep_ratio": 0.5}, "l": [1, 2]}
     same = config.overlay(base, {"a": {"y": {"w": 3}}, "o": {"keep_ratio": 1.0}, "l": [3]})
     assert same == {
@@ -216,7 +216,7 @@ def test_build_names_the_place_in_nested_sections():
     refused("^model.by_name.k.width: got None", config.build, Model, nested, "model")
 
 
-def test_build_named():
+def test_build_named_picks_the_component_by_its_name():
     table = {"tower": Tower, "net": Net}
     assert config.build_named(table, {"name": "tower", "width": 2}, "config.x") == Tower(2)
     assert config.build_named(table, {"width": 2}, "config.x", default="tower") == Tower(2)

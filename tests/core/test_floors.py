@@ -1,4 +1,4 @@
-"""The floors of the package: who may import whom, and what an import may not drag in."""
+"""The floors of the package: which folder may import which, and what an import must not load."""
 
 import ast
 import pathlib

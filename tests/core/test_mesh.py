@@ -31,7 +31,7 @@ def cube():
         ((2, 2, 1, 2), (2, 2, 1, 2)),
     ],
 )
-def test_sizes(shape, sizes):
+def test_mesh_sizes_fill_the_devices(shape, sizes):
     mesh = meshes.make(MeshShape(*shape))
     assert tuple(mesh.shape[a] for a in meshes.AXES) == sizes
 
@@ -46,7 +46,7 @@ def test_a_product_that_is_not_the_devices(shape):
     message = str(caught.value)
     assert (
         message
-        == f"config.mesh: got {got}, expected a product of 8 devices; change it, or use -1 once"
+        == f"config.mesh: got {got}, expected a product of 8 devices; set one axis to -1: it takes what is left"
     )
 
 

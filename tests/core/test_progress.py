@@ -1,12 +1,12 @@
-"""Long work is never silent, and quick work says nothing."""
+"""Long work prints progress; short work prints nothing."""
 
 import argparse
 import logging
 import time
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.cli import main, report
 from vlp.core import progress
 from vlp.train import loop
@@ -14,7 +14,7 @@ from vlp.train import loop
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """Seconds are a fiftieth."""
+    """Progress lines come fifty times as often."""
     monkeypatch.setattr(progress, "FIRST_SECS", 0.08)
     monkeypatch.setattr(progress, "EVERY_SECS", 0.3)
     monkeypatch.setattr(progress, "_last", 0.0)
@@ -32,7 +32,7 @@ def test_quick_work_says_nothing(hurried, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_lines_go_on(hurried, capsys):
+def test_a_line_appears_every_few_seconds(hurried, capsys):
     with progress.phase("outer"), progress.phase(lambda: "inner"):
         time.sleep(0.85)
     lines = capsys.readouterr().err.splitlines()
@@ -59,7 +59,7 @@ def test_a_library_is_silent(hurried, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_every_command(hurried, capsys, monkeypatch, tmp_path):
+def test_every_command_shows_progress(hurried, capsys, monkeypatch, tmp_path):
     def slow(args: argparse.Namespace) -> int:
         time.sleep(0.3)
         return 0
@@ -69,7 +69,7 @@ def test_every_command(hurried, capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().err.startswith("vlp report … ")
 
 
-def test_a_run(toy, hurried, capsys, monkeypatch, tmp_path):
+def test_a_run_names_its_phases_in_order(toy, hurried, capsys, monkeypatch, tmp_path):
     """Its phases are named, in order."""
     for name in ("prepare", "start_stage", "train_stage"):
         function = getattr(loop, name)

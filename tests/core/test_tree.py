@@ -29,7 +29,7 @@ def test_where_and_merge_take_a_tree_apart_and_together():
         jax.tree.map(np.testing.assert_array_equal, merged, TREE)
 
 
-def test_norm_and_size():
+def test_norm_and_size_count_every_leaf():
     np.testing.assert_allclose(tree.norm(TREE), np.sqrt(9 + 1 + 4 + 16), rtol=1e-6)
     assert tree.norm(jax.tree.map(lambda x: x.astype(jnp.bfloat16), TREE)).dtype == jnp.float32
     assert float(tree.norm({})) == 0

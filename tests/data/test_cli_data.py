@@ -2,9 +2,9 @@
 
 import argparse
 
-import formats
 import pytest
 
+from helpers import formats
 from vlp.cli import data as cli
 from vlp.core import check
 from vlp.data import tokenizer
@@ -25,7 +25,7 @@ def run_as_is(*argv):
     return args.run(args)
 
 
-def test_verify(dataset_dir, capsys):
+def test_verify_reads_every_record(dataset_dir, capsys):
     assert run("verify", dataset_dir) == 0
     assert "good, 28 records read" in capsys.readouterr().out
     shard = dataset_dir / "val-00000-of-00001.arrayrecord"
@@ -73,7 +73,7 @@ BAD = {
     "convert {tar} --out ": "--out: got '', expected a directory; name one",
     "convert {tar} --out gs://bucket/x": "--out: got gs://bucket/x, expected a directory on a disk",
     "filter {tar} --out memory://x": "--out: got memory://x, expected a directory on a disk",
-    "convert {tar} --out {file}/x": r"got Not a directory \(NotADirectoryError\)",
+    "convert {tar} --out {file}/x": r"\(Not a directory\), expected a directory to write in",
     "filter {tar} --out {file}": "file: got a file, expected a directory",
     "filter {tar} --out {new} --min-words -1": "--min-words: got -1, expected 0 or more",
     "filter {tar} --out {new} --max-aspect 0": "--max-aspect: got 0.0, expected 1 or more",
@@ -83,8 +83,8 @@ BAD = {
     "tokenizer --from {tar} --out {new}": r"a\.tar: got ",
     "tokenizer --from {model} --lower --out {new}": "--lower: got .*small.model",
     "tokenizer {tar} --langs de --out {new}": r"got no caption in \['de'\]",
-    "tokenizer {tar} --vocab-size 60 --model-type bpe --out {new}/a": "got No such file",
-    "inspect {tar} --html {file}": "file: got a file, expected a new file; choose another name",
+    "tokenizer {tar} --vocab-size 60 --model-type bpe --out {new}/a": "a file in an existing directory",
+    "inspect {tar} --html {file}": "which exists, expected a new file; give the path of a new file",
     "verify ": "path of the data: got ''",
 }
 
@@ -107,7 +107,7 @@ def test_bad_input_is_one_line(tmp_path, small_tokenizer, command):
 def test_bench_refuses_zero(tmp_path, flag, capsys):
     with pytest.raises(SystemExit):
         run("bench", tmp_path, flag, 0)
-    assert f"{flag}: got '0', expected a whole number from 1 on" in capsys.readouterr().err
+    assert f"{flag}: got '0', expected a whole number, 1 or more" in capsys.readouterr().err
 
 
 def test_bench_of_data_with_a_bad_image(tmp_path, capsys):
@@ -164,3 +164,21 @@ def test_what_the_vocabulary_leaves_out_is_told(tmp_path, capsys):
     formats.tar(tmp_path / "c.tar", pairs)
     with pytest.raises(check.UserError, match="no caption in .*'no_caption': 6"):
         run("tokenizer", tmp_path / "c.tar", "--out", tmp_path / "v")
+
+
+def test_one_kind_of_tokenizer_and_its_shortfall(tmp_path, capsys):
+    """`vlp data tokenizer` trains what `convert` does; fewer pieces than asked for are told by both."""
+    pairs = formats.rows(40)
+    for k, pair in enumerate(pairs):
+        pair["caption"] = f"a {('red', 'green', 'blue')[k % 3]} square, number {k} of its kind"
+    formats.tar(tmp_path / "a.tar", pairs)
+    out = tmp_path / "words.model"
+    assert run("tokenizer", tmp_path / "a.tar", "--out", out, "--vocab-size", 3000) == 0
+    assert "pieces, not 3,000: these texts fill no more" in capsys.readouterr().out
+    argv = ("convert", tmp_path / "a.tar", "--out", tmp_path / "d", "--tokenizer")
+    assert run(*argv, 3000) == 0
+    assert "pieces, not 3,000: these texts fill no more" in capsys.readouterr().out
+    mine, theirs = tokenizer.load(out), tokenizer.load(tmp_path / "d" / "tokenizer.model")
+    assert mine == theirs and mine.vocab_size > 60
+    assert run("tokenizer", tmp_path / "a.tar", "--out", tmp_path / "w", "--vocab-size", 50) == 0
+    assert "these texts" not in capsys.readouterr().out

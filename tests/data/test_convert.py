@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tarfile
 
-import formats
 import pytest
 import test_cli_data
 
+from helpers import formats
 from vlp.core import check
 from vlp.data import records, sources
 from vlp.data.sources import fields

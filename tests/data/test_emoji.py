@@ -19,7 +19,7 @@ def rows(emoji_dir):
     return {s: [source[i] for i in range(len(source))] for s, source in sources.items()}
 
 
-def test_counts(rows):
+def test_the_emoji_set_has_its_known_counts(rows):
     assert sum(map(len, rows.values())) == 3953  # OpenMoji 17.0 with emoji 2.16
     assert len(rows["val"]) == len(rows["test"]) == 200
     assert all(r["primary"] for s in ("val", "test") for r in rows[s])
@@ -58,7 +58,7 @@ def test_flags_are_for_training_alone(rows):
     assert sum(emoji.is_flag(r["key"]) for r in rows["train"]) > 250
 
 
-def test_captions(rows):
+def test_emoji_captions_are_names_and_aliases(rows):
     by_key = {r["key"]: r for v in rows.values() for r in v}
     grin = by_key["1F600"]
     assert grin["captions"][0] == {"text": "grinning face", "source": "unicode", "lang": "en"}
@@ -91,7 +91,7 @@ def test_captions(rows):
         ("1F642-200D-2194", "1F642-200D-2194"),  # a nod is no direction
     ],
 )
-def test_base_of(key, base):
+def test_forms_of_an_emoji_share_their_base(key, base):
     assert emoji.base_of(key) == base
 
 
@@ -105,7 +105,7 @@ def test_manifest_carries_the_attribution(emoji_dir):
     assert records.TOKENIZER in manifest["files"] and records.TOKENIZER in os.listdir(emoji_dir)
 
 
-def test_it_loads(emoji_dir):
+def test_the_emoji_set_loads_as_batches(emoji_dir):
     dataset = open_dataset(Data(path=str(emoji_dir), split="test", image_px=16))
     batch = next(dataset.eval_iter(50))
     first = dataset.record(0)["captions"][0]["text"]
@@ -116,3 +116,22 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
     with pytest.raises(check.UserError, match=r'pip install "vlp\[demo\]"'):
         emoji.build(tmp_path / "x")
+
+
+def test_what_is_there_is_not_drawn_again(tmp_path, monkeypatch):
+    """Versions, names, tokenizer and files decide; another choice of emoji is drawn, and refused."""
+    import resvg_py
+
+    from vlp.data.emoji import dataset
+
+    found = dataset.find(*dataset.demo_packages()[:2])
+    monkeypatch.setattr(dataset, "find", lambda *_: found)
+    made = emoji.build(tmp_path / "e", image_px=8, vocab_size=300, limit=60)
+    drawn = []
+    draw = resvg_py.svg_to_bytes
+    monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **k: drawn.append(1) or draw(**k))
+    assert emoji.build(tmp_path / "e", image_px=8, vocab_size=300, limit=60) == made
+    assert not drawn
+    with pytest.raises(check.UserError, match="another dataset"):
+        emoji.build(tmp_path / "e", image_px=8, vocab_size=300, limit=59)
+    assert drawn

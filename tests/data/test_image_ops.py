@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp.data import image_ops, order, randaugment
+from vlp.data import image_ops, order, pictures, randaugment
 
 RAMP = np.linspace(0, 255, 12 * 16 * 3).reshape(12, 16, 3).astype(np.uint8)
 
@@ -18,24 +18,24 @@ def encoded(image: Image.Image, kind: str = "PNG", **kw) -> bytes:
 
 
 def test_plain_rgb_is_exact():
-    out = image_ops.decode(encoded(Image.fromarray(RAMP)))
+    out = pictures.decode(encoded(Image.fromarray(RAMP)))
     assert out.dtype == np.uint8 and out.flags.writeable
     np.testing.assert_array_equal(out, RAMP)
 
 
 def test_grey_and_one_bit():
     grey = Image.fromarray(RAMP[..., 0])
-    np.testing.assert_array_equal(image_ops.decode(encoded(grey))[..., 1], RAMP[..., 0])
-    assert set(np.unique(image_ops.decode(encoded(grey.convert("1"))))) <= {0, 255}
+    np.testing.assert_array_equal(pictures.decode(encoded(grey))[..., 1], RAMP[..., 0])
+    assert set(np.unique(pictures.decode(encoded(grey.convert("1"))))) <= {0, 255}
 
 
 def test_palette_with_and_without_transparency():
     image = Image.new("P", (4, 4), 0)
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putpixel((1, 0), 1)
-    out = image_ops.decode(encoded(image))
+    out = pictures.decode(encoded(image))
     assert out[0, 0].tolist() == [10, 20, 30] and out[0, 1].tolist() == [200, 100, 50]
-    out = image_ops.decode(encoded(image, transparency=0))
+    out = pictures.decode(encoded(image, transparency=0))
     assert out[0, 0].tolist() == [255, 255, 255] and out[0, 1].tolist() == [200, 100, 50]
 
 
@@ -43,45 +43,45 @@ def test_alpha_is_composited_on_white():
     image = Image.new("RGBA", (3, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (255, 0, 0, 0))
     image.putpixel((2, 0), (0, 0, 0, 128))
-    out = image_ops.decode(encoded(image))
+    out = pictures.decode(encoded(image))
     assert out[0].tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
     grey = Image.new("LA", (1, 1), (0, 0))
-    assert image_ops.decode(encoded(grey))[0, 0].tolist() == [255, 255, 255]
+    assert pictures.decode(encoded(grey))[0, 0].tolist() == [255, 255, 255]
     keyed = encoded(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3))
-    assert image_ops.decode(keyed)[0, 0].tolist() == [255, 255, 255]
+    assert pictures.decode(keyed)[0, 0].tolist() == [255, 255, 255]
 
 
 def test_sixteen_bit_is_scaled_not_clipped():
     deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
-    assert image_ops.decode(encoded(deep))[0, :, 0].tolist() == [0, 100, 255]
+    assert pictures.decode(encoded(deep))[0, :, 0].tolist() == [0, 100, 255]
 
 
-def test_cmyk_jpeg():
+def test_cmyk_jpegs_become_rgb():
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    out = image_ops.decode(encoded(image, "JPEG", quality=95))
+    out = pictures.decode(encoded(image, "JPEG", quality=95))
     assert abs(out[8, 8].astype(int) - [255, 0, 0]).max() < 20
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_rotation(kind):
+def test_images_are_rotated_as_exif_says(kind):
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:, :16] = 255  # the left half is white
     exif = Image.Exif()
     exif[0x0112] = 6  # show rotated by 90° clockwise: left becomes top
-    out = image_ops.decode(encoded(Image.fromarray(pixels), kind, exif=exif))
+    out = pictures.decode(encoded(Image.fromarray(pixels), kind, exif=exif))
     assert out.shape == (32, 16, 3) and out[4].mean() > 240 and out[28].mean() < 15
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", encoded(Image.fromarray(RAMP))[:60]])
 def test_bad_bytes_raise_one_kind_of_error(data):
-    with pytest.raises(image_ops.BadImage):
-        image_ops.decode(data)
+    with pytest.raises(pictures.BadImage):
+        pictures.decode(data)
 
 
 def test_bombs_are_refused(monkeypatch):
-    monkeypatch.setattr(image_ops, "MAX_PIXELS", 100)
-    with pytest.raises(image_ops.BadImage, match="16×12 pixels"):
-        image_ops.decode(encoded(Image.fromarray(RAMP)))
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 100)
+    with pytest.raises(pictures.BadImage, match="16×12 pixels"):
+        pictures.decode(encoded(Image.fromarray(RAMP)))
 
 
 def test_eval_takes_the_centre_square():
@@ -284,7 +284,7 @@ def photograph(height, width, seed=0):
 def test_scaled_decoding_is_close_to_pillows_bicubic(height, width, resize):
     """Random crops, at every fraction, against Pillow on the same crop of the whole image."""
     data = encoded(Image.fromarray(photograph(height, width)), "JPEG", quality=85)
-    picture, whole = image_ops.Picture(data), Image.open(io.BytesIO(data))
+    picture, whole = pictures.Picture(data), Image.open(io.BytesIO(data))
     assert picture.size == (height, width)
     out, seen = np.empty((224, 224, 3), np.uint8), set()
     for p in range(4):
@@ -346,7 +346,7 @@ def test_randaugment_operations(name):
 
 
 def test_only_jpegs_are_decoded_scaled():
-    pixels, shrink = image_ops.Picture(encoded(Image.fromarray(RAMP))).pixels(2)
+    pixels, shrink = pictures.Picture(encoded(Image.fromarray(RAMP))).pixels(2)
     assert shrink == 1 and pixels.shape == RAMP.shape
 
 
@@ -374,8 +374,8 @@ def test_every_filter_writes_into_the_buffer(resize, size):
         (lambda d: b"%!PS-Adobe-3.0 EPSF-3.0\n", "not_an_image"),
     ],
 )
-def test_reasons(spoil, reason):
+def test_each_broken_image_has_its_reason(spoil, reason):
     good = encoded(Image.fromarray(photograph(60, 80)), "JPEG")
-    with pytest.raises(image_ops.BadImage) as e:
-        image_ops.decode(spoil(good))
+    with pytest.raises(pictures.BadImage) as e:
+        pictures.decode(spoil(good))
     assert e.value.reason == reason

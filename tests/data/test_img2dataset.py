@@ -14,11 +14,11 @@ import subprocess
 import threading
 import time
 
-import formats
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from helpers import formats
 from vlp.data import records
 from vlp.data.sources import fields, img2dataset
 from vlp.data.tools import convert

@@ -4,12 +4,12 @@ import dataclasses
 import io
 import json
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 from PIL import Image
 
+from helpers import formats
 from vlp.core import check, pages
 from vlp.data import records, tokenizer
 from vlp.data.sources.combined import without
@@ -32,7 +32,7 @@ def test_inspect_counts_what_was_put_there(tmp_path, capsys):
     ]
     records.write(tmp_path / "set", {"train": rows}, name="n", info={})
     page = tmp_path / "page.html"
-    assert test_cli_data.run("inspect", tmp_path / "set", "--html", page) == 0
+    assert test_cli_data.run("inspect", tmp_path / "set", "--json", "--html", page) == 0
     found = json.loads(capsys.readouterr().out.rsplit("}", 1)[0] + "}")
     assert found["records"] == 4 and found["captions"] == 5
     assert found["repeated_images"] == 0.25 and found["repeated_texts"] == 0.2
@@ -43,6 +43,12 @@ def test_inspect_counts_what_was_put_there(tmp_path, capsys):
     assert text.count("<img") == 3 and "&lt;script&gt;" in text and "<script>" not in text
     with pytest.raises(check.UserError, match="a new file"):
         test_cli_data.run("inspect", tmp_path / "set", "--html", page)
+    assert test_cli_data.run("inspect", tmp_path / "set") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["split", "train"] and ["Records", "4"] in lines
+    assert ["min", "25", "%", "median", "75", "%", "max"] in lines
+    assert ["Caption", "words", "1", "1", "1", "3", "3"] in lines
+    assert ["Languages", "en", "4", "(80.0", "%),", "de", "1", "(20.0", "%)"] in lines
 
 
 def test_images_that_were_padded_are_flagged(tmp_path):
@@ -73,7 +79,7 @@ def test_the_page_asks_nothing_and_shows_hostile_names_harmlessly(tmp_path):
     found = inspect.numbers(source)
     text = inspect.page(source, found, title=evil + controls)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
-    assert pages.CSS in text  # the style of `vlp report`
+    assert pages.asset("vlp.report", "page.css") in text  # the style of `vlp report`
     assert "<script" not in text and "<img src=http" not in text
     assert "&lt;script&gt;" in text and "␛[31mred" in text and "x" * 201 not in text
     assert not set(text) & set("\x07\x1b\x7f\x9b\u202e")
@@ -98,7 +104,7 @@ def test_the_page_shows_every_number_in_words(tmp_path):
     assert "new_kinds" not in text and "new_count" not in text
 
 
-def test_uniform_borders():
+def test_uniform_borders_are_found():
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     assert not inspect.has_uniform_border(image)
     image[:8] = image[-8:] = 255

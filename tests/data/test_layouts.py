@@ -6,7 +6,6 @@ import os
 import pathlib
 import pickle
 
-import formats
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,6 +13,7 @@ import test_cli_data
 from PIL import Image
 from test_tables import converted, texts
 
+from helpers import formats
 from vlp.core import check
 from vlp.data import records, sources
 from vlp.data.config import Data

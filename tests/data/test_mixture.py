@@ -98,7 +98,7 @@ def test_bad_mixtures_are_told_at_open(change, message):
 
 @given(st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=8).filter(any))
 @settings(deadline=None, max_examples=40)
-def test_any_weights(weights):
+def test_mixtures_take_any_weights(weights):
     shares = order.whole_shares(weights, "here")
     assert shares == order.whole_shares(weights, "here") and sum(shares) <= 100_000
     assert [s > 0 for s in shares] == [w > 0 for w in weights]
@@ -156,11 +156,11 @@ def test_caption_policies(small_tokenizer, policy, share):
     assert [ordered[i] for i in ids] == texts[20:40]
 
 
-def test_all_captions(small_tokenizer):
+def test_all_captions_of_a_record_come_together(small_tokenizer):
     data = Data(captions="all", num_captions=4, image_px=4, text_len=8)
     rows = Dataset(data, Captioned(), small_tokenizer).batch_at(0, 3, 0)["text"]
     texts = [[small_tokenizer.decode(text) for text in row] for row in rows]
-    assert texts == [["red", "green", "blue", "red"]] * 3
+    assert texts == [["red", "green", "blue", ""]] * 3
 
 
 def test_the_start_plan(small_tokenizer):

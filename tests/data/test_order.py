@@ -93,7 +93,7 @@ def test_blocks_are_mixed():
     assert last[0] != last[1]  # no records are bound to the epoch's end
 
 
-def test_golden_order():
+def test_the_order_of_samples_never_changes():
     """Runs resume by this law: if it changes, every unfinished run changes its data."""
     assert order.record_ids(8, 8, 11, seed=7).tolist() == GOLDEN
 

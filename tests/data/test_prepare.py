@@ -6,13 +6,13 @@ import os
 import random
 import shutil
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import formats
 from vlp.core import check
 from vlp.data import records, sources, tokenizer
 from vlp.data.config import Data
@@ -107,7 +107,7 @@ def test_val_depends_on_the_images_alone(tmp_path):
     st.floats(0.01, 0.9),
     st.integers(0, 6),
 )
-def test_hold_out(blocks, frac, limit):
+def test_held_out_rows_are_a_function_of_their_content(blocks, frac, limit):
     """0 stands for a row without an image; other numbers are digests."""
     arrays = [np.array([x or prepare.NO_IMAGE for x in b], np.uint64) for b in blocks]
     flat = np.concatenate(arrays)
@@ -201,7 +201,7 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     assert doomed >= 14  # plan, three looks, val, four shards twice, the dataset
 
 
-def test_tokenizers(tmp_path, small_tokenizer, capsys):
+def test_convert_takes_or_trains_a_tokenizer(tmp_path, small_tokenizer, capsys):
     """None, of a size, a file, the one beside the input; no captions, no tokenizer."""
     file = table(tmp_path, rows(60))
     model = tmp_path / "own.model"
@@ -298,7 +298,7 @@ def test_too_few_images_for_a_val(tmp_path, capsys):
     file = table(tmp_path, rows(1))
     val = ("--val-fraction", 0.1)
     assert run_as_is("convert", file, "--out", tmp_path / "out", *val) == 0
-    assert "val: none, as train has fewer than two different images" in capsys.readouterr().out
+    assert "val: none, because train has fewer than two different images" in capsys.readouterr().out
     assert records.read_manifest(tmp_path / "out")["splits"].keys() == {"train"}
     (tmp_path / "photos" / "id000.jpg").unlink()
     with pytest.raises(check.UserError, match=r"split 'train' of .*: got 0 records .*id000.jpg"):

@@ -69,7 +69,7 @@ def children(pid: int) -> set[int]:
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("what", ["loader", "convert"])
 def test_workers_die_with_their_parent(tmp_path, what):
-    import formats
+    from helpers import formats
 
     formats.tar(tmp_path / "a.tar", formats.rows(40))
     argv = [sys.executable, "-c", DOOMED, what, str(tmp_path / "a.tar"), str(tmp_path / "out")]

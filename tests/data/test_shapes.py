@@ -34,7 +34,7 @@ def test_tokenizer_keeps_captions_short():
     assert not any(t.encode_into(source[i]["captions"][0]["text"], row) for i in range(300))
 
 
-def test_bounds():
+def test_drawn_shapes_stay_within_the_image():
     for num in (0, 10**6):
         with pytest.raises(check.UserError, match="config.data.num_records"):
             toy_shapes.Shapes(num)

@@ -12,14 +12,13 @@ import tarfile
 import threading
 import time
 
-import formats
 import fsspec
 import numpy as np
 import pyarrow.parquet
 import pytest
-import runs
 from fsspec.implementations.memory import MemoryFileSystem
 
+from helpers import formats, runs
 from vlp.core import check
 from vlp.data import records, sources, storage
 from vlp.data.config import CaptionSource, Data, Part
@@ -142,7 +141,7 @@ def test_the_index_is_built_once_and_again_after_a_change(tmp_path, monkeypatch)
     assert len(pickle.dumps(both)) < 1000  # where the index lies, not what it holds
 
 
-def test_parquet(tmp_path):
+def test_parquet_rows_are_read(tmp_path):
     pairs = formats.rows(12)
     formats.parquet(tmp_path / "a.parquet", pairs[:7])
     formats.parquet(tmp_path / "b.parquet", pairs[7:])
@@ -230,7 +229,7 @@ def test_splits_by_directory_and_by_name(tmp_path):
     assert len(sources.open_path(tmp_path / "deep", "val")) == 1
 
 
-def test_a_tar_trains(tmp_path, small_tokenizer):
+def test_a_tar_can_be_trained_from(tmp_path, small_tokenizer):
     formats.tar(tmp_path / "a.tar", formats.rows(5))
     (tmp_path / records.TOKENIZER).write_bytes(small_tokenizer.to_bytes())
     data = Data(path=str(tmp_path), langs=(), image_px=16)

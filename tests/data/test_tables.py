@@ -6,13 +6,13 @@ import json
 import os
 import pickle
 
-import formats
 import numpy as np
 import pytest
 import test_cli_data
 
+from helpers import formats
 from vlp.core import check
-from vlp.data import image_ops, records, sources
+from vlp.data import pictures, records, sources
 from vlp.data.config import Data
 from vlp.data.dataset import open_dataset
 from vlp.data.sources import delimited, fields, rows
@@ -261,7 +261,9 @@ def test_what_no_utf8_can_hold_is_a_bad_row_in_every_command(
     loose = ("--min-side-px", 10, "--min-words", 1)
     assert test_cli_data.run("filter", path, "--out", tmp_path / "f", *loose, *named) == 0
     assert '"row_unreadable": 1' in capsys.readouterr().out
-    assert test_cli_data.run("inspect", path, "--html", tmp_path / "page.html", *named) == 0
+    assert (
+        test_cli_data.run("inspect", path, "--json", "--html", tmp_path / "page.html", *named) == 0
+    )
     assert '"row": 1' in capsys.readouterr().out
     train = ("--vocab-size", 12, "--model-type", "bpe")
     assert test_cli_data.run("tokenizer", path, *named, "--out", tmp_path / "m.model", *train) == 0
@@ -477,7 +479,7 @@ def test_paths_that_lead_out_are_bad_rows_unless_asked_for(tmp_path, capsys):
     assert "--allow-outside" in left_out[1]["detail"]
     rows_, _ = converted(root / "train.csv", tmp_path / "b", "--allow-outside", "--no-group")
     assert len(rows_) >= 9
-    with pytest.raises(image_ops.BadImage, match=r"outside: row 5.*config\.data\.allow_outside"):
+    with pytest.raises(pictures.BadImage, match=r"outside: row 5.*config\.data\.allow_outside"):
         sources.open_path(root / "train.csv")[4]
     data = Data(path=str(root), allow_outside=True)
     assert sources.open_data(data)[4]["image"] == formats.jpeg(1)
@@ -489,7 +491,7 @@ def test_images_within_the_rows(made):
               {"image": "http://a/b.jpg", "caption": "c"}]  # fmt: skip
     source = sources.open_path(made("a.jsonl", things))
     assert [source[i]["image"] for i in range(2)] == [formats.jpeg(3), formats.jpeg(4)]
-    with pytest.raises(image_ops.BadImage, match="fetch it with img2dataset first"):
+    with pytest.raises(pictures.BadImage, match="fetch it with img2dataset first"):
         source[2]
 
 

@@ -4,10 +4,10 @@ import io
 import signal
 import tarfile
 
-import formats
 import pytest
 import test_cli_data
 
+from helpers import formats
 from vlp.core import check
 from vlp.data import records, sources, storage
 from vlp.data.sources import fields

@@ -87,7 +87,7 @@ def oracle(logits_NLV, text_NL, shift):
         (1, (1, 1, 1), 1), (4, (1, 1, 1), 1), (20, (1, 1, 1), 1), (21, (1, 1, 1), 1), (22, (2, 1, 1), 2),
     ],
 )  # fmt: skip
-def test_losses(batch, mesh, num_devices):
+def test_losses_are_means_over_all_records(batch, mesh, num_devices):
     """Of all records together, ragged or not; shuffled: with the next record's image and never with a filler's."""
     logits = np.random.default_rng(0).normal(size=(NUM, 16, 128)) * 2
     values, _ = evaluate(logits, batch, meshes.MeshShape(*mesh), num_devices)
@@ -109,7 +109,7 @@ def test_the_error_of_the_difference_is_that_of_drawing_records():
     assert values["caption_gap_se"] == pytest.approx(spread, rel=0.1)
 
 
-def test_perfect():
+def test_a_perfect_model_scores_one():
     dataset, rows = open_data()
     values, kept = evaluate(said(rows["text"]))
     assert values["exact_match"] == 1 and values["caption_loss"] < 1e-6
@@ -120,14 +120,14 @@ def test_perfect():
     assert kept["items"][0]["caption"] == dataset.record(0)["captions"][0]["text"]
 
 
-def test_uniform():
+def test_a_uniform_model_has_the_entropy_of_the_vocabulary():
     values, _ = evaluate(np.zeros((NUM, 16, 128)))
     assert values["caption_loss"] == pytest.approx(np.log(128))
     assert values["caption_loss_shuffled"] == pytest.approx(np.log(128))
 
 
 @pytest.mark.parametrize("text_len", [3, 16])
-def test_nothing_to_say(text_len):
+def test_a_model_that_ends_at_once_gives_empty_captions(text_len):
     """EOS at once: empty captions, none of them right."""
     values, kept = evaluate(said(np.full((NUM, text_len), EOS)))
     assert (values["exact_match"], values["distinct"]) == (0, 1 / NUM)
@@ -135,7 +135,7 @@ def test_nothing_to_say(text_len):
 
 
 @pytest.mark.parametrize("text_len", [3, 16])
-def test_never_an_end(text_len):
+def test_a_model_that_never_ends_fills_the_row(text_len):
     """A model that never ends fills the row."""
     dataset, rows = open_data(text_len)
     piece = int(rows["text"][0, 1])

@@ -71,13 +71,13 @@ def oracle(zi_NE, zt_NE):
     return out
 
 
-def test_ranks_by_hand():
+def test_ranks_equal_a_count_by_hand():
     scores = np.array([[5.0, 1, 2, 3], [9, 9, 1, 9], [0, 0, 0, 0], [1, 2, 3, 2]])
     np.testing.assert_array_equal(rank_of_pair(scores), [1, 3, 4, 3])
     np.testing.assert_array_equal(rank_of_pair(scores.T), [2, 1, 4, 3])
 
 
-def test_nan_is_no_hit():
+def test_a_score_that_is_not_a_number_is_no_hit():
     np.testing.assert_array_equal(rank_of_pair(np.full((3, 3), np.nan)), [3, 3, 3])
     scores = np.eye(3)
     scores[1, 1] = np.nan
@@ -91,12 +91,12 @@ def test_ranks_of_permuted_records():
     np.testing.assert_array_equal(shuffled, rank_of_pair(scores)[order])
 
 
-def test_perfect():
+def test_perfect_embeddings_have_recall_one():
     values = evaluate(np.eye(21), np.eye(21))
     assert values == {name: 1.0 for name in NAMES}
 
 
-def test_constant():
+def test_ties_count_against_the_model():
     values = evaluate(np.ones((21, 4)), np.ones((21, 4)))
     assert values == {name: 21.0 if "median" in name else 0.0 for name in NAMES}
 
@@ -118,7 +118,7 @@ def test_random_is_chance():
         (1, (1, 1, 1), 1), (4, (1, 1, 1), 1), (21, (1, 1, 1), 1), (22, (2, 1, 1), 2),
     ],
 )  # fmt: skip
-def test_any_batch_and_mesh(batch, mesh, num_devices):
+def test_recall_is_the_same_for_any_batch_and_mesh(batch, mesh, num_devices):
     """21 records, embeddings with many ties: the same as counted by hand, ragged or not."""
     rng = np.random.default_rng(1)
     zi_NE, zt_NE = rng.integers(-1, 2, (2, 21, 3))
@@ -128,7 +128,7 @@ def test_any_batch_and_mesh(batch, mesh, num_devices):
     assert 0 < values["i2t/R@5"] < 1
 
 
-def test_gallery():
+def test_the_gallery_agrees_with_the_scores():
     """The artefact's own ranks and best matches fit the scores."""
     kept = {}
     rng = np.random.default_rng(2)

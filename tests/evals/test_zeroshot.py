@@ -88,7 +88,7 @@ def oracle(splits):
 
 
 @pytest.mark.parametrize(("batch", "num_devices", "extra"), [(8, 8, ()), (3, 1, ("val",))])
-def test_against_loops(batch, num_devices, extra):
+def test_accuracy_equals_a_count_by_loops(batch, num_devices, extra):
     values, artefact, where = evaluate(batch, num_devices, extra_splits=extra)
     counts, ranks = oracle(("test", *extra))
     np.testing.assert_array_equal(artefact["confusion"], counts)
@@ -102,7 +102,7 @@ def test_against_loops(batch, num_devices, extra):
 
 
 @pytest.mark.parametrize(("batch", "num_devices"), [(8, 8), (16, 2), (64, 8)])
-def test_class_vectors(batch, num_devices):
+def test_class_vectors_are_normalised_means_of_their_prompts(batch, num_devices):
     """21 prompts in ragged batches, or in one that is not full; the norms of their embeddings differ."""
     io = ios.IO(DATA, open_dataset(DATA).tokenizer)
     evaluator = zs.Zeroshot("shape", CLASSES, templates=TEMPLATES, batch=batch)
@@ -117,7 +117,7 @@ def test_broken_model_is_never_right():
     np.testing.assert_array_equal(zs.rank_of_class(np.zeros((2, 3)), np.array([0, 2])), 3)
 
 
-def test_prompts():
+def test_an_empty_phrase_leaves_no_blank_in_the_prompt():
     assert zs.prompts("", ("person {} walking", "{}, a hand")) == ["person walking", ", a hand"]
     assert zs.prompts("dark {}", ("a {}",)) == ["a dark {}"]
 
@@ -146,7 +146,7 @@ def test_long_prompts_keep_the_class():
         ({"templates": ("a photo",)}, "texts with {}"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_mistakes_in_the_settings_are_one_line(settings, message):
     io = ios.IO(DATA, open_dataset(DATA).tokenizer)
     with pytest.raises(check.UserError, match=message):
         evaluator = zs.Zeroshot(**({"label": "shape", "classes": CLASSES} | settings))
@@ -162,7 +162,7 @@ def test_bad_settings(settings, message):
         ("1F9D1-1F3FC-200D-1F91D-200D-1F9D1-1F3FC", "medium-light"),
     ],
 )  # fmt: skip
-def test_tone(key, tone):
+def test_the_tone_of_an_emoji_is_read_from_its_key(key, tone):
     keys = {"1F44B-1F3FB", "1F469-1F3FB-200D-1F680", "1F3FB"}
     assert emoji.tone_of(key, keys) == tone
 

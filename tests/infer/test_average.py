@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, tree
 from vlp.infer import average
 from vlp.infer.load import load
 
 
 def test_the_mean_of_checkpoints(clip_run, tmp_path, capsys):
-    """Of two steps of one run, with weights; in every leaf, and ready for `vlp eval` and `init`."""
+    """A weighted mean of two steps: right in every leaf, and usable by `vlp eval` and `init`."""
     out = tmp_path / "mean"
     argv = ["average", f"{clip_run}@2", clip_run, "--weights", "0.25,0.75", "--out", out]
     assert runs.vlp(*argv) == 0
@@ -25,7 +25,7 @@ def test_the_mean_of_checkpoints(clip_run, tmp_path, capsys):
         np.testing.assert_allclose(leaf, want, rtol=1e-6, err_msg=name)
         assert leaf.dtype == late[name].dtype
     assert runs.vlp("eval", "--workdir", out) == 0
-    assert "config.evals has none" in capsys.readouterr().out
+    assert "config.evals is empty" in capsys.readouterr().out
     config = runs.changed(runs.CLIP, init=str(out), steps=1, **{"schedule.lr": 1e-9})
     assert runs.train(config, tmp_path / "run") == 0
     started = tree.named(load(tmp_path / "run").apply.params)
@@ -34,7 +34,7 @@ def test_the_mean_of_checkpoints(clip_run, tmp_path, capsys):
 
 
 def test_of_one_run_what_it_evaluates(coca_run, tmp_path):
-    """Its moving average, alone: the same model again, whose parameters are plain ones."""
+    """The average of one run is its moving average, saved as ordinary parameters."""
     assert runs.vlp("average", coca_run, "--out", tmp_path / "one") == 0
     want, found = load(coca_run), load(tmp_path / "one")
     assert "eval_params" not in json.dumps(found.meta["config"])
@@ -60,7 +60,7 @@ def test_models_that_do_not_match():
 
 
 @pytest.mark.parametrize("weights", ["0.5", "0.5,x", "0.5,0.6", "nan,nan"])
-def test_bad_weights(clip_run, tmp_path, capsys, weights):
+def test_weights_that_are_no_average_are_refused(clip_run, tmp_path, capsys, weights):
     argv = ["average", clip_run, clip_run, f"--weights={weights}", "--out", tmp_path / "out"]
     assert runs.vlp(*argv) == 2
     error = capsys.readouterr().err
@@ -68,7 +68,7 @@ def test_bad_weights(clip_run, tmp_path, capsys, weights):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_places(clip_run, tmp_path, capsys):
+def test_models_and_outputs_that_cannot_be_are_refused(clip_run, tmp_path, capsys):
     for model, out in [(clip_run, clip_run), (f"{clip_run}@3", "new"), (tmp_path / "none", "new")]:
         assert runs.vlp("average", model, "--out", tmp_path / out) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+from helpers import runs
 from vlp.data.config import Data
 from vlp.data.dataset import open_dataset
 from vlp.infer.caption import caption
@@ -25,7 +25,7 @@ def files(tmp_path):
     return [tmp_path / name for name in ("a.png", "b.jpg", "c.webp", "d e.png")]
 
 
-def test_a_line_per_file(coca_run, files, capsys):
+def test_each_image_file_gets_a_line(coca_run, files, capsys):
     assert runs.vlp("caption", "--workdir", coca_run, *files) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [path for path, _ in lines] == [str(file) for file in files]
@@ -37,7 +37,7 @@ def test_a_line_per_file(coca_run, files, capsys):
     assert runs.vlp("caption", "--workdir", coca_run, "--step", 8, files[0]) == 0
 
 
-def test_as_in_the_evaluation(coca_run, tmp_path, capsys):
+def test_captions_of_files_equal_those_of_the_evaluation(coca_run, tmp_path, capsys):
     """The images of the split, saved as files, get the captions that the run's evaluation gave them."""
     kept = json.loads((coca_run / "evals" / "captions_test.json").read_text())
     assert (kept["step"], len(kept["items"])) == (9, 2)

@@ -1,4 +1,4 @@
-"""A trained model from its workdir: on any machine, with no mesh, optimiser or data."""
+"""Loading a trained model from its workdir needs no mesh, optimiser or data."""
 
 import json
 import shutil
@@ -8,8 +8,8 @@ import textwrap
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, tree
 from vlp.core import mesh as meshes
 from vlp.infer.load import load
@@ -19,7 +19,7 @@ def named(params):
     return {f"params/{name}": value for name, value in tree.named(params).items()}
 
 
-def test_what_it_holds(clip_run):
+def test_a_loaded_run_holds_model_tokenizer_and_preprocessing(clip_run):
     loaded = load(clip_run)
     on_disk = runs.saved(clip_run)
     params = {name: value for name, value in on_disk.items() if name.startswith("params/")}
@@ -53,7 +53,7 @@ ELSEWHERE = """
     from vlp.infer.load import load
     assert not [m for m in sys.modules if m.startswith(("vlp.optim", "vlp.train", "vlp.objectives"))]
     from vlp.models import MODELS
-    import runs
+    from helpers import runs
     MODELS["toy"] = runs.Toy
     loaded = load(sys.argv[1])
     embed = loaded.apply("image", np.full((1, 16, 16, 3), 200, np.uint8))["embed"]
@@ -94,7 +94,7 @@ def test_a_broken_newest_checkpoint(clip_run, tmp_path, caplog):
         load(run, step=4)
 
 
-def test_nothing_to_load(clip_run, tmp_path):
+def test_directories_without_a_run_are_refused(clip_run, tmp_path):
     with pytest.raises(check.UserError, match="got no checkpoints"):
         load(tmp_path / "none")
     with pytest.raises(check.UserError, match=r"got no step 3, expected one of steps \[2, 4\]"):

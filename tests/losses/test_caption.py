@@ -75,7 +75,7 @@ def arrays():
     return [jnp.asarray(x) for x in inputs(np.float32)]
 
 
-def test_equals_loops(error):
+def test_caption_loss_equals_loops(error):
     args = inputs(np.float64)
     assert error(ours(*inputs(np.float32)), loops(*args)) < 1e-5
     args = inputs(np.float64, spread=20.0)
@@ -84,7 +84,7 @@ def test_equals_loops(error):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_without_logits(chunk, error):
+def test_vocabulary_chunks_give_the_same_loss_and_gradients(chunk, error):
     """Chunks of the vocabulary, also uneven ones: the same loss, gradients and hits."""
     args = inputs(np.float32)
     assert error(ours(*args, chunk=chunk), loops(*inputs(np.float64))) < 1e-5

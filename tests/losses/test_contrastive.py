@@ -71,7 +71,7 @@ def cast(args, dtype):
 
 
 @pytest.mark.parametrize("targets", ["identity", "matrix"])
-def test_equals_loops(targets, error):
+def test_contrastive_losses_equal_loops(targets, error):
     args = inputs(7, 5, 1 / 0.07, targets)
     assert error(ours(*cast(args, jnp.float32)), loops(*args)) < 1e-5
     args = inputs(7, 5, 100.0, targets)

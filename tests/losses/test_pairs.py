@@ -149,7 +149,7 @@ def test_an_exchange_in_two_stages_is_the_same(name, monkeypatch):
 
 @settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(st.data())
-def test_any_shape(data):
+def test_pair_losses_take_any_shape(data):
     """More columns than rows are extra negatives; a device may have fewer rows than a tile."""
     draw = lambda low, high: data.draw(st.integers(low, high))
     ways = data.draw(st.sampled_from([1, 2, 8]))
@@ -269,7 +269,7 @@ def test_memory_is_of_tiles_not_of_pairs():
     assert compiled.memory_analysis().temp_size_in_bytes <= bound
 
 
-def test_bad_chunk():
+def test_a_chunk_that_cannot_be_is_one_line():
     x = jnp.ones((2, 2))
     with pytest.raises(UserError, match=r"losses\.pairs: got chunk -1"):
         pairs.reduce(pairs.Pairs(), {"scale": 1.0}, x, x, chunk=-1)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from flax import linen as nn
 
+from helpers import runs
 from vlp.core import tree
 from vlp.core.check import UserError
 from vlp.core.types import Apply

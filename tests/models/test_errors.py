@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from everything import abstract
 
+from helpers.everything import abstract
 from vlp.core.check import UserError
 from vlp.core.types import Apply
 from vlp.models import heads
@@ -81,7 +81,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         ),
     ],
 )
-def test_wrong_models(model, message):
+def test_mistakes_in_a_models_section_are_one_line(model, message):
     with pytest.raises(UserError) as caught:
         abstract(model, 8, 4)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -127,7 +127,7 @@ def test_wrong_models(model, message):
         ),
     ],
 )
-def test_wrong_calls(model, method, args, kwargs, message):
+def test_calls_that_a_model_cannot_answer_are_one_line(model, method, args, kwargs, message):
     params = nn.unbox(abstract(model, 8, 4))
     args = [jnp.zeros(a) if isinstance(a, tuple) else a for a in args]
     with pytest.raises(UserError) as caught:

@@ -28,6 +28,7 @@ BOXES_BM4 = np.float32([[0, 0, 1 / 3, 1 / 3], [0.5, 0, 1, 1]])[None].repeat(B, 0
 CASES = {
     "mlp": (dict(width_out=4, hidden=6, depth=3), (X_BD,), {}, (B, 4)),
     "norm_mlp": (dict(width_out=4, depth=3, norm="layer", norm_out=True), (X_BD,), {}, (B, 4)),
+    "norm_mlp of batches": (dict(width_out=4, depth=3), (X_BD,), dict(keys=0), (B, 4)),
     "fusion": (
         dict(depth=2, heads=2, mlp=24), (TEXT_BLD, IMAGE_BND), dict(mask=MASK_BL),
         {"pooled": (B, D), "tokens": (B, L, D)},
@@ -45,7 +46,9 @@ CASES = {
 def built(name):
     section, args, kwargs, _ = CASES[name]
     args, kwargs = jax.tree.map(jnp.asarray, (args, kwargs))
-    return heads.build({"x": {"name": name, **section}})["x"], args, kwargs
+    if "keys" in kwargs:  # as in training
+        kwargs = {"keys": jax.random.split(jax.random.key(0), B)}
+    return heads.build({"x": {"name": name.split()[0], **section}})["x"], args, kwargs
 
 
 def loss(params, head, args, kwargs):
@@ -69,7 +72,7 @@ def initial():
 
 
 def test_each_head_has_a_case():
-    assert CASES.keys() == heads.HEADS.keys()
+    assert {name.split()[0] for name in CASES} == heads.HEADS.keys()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import tree
 from vlp.models.layers import REMAT, BlockConfig, Norm, Stack, drop, fold
 

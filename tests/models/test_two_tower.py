@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-from everything import abstract
 
+from helpers import runs
+from helpers.everything import abstract
 from vlp.core import tree
 from vlp.core.types import Apply
 from vlp.losses import caption

@@ -89,7 +89,7 @@ def test_dropped_patches_are_not_seen(params, image):
     np.testing.assert_allclose(out["tokens"], again["tokens"], atol=1e-6)
 
 
-def test_pools(params, image, random_params):
+def test_every_pool_has_its_shape(params, image, random_params):
     out = run(VIT, params, image)
     np.testing.assert_allclose(out["pooled"], out["tokens"].mean(axis=1), atol=1e-6)
     cls = VIT.clone(pool="cls")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from everything import abstract
 
+from helpers.everything import abstract
 from vlp.core import mesh as meshes
 from vlp.core.mesh import MeshShape
 from vlp.core.types import Apply, Ctx

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx, Out, Term
 from vlp.models import TOWERS

@@ -144,7 +144,7 @@ def test_each_objective_has_a_case():
 
 @pytest.mark.parametrize("scale", [10.0, 100.0])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_loops(name, scale, error):
+def test_losses_of_objectives_equal_loops(name, scale, error):
     objective, loops = CASES[name]
     p = point(scale, -10.0 if name == "siglip" else 0.0)
     want, grads = loops(p), slopes(loops, p)

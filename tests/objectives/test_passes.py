@@ -6,9 +6,9 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from test_shipped import MODELS
 
+from helpers import runs
 from vlp.core.check import UserError
 from vlp.core.types import Apply, Ctx
 from vlp.objectives import OBJECTIVES

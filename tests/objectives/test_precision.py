@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
-from everything import shapes
 from test_shipped import MODELS
 
+from helpers import runs
+from helpers.everything import shapes
 from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from everything import pairs
 
+from helpers.everything import pairs
 from vlp.core import mesh as meshes
 from vlp.core import tree
 from vlp.core.mesh import MeshShape

@@ -28,7 +28,7 @@ def loops(q, k, v, mask, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_loops(causal, masked):
+def test_attention_equals_loops(causal, masked):
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 2, 5, 2, 4))
     mask = None

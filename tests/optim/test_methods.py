@@ -78,7 +78,7 @@ def test_equals_its_equations(equations):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
 def test_first_moments_in_bfloat16(name):
-    """They are half as large, and the path stays near."""
+    """They take half the memory, and training stays close."""
     full, _ = train(Optim(name, rules=EVERY, weight_decay=0.0))
     half, opt = train(Optim(name, rules=EVERY, weight_decay=0.0, mu_dtype="bfloat16"))
     moments = [x for x in jax.tree.leaves(opt) if x.dtype == jnp.bfloat16]
@@ -118,7 +118,7 @@ def test_the_rate_falls_from_block_to_block():
         optimisers.make(Optim(rules=(Rule(".*", layer_decay=0.5),)), params)
 
 
-def test_user_errors():
+def test_mistakes_in_the_optimiser_are_one_line():
     with pytest.raises(UserError, match="config.optim.name: got 'adam', expected one of .*did you"):
         Optim("adam")
     with pytest.raises(UserError, match="config.optim.mu_dtype: got float16, expected 'float32'"):

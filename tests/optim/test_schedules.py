@@ -58,7 +58,7 @@ def test_the_units_of_warmup():
     assert Schedule(1.0).warmup(8, 60) == 0
 
 
-def test_user_errors():
+def test_mistakes_in_the_schedule_are_one_line():
     with pytest.raises(UserError, match="got warmup_samples and warmup_frac, expected one warm-up"):
         Schedule(1.0, warmup_samples=10, warmup_frac=0.1)
     with pytest.raises(UserError, match="got warmup_samples and warmup_steps, expected one"):

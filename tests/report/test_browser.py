@@ -1,19 +1,23 @@
-"""In a real browser, where there is one: the page before the galleries is under four screens, and is never too wide."""
+"""In a real browser, where there is one: four screens before the galleries at most, no sideways scroll, live charts."""
 
 import json
 import re
 import shutil
 import subprocess
 
-import fake_run
 import pytest
 
+from helpers import fake_run
 from vlp.report import html, load
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 MEASURE = """<script>addEventListener("load", () => {
+  const press = new PointerEvent("pointerdown", {clientX: 200});
+  for (const svg of document.querySelectorAll(".plot > svg")) svg.dispatchEvent(press);
   const top = document.querySelector("#retrieval, footer.end").getBoundingClientRect().top;
-  parent.postMessage({wide: document.documentElement.scrollWidth, top: top + scrollY}, "*");
+  parent.postMessage({wide: document.documentElement.scrollWidth, top: top + scrollY,
+    charts: document.querySelectorAll(".plot").length,
+    readouts: document.querySelectorAll(".tip:not([hidden])").length}, "*");
 });</script>"""
 
 
@@ -38,7 +42,7 @@ def _measure(tmp_path, text: str, width: int) -> dict:
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser here")
 @pytest.mark.parametrize("kind", ["run", "many evaluations", "runs"])
-def test_pages_fit(tmp_path, kind):
+def test_pages_fit_a_narrow_window(tmp_path, kind):
     runs = [fake_run.write(tmp_path / f"run-with-a-long-name-{i}", num_rows=60, seed=i) for i in range(3)]  # fmt: skip
     if kind == "many evaluations":
         path = runs[0] / "metrics.jsonl"
@@ -51,5 +55,6 @@ def test_pages_fit(tmp_path, kind):
         text = html.comparison([load.load(run) for run in runs])
     wide = _measure(tmp_path, text, 1280)
     assert wide["wide"] <= 1280 and wide["top"] < 4 * 800
+    assert wide["charts"] == wide["readouts"] > 5  # every chart answers a pointer
     narrow = _measure(tmp_path, text, 400)
     assert narrow["wide"] <= 400

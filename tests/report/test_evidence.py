@@ -5,12 +5,12 @@ import math
 import re
 from html.parser import HTMLParser
 
-import fake_run
 import numpy as np
 import pytest
-from test_report import Page, _metrics, _train
 
-from vlp.report import compare, html, load, svg, traces
+from helpers import fake_run
+from helpers.page_parser import Page
+from vlp.report import html, load, svg, traces
 
 
 def _ticks(chart, anchor):
@@ -96,7 +96,7 @@ def test_titles_are_words(tmp_path):
     with path.open("a") as f:
         for i in range(1, 5):
             more = {"odd/my_metric": i, "time/host_cores": 1 + i, "time/input_share_read": 0.2}
-            f.write(json.dumps(_train(1000 + i, **more)) + "\n")
+            f.write(json.dumps(fake_run.train_row(1000 + i, **more)) + "\n")
             tone = {"accuracy": 0.5, "mean_per_class": 0.5, "num": 10, "num_classes": 2}
             row = {"kind": "eval", "step": i, "eval": "skin_tone", "split": "test"} | tone
             f.write(json.dumps(row | {"own_metric": i, "time/eval_s": 1.0}) + "\n")
@@ -116,10 +116,10 @@ def test_titles_are_words(tmp_path):
 
 @pytest.mark.parametrize("num", [1, 2])
 def test_a_curve_of_two_points_is_numbers_and_no_chart(tmp_path, num):
-    run = _metrics(tmp_path / "r", *(
+    run = fake_run.metrics(tmp_path / "r", *(
         row
         for i in range(1, num + 1)
-        for row in (_train(i, loss=7.0 + i, **{"time/examples_per_s": 3.5 + i}),
+        for row in (fake_run.train_row(i, loss=7.0 + i, **{"time/examples_per_s": 3.5 + i}),
                     {"kind": "eval", "step": i, "eval": "e", "split": "test", "accuracy": 0.25 * i})
     ))  # fmt: skip
     for text in (html.page(run), html.comparison([run, run])):
@@ -131,8 +131,8 @@ def test_a_curve_of_two_points_is_numbers_and_no_chart(tmp_path, num):
 
 
 def test_a_curve_of_three_points_is_a_chart(tmp_path):
-    rows = [_train(i, loss=float(i), lr=0.1 if i < 3 else math.nan) for i in (1, 2, 3)]
-    parsed = Page(html.page(_metrics(tmp_path / "r", *rows)))
+    rows = [fake_run.train_row(i, loss=float(i), lr=0.1 if i < 3 else math.nan) for i in (1, 2, 3)]
+    parsed = Page(html.page(fake_run.metrics(tmp_path / "r", *rows)))
     assert parsed.count("figure", "chart") == 1  # of the rate there are two values
 
 
@@ -140,7 +140,9 @@ def _captions(tmp_path, true, other, se, *, step=5000, num=500):
     row = {"kind": "eval", "step": step, "samples": 8 * step, "eval": "captions", "num": num,
            "caption_loss": true, "caption_loss_shuffled": other}  # fmt: skip
     row |= {} if se is None else {"caption_gap_se": se}
-    return Page(html.page(_metrics(tmp_path / "r", _train(step, loss=1.0), row))).text
+    return Page(
+        html.page(fake_run.metrics(tmp_path / "r", fake_run.train_row(step, loss=1.0), row))
+    ).text
 
 
 READS, IGNORES = "so it reads the image", "so it hardly reads the image"
@@ -179,7 +181,9 @@ def test_a_recall_comes_with_its_standard_error(tmp_path):
         "i2t/R@1": 0.3,
         "num": 200,
     }
-    text = Page(html.page(_metrics(tmp_path / "r", _train(9, loss=1.0), row))).text
+    text = Page(
+        html.page(fake_run.metrics(tmp_path / "r", fake_run.train_row(9, loss=1.0), row))
+    ).text
     assert "± 3.2" in text  # sqrt(0.3 · 0.7 / 200)
 
 
@@ -189,12 +193,12 @@ def test_a_recall_comes_with_its_standard_error(tmp_path):
 def _runs(tmp_path, *recalls, num=200, data=""):
     runs = []
     for i, recall in enumerate(recalls):
-        rows = [_train(s, loss=3.0 - i, **{"time/examples_per_s": 100.0 + i, "time/elapsed_s": 60.0 * s})
+        rows = [fake_run.train_row(s, loss=3.0 - i, **{"time/examples_per_s": 100.0 + i, "time/elapsed_s": 60.0 * s})
                 for s in range(1, 5)]  # fmt: skip
         row = {"kind": "eval", "step": 4, "samples": 32, "eval": "retrieval", "split": "val",
                "i2t/R@1": recall, "i2t/median_rank": 5 + i, "num": num}  # fmt: skip
         row["fingerprint"] = f"{data}{i}" if data else "same"
-        runs.append(_metrics(tmp_path / f"run-{i}", *rows, row))
+        runs.append(fake_run.metrics(tmp_path / f"run-{i}", *rows, row))
     return runs
 
 
@@ -203,23 +207,23 @@ def _cells(text, tag):
 
 
 def test_the_best_is_marked_with_time_and_throughput_beside(tmp_path):
-    text = compare.evaluations(_runs(tmp_path, 0.2, 0.5, 0.48))
+    text = html.comparison(_runs(tmp_path, 0.2, 0.5, 0.48))
     assert set(_cells(text, "best")) == {"5", "50.0%", "102"}
     assert _cells(text, "near") == ["48.0%"]  # within two standard errors of the best
     assert "examples / s" in text and "4 min" in text and "within" in text
 
 
 def test_nothing_is_best_where_all_are_equal_or_the_data_differ(tmp_path):
-    text = compare.evaluations(_runs(tmp_path, 0.5, 0.5))
+    text = html.comparison(_runs(tmp_path, 0.5, 0.5))
     assert "50.0%" not in _cells(text, "best")
-    text = compare.evaluations(_runs(tmp_path, 0.2, 0.5, data="b"))
-    assert "50.0%" not in _cells(text, "best") and "not the same data" in text
+    text = html.comparison(_runs(tmp_path, 0.2, 0.5, data="b"))
+    assert "50.0%" not in _cells(text, "best") and "not evaluated on the same data" in text
 
 
 def test_the_rows_of_one_run_mark_the_best(tmp_path):
     rows = [{"kind": "eval", "step": s, "samples": s, "eval": "retrieval", "split": "val", "i2t/R@1": v, "num": 100}
             for s, v in ((1, 0.1), (2, 0.6), (3, 0.2))]  # fmt: skip
-    text = html.page(_metrics(tmp_path / "r", _train(3, loss=1.0), *rows))
+    text = html.page(fake_run.metrics(tmp_path / "r", fake_run.train_row(3, loss=1.0), *rows))
     assert _cells(text, "best") == ["60.0%"]
 
 
@@ -228,11 +232,11 @@ def test_the_rows_of_one_run_mark_the_best(tmp_path):
 
 def test_the_page_before_the_galleries_is_bounded(tmp_path):
     """However many evaluations and metrics there are: what is over a few rows of cards is folded."""
-    rows = [_train(i, loss=1.0 / i, **{f"m{k}": i for k in range(40)}, **{f"time/m{k}": i for k in range(40)})
-            for i in range(1, 5)]  # fmt: skip
+    many = [key for k in range(40) for key in (f"m{k}", f"time/m{k}")]
+    rows = [fake_run.train_row(i, loss=1.0 / i, **dict.fromkeys(many, i)) for i in range(1, 5)]
     rows += [{"kind": "eval", "step": i, "eval": f"e{k}", "split": "test", "accuracy": 0.1 * i, "num": 10}
              for i in range(1, 5) for k in range(20)]  # fmt: skip
-    text = html.page(_metrics(tmp_path / "r", *rows))
+    text = html.page(fake_run.metrics(tmp_path / "r", *rows))
     assert text.count("<figure") == 20 + (1 + 35) + 40
     shown = _Unfolded(text)
     assert shown.figures <= 15 and shown.cards <= 6
@@ -256,3 +260,54 @@ class _Unfolded(HTMLParser):
 
     def handle_endtag(self, tag):
         self._folds -= tag == "details" and self._folds > 0
+
+
+def _evaluated(tmp_path, *evals):
+    rows = [fake_run.train_row(1, loss=2.0), fake_run.train_row(2, loss=1.0)]
+    for split, name, values in evals:
+        row = {"kind": "eval", "step": 2, "samples": 2, "eval": name, "split": split, "num": 200}
+        rows.append(row | values)
+    return fake_run.metrics(tmp_path / "run", *rows)
+
+
+def test_the_headline_prefers_the_test_split_and_says_of_what(tmp_path):
+    from vlp.report import summary
+
+    retrieval = lambda value: {"i2t/R@1": value, "t2i/R@1": value}
+    tone = {"accuracy": 0.6, "top5": 0.99, "num_classes": 6}
+    run = _evaluated(
+        tmp_path,
+        ("val", "validation", retrieval(0.25)),
+        ("test", "retrieval", retrieval(0.5)),
+        ("test_variants", "skin_tone", tone),
+    )
+    tiles = {label: (value, note) for label, value, note, _ in summary.figures(run)}
+    value, note = tiles["image → text R@1"]
+    assert value.startswith("50") and note.endswith("test")
+    assert "skin tone accuracy" in tiles and "test variants" in tiles["skin tone accuracy"][1]
+    assert "the test split" in summary.sentences(run)["retrieval"]["where"]
+
+
+def test_top_5_of_six_classes_is_left_out(tmp_path):
+    from vlp.report import tables
+
+    for classes, shown in ((6, False), (9, False), (10, True), (100, True)):
+        tone = {"accuracy": 0.6, "top5": 0.99, "num_classes": classes}
+        (folder := tmp_path / str(classes)).mkdir()
+        run = _evaluated(folder, ("test", "skin_tone", tone))
+        assert ("top 5" in str(tables.evaluation(run.evals)).casefold()) == shown
+
+
+def test_gallery_and_table_have_one_name(tmp_path):
+    artefact = {"kind": "zeroshot", "label": "tone", "split": "test"}
+    config = {"evals": {"skin_tone": {"name": "zeroshot", "label": "tone"}}}
+    assert html._title("zeroshot_tone_test", artefact, config) == "Skin tone · test"
+    assert html._title("zeroshot_tone_test", artefact, {}) == "Tone · test"
+
+
+def test_ranks_have_whole_ticks():
+    from vlp.report import axes, curves
+
+    (group,) = (g for g in curves.EVAL if "median_rank" in g.pattern)
+    assert group.whole
+    assert axes.Axis(0.9, 1.1, 0, 100).ticks(num=5, whole=True) == [1.0]

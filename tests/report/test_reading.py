@@ -1,19 +1,16 @@
-"""What a workdir may hold without harm: damaged rows, links, pipes, huge files, hostile values."""
+"""A workdir may hold damaged rows, links, pipes, huge files and hostile values: the report leaves them out."""
 
 import json
 import os
 import time
 
-import fake_run
 import pytest
 
+from helpers import fake_run
+from helpers.fake_run import train_row
 from vlp.cli import main as cli
 from vlp.core import check
 from vlp.report import html, load
-
-
-def _train(step, **values):
-    return {"kind": "train", "step": step, "samples": 8 * step, "stage": "main"} | values
 
 
 def _run(path, *lines):
@@ -39,7 +36,13 @@ def _run(path, *lines):
     ],
 )
 def test_a_damaged_row_does_not_hide_an_older_good_one(tmp_path, damaged):
-    run = _run(tmp_path / "r", _train(1, loss=3.0), _train(2, loss=2.0), damaged, _train(3, loss=1))
+    run = _run(
+        tmp_path / "r",
+        train_row(1, loss=3.0),
+        train_row(2, loss=2.0),
+        damaged,
+        train_row(3, loss=1),
+    )
     assert [(row.step, row.values["loss"]) for row in run.train] == [(1, 3.0), (2, 2.0), (3, 1.0)]
     assert len(run.notes) == 1 and "1 of 4" in run.notes[0]
 
@@ -51,7 +54,7 @@ def test_a_damaged_row_of_an_evaluation_does_not_hide_an_older_good_one(tmp_path
 
 
 def test_what_a_damaged_row_still_says_is_shown_where_there_is_no_better(tmp_path):
-    run = _run(tmp_path / "r", _train(1, loss=2.0, lr="garbage"))
+    run = _run(tmp_path / "r", train_row(1, loss=2.0, lr="garbage"))
     assert run.train[0].values == {"loss": 2.0} and len(run.notes) == 1
 
 
@@ -96,7 +99,7 @@ def test_pipes_and_folders_are_not_read(tmp_path):
     assert [note.split(":")[0] for note in found.notes] == ["config.json", "evals/pipe.json"]
     (run / "metrics.jsonl").unlink()
     os.mkfifo(run / "metrics.jsonl")
-    with pytest.raises(check.UserError, match="no regular file"):
+    with pytest.raises(check.UserError, match="not a regular file"):
         load.load(run)
 
 
@@ -128,7 +131,7 @@ def test_many_artefacts_are_cut(tmp_path):
 def test_a_line_without_end_and_keys_without_number_are_cut(tmp_path):
     many = {f"k{i}": i for i in range(600)}
     long = '{"kind": "train", "step": 2, "stage": "' + "x" * (2 << 20) + '"}'
-    run = _run(tmp_path / "r", _train(1, loss=2.0), long, _train(3, loss=1.0, **many))
+    run = _run(tmp_path / "r", train_row(1, loss=2.0), long, train_row(3, loss=1.0, **many))
     assert [row.step for row in run.train] == [1, 3]
     assert run.train[1].values["loss"] == 1.0 and len(run.train[1].values) <= 500
     assert any("1 of 3" in note for note in run.notes) and len(run.notes) == 2
@@ -167,13 +170,13 @@ def test_artefacts_of_any_shape_make_a_page(tmp_path, artefact):
     "values", [(1e308, -1e308, 1e308), (5e-324, 1e-323, 5e-324), (10**400, 1, -(10**400)), (1e15, 1e15 + 1, 1e15 + 2)]
 )  # fmt: skip
 def test_numbers_at_the_ends_of_floats_make_a_page(tmp_path, values):
-    rows = [_train(i, loss=v, **{"time/elapsed_s": v}) for i, v in enumerate(values, 1)]
+    rows = [train_row(i, loss=v, **{"time/elapsed_s": v}) for i, v in enumerate(values, 1)]
     evals = [
         {"kind": "eval", "step": i, "eval": "e", "i2t/R@1": v, "num": v, "median_rank": v}
         for i, v in enumerate(values, 1)
     ]
     html.page(_run(tmp_path / "r", *rows, *evals))
-    huge = [_train(2**70 + i, loss=1.0) for i in range(3)]
+    huge = [train_row(2**70 + i, loss=1.0) for i in range(3)]
     with pytest.raises(check.UserError, match="no readable row"):
         _run(tmp_path / "s", *huge)
 

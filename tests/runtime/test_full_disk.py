@@ -1,4 +1,4 @@
-"""A save that fails ends the run at once, in one line that says what is kept; the same command goes on from there."""
+"""A failed save ends the run with one line that says what is kept; the same command resumes from there."""
 
 import shutil
 import subprocess
@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.train import loop
 
 CONFIG = runs.changed(runs.TOY, steps=6, log_every_steps=50, **{"model.embed": 1024})
@@ -32,14 +32,14 @@ def limited(config, directory, kilobytes):
     return done.returncode, lines, time.monotonic() - began
 
 
-def test_files_may_not_grow(toy, tmp_path):
-    """As with `ulimit -f`, and as on a disk that is full: an error code of the system, in TensorStore's words."""
+def test_a_file_size_limit_is_answered_as_a_full_disk(toy, tmp_path):
+    """The system's error code, for `ulimit -f` as for a full disk, is found in TensorStore's message."""
     run = tmp_path / "run"
     code, errors, secs = limited(CONFIG, run, 400)
     assert code == 1 and secs < 60
     assert len(errors) == 1, errors
     assert "got File too large in saving step 2, expected a whole checkpoint" in errors[0]
-    assert "there is no other checkpoint; mend that and repeat the command" in errors[0]
+    assert "there is no other checkpoint; remove the cause and repeat the command" in errors[0]
     assert runs.train(CONFIG, run) == 0
     assert int(runs.saved(run)[""]) == 6
 
@@ -56,7 +56,7 @@ def test_the_record_may_not_grow(tmp_path):
 
 @pytest.mark.parametrize("how", ["a file", "no directory"])
 def test_checkpoints_is_no_directory(toy, tmp_path, monkeypatch, capsys, how):
-    """From step 3 on: seen when step 4 is saved, and nothing waits for what cannot come."""
+    """checkpoints/ becomes a file at step 3: the save of step 4 fails, and nothing hangs."""
     run = tmp_path / "run"
     function = loop.save
 

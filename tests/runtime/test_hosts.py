@@ -1,4 +1,4 @@
-"""Runs of several processes: real ones on this machine, 4 devices each; and the roll call before JAX starts."""
+"""Runs of several processes with 4 devices each on this machine, and the roll call before JAX starts."""
 
 import concurrent.futures
 import signal
@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.mesh import MeshShape
@@ -36,7 +36,10 @@ def port():
 
 
 def meet(port, workdir, who, num, secs=20.0):
-    """Calls the roll in a thread for each of who, {process: facts or (facts, workdir)}; returns the messages."""
+    """Runs the roll call in threads, one for each process of `who`; returns their messages.
+
+    who: {process: facts or (facts, workdir)}.
+    """
 
     def one(process):
         facts, directory = (
@@ -52,14 +55,14 @@ def meet(port, workdir, who, num, secs=20.0):
         return dict(zip(who, pool.map(one, who)))
 
 
-def test_all_are_there(port, tmp_path):
+def test_the_roll_call_passes_once_all_have_come(port, tmp_path):
     assert set(meet(port, tmp_path / "a" / "run", {i: FACTS for i in range(4)}, 4).values()) == {""}
     assert not (tmp_path / "a").exists()  # nothing is left of it
     assert set(meet(port, tmp_path, {i: FACTS for i in range(2)}, 2).values()) == {""}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_missing_are_named_to_all(port, tmp_path):
+def test_missing_processes_are_named_to_all(port, tmp_path):
     began = time.monotonic()
     told = meet(port, tmp_path, {0: FACTS, 1: FACTS, 4: FACTS}, 8, secs=1.5)
     assert time.monotonic() - began < 30  # not a time but an end
@@ -70,7 +73,7 @@ def test_the_missing_are_named_to_all(port, tmp_path):
     }
 
 
-def test_nobody_came(port, tmp_path):
+def test_process_0_alone_names_who_is_missing(port, tmp_path):
     (told,) = meet(port, tmp_path, {0: FACTS}, 2, secs=0.5).values()
     assert (
         "1 of 2 processes within 0 s; missing: 1, expected all (here: 0 on" in told
@@ -78,12 +81,12 @@ def test_nobody_came(port, tmp_path):
     )
 
 
-def test_process_0_is_missing(port, tmp_path):
+def test_without_process_0_its_address_is_named(port, tmp_path):
     (told,) = meet(port, tmp_path, {1: FACTS}, 2, secs=1.0).values()
     assert told.startswith(f"hosts: got no answer from process 0 at 127.0.0.1:{port} within 1 s (")
 
 
-def test_the_first_whose_patience_ends_ends_it_for_all(port, tmp_path):
+def test_the_first_timeout_ends_the_wait_for_all(port, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         one = pool.submit(meet, port, tmp_path, {1: FACTS}, 3, 2.0)
         lead = pool.submit(meet, port, tmp_path, {0: FACTS}, 3, 600.0)
@@ -98,27 +101,27 @@ def test_the_first_whose_patience_ends_ends_it_for_all(port, tmp_path):
         ({"versions": {"git": "abd"}}, 3, 'versions.git: "abc" -> "abd"'),
     ],
 )
-def test_another_config_or_code(port, tmp_path, changes, num, said):
+def test_a_process_with_another_config_or_code_is_named(port, tmp_path, changes, num, said):
     told = meet(port, tmp_path, {0: FACTS, 1: FACTS, 2: FACTS | changes}, num)
     where = f"process 2 on {socket.gethostname()}: got another {said}, expected what process 0 has;"
     assert len(set(told.values())) == 1 and told[1].startswith(where), told
 
 
-def test_another_number_of_processes(port, tmp_path):
+def test_a_process_that_counts_other_processes_is_named(port, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         told = list(pool.map(lambda a: meet(port, tmp_path, {a[0]: FACTS}, a[1]), [(0, 2), (1, 4)]))
     assert "process 1" in told[0][0] and "another processes: 2 -> 4" in told[0][0]
     assert told[0][0] == told[1][1]
 
 
-def test_one_number_twice(port, tmp_path):
+def test_two_processes_with_one_number_are_named(port, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         told = list(pool.map(lambda i: meet(port, tmp_path, {i: FACTS}, 3), [0, 1, 1]))
     told = {message for t in told for message in t.values()}
     assert len(told) == 1 and "process 1 twice (on " in told.pop()
 
 
-def test_a_workdir_of_ones_own(port, tmp_path):
+def test_a_workdir_that_is_not_shared_is_named(port, tmp_path):
     mine, other = tmp_path / "mine", tmp_path / "other"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hosts, "_SEE_SECS", 0.5)
@@ -128,7 +131,7 @@ def test_a_workdir_of_ones_own(port, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_strangers_at_the_port(port, tmp_path):
+def test_connections_of_other_programs_are_dropped(port, tmp_path):
     def stranger():
         for _ in range(100):
             try:
@@ -145,7 +148,7 @@ def test_strangers_at_the_port(port, tmp_path):
         assert lead.result(60) == {0: ""}
 
 
-def test_a_port_in_use(tmp_path):
+def test_a_port_in_use_is_one_line(tmp_path):
     with socket.socket() as s:
         s.bind(("", 0))
         s.listen()
@@ -156,7 +159,7 @@ def test_a_port_in_use(tmp_path):
 # ---- who takes part
 
 
-def test_places(monkeypatch):
+def test_a_process_finds_its_place_by_flags_then_environment(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
     assert hosts.find() is None  # no cluster
@@ -179,7 +182,7 @@ def test_places(monkeypatch):
         hosts.find()
 
 
-def test_slurm_is_found(monkeypatch):
+def test_a_process_finds_its_place_under_slurm(monkeypatch):
     names = {
         "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[03-06]", "SLURM_NTASKS": "4",
         "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
@@ -193,7 +196,7 @@ def test_slurm_is_found(monkeypatch):
     assert hosts.find() is None
 
 
-def test_numbers():
+def test_numbers_are_written_as_ranges():
     assert hosts.numbers([1, 3, 4, 5, 9, 10]) == "1, 3-5, 9-10"
 
 
@@ -215,7 +218,7 @@ class Device:
         ("01010101", (1, 4, 2), [range(16)]),
     ],
 )
-def test_rows_of_a_process(monkeypatch, processes, shape, rows):
+def test_each_process_loads_the_rows_of_its_devices(monkeypatch, processes, shape, rows):
     mesh = meshes.make(MeshShape(*shape))
     fakes = [Device(i, int(p)) for i, p in enumerate(processes)]
     places = dict(zip(fakes, meshes.batch_sharding(mesh).devices_indices_map((16,)).values()))
@@ -249,7 +252,7 @@ def _devices(monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
 
 
-def test_a_missing_process_and_another_config(tmp_path, port):
+def test_missing_processes_and_other_configs_end_all_commands_with_code_2(tmp_path, port):
     wait = lambda i: ("--wait-secs", 20)
     codes, errors = finish(start(runs.TOY, tmp_path / "run", port, of=3, each=wait))
     assert codes == [2, 2] and errors[0] == errors[1]
@@ -265,17 +268,17 @@ def test_a_missing_process_and_another_config(tmp_path, port):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_one_refuses_all_refuse(tmp_path, port):
-    """What may differ between hosts passes the roll call, and is refused when data are opened."""
+def test_an_error_on_one_process_is_raised_on_all(tmp_path, port):
+    """A setting that may differ between hosts passes the roll call; opening the data raises."""
     other = lambda i: ("--config.data.workers=-1",) if i else ()
     codes, errors = finish(start(runs.TOY, tmp_path / "run", port, each=other))
     assert codes == [2, 2], errors
-    said = "config.data.workers: got -1, expected at least 0; change the config\n"
+    said = "config.data.workers: got -1, expected at least 0; correct config.data.workers\n"
     assert errors == [f"vlp: process 1 on {socket.gethostname()}: {said}", f"vlp: {said}"]
 
 
 def assert_close(directory, wanted, rtol):
-    """Records and last states are equal but for rounding."""
+    """Asserts that records and last states are equal up to rounding."""
     for row, other in zip(runs.rows(directory), runs.rows(wanted), strict=True):
         assert row.keys() == other.keys()
         for key, value in row.items():
@@ -294,7 +297,7 @@ def assert_close(directory, wanted, rtol):
 SLOW = """
     import logging, sys, time
     sys.path.insert(0, "tests")
-    import runs
+    from helpers import runs
     from vlp.core import mesh
     logging.root.handlers.clear()
     runs.register_toy()
@@ -304,8 +307,8 @@ SLOW = """
 """
 
 
-def test_asked_to_stop_on_one_host_and_continued_by_one_process(toy, tmp_path, port):
-    """SIGTERM on process 1: both save after the same step. One process goes on, and all is as if it had been alone."""
+def test_sigterm_on_one_process_stops_all_and_one_process_can_resume(toy, tmp_path, port):
+    """SIGTERM on process 1 makes both save after the same step. One process resumes, as if it had been alone."""
     config = runs.changed(runs.TOY, steps=60, save_every_steps=50, mesh={"data": 2, "fsdp": 4})
     slow = ("-c", textwrap.dedent(SLOW))
     first, second = start(config, tmp_path / "run", port, program=slow)
@@ -333,8 +336,8 @@ TINY = runs.changed(
 )  # fmt: skip
 
 
-def test_two_processes_are_one(tmp_path, port):
-    """Masks, dropout, evaluation, parameters sharded across both: as on one device, from its checkpoint on."""
+def test_two_processes_train_as_one_does(tmp_path, port):
+    """With masks, dropout, evaluation and sharded parameters, resumed from a checkpoint of one device."""
     assert runs.train(TINY, tmp_path / "whole") == 0
     calls = iter(range(1, 100))
     save = loop.save
@@ -356,7 +359,7 @@ def test_two_processes_are_one(tmp_path, port):
 
 
 @pytest.mark.parametrize("secs", ["nan", "0", "-1", "inf"])
-def test_a_wait_is_a_number_of_seconds(tmp_path, capsys, secs):
+def test_wait_secs_must_be_a_positive_number(tmp_path, capsys, secs):
     argv = ("train", "--config", runs.TOY, "--workdir", tmp_path / "run", f"--wait-secs={secs}")
     assert runs.vlp(*argv) == 2
     assert capsys.readouterr().err.startswith("vlp: --wait-secs: got ")

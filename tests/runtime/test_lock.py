@@ -1,8 +1,8 @@
-"""One run per workdir at a time, and a record that outlives a broken line."""
+"""One run per workdir at a time; broken lines of metrics.jsonl are skipped."""
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check
 from vlp.runtime import workdir
 
@@ -33,7 +33,7 @@ def test_broken_lines_are_left_out_and_told(tmp_path, caplog):
 
 
 def test_a_run_that_never_took_a_step_may_be_mended(tmp_path, toy, capsys):
-    """A workdir belongs to the config of its first step, not to one that failed before it."""
+    """A config that failed before the first step can be replaced."""
     directory = tmp_path / "run"
     assert runs.train(runs.changed(runs.TOY, **{"data.langs": ["xx"]}), directory) == 2
     assert "langs" in capsys.readouterr().err and (directory / "config.json").exists()

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or stuck, as processes: exit codes, and the same command going on."""
+"""Runs that are stopped, killed or hang, as processes: exit codes, and resuming by the same command."""
 
 import os
 import random
@@ -10,8 +10,8 @@ from unittest import mock
 
 import jax
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import mesh as meshes
 from vlp.runtime.watchdog import HANG, PREEMPTED, Watchdog
 
@@ -36,7 +36,7 @@ def finish(process, signal_number=0):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(clip_run, tmp_path, number):
+def test_a_signal_saves_and_ends_with_code_75(clip_run, tmp_path, number):
     calls, before = iter(range(1, 100)), signal.getsignal(number)
     to_global = meshes.to_global
 
@@ -53,8 +53,8 @@ def test_asked_to_stop(clip_run, tmp_path, number):
     runs.assert_same_run(tmp_path / "run", clip_run)
 
 
-def test_stopped_and_killed(toy, tmp_path):
-    """SIGTERM before the first step is compiled, SIGKILL wherever it hits, SIGTERM on the way, then to the end."""
+def test_signals_at_any_time_lose_no_step(toy, tmp_path):
+    """SIGTERM before the first step, SIGKILL at any time, SIGTERM during training; then the run finishes."""
     run = tmp_path / "run"
     start = lambda: runs.command(*runs.arguments(LONG, run))
     process = start()
@@ -77,7 +77,7 @@ def test_stopped_and_killed(toy, tmp_path):
 STUCK = """
     import sys, time
     sys.path.insert(0, "tests")
-    import runs
+    from helpers import runs
     from vlp.data.dataset import Dataset
     runs.register_toy()
     def stuck(self, **_):
@@ -88,7 +88,7 @@ STUCK = """
 """
 
 
-def test_hang(tmp_path):
+def test_a_hang_ends_with_code_76_and_all_stacks(tmp_path):
     argv = runs.arguments(runs.changed(runs.TOY, hang_secs=6.0), tmp_path / "run")
     process = runs.command(*argv, program=("-c", textwrap.dedent(STUCK)))
     _, errors = process.communicate(timeout=300)
@@ -111,7 +111,7 @@ def test_a_beating_heart_is_left_alone(monkeypatch):
 
 
 def test_those_behind_are_named(tmp_path, monkeypatch):
-    """Process 1 has stopped writing one beat before process 0."""
+    """Process 1 stopped one beat before process 0."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     dogs = [Watchdog(0.0, tmp_path / "heartbeats") for _ in range(2)]
     for dog, beats in zip(dogs, (["data", "step"], ["data"])):
@@ -123,6 +123,6 @@ def test_those_behind_are_named(tmp_path, monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         tell.append(dogs[process]._tell())
     assert tell == [
-        f" (process 1 on {host}; all are equally far)",
+        f" (process 1 on {host}; no process is behind)",
         f" (process 0 on {host}; behind: process 1 on {host} in 'data')",
     ]

@@ -1,4 +1,4 @@
-"""Sinks hold the record and nothing else, whatever dies and wherever; profiles open."""
+"""Sinks have exactly the rows of metrics.jsonl, after any kill; profiles can be opened."""
 
 import json
 import struct
@@ -6,8 +6,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.runtime import sinks, workdir
 from vlp.train import loop
 
@@ -16,7 +16,7 @@ EVALS = {"retrieval": {"batch": 8, "every_steps": 2, "gallery": 0}}
 
 
 def tensorboard(directory):
-    """(tag, step, value) of every scalar in the event files, by the format's framing (length, crc, data, crc)."""
+    """Returns (tag, step, value) of every scalar in the event files, from their framing (length, crc, data, crc)."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -31,7 +31,7 @@ def tensorboard(directory):
 
 
 def clu(directory):
-    """The same of TensorFlow's event files, read by TensorFlow."""
+    """The same for the sink clu, read by TensorFlow."""
     import tensorflow as tf
 
     found = []
@@ -44,7 +44,7 @@ def clu(directory):
 
 
 def wandb(directory):
-    """The same of every offline run of wandb, by the framing of LevelDB's log (crc, size, type; 32 KiB blocks)."""
+    """The same for wandb's offline runs, parsed from LevelDB's log format (crc, size, type; 32 KiB blocks)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found, kinds = [], {1: "whole", 2: "first", 3: "middle", 4: "last"}
@@ -77,7 +77,7 @@ def record(directory):
 
 
 def assert_follows(directory, sink="tensorboard"):
-    """The sink has what the record has, each number once."""
+    """Asserts that a sink has each number of metrics.jsonl once."""
     found, wanted = sorted(READERS[sink](directory)), sorted(record(directory))
     assert [f[:2] for f in found] == [w[:2] for w in wanted]
     assert len({f[:2] for f in found}) == len(found) > 0
@@ -85,8 +85,8 @@ def assert_follows(directory, sink="tensorboard"):
 
 
 @pytest.mark.parametrize("sink", sinks.SINKS)
-def test_killed_between_saves(sink, toy, tmp_path, monkeypatch):
-    """The run dies with steps 5 and 6 on record but not saved, and does them again."""
+def test_sinks_have_each_step_once_after_a_kill(sink, toy, tmp_path, monkeypatch):
+    """The run dies after steps 5 and 6, before their save, and repeats them."""
     for package in sinks.SINKS[sink][1]:
         pytest.importorskip(package)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -110,7 +110,7 @@ def test_killed_between_saves(sink, toy, tmp_path, monkeypatch):
 
 
 def test_wandb_online_goes_on_behind_what_the_server_has(tmp_path, monkeypatch):
-    """Its client is replaced: there is no server here. Rows of a step that the server has are not sent again."""
+    """With a fake client. Rows of steps that the server has are not sent again."""
     wandb = pytest.importorskip("wandb")
     run = mock.Mock(offline=False, step=5)
     init = mock.Mock(return_value=run)
@@ -136,8 +136,8 @@ def test_wandb_without_a_login(toy, tmp_path, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
-def test_asked_for_later(toy, tmp_path):
-    """A sink is free to change at a restart, and then has the whole run."""
+def test_a_sink_added_at_a_restart_gets_the_whole_run(toy, tmp_path):
+    """Sinks may change at a restart."""
     run = tmp_path / "run"
     assert runs.train(runs.changed(CONFIG, sinks=[]), run) == 0
     assert not (run / "tensorboard").exists()
@@ -154,13 +154,13 @@ def test_not_a_number_is_followed(toy, tmp_path):
     )
 
 
-def test_unknown_sink(toy, tmp_path, capsys):
+def test_an_unknown_sink_is_one_line(toy, tmp_path, capsys):
     assert runs.train(runs.changed(CONFIG, sinks=["tensorbord"]), tmp_path / "run") == 2
     assert "did you mean 'tensorboard'?" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_package_is_missing(toy, tmp_path, capsys, monkeypatch):
+def test_a_sink_whose_package_is_missing_is_one_line(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
         sinks.SINKS, "tensorboard", (sinks.TensorBoard, ("no_such_package",), "vlp[tensorboard]")
     )
@@ -169,8 +169,8 @@ def test_package_is_missing(toy, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_profile(toy, tmp_path):
-    """The trace holds the steps asked for, and the run's numbers are what they are without it."""
+def test_a_profile_holds_the_steps_asked_for_and_changes_no_number(toy, tmp_path):
+    """The trace has exactly these steps; the numbers equal those of a run without it."""
     from jax.profiler import ProfileData
 
     run = tmp_path / "run"
@@ -188,7 +188,7 @@ def test_profile(toy, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["3", "0:2", "3:2", "a:b", "-1:2", "2:5", "7:9"])
-def test_bad_profile(toy, tmp_path, capsys, text):
+def test_mistakes_in_profile_are_one_line(toy, tmp_path, capsys, text):
     argv = runs.arguments(runs.TOY, tmp_path / "run")
     assert runs.vlp(*argv, f"--profile={text}") == 2
     error = capsys.readouterr().err

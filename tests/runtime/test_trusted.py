@@ -1,4 +1,4 @@
-"""What a run's numbers may depend on is refused, pinned or told before the first step."""
+"""Anything outside of the config that could change the numbers is refused, fixed or logged before the first step."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import check
 from vlp.core.types import Out, Term
 from vlp.data.config import Data
@@ -27,7 +27,7 @@ class Queue:
     reads: ClassVar = frozenset({"image", "text"})
     how: str = "right"
 
-    def init_method_state(self, key):
+    def init_method_state(self, key, model):
         return {"queue": jnp.zeros((6, 4)), "turns": jnp.int32(0)}
 
     def __call__(self, ctx):
@@ -57,7 +57,7 @@ WRONG = {
 
 @pytest.mark.parametrize("how", WRONG)
 def test_an_objective_whose_arrays_change(toy, tmp_path, monkeypatch, capsys, how):
-    """It would train and save, and never go on: refused before the first step."""
+    """Its checkpoints could not be resumed, so it is refused before the first step."""
     monkeypatch.setitem(OBJECTIVES, "queue", Queue)
     config = runs.changed(runs.TOY, objective={"name": "queue", "how": how})
     assert runs.train(config, tmp_path / "run") == 2
@@ -88,7 +88,7 @@ TOO_LARGE = {
 
 @pytest.mark.parametrize("what", TOO_LARGE)
 def test_numbers_of_too_many_bits(what):
-    """Seeds, counts and ids are exact everywhere, or refused."""
+    """Seeds, counts and ids that some part would round are refused."""
     changes, message = TOO_LARGE[what]
     with pytest.raises(check.UserError) as refused:
         stages.parse(runs.changed(runs.CLIP, **changes))
@@ -107,8 +107,8 @@ SHELL = {
 }  # fmt: skip
 
 
-def test_flags_of_the_shell(toy, tmp_path):
-    """They change no number, are told, and are on record."""
+def test_flags_of_the_shell_change_no_number_and_are_recorded(toy, tmp_path):
+    """They are logged, too."""
     config = runs.changed(runs.TOY, steps=2)
     with mock.patch.dict(runs.os.environ, SHELL):
         process = runs.command(*runs.arguments(config, tmp_path / "shell"))
@@ -116,7 +116,7 @@ def test_flags_of_the_shell(toy, tmp_path):
     assert process.returncode == 0, errors
     for name, value in SHELL.items():
         shown = {"0": "False", "1": "True"}.get(value, value)
-        assert f"{name}={shown} is not followed" in out
+        assert f"{name}={shown} is ignored" in out
     assert (
         json.loads((tmp_path / "shell" / "versions.json").read_text())["flags"].items()
         >= SHELL.items()
@@ -150,7 +150,7 @@ def evaluation_fails(monkeypatch, at):
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_evaluations_that_failed_are_made_up_for(toy, tmp_path, monkeypatch, caplog, at):
-    """Of step 1, at the end of a stage, and of the whole run: the record is whole in the end."""
+    """Failed evaluations of step 1, of a stage's end and of the run's end are repeated at a restart."""
     evals = {
         "retrieval": {"every_steps": 1, "batch": 8},
         "again": {"name": "retrieval", "batch": 8},
@@ -177,7 +177,7 @@ MIXED = {
 
 
 def test_a_mixture_is_of_use_again(toy, tmp_path):
-    """Evaluated, averaged, loaded and started from; several captions in training are one in evaluation."""
+    """It can be evaluated, averaged, loaded and started from. Evaluations use one of several captions."""
     run = tmp_path / "run"
     config = runs.changed(runs.TOY, evals={"retrieval": {"batch": 8}}, steps=2)
     config["data"] = {**runs.DATA, **MIXED, "caption_sources": []}
@@ -197,8 +197,8 @@ def test_a_mixture_is_of_use_again(toy, tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class First(runs.ToyObjective):
-    """Of several captions, the first."""
+    """A model that reads the first of several captions."""
 
     def encode(self, ctx):
         image = ctx.student("image", ctx.batch["image"])
-        return image["embed"], ctx.student("text", ctx.batch["text"])["embed"]
+        return image["embed"], ctx.student("text", ctx.batch["text"][:, 0])["embed"]

@@ -1,12 +1,12 @@
-"""A run's directory: any name, nothing lost, and nothing written outside of it."""
+"""Workdirs: any name, no lost files, and nothing written elsewhere."""
 
 import json
 import os
 import shutil
 
 import pytest
-import runs
 
+from helpers import runs
 from vlp.ckpt.manager import Checkpoints, check_path
 from vlp.core import check
 from vlp.runtime import workdir
@@ -26,8 +26,8 @@ NAMES = [
 ]
 
 
-def test_any_name(toy, tmp_path, capsys):
-    """A path is not a pattern: each run has checkpoints that open, and goes on from them."""
+def test_a_workdir_may_have_any_name(toy, tmp_path, capsys):
+    """Characters of patterns and addresses in a name are literal: each run saves, and resumes."""
     for name in NAMES:
         directory = tmp_path / name
         checkpoints = Checkpoints(directory / "checkpoints")
@@ -45,8 +45,8 @@ def test_any_name(toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["back\\slash", "bad\udcff", "gs:/bucket/run", "s3:/bucket"])
-def test_names_that_cannot_be(toy, tmp_path, capsys, name):
-    """What Orbax or TensorStore take for something else is refused before anything is written."""
+def test_names_that_libraries_misread_are_refused(toy, tmp_path, capsys, name):
+    """Names that Orbax or TensorStore would read as something else are refused before anything is written."""
     argv = runs.arguments(runs.TOY, tmp_path / "run")
     before = runs.contents(tmp_path)
     assert runs.vlp(*argv[:-1], tmp_path / name) == 2
@@ -57,7 +57,7 @@ def test_names_that_cannot_be(toy, tmp_path, capsys, name):
 
 
 def test_a_save_that_does_not_open_is_none(tmp_path, monkeypatch):
-    """What cannot be read back after a save fails the save, before the checkpoint has its name."""
+    """A checkpoint that cannot be read back never gets its name; the save fails."""
     from orbax.checkpoint._src.serialization import ocdbt_utils
 
     async def nothing(*args, **kwargs):
@@ -73,7 +73,7 @@ def test_a_save_that_does_not_open_is_none(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["checkpoints", "steps"])
 def test_checkpoints_that_are_gone(toy, tmp_path, capsys, what):
-    """A run that saved is not begun again over its record."""
+    """A run that saved checkpoints does not begin again when they are gone."""
     run = tmp_path / "run"
     assert runs.train(runs.TOY, run) == 0
     if what == "checkpoints":
@@ -89,7 +89,7 @@ def test_checkpoints_that_are_gone(toy, tmp_path, capsys, what):
 
 
 def test_a_record_without_checkpoint_is_set_aside(toy, tmp_path, caplog):
-    """Of a start that was killed before its first save: nothing written is lost."""
+    """The rows of a start that was killed before its first save are kept in another file."""
     run = tmp_path / "run"
     assert runs.train(runs.TOY, run) == 0
     record = (run / "metrics.jsonl").read_bytes()
@@ -105,8 +105,8 @@ def test_a_record_without_checkpoint_is_set_aside(toy, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["../../out", "/out", "a/b", "..", ".lock", "x\0y", "a" * 300])
-def test_artefacts_stay_inside(tmp_path, name):
-    """Names of artefacts are made of data: of labels and splits, also a handed checkpoint's."""
+def test_artefacts_stay_inside_the_workdir(tmp_path, name):
+    """Names of artefacts contain labels and splits, which come from data or from others' checkpoints."""
     run = tmp_path / "inner" / "run"
     run.mkdir(parents=True)
     workdir.write_artefact(run, name, {"x": 1})
@@ -122,7 +122,7 @@ LINKS = [
 
 
 def test_links_are_not_followed(toy, tmp_path, capsys):
-    """A handed workdir's symbolic links lead no command to write elsewhere."""
+    """Symbolic links in a workdir make no command write elsewhere."""
     run = tmp_path / "run"
     assert runs.train(runs.changed(runs.TOY, steps=2), run) == 0
     evals = {"retrieval": {"batch": 8}}
@@ -164,7 +164,7 @@ def test_opening_follows_no_link(tmp_path):
 
 
 def test_infinities_of_a_config(toy, tmp_path):
-    """What JSON cannot say is the same config at the next start."""
+    """A config with infinities, which JSON lacks, is equal to itself at the next start."""
     config = runs.changed(runs.TOY, steps=1, hang_secs=float("inf"), **{"optim.clip_norm": 1e999})
     (tmp_path / "run").mkdir()
     workdir.write_json(tmp_path / "run" / "config.json", config)
@@ -172,8 +172,8 @@ def test_infinities_of_a_config(toy, tmp_path):
     workdir.check_config(tmp_path / "run", config)
 
 
-def test_rows_with_any_text(tmp_path):
-    """Names may hold what Python takes for ends of lines; what is no row is left out."""
+def test_rows_of_metrics_keep_any_text(tmp_path):
+    """Names with line separators are kept; lines that are no rows are skipped."""
     path = tmp_path / "metrics.jsonl"
     rows = [{"kind": "train", "step": 1, "stage": "a\u2028b\x85c"}, {"kind": "eval", "step": 2}]
     text = [workdir.dump(row) for row in rows] + [

@@ -1,8 +1,8 @@
-"""What a run's record says of its input."""
+"""What metrics.jsonl says about a run's input."""
 
 import json
 
-import runs
+from helpers import runs
 
 
 def test_the_record_tells_of_reads_texts_and_memory(tmp_path, toy):

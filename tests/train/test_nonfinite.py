@@ -1,19 +1,19 @@
-"""A loss, gradient or parameter that is no number ends the run, says where, and leaves the last good checkpoint."""
+"""A loss, gradient or parameter that is not finite ends the run, is located, and keeps the last good checkpoint."""
 
 import json
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core.config import build
 from vlp.data import order
 from vlp.data.config import Data
 from vlp.data.dataset import open_dataset
 
 
-def test_the_process(tmp_path):
-    """Exit code 1; the step, its records and their keys are named."""
+def test_a_loss_that_is_not_finite_ends_with_code_1_and_names_its_records(tmp_path):
+    """The message names the step, its records and their keys."""
     run = tmp_path / "run"
     config = runs.changed(runs.TOY, save_every_steps=1, objective={"name": "toy", "nan_step": 2})
     process = runs.command(*runs.arguments(config, run))
@@ -33,8 +33,8 @@ def test_the_process(tmp_path):
     assert all(np.isfinite(value).all() for value in runs.saved(run).values())
 
 
-def test_parameters(toy, tmp_path):
-    """Finite loss and gradient, but a step that overflows: stopped at once, before it is saved."""
+def test_parameters_that_overflow_stop_the_run_before_it_saves(toy, tmp_path):
+    """Loss and gradient are finite, and the update overflows."""
     config = runs.changed(runs.TOY, save_every_steps=1, schedule={"lr": 1e38, "warmup_steps": 3})
     with pytest.raises(
         FloatingPointError, match="step 1: got loss [0-9.]+, grad_norm [0-9.]+, param_norm inf"
@@ -43,7 +43,7 @@ def test_parameters(toy, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
-def test_stored_order(toy, tmp_path):
+def test_without_shuffling_records_are_named_in_stored_order(toy, tmp_path):
     """Without shuffling the records are named in their stored order."""
     config = runs.changed(
         runs.TOY, objective={"name": "toy", "nan_step": 1}, **{"data.shuffle": False}

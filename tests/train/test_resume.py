@@ -1,11 +1,11 @@
-"""A run that dies anywhere and is started again ends as if nothing had happened, to the bit."""
+"""A run that dies anywhere and is started again ends as an uninterrupted one, to the bit."""
 
 from unittest import mock
 
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import mesh as meshes
 from vlp.data import order
 from vlp.train import loop
@@ -57,7 +57,7 @@ DEATHS = [
 ]
 
 
-def test_deaths(coca_run, tmp_path):
+def test_a_run_killed_anywhere_resumes_to_the_same_numbers(coca_run, tmp_path):
     for what, owner, name, when, last in DEATHS:
         kill(runs.COCA, tmp_path / "run", owner, name, when)
         reached = runs.rows(tmp_path / "run")
@@ -70,7 +70,7 @@ def test_deaths(coca_run, tmp_path):
 
 
 def lose_last_save(directory):
-    """Leaves what a death in the middle of a save leaves: a temporary folder, and half a line of metrics."""
+    """Leaves what a process that dies in a save leaves: a temporary folder, and half a line of metrics."""
     newest = sorted((directory / "checkpoints").glob("step_*"))[-1]
     (newest / "rest" / "_METADATA").unlink()
     newest.rename(newest.with_name(newest.name + ".orbax-checkpoint-tmp"))
@@ -78,7 +78,7 @@ def lose_last_save(directory):
         f.write('{"kind": "train", "ste')
 
 
-def test_done_is_done(coca_run):
+def test_a_finished_run_is_left_as_it_is(coca_run):
     files = runs.contents(coca_run / "checkpoints")
     with mock.patch.object(
         meshes, "to_global", side_effect=AssertionError("nothing is left to do")
@@ -93,7 +93,7 @@ AVERAGED = {
 }  # fmt: skip
 
 
-def test_rows_between_saves(clip_run, tmp_path):
+def test_a_checkpoint_keeps_the_steps_of_the_next_row(clip_run, tmp_path):
     """A checkpoint between two rows keeps the steps that the next row averages over."""
     config = runs.changed(runs.CLIP, log_every_steps=4, save_every_steps=3)
     assert runs.train(config, tmp_path / "whole") == 0
@@ -112,8 +112,8 @@ def test_rows_between_saves(clip_run, tmp_path):
     }
 
 
-def test_free_keys(clip_run, tmp_path):
-    """What the config calls free may change at a restart: the numbers stay."""
+def test_settings_called_free_may_change_at_a_restart(clip_run, tmp_path):
+    """The numbers do not change."""
     kill(runs.CLIP, tmp_path / "run", loop, "save", after(1))
     free = {
         "data.workers": 1, "data.read_threads": 0, "data.prefetch": 2, "data.cache_decoded": True,
@@ -131,7 +131,9 @@ def test_free_keys(clip_run, tmp_path):
 
 
 @pytest.mark.parametrize("first, second", [((8, 1, 1), (2, 2, 2))])
-def test_other_mesh(clip_run, tmp_path, monkeypatch, first, second):
+def test_a_restart_on_another_mesh_sees_the_same_samples(
+    clip_run, tmp_path, monkeypatch, first, second
+):
     """The same samples, and losses that differ by rounding alone."""
     seen = []
     to_global = meshes.to_global

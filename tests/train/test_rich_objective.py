@@ -1,4 +1,4 @@
-"""What later methods need of the loop: arrays of their own, three kinds of teacher, a second stream of batches."""
+"""An objective with method state, three kinds of teacher and a second stream of batches."""
 
 import dataclasses
 from typing import ClassVar
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+from helpers import runs
 from vlp.core import mesh as meshes
 from vlp.core.types import Out, Term
 from vlp.data import order
@@ -79,7 +79,7 @@ def config(toy, monkeypatch, tmp_path):
     )  # fmt: skip
 
 
-def test_it_resumes(config, tmp_path):
+def test_an_objective_with_teachers_queue_and_streams_resumes(config, tmp_path):
     seen, feed = {"": [], "more/": []}, loop.feed
 
     def watch(*args):
@@ -129,8 +129,8 @@ def dies_at(number, function):
     return call
 
 
-def test_eight_devices(config, tmp_path):
-    """Teachers, queue and streams do not care for the mesh."""
+def test_an_objective_with_teachers_queue_and_streams_fits_any_mesh(config, tmp_path):
+    """The numbers are the same on another mesh."""
     config = runs.changed(config, **{"streams.more.batch": 16, "stages.1.streams.more.batch": 8})
     config = runs.changed(config, **{"stages.0.micro_batches": 1})
     assert runs.train(config, tmp_path / "one") == 0

@@ -1,4 +1,4 @@
-"""Stages: what one hands to the next, and what starts anew."""
+"""Stages: what is transferred to the next one, and what is reset."""
 
 import contextlib
 import dataclasses
@@ -8,9 +8,9 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-import runs
 
-from vlp.core import tree
+from helpers import runs
+from vlp.core import check, tree
 from vlp.data import order
 from vlp.infer.load import load
 from vlp.ops import posembed
@@ -22,7 +22,7 @@ AT_ENTRY = [{"name": "one", "steps": 3}, {"name": "two", "steps": 2}]
 
 @contextlib.contextmanager
 def watched():
-    """Yields what will hold, for every stage entered, the state before and the state after, on the host."""
+    """Yields a list, which gets the states before and after the start of each stage, on the host."""
     seen, start_stage = [], loop.start_stage
     named = lambda state: None if state is None else tree.named(jax.tree.map(np.array, state))
 
@@ -42,14 +42,44 @@ def part(state, name):
 
 
 def entered(config, directory):
-    """The state with which a run begins; nothing is trained."""
+    """Returns the state with which a run begins, without training."""
     with watched() as seen, mock.patch.object(loop, "train_stage", side_effect=runs.Killed):
         with pytest.raises(runs.Killed):
             runs.train(config, directory)
     return seen[0].after
 
 
-def test_other_sizes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("optim.lr", "schedule.lr"),
+        ("optim.learning_rate", "schedule.lr"),
+        ("stages.0.optim.lr", "schedule.lr"),
+        ("lr", "schedule.lr"),
+        ("stages.0.lr", "schedule.lr"),
+        ("schedule.weight_decay", "optim.weight_decay"),
+        ("data.batch", "batch"),
+        ("data.batch_size", "batch"),
+        ("schedule.seed", "seed"),
+        ("image_px", "data.image_px"),
+    ],
+)
+def test_a_field_of_another_section_is_answered_with_its_place(wrong, right, tmp_path, capsys):
+    config = runs.changed(runs.CLIP, stages=[{"name": "one"}], **{wrong: 1})
+    assert runs.train(config, tmp_path / "run") == 2
+    expected = f"expected config.{right}; write config.{right}"
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1, error
+    assert wrong.removeprefix("stages.0.") in error
+
+
+def test_a_synonym_within_the_section_is_named():
+    config = runs.changed(runs.CLIP, **{"schedule.learning_rate": 1})
+    with pytest.raises(check.UserError, match="rename it to config.schedule.lr"):
+        stages.parse(config)
+
+
+def test_a_stage_of_other_sizes_resizes_positions_alone(tmp_path, monkeypatch):
     """Image size, text length and batch change: positions are resized by their rules, all else is carried."""
     positions, feed = [], loop.feed
 
@@ -135,7 +165,7 @@ def test_freezing_and_another_objective(toy, tmp_path):
     assert rows[3]["distance"] == pytest.approx(rows[3]["loss"]) and rows[3]["grad_norm"] > 0
 
 
-def test_init_from_another_run(clip_run, tmp_path):
+def test_a_stage_starts_from_another_runs_parameters(clip_run, tmp_path):
     """Fine-tuning: the other run's parameters, resized; a head that it had not is left as initialised."""
     heads = {"probe": {"width_in": 8, "width_out": 3}}
     config = runs.changed(runs.CLIP, **{"model.heads": heads, "data.image_px": 24})
@@ -154,7 +184,7 @@ def test_init_from_another_run(clip_run, tmp_path):
 
 
 def test_init_leaves_its_source_alone(toy, tmp_path):
-    """Training gives its arrays away; those that were loaded for it are shared with whoever loads them too."""
+    """Training donates its arrays; arrays that were loaded are shared with other callers and must survive."""
     assert runs.train(runs.TOY, tmp_path / "a") == 0
     config = runs.changed(
         runs.TOY, init=str(tmp_path / "a"), teachers={"a": {"path": str(tmp_path / "a")}}
@@ -197,8 +227,8 @@ INHERITED = {
 NOT_INHERITED = {"init": "/a/run", "init_match": "colour"}
 
 
-def test_what_stages_inherit(toy):
-    """Every setting of a stage: had from above the stages, or acting once, where training begins."""
+def test_each_setting_is_inherited_or_acts_once(toy):
+    """Every setting of a stage is inherited from the config, or acts once, where training begins."""
     own = {"name", "index", "start_step", "start_samples"}
     fields = {f.name for f in dataclasses.fields(stages.Stage)} - own
     assert fields == INHERITED.keys() | NOT_INHERITED.keys()
@@ -284,7 +314,7 @@ def test_a_stage_of_other_data_begins_with_its_first_epoch(toy, tmp_path):
 
 
 def test_counters_of_a_second_stream(toy, tmp_path, monkeypatch):
-    """They are of the stream's own batches, over all stages that have it."""
+    """They count the stream's own batches, over all stages that have it."""
     stream = {"data": MIXED, "batch": 4}
     config = runs.changed(runs.TOY, steps=0, streams={"more": stream}, stages=[
         {"name": "one", "steps": 3},
@@ -294,7 +324,7 @@ def test_counters_of_a_second_stream(toy, tmp_path, monkeypatch):
 
     def watch(*args):
         for batch in feed(*args):
-            found = order.join_words(np.asarray(batch["more.record"]))
+            found = order.join_words(np.asarray(batch["more/record"]))
             counts["a"] += int((found < 13).sum())
             counts["b"] += int((found >= 13).sum())
             seen.append(dict(counts))
@@ -341,7 +371,7 @@ def test_refused_before_the_first_stage(toy, tmp_path, capsys, mistake):
 
 
 def test_what_is_frozen_must_be_given(clip_run, tmp_path, capsys):
-    """LiT from a run of another architecture would be locked to a random register."""
+    """With an `init` of another architecture, LiT would lock a random register."""
     rules = [{"match": "image_tower/.*", "freeze": True}, {"match": ".*"}]
     changes = {"init": str(clip_run), "init_match": "image_tower/.*", "optim.rules": rules}
     config = runs.changed(runs.CLIP, **changes, **{"model.image_tower.registers": 1})
@@ -381,7 +411,7 @@ def test_a_scale_that_its_clamp_would_move_at_once(tmp_path, capsys, mistake):
 
 
 def test_a_given_scale_outside_of_the_clamp(clip_run, tmp_path, capsys):
-    """SigLIP's published models end at 112; the default rules would set it to 100 without a word."""
+    """SigLIP's published models end at 112, which the default rules would clamp to 100."""
     at_112 = {"temperature/logit_scale": np.float32(np.log(112.0))}
     config = runs.changed(runs.CLIP, init=str(clip_run))
     with mock.patch("vlp.train.start.initial", lambda stage: at_112):

@@ -1,6 +1,6 @@
-"""SHA-256 of a checkpoint's files, written before the checkpoint is published.
+"""SHA-256 of a checkpoint's files, written before the checkpoint gets its final name.
 
-Orbax restores flipped bits without a word and lists a step whose files are gone; with these digests both show.
+Orbax restores flipped bits without an error, and lists a step whose files are missing. The digests reveal both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 
 FILE = "digests.json"
-_COMMIT = "commit_success.txt"  # Orbax's mark, written when all else is
+_COMMIT = "commit_success.txt"  # by Orbax, after all other files
 
 
 def write(folder: pathlib.Path) -> None:
@@ -22,7 +22,7 @@ def write(folder: pathlib.Path) -> None:
 
 
 def problem(folder: pathlib.Path, items: Sequence[str]) -> str:
-    """What is wrong with the checkpoint's files, or "". One without digests only has to have its items."""
+    """Returns what is wrong with a checkpoint's files, or "". Without digests only checks that the items exist."""
     try:
         digests = json.loads((folder / FILE).read_text())
     except FileNotFoundError:

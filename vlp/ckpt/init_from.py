@@ -1,4 +1,4 @@
-"""Carries parameters into a model whose shapes may differ: between stages, and from another run."""
+"""Transfers parameters into a model whose shapes may differ: between stages, and from another run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 PyTree = Any
 Resize = Callable[[Any, Any], Any]
 
-# Position tables: full-match pattern of the leaf's name → rule(old, fresh). Everything else must keep its shape.
+# Position tables: full-match pattern of the leaf's name → rule(old, fresh). Every other leaf must keep its shape.
 RESIZE: dict[str, Resize] = {
     r"(.*/)?image_tower/pos": lambda old, fresh: posembed.resize_grid(old, fresh.shape[0]),
     r"(.*/)?image_tower/pool/pos": posembed.resize_grid_after_first,
@@ -28,10 +28,18 @@ RESIZE: dict[str, Resize] = {
 
 
 def transfer_params(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
-    """`fresh` with the values of `old`: same name and shape carried, position tables resized, new leaves kept fresh.
+    """Returns `fresh` with the values of `old`, matched by name.
 
-    Leaves that only `old` has are dropped; both kinds are logged. A leaf whose shape changed otherwise is a
-    UserError. Values take the sharding of `fresh`; equal shapes are carried to the bit.
+    Leaves of the same shape are copied bit by bit and position tables are resized. Leaves that only `fresh` has keep
+    their values, and leaves that only `old` has are dropped; both are logged. Values take the sharding of `fresh`.
+
+    Args:
+        old: the parameters to take values from.
+        fresh: the parameters of the new model, freshly initialised.
+        where: the config section that asks for it, for errors and the log.
+
+    Raises:
+        UserError: a leaf that is no position table has another shape.
     """
     check_fits(old, fresh, where)
     values = tree.named(old)
@@ -55,7 +63,16 @@ def transfer_params(old: PyTree, fresh: PyTree, where: str = "init") -> PyTree:
 
 
 def select_params(params: PyTree, match: str, where: str) -> dict[str, Any]:
-    """Returns the leaves whose whole name matches, as a flat tree {name: leaf}. Raises: UserError if none does."""
+    """Returns the leaves whose whole name matches, as a flat tree {name: leaf}.
+
+    Args:
+        params: the tree.
+        match: a regular expression.
+        where: the config section that has it, for errors.
+
+    Raises:
+        UserError: no leaf matches.
+    """
     leaves = tree.named(params)
     found = {name: leaf for name, leaf in leaves.items() if re.fullmatch(match, name)}
     if not found:
@@ -66,12 +83,12 @@ def select_params(params: PyTree, match: str, where: str) -> dict[str, Any]:
 
 
 def check_fits(old: PyTree, fresh: PyTree, where: str) -> None:
-    """Raises the UserError that `transfer_params` would, from shapes alone."""
+    """Raises the UserError of `transfer_params`, from shapes alone."""
     values = tree.named(old)
     for name, leaf in tree.named(fresh).items():
         shape = values[name].shape if name in values else leaf.shape
         if shape != leaf.shape and (_rule(name) is None or shape[1:] != leaf.shape[1:]):
-            do = "make the models agree, or rename what is to start fresh"
+            do = "give both models the same size here, or leave the leaf out with init_match"
             raise check.error(f"{where}: {name}", f"shape {shape}", f"{leaf.shape}", do)
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: Orbax, asynchronous, atomic; parameters apart from everything else.
+"""Checkpoints of a run: written by Orbax, asynchronously and atomically, parameters apart from everything else.
 
 A checkpoint holds two trees, `params` and `rest` (optimiser, counts, teachers, the objective's arrays), and `meta`:
-position (step, stage, samples seen), the config, tokenizer and versions. Data needs no state: it is a function of the
-samples seen. A checkpoint whose files are not as they were written (digest.py) is passed over.
+position (step, stage, samples seen), config, tokenizer and versions. Data has no state: it is a function of the
+samples seen. A checkpoint whose files have changed since they were written (digest.py) is skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,17 @@ class Checkpoints:
         create: bool = True,
         on_saved: Callable[[int], None] = lambda step: None,
     ):
-        """on_saved: called with each step that was saved and is whole, once that is known."""
+        """Opens the checkpoints.
+
+        Args:
+            directory: that holds them.
+            keep: number of checkpoints to keep, the newest ones.
+            create: make the directory; False: only read.
+            on_saved: called with each saved step, once its checkpoint is known to be whole.
+
+        Raises:
+            UserError: the directory cannot be made or used, or, without `create`, does not exist.
+        """
         self._path = pathlib.Path(directory).absolute()
         check_path(str(directory), self._path)
         if not create and not self._path.is_dir():
@@ -56,19 +66,19 @@ class Checkpoints:
             step_format_fixed_length=9,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._seal,
-                # Else a folder that cannot be made leaves threads that wait for it for five minutes.
+                # Otherwise threads wait five minutes for a folder that cannot be made.
                 create_directories_asynchronously=False,
             ),
         )
         try:
             self._manager = ocp.CheckpointManager(self._path, options=options, item_names=ITEMS)
         except OSError as e:
-            do = "choose another directory"
+            do = "give another --workdir, or make this one writable"
             raise check.error(str(self._path), e.strerror, "a directory to write to", do) from e
         self._saving: int | None = None
         self._shapes: dict[str, list[Any]] = {}
         self._failed = False
-        self._saved: int | None = None  # the last step that is known to be whole
+        self._saved: int | None = None  # the last step whose checkpoint is known to be whole
         self._on_saved = on_saved
 
     @property
@@ -79,21 +89,25 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def newest(self) -> int | None:
-        """The newest step that is whole; logs those passed over. None: there is no step at all."""
+        """Returns the newest step whose checkpoint is whole, None if there are none; logs the steps that it skips.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole.
+        """
         problems = []
         for step in reversed(self.steps()):
             if not (problem := self.problem(step)):
                 for broken in problems:
-                    log.warning("%s; taking step %d instead", broken, step)
+                    log.warning("%s; using step %d instead", broken, step)
                 return step
             problems.append(f"{self._folder(step)}: {problem}")
         if problems:
-            do = "bring back a copy, or move the directory away to start again"
+            do = "restore a copy, or move the directory away to start again"
             raise check.error(str(self._path), "; ".join(problems), "a whole checkpoint", do)
         return None
 
     def problem(self, step: int) -> str:
-        """What is wrong with a step's files, or ""; process 0 looks."""
+        """Returns what is wrong with the files of a step, or "". Process 0 checks them."""
         found = ""
         if jax.process_index() == 0:
             found = digest.problem(self._folder(step), ITEMS)
@@ -101,11 +115,11 @@ class Checkpoints:
             from jax.experimental import multihost_utils
 
             if multihost_utils.broadcast_one_to_all(np.int32(bool(found))):
-                return found or "broken files (process 0 says which)"
+                return found or "broken files (see the log of process 0)"
         return found
 
     def set_aside_after(self, step: int) -> None:
-        """Renames later steps (the broken ones that `newest` passed over), so that they can be saved anew."""
+        """Renames later steps, the broken ones that `newest` skipped, so that they can be saved again."""
         later = [s for s in self.steps() if s > step]
         if later and jax.process_index() == 0:
             for folder in map(self._folder, later):
@@ -118,7 +132,17 @@ class Checkpoints:
             self._manager.reload()
 
     def save(self, step: int, params: PyTree, rest: PyTree, meta: dict[str, Any]) -> None:
-        """Starts a save and returns once the arrays are copied; raises `Failed` here if the save before it failed."""
+        """Starts a save and returns when the arrays are copied.
+
+        Args:
+            step: the global step.
+            params: the parameters.
+            rest: the other arrays.
+            meta: JSON-able facts.
+
+        Raises:
+            Failed: this save could not start, or the one before it failed.
+        """
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             rest=ocp.args.StandardSave(rest),
@@ -131,13 +155,16 @@ class Checkpoints:
             saved = self._manager.save(step, args=args)
         except Exception as e:
             raise self._failure(e) from e
-        assert saved, f"step {step} is behind the checkpoints {self.steps()}"
+        assert saved, f"step {step} is not after the checkpoints {self.steps()}"
 
     def _seal(self) -> None:
-        """Called by Orbax once everything is written and before the checkpoint gets its name: it has to open."""
+        """Checks that the arrays can be read back, and writes the digests.
+
+        Orbax calls it when everything is written, before the checkpoint gets its final name.
+        """
         if jax.process_index() == 0:
             assert self._saving is not None
-            name = self._folder(self._saving).name  # here or under a temporary name
+            name = self._folder(self._saving).name  # may have a temporary suffix
             folder = next(p for p in self._path.iterdir() if p.name.startswith(name))
             for item, shapes in self._shapes.items():
                 handler = ocp.PyTreeCheckpointHandler()
@@ -148,7 +175,7 @@ class Checkpoints:
             digest.write(folder)
 
     def _failure(self, e: Exception) -> check.Failed:
-        """The error of a save: what could not be written, what is kept."""
+        """Returns the error of a save: what could not be written, and which checkpoints are kept."""
         self._failed = True
         kept = [s for s in self.steps() if s != self._saving and self._folder(s).is_dir()]
         text = (
@@ -156,7 +183,7 @@ class Checkpoints:
         )
         return check.Failed(
             f"{self._path}: got {_reason(e)} in saving step {self._saving}, expected a whole checkpoint; "
-            f"{text}; mend that and repeat the command"
+            f"{text}; remove the cause and repeat the command"
         )
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -165,7 +192,15 @@ class Checkpoints:
         ]
 
     def restore(self, step: int, params: PyTree, rest: PyTree) -> tuple[PyTree, PyTree]:
-        """Restores into the shapes and shardings of abstract trees (any mesh)."""
+        """Restores a step into the shapes and shardings of abstract trees, on any mesh.
+
+        Args:
+            step: the global step.
+            params, rest: trees of jax.ShapeDtypeStruct with shardings.
+
+        Returns:
+            The two trees with their arrays.
+        """
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
         )
@@ -173,7 +208,7 @@ class Checkpoints:
         return out["params"], out["rest"]
 
     def params(self, step: int, teacher: str = "") -> PyTree:
-        """The parameters (or a teacher's) alone, as numpy arrays: needs no mesh, no optimiser, no model."""
+        """Returns the parameters of the model, or of a teacher, as numpy arrays; needs no mesh, optimiser or model."""
         path = self._folder(step) / ("rest" if teacher else "params")
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(path).item_metadata.tree
@@ -189,7 +224,7 @@ class Checkpoints:
         return self._path / f"step_{step:09d}"
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises `Failed` if it failed."""
+        """Waits until the last save is on disk; raises `Failed` if it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as e:
@@ -199,35 +234,37 @@ class Checkpoints:
             self._on_saved(self._saving)
 
     def look(self) -> None:
-        """Raises `Failed` if a save has failed by now; waits for nothing."""
-        if jax.process_count() == 1 and self._saving != self._saved:  # several agree in `wait`
+        """Raises `Failed` if a save has failed already; does not wait."""
+        if (
+            jax.process_count() == 1 and self._saving != self._saved
+        ):  # several processes agree in `wait`
             if not self._manager.is_saving_in_progress():
                 self.wait()
 
     def close(self) -> None:
-        """Waits for the last save; raises `Failed` if it failed, unless that was said before."""
+        """Waits for the last save; raises `Failed` if it failed, unless that was raised before."""
         if not self._failed:
             self.wait()
             self._manager.close()
 
 
 def check_path(where: str, path: pathlib.Path) -> None:
-    """Raises UserError for a directory whose name Orbax or TensorStore takes for something else."""
+    """Raises UserError for a directory whose name Orbax or TensorStore would misread."""
     text = str(path)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise check.error(where, ascii(text), "a path in UTF-8", "rename it") from None
+        raise check.error(where, ascii(text), "a path in UTF-8", "rename the directory") from None
     if "\\" in text:
-        raise check.error(where, repr(text), "a path without backslashes", "rename it")
+        raise check.error(where, repr(text), "a path without backslashes", "rename the directory")
     url = re.search(r"(^|/)(gs|s3|az|hf|file|https?|hdfs):/", text)
     if url or text.startswith(("/gs/", "/s3/", "/az/", "/hf/")):
-        do = "mount the bucket elsewhere, and give that path"
+        do = "mount the bucket in a local directory and give that path"
         raise check.error(where, repr(text), "a directory of this machine", do)
 
 
 def _glob(path: Any, pattern: str) -> Iterator[Any]:
-    """`epath.Path.glob` that takes the directory's own name as it is: there, `lr[1e-3]` is a pattern, too."""
+    """`epath.Path.glob`, but without reading the directory's own name, such as `lr[1e-3]`, as a pattern."""
     if path._uri_scheme:  # not on this machine
         return _GLOB(path, pattern)
     return (epath.Path(str(p)) for p in pathlib.Path(os.fspath(path)).glob(pattern))
@@ -237,13 +274,13 @@ _GLOB, epath.gpath.PosixGPath.glob = epath.gpath.PosixGPath.glob, _glob  # type:
 
 
 def _shapes(tree: PyTree) -> list[tuple[Any, str]]:
-    """Shape and type of every array, in no order that a container could change."""
+    """Returns shape and type of every array, sorted, so that the order of containers does not matter."""
     arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
     return sorted((tuple(getattr(x, "shape", ())), np.dtype(x.dtype).name) for x in arrays)
 
 
 def _reason(e: Exception) -> str:
-    """Why a save failed, in a few words."""
+    """Returns why a save failed, in a few words."""
     if isinstance(e, OSError) and e.strerror:
         return e.strerror
     if found := re.search(r"os_error_code='(\d+)'", str(e)):  # TensorStore's
@@ -252,23 +289,32 @@ def _reason(e: Exception) -> str:
 
 
 def _what_to_do(directory: pathlib.Path) -> str:
-    """About checkpoints that are not there: a run that saved some says so (`saved.json`)."""
+    """Returns advice about missing checkpoints; `saved.json` tells whether the run had saved any."""
     gone = (directory.parent / "saved.json").exists()
-    return "bring its checkpoints back" if gone else "train first, or check it"
+    return "restore its checkpoints" if gone else "train first, or correct the path"
 
 
 def select(checkpoints: Checkpoints, workdir: str | pathlib.Path, step: int | None) -> int:
-    """The wanted step, or the newest whole one; raises UserError if there is none."""
+    """Returns the wanted step, or the newest whole one.
+
+    Args:
+        checkpoints: to choose from.
+        workdir: of the run, for errors.
+        step: the wanted one; None: the newest.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is not whole.
+    """
     steps = checkpoints.steps()
     if not steps or step not in (None, *steps):
         got = "no checkpoint" if not steps else f"no step {step}"
         expected = f"one of steps {steps}" if steps else "a saved step"
-        do = "take one of them" if steps else _what_to_do(checkpoints.path)
+        do = f"give --step {steps[-1]}" if steps else _what_to_do(checkpoints.path)
         raise check.error(str(workdir), got, expected, do)
     if step is None:
         step = checkpoints.newest()
         assert step is not None
     elif problem := checkpoints.problem(step):
-        do = f"take another of steps {steps}"
+        do = f"use another of steps {steps}"
         raise check.error(f"{workdir}, step {step}", problem, "a whole checkpoint", do)
     return step

@@ -1,4 +1,4 @@
-"""`vlp average`: the mean of several checkpoints' parameters, as a workdir that can be evaluated or started from."""
+"""`vlp average`: averages the parameters of checkpoints, as a workdir to evaluate or to start a run from."""
 
 import argparse
 import pathlib
@@ -8,10 +8,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     about = "average checkpoints of one model (WiSE-FT, soups)"
     parser = subparsers.add_parser("average", help=about, description=about)
     parser.add_argument(
-        "models", nargs="+", metavar="DIR[@STEP]", help="runs of `vlp train` (the newest step)"
+        "models",
+        nargs="+",
+        metavar="DIR[@STEP]",
+        help="runs of `vlp train` (default step: the newest)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
-    parser.add_argument("--weights", default="", metavar="A,B,…", help="default: all alike")
+    parser.add_argument("--weights", default="", metavar="A,B,…", help="default: equal weights")
     parser.epilog = "Then: vlp eval --workdir DIR, vlp caption --workdir DIR, --config.init=DIR"
     parser.set_defaults(run=run)
 
@@ -21,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from vlp.infer import average
     from vlp.infer.load import load
 
+    average.check_out(pathlib.Path(args.out))
     start_jax()
-
     weights = parse_weights(args.weights, len(args.models))
     models = [load(*parse_model(text)) for text in args.models]
     average.write(pathlib.Path(args.out), models, weights)
@@ -32,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_model(text: str) -> tuple[str, int | None]:
-    """ "DIR@STEP" as both; a directory whose name has an @ is itself."""
+    """Splits "DIR@STEP" into both; an existing directory whose name has an @ is taken whole."""
     directory, at, step = text.rpartition("@")
     if not at or pathlib.Path(text).is_dir() or not step.isdecimal():
         return text, None
@@ -40,7 +43,7 @@ def parse_model(text: str) -> tuple[str, int | None]:
 
 
 def parse_weights(text: str, num: int) -> list[float]:
-    """One finite number a model; they add up to 1."""
+    """Returns one finite weight per model; they add up to 1. Raises UserError for other texts."""
     import math
 
     from vlp.core import check
@@ -52,6 +55,6 @@ def parse_weights(text: str, num: int) -> list[float]:
     except ValueError:
         weights = []
     if len(weights) != num or not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        do = "write --weights 0.3,0.7, say"
+        do = "give, for instance, --weights 0.3,0.7"
         raise check.error("--weights", repr(text), f"{num} numbers with sum 1", do)
     return weights

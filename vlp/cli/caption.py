@@ -1,6 +1,7 @@
 """`vlp caption`: captions image files with a trained model."""
 
 import argparse
+import os
 import pathlib
 
 
@@ -18,18 +19,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from vlp.cli.main import start_jax
     from vlp.core import check
-    from vlp.data import image_ops
+    from vlp.data import pictures
     from vlp.infer.caption import caption
     from vlp.infer.load import load
 
     images = []
     for path in args.images:
-        if not pathlib.Path(path).is_file():
-            raise check.error("vlp caption", f"no file {path!r}", "image files", "check the path")
+        if os.path.isdir(path):
+            do = f"name its files, {os.path.join(path, '*.jpg')} say"
+            raise check.error("vlp caption", f"the folder {path!r}", "image files", do)
+        if not os.path.isfile(path):
+            raise check.error("vlp caption", f"no file {path!r}", "image files", "correct the path")
         try:
-            images.append(image_ops.decode(pathlib.Path(path).read_bytes()))
-        except image_ops.BadImage as e:
-            got = f"{path!r}, no usable image ({e})"
+            images.append(pictures.decode(pathlib.Path(path).read_bytes()))
+        except pictures.BadImage as e:
+            got = f"{path!r}, which is not a usable image ({e})"
             raise check.error("vlp caption", got, "image files", "leave it out") from e
     start_jax()
     loaded = load(args.workdir, args.step)

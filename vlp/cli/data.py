@@ -50,7 +50,8 @@ def _emoji(args: argparse.Namespace) -> int:
     for split, entry in manifest["splits"].items():
         bases = manifest["info"]["num_bases"][split]
         print(f"{split:14} {entry['num_records']:5d} images of {bases:4d} emoji")
-    print(f"{'vocabulary':14} {manifest['info']['vocab_size']:5d} pieces")
+    pieces = manifest["info"]["vocab_size"]
+    print(f"{'vocabulary':14} {pieces:5d} pieces{_fewer(pieces, args.vocab_size)}")
     print(f"{args.out}: {_SAME if existed else 'written'}, {time.monotonic() - begin:.1f} s")
     print(f"{manifest['info']['attribution']} ({manifest['info']['license']})")
     return 0
@@ -73,7 +74,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     begin = time.monotonic()
     if not args.input:
-        raise check.error("PATH", "''", "a directory, a shard or a table", "name one")
+        raise check.error("PATH", "''", "a directory, a shard or a table", "give its path")
     existed = _exists(args.out)
     args.splits = tuple(args.splits or sources.held(args.input))
     fields.check_splits(args.splits)
@@ -96,7 +97,7 @@ def _convert(args: argparse.Namespace) -> int:
         num_rows = getattr(source, "num_rows", len(source))
         print(f"{split}: {num_rows} rows of {kind}, {shown}{note}")
         if told := sources.grouped(source):
-            print(f"{split}: {told} (--no-group: one record a row)")
+            print(f"{split}: {told} (--no-group: one record per row)")
         if os.path.isdir(args.input) and (beside := sources.unread(kind, found)):
             print(f"{split}: not read beside them, by ending: {beside}")
     manifest = convert.run(
@@ -106,16 +107,16 @@ def _convert(args: argparse.Namespace) -> int:
         held = ", held out of train (--val-fraction)" if split not in job.splits else ""
         print(f"{split}: {entry['num_records']} records in {len(entry['shards'])} shards{held}")
     if job.val_frac and "val" not in manifest["splits"]:
-        print("val: none, as train has fewer than two different images")
+        print("val: none, because train has fewer than two different images")
     _tell_others(args)
     info = manifest["info"]
     if words := info.get("tokenizer"):
-        print(
-            f"tokenizer: {words['pieces']} pieces, {words['from']}, sha256 {words['sha256'][:12]}…"
-        )
+        fewer = _fewer(words["pieces"], args.tokenizer) if args.tokenizer.isdecimal() else ""
+        pieces = f"{words['pieces']} pieces{fewer}"
+        print(f"tokenizer: {pieces}, {words['from']}, sha256 {words['sha256'][:12]}…")
     print(f"left out: {info['left_out'] or 'nothing'}; keys repeated: {info['repeated_keys']}")
-    if plan := info.get("parts_left_out"):
-        print(f"plan that do not fit, left out of records: {plan}")
+    if parts := info.get("parts_left_out"):
+        print(f"parts that do not fit, left out of records: {parts}")
     for kind in ("tar", "folder", "img2dataset"):
         if counts := {s: c for s, c in info.get(kind, {}).items() if c}:
             print(f"{kind}: {counts}")
@@ -127,13 +128,15 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _val(args: argparse.Namespace) -> dict:
-    """What `--val-fraction` asks of a job whose input has the splits `args.splits`."""
+    """Returns the arguments that `--val-fraction` adds to a job whose input has the splits `args.splits`."""
     from vlp.data.sources import fields
 
     has = set(fields.names_of("val")) & set(args.splits) or "train" not in args.splits
     if args.val_fraction and has:
         got = f"{args.val_fraction} beside the splits {list(args.splits)}"
-        raise check.error("--val-fraction", got, "'train' without a split val", "drop it")
+        raise check.error(
+            "--val-fraction", got, "'train' without a split val", "leave out --val-fraction"
+        )
     return {"val_frac": args.val_fraction}
 
 
@@ -149,6 +152,7 @@ def _verify(args: argparse.Namespace) -> int:
     from vlp.data.tools import inspect
 
     begin, num = time.monotonic(), 0
+    check.output_file("--quarantine", args.quarantine, new=True)
     if args.quarantine:
         _write_new(args.quarantine, b"")
 
@@ -171,7 +175,7 @@ def _open(args: argparse.Namespace, split: str):
 
     source = sources.open_path(args.input, split, given=data_options.fields_of(args))
     if told := sources.grouped(source):
-        print(f"{split}: {told} (--no-group: one record a row)", file=sys.stderr)
+        print(f"{split}: {told} (--no-group: one record per row)", file=sys.stderr)
     return source
 
 
@@ -180,19 +184,29 @@ def _write_new(path: str, data: bytes) -> None:
         with open(path, "xb") as f:
             f.write(data)
     except FileExistsError:
-        raise check.error(path, "a file", "a new file", "choose another name") from None
+        raise check.error(path, "a file", "a new file", "give the path of a new file") from None
+
+
+def _page(args: argparse.Namespace, split: str) -> str:
+    """Returns the name of a split's page; "" without --html."""
+    stem, ending = os.path.splitext(args.html or "")
+    return args.html or "" if len(args.splits) == 1 else f"{stem}-{split}{ending}" * bool(stem)
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from vlp.data.tools import inspect
 
+    pages = {split: _page(args, split) for split in args.splits}
+    for file in filter(None, pages.values()):
+        check.output_file("--html", file, new=True)
     for split in args.splits:
         source = _open(args, split)
         found = inspect.numbers(source)
-        print(json.dumps({"split": split, **found}, indent=1, ensure_ascii=False))
-        if args.html:
-            stem, ending = os.path.splitext(args.html)
-            file = args.html if len(args.splits) == 1 else f"{stem}-{split}{ending}"
+        if args.json:
+            print(json.dumps({"split": split, **found}, indent=1, ensure_ascii=False))
+        else:
+            print(f"split {split}\n{inspect.text(found)}")
+        if file := pages[split]:
             page = inspect.page(source, found, title=f"{args.input} · {split}")
             _write_new(file, page.encode())
             print(f"{file}: written")
@@ -205,13 +219,14 @@ def _filter(args: argparse.Namespace) -> int:
     from vlp.data.tools import filter as filter_lib
     from vlp.data.tools import prepare
 
+    existed = _exists(args.out)
     args.splits = args.splits or sources.held(args.input)
     fields.check_splits(args.splits)
     rules = filter_lib.Rules(
         **{k: getattr(args, k) for k in (f.replace("-", "_") for f in data_options.RULES)}
     )
     counts = {split: collections.Counter() for split in args.splits}
-    kept, existed = {}, _exists(args.out)
+    kept = {}
     for split in args.splits:
         source = _open(args, split)
         kept[split] = filter_lib.apply(
@@ -222,7 +237,7 @@ def _filter(args: argparse.Namespace) -> int:
     more = {records.TOKENIZER: words.to_bytes()} if words else {}
     try:
         records.write(args.out, kept, name=os.path.basename(args.out), info=info, files=more)
-    finally:  # also when nothing is left: they say by which rule
+    finally:  # also if nothing is left: the counts say which rule is to blame
         for split, by_rule in counts.items():
             print(json.dumps({"split": split, **dict(sorted(by_rule.items()))}))
     _tell_others(args)
@@ -235,15 +250,18 @@ def _tokenizer(args: argparse.Namespace) -> int:
 
     if bool(args.other) == bool(args.input):
         raise check.error(
-            "vlp data tokenizer", "both or neither of PATH and --from", "one", "drop one"
+            "vlp data tokenizer", "both or neither of PATH and --from", "one of them", "give one"
         )
+    check.output_file("--out", args.out, new=True)
     if args.other:
         data = tokenizer.model_bytes(args.other)
-        ours = data[:1] == b"{" or args.other.endswith(".model")  # else: whatever CLIP's has become
+        ours = data[:1] == b"{" or args.other.endswith(".model")  # else CLIP's BPE, under any name
         data = data if ours else tokenizer_formats.clip_bpe(data, args.other)
         if args.lower and data[:1] != b"{":
-            raise check.error("--lower", args.other, "a tokenizer.json or CLIP's BPE", "drop it")
-        tokenizer.Tokenizer(data, args.other)  # refuses what is none
+            raise check.error(
+                "--lower", args.other, "a tokenizer.json or CLIP's BPE", "leave out --lower"
+            )
+        tokenizer.Tokenizer(data, args.other)  # raises if it is not a tokenizer
         tok = tokenizer.Tokenizer(
             tokenizer_formats.lowered(data, args.other) if args.lower else data
         )
@@ -255,19 +273,30 @@ def _tokenizer(args: argparse.Namespace) -> int:
     texts, left_out = _texts(args, args.langs)
     if not texts:
         got = f"no caption in {args.langs or args.input} (left out: {dict(left_out)})"
-        raise check.error("vlp data tokenizer", got, "some", "see them by `vlp data inspect`")
+        raise check.error(
+            "vlp data tokenizer",
+            got,
+            "at least one",
+            "look at the captions with `vlp data inspect`",
+        )
     tok = tokenizer.train(
         texts, args.vocab_size, lower=not args.keep_case, model_type=args.model_type
     )
     _write_new(args.out, tok.to_bytes())
-    print(f"{args.out}: {tok.vocab_size} pieces from {len(texts)} texts, {_policy(tok)}")
+    pieces = f"{tok.vocab_size} pieces{_fewer(tok.vocab_size, args.vocab_size)}"
+    print(f"{args.out}: {pieces}, from {len(texts)} texts, {_policy(tok)}")
     print(f"left out: {dict(left_out) or 'nothing'}")
     print(f"sha256 {tok.sha256}")
     return 0
 
 
+def _fewer(found: int, wanted: int | str) -> str:
+    """What to add to a number of pieces if more were wanted."""
+    return f", not {int(wanted):,}: these texts fill no more" if found < int(wanted) else ""
+
+
 def _policy(tok) -> str:
-    """What becomes of a text, in words."""
+    """Returns in words how a text is tokenized."""
     case = "lower-cases" if tok.lower else "keeps case"
     return f"{case}, [bos] pieces [eos] then {tok.pad_id}s, cut before eos"
 
@@ -275,7 +304,10 @@ def _policy(tok) -> str:
 def _texts(
     args: argparse.Namespace, langs: list[str], limit: int | None = None
 ) -> tuple[list[str], collections.Counter]:
-    """The captions in `langs` (empty: any), and how many rows or captions were left out, by reason."""
+    """Returns the captions in `langs` (empty: any), and how many rows or captions were left out, by reason.
+
+    limit: of rows per split.
+    """
     from vlp.data import text_ops
 
     texts, left_out = [], collections.Counter()
@@ -320,8 +352,8 @@ def _bench(args: argparse.Namespace) -> int:
     source = _open(args, data.split)
     try:
         words = source.tokenizer()
-    except check.UserError:  # none beside the data: any of about the usual size will do
-        words = tokenizer.train(_texts(args, [], limit=1000)[0], 8000, model_type="bpe")
+    except check.UserError:  # the dataset has none: train one of a usual size
+        words = tokenizer.train(_texts(args, [], limit=1000)[0], 8000)
     dataset = Dataset(data, source, words)
     rates = bench.stages(dataset, args.num_images)
     for stage, rate in rates.items():

@@ -1,4 +1,4 @@
-"""The options of `vlp data`, by action; and the columns that its input options name."""
+"""The options of `vlp data` by action, and the columns that they name."""
 
 import argparse
 
@@ -11,7 +11,9 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     emoji.add_argument(
         "--image-px", type=_number, default=72, help="side of the images (default 72)"
     )
-    emoji.add_argument("--vocab-size", type=int, default=1500, help="ceiling of the vocabulary")
+    emoji.add_argument(
+        "--vocab-size", type=int, default=1500, help="largest vocabulary (default 1500)"
+    )
     convert = actions.add_parser(
         "convert", help="folder, CSV, TSV, JSONL, Parquet, tar shards or TFDS → records"
     )
@@ -19,49 +21,64 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     convert.add_argument("--rows-per-shard", type=_number, default=16384, help="default 16384")
     convert.add_argument("--workers", type=_number, default=1, help="processes (default 1)")
-    convert.add_argument("--strict", action="store_true", help="refuse tars with damaged tails")
-    convert.add_argument("--check-images", action="store_true", help="leave out what cannot decode")
+    convert.add_argument(
+        "--strict", action="store_true", help="raise an error for tars with damaged tails"
+    )
+    convert.add_argument(
+        "--check-images", action="store_true", help="leave out images that do not decode"
+    )
     convert.add_argument(
         "--val-fraction",
         type=_fraction,
         default=0.0,
         metavar="F",
-        help="without a split val: hold this share of train out (default 0: none)",
+        help="if there is no split val, hold out this share of train (default 0)",
     )
     convert.add_argument(
         "--tokenizer",
         default="auto",
         metavar="N|FILE",
-        help="train N pieces on train's captions, or take a file; '' for none (default: the one"
-        " beside the input, or one trained as large as the captions can fill)",
+        help="train N pieces on the captions of train, or use a file; '' for none (default: the"
+        " tokenizer beside the input, or one with as many pieces as the captions allow)",
     )
-    convert.add_argument("--runner", default="", help="of Apache Beam, instead of this machine")
+    convert.add_argument(
+        "--runner", default="", help="a runner of Apache Beam instead of this machine"
+    )
     convert.add_argument("--runner-args", nargs="*", default=[], help="options of the runner")
     verify = actions.add_parser("verify", help="check digests and decode every image")
     verify.add_argument("dir", metavar="DIR")
     verify.add_argument("--quarantine", metavar="FILE", help="write the bad records here, as JSONL")
     inspect = actions.add_parser(
-        "inspect", help="counts, sizes, lengths, repeats; a page of images"
+        "inspect", help="count sizes, lengths and repeats; make a page of images"
     )
     _add_input(inspect)
+    inspect.add_argument(
+        "--json", action="store_true", help="print JSON; lists are [min, 25 %%, median, 75 %%, max]"
+    )
     inspect.add_argument("--html", metavar="FILE", help="write a page with images and captions")
-    keep = actions.add_parser("filter", help="ALIGN's image and text rules, with counts by rule")
+    keep = actions.add_parser("filter", help="apply ALIGN's image and text rules; count by rule")
     _add_input(keep, splits=None)
     keep.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     for flag, default in RULES.items():
         keep.add_argument(f"--{flag}", type=type(default), default=default, help=f"[{default}]")
     words = actions.add_parser(
-        "tokenizer", help="train SentencePiece on the captions, or import another's"
+        "tokenizer", help="train SentencePiece on the captions, or import a tokenizer"
     )
     _add_input(words, optional=True)
     words.add_argument("--from", dest="other", metavar="FILE", help="tokenizer.json or CLIP's BPE")
     words.add_argument("--out", required=True, metavar="FILE", help="a new file")
-    words.add_argument("--vocab-size", type=int, default=32000, help="ceiling (default 32000)")
-    words.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
-    words.add_argument("--keep-case", action="store_true", help="no lower-casing")
+    words.add_argument("--vocab-size", type=int, default=32000, help="largest size (default 32000)")
+    words.add_argument(
+        "--model-type", choices=("bpe", "unigram"), default="bpe", help="default bpe (byte pairs)"
+    )
+    words.add_argument("--keep-case", action="store_true", help="do not lower-case")
     words.add_argument("--lower", action="store_true", help="lower-case before --from's own rules")
-    words.add_argument("--langs", nargs="+", default=[], help="captions in these only")
-    bench = actions.add_parser("bench", help="images/s by stage on one core, and what limits")
+    words.add_argument(
+        "--langs", nargs="+", default=[], help="use only captions in these languages"
+    )
+    bench = actions.add_parser(
+        "bench", help="images/s of each stage on one core; names the slowest"
+    )
     _add_input(bench)
     bench.add_argument("--num-images", type=_number, default=500)
     bench.add_argument("--image-px", type=_number, default=224)
@@ -70,7 +87,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     bench.add_argument("--workers", type=int, default=0)
 
 
-# flags of `vlp data filter`: the fields of vlp.data.tools.filter.Rules with the paper's numbers
+# Flags of `vlp data filter`: the fields of vlp.data.tools.filter.Rules, with the numbers of the paper.
 RULES = {
     "min-side-px": 200,
     "max-aspect": 3.0,
@@ -84,7 +101,7 @@ RULES = {
 
 def _number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, 1 or more")
     return int(text)
 
 
@@ -104,24 +121,42 @@ def _add_input(
     optional: bool = False,
     splits: tuple[str, ...] | None = ("train",),
 ) -> None:
-    """splits: those that are read by default; None: all that the input has."""
+    """Adds the options of an action's input.
+
+    Args:
+        parser: of the action.
+        optional: the action also works without an input.
+        splits: that are read by default; None: all that the input has.
+    """
     nargs = "?" if optional else None
     parser.add_argument("input", metavar="PATH", nargs=nargs, help="a directory, shard or table")
-    usual = f"default: {' '.join(splits) if splits else 'train, and val, test, dev if there are'}"
+    usual = f"default: {' '.join(splits) if splits else 'train, and val, test, dev if they exist'}"
     parser.add_argument("--splits", nargs="+", default=splits, help=usual)
     for name in ("key", "image", "lang", "label"):
-        off = "" if name == "image" else "; '' for none, whatever the columns are called"
+        off = "" if name == "image" else "; '' to use no column"
         words = f'column, or a path into one ("a.b"){off}'
         parser.add_argument(f"--{name}", default=None, metavar="COLUMN", help=words)
-    parser.add_argument("--captions", nargs="+", default=None, metavar="COLUMN", help="likewise")
-    parser.add_argument("--default-lang", default="und", help="where no column says it")
     parser.add_argument(
-        "--no-group", action="store_true", help="one record a row, though rows have the same image"
+        "--captions",
+        nargs="+",
+        default=None,
+        metavar="COLUMN",
+        help="columns or paths, as for --key",
+    )
+    parser.add_argument(
+        "--default-lang",
+        default="und",
+        help="language of captions if no column gives it (default und)",
+    )
+    parser.add_argument(
+        "--no-group",
+        action="store_true",
+        help="make one record per row, even if rows share an image",
     )
     parser.add_argument(
         "--allow-outside",
         action="store_true",
-        help="follow a table's or a link's paths out of the dataset's directory",
+        help="allow paths of a table or a link that leave the dataset's directory",
     )
 
 

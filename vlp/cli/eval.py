@@ -1,4 +1,4 @@
-"""`vlp eval`: runs the evaluations of a trained run again, or others, on the run's data or on other data."""
+"""`vlp eval`: evaluates a trained run again, with its own or other evaluators, on its own or other data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlp.infer.load import Loaded
 
-# What an override may set: the checkpoint's model was trained for the rest.
+# What an override may set: the checkpoint was trained with the other values.
 SECTIONS = ("evals", "data", "eval_params", "plugins")
 TRAINED = ("image_px", "text_len", "tokenizer")
 
@@ -20,16 +20,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run of `vlp train`")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument(
-        "--evals", default="", metavar="A,B", help="labels in config.evals (default: all)"
+        "--evals", default="", metavar="A,B", help="labels of config.evals (default: all)"
     )
-    parser.add_argument("--data", default="", metavar="PATH", help="other data than the run's")
-    parser.add_argument("--split", default="", help="another split than the config's")
+    parser.add_argument(
+        "--data", default="", metavar="PATH", help="evaluate on this dataset instead of the run's"
+    )
+    parser.add_argument(
+        "--split",
+        default="",
+        help="evaluate on this split only; skip evaluators that cannot use it",
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="write the results as JSON")
     parser.add_argument(
-        "--write", action="store_true", help="write galleries into DIR/evals, for the report"
+        "--write", action="store_true", help="write galleries into DIR/evals for `vlp report`"
     )
     parser.epilog = (
-        "Also --config.evals.LABEL.key=value (adds a label, too) and --config.data.key=value"
+        "Also: --config.evals.LABEL.key=value (which may add a label) and --config.data.key=value"
     )
     parser.set_defaults(run=run, config="", overrides=[])
 
@@ -39,26 +45,25 @@ def run(args: argparse.Namespace) -> int:
 
     from vlp.cli.main import start_jax
     from vlp.core import check, mesh, progress
-    from vlp.evals.io import IO, check_asks, check_ready
+    from vlp.evals.io import IO
     from vlp.infer.load import load
     from vlp.runtime import workdir
 
     start_jax()
     directory = pathlib.Path(args.workdir)
     check.output_file("--json", args.json)
-    if args.write:
+    if args.write and directory.is_dir():
         workdir.check_links(directory)
+        check.output_dir("--write", directory / "evals")
     loaded, chosen = configured(load(directory, args.step), args)
     if not chosen:
-        print(f"{args.workdir}: config.evals has none, so nothing is evaluated")
+        print(f"{args.workdir}: config.evals is empty: nothing to evaluate")
     write = lambda name, value: workdir.write_artefact(
         directory, name, {"step": loaded.step} | value
     )
     io = IO(loaded.data, loaded.tokenizer, **({"write": write} if args.write else {}))
     device_mesh = mesh.make(mesh.MeshShape())
-    for label, evaluator in chosen.items():
-        check_ready(evaluator, device_mesh, io, f"config.evals.{label}")
-        check_asks(evaluator, loaded.apply, loaded.data, f"config.evals.{label}")
+    chosen = ready(chosen, args, loaded, device_mesh, io)
     rows = []
     with jax.set_mesh(device_mesh):
         for label, evaluator in chosen.items():
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[str, Any]]:
-    """The run with the data and parameters that the command asks for, and the chosen evaluators by label."""
+    """Returns the run with the data and parameters that the command asks for, and the chosen evaluators by label."""
     import dataclasses
 
     from vlp.core import check
@@ -91,13 +96,14 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
         key = item.partition("=")[0]
         first, _, second = key.partition(".")
         if first not in SECTIONS or (first == "data" and second in ("", *TRAINED)):
-            expected = f"a value in {', '.join(SECTIONS)}, and of data not {', '.join(TRAINED)}"
-            raise check.error("vlp eval", f"--config.{key}", expected, "train with it instead")
+            expected = f"a key of {', '.join(SECTIONS)}, but not data.{', data.'.join(TRAINED)}"
+            do = "give it to `vlp train`: the checkpoint was trained with another value"
+            raise check.error("vlp eval", f"--config.{key}", expected, do)
     before = section.get("eval_params")
     section = {"evals": {}, **section, "data": plain(loaded.data)}
     if args.data:
         section["data"] |= {"source": "records", "path": args.data, "mixture": [], "reweight": []}
-        section["data"]["skip"] = ""  # lists the run's own records
+        section["data"]["skip"] = ""  # it lists records of the run's own data
     override(section, args.overrides)
     if section.get("eval_params") != before:
         loaded = load(args.workdir, loaded.step, section["eval_params"])
@@ -106,5 +112,47 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
     for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):
         if label not in evals:
             raise check.unknown("--evals", label, evals)
-    split = {"split": args.split} if args.split else {}
-    return loaded, {label: dataclasses.replace(evals[label], **split) for label in labels}
+    return loaded, {label: evals[label] for label in labels}
+
+
+def ready(
+    chosen: dict[str, Any], args: argparse.Namespace, loaded: Loaded, device_mesh: Any, io: Any
+) -> dict[str, Any]:
+    """The evaluators, by label, that can be done on `--split` (default: on their own splits).
+
+    With `--split`, one that cannot be done is skipped in a line that says why, if another one can and no option names
+    it. Raises the UserError of the first that cannot, otherwise.
+    """
+    from vlp.core import check
+    from vlp.evals.io import check_asks, check_ready
+
+    named = {a for a in args.evals.split(",") if a}
+    named |= {item.split(".")[1] for item in args.overrides if item.startswith("evals.")}
+    found, refused = {}, {}
+    for label, evaluator in chosen.items():
+        try:
+            evaluator = on_split(evaluator, args.split)
+            check_ready(evaluator, device_mesh, io, f"config.evals.{label}")
+            check_asks(evaluator, loaded.apply, loaded.data, f"config.evals.{label}")
+            found[label] = evaluator
+        except check.MachineError:
+            raise
+        except check.UserError as e:
+            if not args.split or label in named:
+                raise
+            refused[label] = e
+    if refused and not found:
+        raise next(iter(refused.values()))
+    for label, e in refused.items():
+        print(f"{label:12s} skipped on split {args.split!r}: {check.line(e)}")
+    return found
+
+
+def on_split(evaluator: Any, split: str) -> Any:
+    """The evaluator, reading this split and no other ("": its own)."""
+    import dataclasses
+
+    if not split:
+        return evaluator
+    alone = {"extra_splits": ()} if hasattr(evaluator, "extra_splits") else {}
+    return dataclasses.replace(evaluator, split=split, **alone)

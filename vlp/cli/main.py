@@ -1,6 +1,7 @@
 """The command line: `vlp SUBCOMMAND …`.
 
-Exit codes: 0 done, 1 crash or a check that does not hold, 2 user error, 75 pre-empted and saved, 76 hang.
+Exit codes: 0 done; 1 crash, fault of the machine or failed check; 2 mistake of the user; 75 pre-empted and saved;
+76 hang; 130 Ctrl-C (vlp.core.interrupt).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "report")
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers mistakes in one line."""
+    """Reports mistakes in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise check.UserError(f"{self.prog}: {message}; see {self.prog} --help")
@@ -34,10 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for noisy in ("jax", "grain"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    for noisy in (
-        "absl",
-        "orbax",
-    ):  # what they raise is told; they would tell it first, with its trace
+    # `vlp` reports what these raise; they would log it too, with its traceback.
+    for noisy in ("absl", "orbax"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     sys.excepthook = _excepthook
     if not any(isinstance(h, progress.Said) for h in logging.getLogger().handlers):
@@ -48,17 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [c for c in COMMANDS if c == next((a for a in argv if not a.startswith("-")), None)]
     for name in chosen or COMMANDS:  # one command does not import the others
         importlib.import_module(f"vlp.cli.{name}").add_parser(subparsers)
-    progress.in_log = chosen == ["train"]  # whose mistakes are alone on standard error
+    progress.in_log = chosen == ["train"]  # standard error holds only the mistakes of `train`
     try:
         for a in (a for a in argv if a.startswith("-") and a.endswith("=--")):
-            raise check.error(a.removesuffix("=--"), "'--'", "a value", "write one")
+            raise check.error(a.removesuffix("=--"), "'--'", "a value", "give one after the =")
         args, rest = parser.parse_known_args(argv)
         taken = [a for a in rest if a.startswith("--config.") and hasattr(args, "config")]
         args.overrides = [a.removeprefix("--config.") for a in taken]
         for a, after in zip(rest, [*rest[1:], ""]):
             if a in taken and "=" not in a:
                 value = "VALUE" if after.startswith("-") or not after else after
-                raise check.error(a, "no value", f"{a}={value}", "write it with =")
+                raise check.error(a, "no value", f"{a}={value}", "join key and value with =")
         if wrong := [a for a in rest if a not in taken]:
             parser.error(f"unrecognized arguments: {' '.join(wrong)}")
         with progress.phase(f"vlp {chosen[0] if chosen else ''}"):
@@ -66,17 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if (told := check.answer(e)) is None:
             raise
-        print(f"vlp: {told[0]}", file=sys.stderr)
+        print(f"vlp: {re.sub(r'^vlp:? ', '', told[0])}", file=sys.stderr)
         return told[1]
 
 
 def _excepthook(kind: type[BaseException], e: BaseException, trace: Any) -> None:
-    """Prints an error that nothing caught, but for what TensorStore's threads call back into a save that has failed."""
+    """Prints an uncaught error, except those of TensorStore's threads that call back into a save that has failed."""
     if not (kind is RuntimeError and str(e) == "Event loop is closed"):
         sys.__excepthook__(kind, e, trace)
 
 
-# What a run's numbers depend on, whatever the shell or a JAX configuration says.
+# Flags of JAX that numbers depend on. They override the shell and a JAX configuration.
 PINNED = {
     "jax_enable_x64": False,
     "jax_default_matmul_precision": None,
@@ -90,9 +89,9 @@ _FAST = r"--xla_\w*fast_(math|min_max)(=(true|1))?(?=\s|$)"
 
 
 def start_jax() -> None:
-    """Pins the flags that numbers depend on, and keeps compiled programs between runs.
+    """Pins the flags that numbers depend on, and lets runs share compiled programs.
 
-    VLP_CACHE: where (default ~/.cache/vlp; empty: nowhere).
+    The environment variable VLP_CACHE names the folder of compiled programs (default ~/.cache/vlp; empty: none).
     """
     import jax
 
@@ -104,9 +103,10 @@ def start_jax() -> None:
 
 
 def pin_flags() -> None:
-    """Sets JAX's flags as in `PINNED`, and tells which were otherwise.
+    """Sets JAX's flags as in `PINNED`, and warns of those that had other values.
 
-    Raises UserError for fast-math flags of XLA, under which NaN and the order of sums are the compiler's own affair.
+    Raises:
+        UserError: XLA_FLAGS allows fast math, which may ignore NaN and reorder sums.
     """
     import jax
 
@@ -114,8 +114,8 @@ def pin_flags() -> None:
     for name, value in PINNED.items():
         found = getattr(jax.config, name, value)
         if found != value:
-            text = "%s=%s is not followed (it stays %s): a run's numbers depend on its config alone"
+            text = "%s=%s is ignored (it stays %s): the numbers of a run depend on its config alone"
             log.warning(text, name.upper(), found, value)
             jax.config.update(name, value)
     if fast := re.search(_FAST, os.environ.get("XLA_FLAGS", "")):
-        raise check.error("XLA_FLAGS", fast.group(), "arithmetic that knows NaN", "drop it")
+        raise check.error("XLA_FLAGS", fast.group(), "no fast math", "remove it from XLA_FLAGS")

@@ -8,32 +8,32 @@ import time
 from vlp.cli.main import start_jax
 
 SEVERAL = (
-    "Start the same command on every host; on Cloud TPU and under srun nothing need be given. Also by "
-    "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; --coordinator none: this process is alone."
+    "Start the same command on every host. On Cloud TPU and under srun no option is needed. The environment variables "
+    "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID work too. --coordinator none: a run of one process."
 )
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    about = "train a model, or continue its run (same command)"
+    about = "train a model, or continue its run (with the same command)"
     parser = subparsers.add_parser("train", help=about, description=about)
     parser.add_argument(
         "--config", required=True, metavar="FILE.py[:ARG]", help="config file and its argument"
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument(
         "--profile", default="", metavar="A:B", help="trace steps A to B into DIR/profile (XProf)"
     )
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="go on with another length of the last stage, or with other evaluators",
+        help="continue with another length of the last stage, or with other evaluators",
     )
     several = parser.add_argument_group("several processes", SEVERAL)
     several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
-    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    several.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
     several.add_argument(
-        "--wait-secs", type=float, metavar="S", help="how long to wait for the others (default: 40)"
+        "--wait-secs", type=float, metavar="S", help="seconds to wait for the others (default 40)"
     )
     parser.epilog = "Any value can be overridden: --config.section.key=value"
     parser.set_defaults(run=run)
@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
     secs = hosts.SECS if args.wait_secs is None else args.wait_secs
     if not 0 < secs < math.inf:
-        raise check.error("--wait-secs", secs, "a number of seconds above 0", "change it")
+        raise check.error(
+            "--wait-secs", secs, "a number of seconds above 0", "give --wait-secs 40, for instance"
+        )
     config = load(args.config, args.overrides)
     steps = profile.parse(args.profile) if args.profile else None
     start_jax()

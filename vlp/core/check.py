@@ -1,7 +1,7 @@
 """Errors that a user can act on: one line, `where: got X, expected Y; do Z`.
 
-The command line turns a `UserError` into exit code 2 and prints its message alone, and so it does with what the
-machine refused (`Failed`, a full disk), with exit code 1; any other exception is a crash (1, with its traceback).
+The command line prints the message of a `UserError` alone and exits with code 2. It does the same for a fault of the
+machine (`Failed`, a full disk), with code 1. Any other exception is a crash: code 1, with its traceback.
 """
 
 import difflib
@@ -11,6 +11,7 @@ import pathlib
 import re
 import resource
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
@@ -23,7 +24,7 @@ class Failed(RuntimeError):
     """Something outside of the program failed (a disk, another process); the message says what is kept."""
 
 
-# What an operating system refuses whatever the program does.
+# Errors of the operating system that no program can prevent.
 _MACHINE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
     errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG,
@@ -31,20 +32,20 @@ _MACHINE = (
 
 
 def failure(e: BaseException) -> str:
-    """What to print for an error of the machine in one line; "" for a crash."""
+    """Returns the line to print for a fault of the machine; "" for a crash."""
     error: BaseException | None = e
-    while error is not None:  # the first that says it, not what failed to close after it
+    while error is not None:  # the first error of the chain, not what failed to close after it
         if isinstance(error, Failed):
             return str(error)
         error = error.__context__
     if isinstance(e, OSError) and e.errno in _MACHINE:
         where = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else "a file"
-        return f"{where}: got {e.strerror}, expected to read or write it; mend that and repeat the command"
+        return f"{where}: got {e.strerror}, expected to read or write it; correct that and run the command again"
     return ""
 
 
 class MachineError(UserError):
-    """A limit or a fault of the machine: nothing that was being read is to blame for it."""
+    """A limit or a fault of the machine, not of the data that was being read."""
 
 
 _FAULTS = {  # by errno: what to do
@@ -58,11 +59,13 @@ _FAULTS = {  # by errno: what to do
 
 
 def machine(where: object, e: BaseException) -> MachineError | None:
-    """Returns the error to raise if `e` is a fault of the machine, from Python or from a library; else None."""
+    """Returns the error to raise if `e`, from Python or a library, is a fault of the machine; else None."""
     if isinstance(e, MachineError):
         return e
     code = errno.ENOMEM if isinstance(e, MemoryError) else getattr(e, "errno", None)
-    if code is None and isinstance(e, RuntimeError | OSError):  # compiled libraries: words alone
+    if code is None and isinstance(
+        e, RuntimeError | OSError
+    ):  # compiled libraries give only the message
         code = next((n for n in _FAULTS if os.strerror(n).lower() in str(e).lower()), None)
     if code not in _FAULTS:
         return None
@@ -73,15 +76,12 @@ def machine(where: object, e: BaseException) -> MachineError | None:
 
 
 def line(text: object) -> str:
-    """A message as one line of text: what a terminal would not show (line breaks of a name, say) is written out."""
+    """Returns a message as one line: characters that a terminal would not show (a line break in a name) are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def answer(e: BaseException) -> tuple[str, int] | None:
-    """The line to print for an error, and its exit code: 2 for a user's mistake, 1 for a fault of the machine.
-
-    None for a crash.
-    """
+    """Returns the line to print for an error and its exit code (2: the user's, 1: the machine's); None for a crash."""
     if isinstance(e, UserError):
         return line(e), 1 if isinstance(e, MachineError) else 2
     told = failure(e)
@@ -89,7 +89,7 @@ def answer(e: BaseException) -> tuple[str, int] | None:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Ends a script with its main's exit code; with 2 and one line for a mistake of the user's."""
+    """Runs main and exits with its code; a UserError is printed in one line, with its code."""
     try:
         sys.exit(main())
     except UserError as mistake:
@@ -99,46 +99,94 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(told[1])
 
 
-def output_file(where: str, path: str | pathlib.Path | None) -> None:
-    """Raises UserError unless `path` can be a file to write ("" or None: there is none), before work is done for it."""
-    if path and pathlib.Path(path).is_dir():
-        raise error(where, f"the directory {str(path)!r}", "a file", "name one in it")
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
-        raise error(where, repr(str(path)), "a file in an existing directory", "make it")
+def output_file(where: str, path: str | pathlib.Path | None, *, new: bool = False) -> None:
+    """Raises UserError unless a file can be written at `path`. Call it before the work.
+
+    Args:
+        where: the option.
+        path: "" or None: no file is wanted.
+        new: the file must not exist yet.
+    """
+    if not path:
+        return
+    got = repr(str(path))
+    if os.path.isdir(path):
+        raise error(where, f"the directory {str(path)!r}", "a file", "name a file in it")
+    if new and os.path.lexists(path):
+        raise error(where, f"{got}, which exists", "a new file", "give the path of a new file")
+    real = os.path.realpath(path)
+    if not os.path.isdir(os.path.dirname(real)):
+        raise error(where, got, "a file in an existing directory", "make the directory")
+    there = os.path.lexists(real)
+    if there and not os.path.isfile(real):
+        return  # a device or a pipe: opening it may wait
+    try:
+        os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
+        if not there:
+            os.unlink(real)
+    except OSError as e:
+        do = "choose a place that you may write to"
+        raise error(where, f"{got} ({e.strerror})", "a file to write", do) from None
+
+
+def output_dir(where: str, path: str | pathlib.Path) -> None:
+    """Raises UserError unless files can be written in the directory `path`, which may not exist yet."""
+    place = pathlib.Path(path).absolute()
+    try:
+        while not place.exists():  # raises where a name is too long
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as e:
+        do = "choose a place that you may write to"
+        got = f"{str(path)!r} ({e.strerror})"
+        raise error(where, got, "a directory to write in", do) from None
 
 
 def counts(options: Mapping[str, object], *may_be_zero: str) -> None:
-    """Raises UserError for a whole number among a script's options (or in a list of them) that is below 1."""
+    """Raises UserError for a script's option that is an int (or list of ints) below 1; below 0 for `may_be_zero`."""
     for name, value in options.items():
         for num in value if isinstance(value, list) else [value]:
             least = 0 if name in may_be_zero else 1
             if isinstance(num, int) and not isinstance(num, bool) and num < least:
-                raise error(f"--{name.replace('_', '-')}", num, f"{least} or more", "change it")
+                raise error(
+                    f"--{name.replace('_', '-')}", num, f"{least} or more", f"write {least} or more"
+                )
 
 
 def error(where: str, got: object, expected: object, do: str) -> UserError:
-    """Returns (does not raise) the error `where: got X, expected Y; do Z`."""
+    """Returns (does not raise) the error "where: got X, expected Y; do Z"."""
     return UserError(f"{where}: got {got}, expected {expected}; {do}")
 
 
 def unknown(where: str, got: str, known: Iterable[str]) -> UserError:
-    """Returns the error for a name that is not one of `known`, with the closest match."""
+    """Returns the error for a name that is not in `known`; it suggests the closest match."""
     known = sorted(known)
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    near = near or [k for k in known if len(got) > 2 and k[:2] == got[:2]][:1]
     hint = f"did you mean {near[0]!r}?" if near else "use one of them"
     return error(where, repr(got), f"one of {known}", hint)
 
 
 def pattern(where: str, text: str) -> None:
-    """Raises UserError unless the text is a regular expression."""
+    """Raises UserError unless `text` is a regular expression."""
     try:
         re.compile(text)
     except re.error as e:
-        raise error(where, repr(text), f"a regular expression ({e})", "correct it") from None
+        raise error(
+            where, repr(text), f"a regular expression ({e})", "correct the expression"
+        ) from None
 
 
 def bounds(where: str, section: object, rules: Mapping[str, tuple[bool, str]]) -> None:
-    """Raises UserError for the first field whose rule, (holds, what is expected), does not hold."""
+    """Raises UserError for the first field of `section` whose rule does not hold.
+
+    Args:
+        where: the section's place, "config.optim".
+        section: a dataclass.
+        rules: field → (whether it holds, what is expected).
+    """
     for field, (holds, expected) in rules.items():
         if not holds:
-            raise error(f"{where}.{field}", getattr(section, field), expected, "change the config")
+            raise error(
+                f"{where}.{field}", getattr(section, field), expected, f"correct {where}.{field}"
+            )

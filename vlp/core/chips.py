@@ -1,4 +1,4 @@
-"""What accelerators can do: dense peak in the type of mixed precision, and memory. No entry: no figure."""
+"""Accelerators by JAX's device_kind: peak of dense matrix products in mixed precision, and memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """flops: dense bfloat16 (fp16 where there is no bfloat16) FLOP/s, two a multiply-add. hbm_bytes: as sold."""
+    """flops: dense bfloat16 FLOP/s (float16 on chips without it), two per multiply-add. hbm_bytes: nominal memory."""
 
     flops: float
     hbm_bytes: int
 
 
-MAX_SIMULATED = 4096  # devices of this process in the place of others: they take memory and threads
+MAX_SIMULATED = 4096  # simulated devices of a process: each takes memory and threads
 GB = 10**9
 GiB = 2**30
 # By JAX's device_kind. TPUs: cloud.google.com/tpu/docs, system architecture of each version; a v2, v3 or 7x
@@ -43,6 +43,6 @@ CHIPS = {
 
 
 def mfu(flops_per_s: float, device_kind: str) -> float | None:
-    """Model FLOPs utilisation of one device; None for a device whose peak is not known."""
+    """Returns the model FLOPs utilisation of one device; None if CHIPS does not have it."""
     chip = CHIPS.get(device_kind)
     return None if chip is None else flops_per_s / chip.flops

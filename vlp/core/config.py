@@ -11,7 +11,9 @@ dicts, lists and scalars (JSON-able); `ml_collections.ConfigDict` is what config
 import ast
 import copy
 import dataclasses
+import difflib
 import inspect
+import itertools
 import json
 import pathlib
 import types
@@ -27,6 +29,7 @@ if typing.TYPE_CHECKING:  # imported where config files are read: a model can be
     import ml_collections
 
 T = TypeVar("T")
+_loads = itertools.count()  # a package of its own for each config file that is loaded
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> "ml_collections.ConfigDict":
@@ -60,7 +63,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     path, _, arg = spec.partition(":")
     if not pathlib.Path(path).is_file():
         raise check.error(
-            "--config", repr(path), "a Python file with get_config(arg)", "check the path"
+            "--config", repr(path), "a Python file with get_config(arg)", _near(pathlib.Path(path))
         )
     returned, has_parts = _returned(path, arg)
     config = plain(returned)
@@ -81,25 +84,35 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return config | ({"plugins": found} if found else {})
 
 
+def _near(path: pathlib.Path) -> str:
+    """Returns what to do about a config file that is not there: the file beside it of the most similar name."""
+    files = {p.name: p for p in path.parent.glob("*.py")} if path.parent.is_dir() else {}
+    if found := difflib.get_close_matches(f"{path.stem}.py", files, n=1, cutoff=0.6):
+        return f"did you mean {str(files[found[0]])!r}?"
+    return "check the path"
+
+
 def _returned(path: str, arg: str) -> tuple[Any, bool]:
     """What the file's get_config(arg) returns, and whether the file defines parts (`plugins`).
 
     Raises UserError, with file and line, for whatever the file raises.
     """
-    where = f"--config {path}"
-    with plugins.blamed(where, path, "a config"):
-        module = plugins.execute(path, "vlp_config")
-        function = getattr(module, "get_config", None)
-        if not callable(function):
-            got = "no get_config" if function is None else f"get_config = {function!r:.40}"
-            raise check.error(where, got, "def get_config(arg)", "add the function")
-        with plugins.beside(path):
+    where, package = f"--config {path}", f"vlp_config_{next(_loads)}"
+    try:
+        with plugins.blamed(where, path, "a config"), plugins.beside(path):
+            module = plugins.execute(path, package)
+            function = getattr(module, "get_config", None)
+            if not callable(function):
+                got = "no get_config" if function is None else f"get_config = {function!r:.40}"
+                raise check.error(where, got, "def get_config(arg)", "add the function")
             if inspect.signature(function).parameters:
                 return function(arg or None), plugins.defines_parts(module)
             if arg:
                 do = "write def get_config(arg), or drop the argument"
                 raise check.error(where, f"the argument {arg!r} for get_config()", "none", do)
             return function(), plugins.defines_parts(module)
+    finally:
+        plugins.forget(package)  # the next load reads every file anew
 
 
 def plain(value: Any) -> Any:
@@ -341,7 +354,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
     elif type(value) is int and hint in (int, float) and abs(value) >= 2**53:
-        raise check.error(where, value, "a number of less than 53 bits", "change it")
+        raise check.error(where, value, "a number of less than 53 bits", "write a smaller one")
     elif hint is float and value != value:
         raise check.error(where, value, "a number", "correct the value")
     elif hint is float and type(value) in (int, float):

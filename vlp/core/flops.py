@@ -1,7 +1,8 @@
-"""FLOPs of a traced function: its matrix products over all devices, bodies of loops times their trips.
+"""FLOPs of a traced function: matrix products and convolutions, on all devices together.
 
-Counted on the jaxpr, so nothing is compiled and any model and method is covered. What rematerialisation computes again
-counts as often as it is computed. Elementwise work is left out (below 3 % of a transformer's step).
+Counted on the jaxpr: nothing is compiled, and every model and method is covered. A loop's body counts once per
+iteration, and rematerialised work as often as it is computed. Elementwise work is not counted (below 3 % of a
+transformer's step).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 
 
 def of(f: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of f(*args), two a multiply-add; args may be abstract."""
+    """Returns the FLOPs of f(*args), two per multiply-add; args may be abstract."""
     return of_jaxpr(jax.make_jaxpr(f)(*args).jaxpr)
 
 
@@ -38,10 +39,10 @@ def of_jaxpr(jaxpr: Any) -> int:
         times = 1
         if name == "scan":
             times = params["length"]
-        elif name == "shard_map":  # the body is one device's
+        elif name == "shard_map":  # the body is one device's share
             manual = params.get("manual_axes") or params["mesh"].axis_names
             times = math.prod(params["mesh"].shape[a] for a in manual)
-        elif name == "pallas_call":  # the body is one turn's
+        elif name == "pallas_call":  # the body is one grid step
             times = math.prod(params["grid_mapping"].grid)
         for value in params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):

@@ -1,4 +1,4 @@
-"""Which rows of a global batch this process has to load: those that its devices hold, however the mesh is laid out."""
+"""Which rows of a global batch a process loads: those that its devices hold."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from vlp.core import mesh as meshes
 
 
 def rows(batch: int, mesh: Mesh, process: int | None = None) -> tuple[range, ...]:
-    """The blocks of consecutive rows of a global batch on a process's devices (default: this one's), in order.
+    """Returns the rows of a global batch on a process's devices, as blocks of consecutive rows in order.
 
-    One block on hosts in a row; several where a TPU mesh is folded so that a host's chips are not neighbours in it;
-    every row where an axis that does not split the batch runs across hosts.
+    One block if the host's devices are neighbours in the mesh; several if they are not (folded TPU meshes); all rows if
+    an axis that does not split the batch extends over hosts.
+
+    Args:
+        batch: number of rows of the global batch.
+        mesh: the run's mesh.
+        process: number of the process; None: this one.
     """
     process = jax.process_index() if process is None else process
     places = meshes.batch_sharding(mesh).devices_indices_map((batch,))

@@ -1,7 +1,7 @@
-"""The device mesh and the one table from logical axis names to mesh axes.
+"""The device mesh, and the table from logical axis names to mesh axes.
 
-A parameter names its axes where its shape is written (`logical`); activations use the same words (`constrain`).
-Nothing else in `vlp` speaks of mesh axes. Losses are written for the global batch, as for one device.
+A parameter names its axes where its shape is written (`logical`); activations use the same names (`constrain`).
+Models and objectives know no mesh axes. Losses are written for the global batch, as for one device.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
-    "kv": (),  # the three of q, k, v and the size of one head
-    "joint": ("tensor",),  # joint embedding
-    "pixels": (),  # flattened patch
+    "kv": (),  # q, k, v stacked; the size of a head
+    "joint": ("tensor",),  # joint space
+    "pixels": (),  # a flattened patch
     "tokens": (),  # positions and queries
 }
 LARGE_BYTES = (
@@ -39,12 +39,12 @@ LARGE_BYTES = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices per mesh axis; one axis may be -1: all that the others leave.
+    """Number of devices along each mesh axis. One axis may be -1: the devices that the others leave.
 
-    data: parameters whole on each; fsdp: parameters, optimiser and averages in shards, gathered layer by layer, the
-    batch divided as over data; tensor: each layer's heads and MLP divided. replica: slices of a multi-slice TPU, which
-    only sum gradients over the data-centre network; 0: as many as there are. allow_replicated: parameters over 1 MB
-    that no axis divides may stay whole on every device.
+    data: splits the batch; parameters are replicated. fsdp: splits the batch, and parameters, optimiser state and
+    averages, which are gathered layer by layer. tensor: splits each layer's heads and MLP. replica: slices of a
+    multi-slice TPU, which only sum gradients over the data-centre network (0: the slices that there are).
+    allow_replicated: parameters over 1 MB that no axis divides may be replicated.
     """
 
     data: int = -1
@@ -55,7 +55,7 @@ class MeshShape:
 
 
 def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes the mesh (axes replica, data, fsdp, tensor; Auto) over all devices, or over those given."""
+    """Returns the mesh (axes replica, data, fsdp, tensor; Auto) over `devices` (None: all). Raises UserError."""
     devices = list(jax.devices() if devices is None else devices)
     slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
     sizes = [shape.replica or slices, shape.data, shape.fsdp, shape.tensor]
@@ -70,7 +70,7 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         or (not free and known != len(devices))
     ):
         shown = [f"{a}={n}" for a, n in zip(names, sizes) if a != "replica" or n != 1]
-        got, do = " × ".join(shown), "change it, or use -1 once"
+        got, do = " × ".join(shown), "set one axis to -1: it takes what is left"
         raise check.error("config.mesh", got, f"a product of {len(devices)} devices", do)
     sizes = [len(devices) // known if n == -1 else n for n in sizes]
     types = (AxisType.Auto,) * len(names)
@@ -95,7 +95,7 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def logical(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
-    """Wraps an initialiser so that its parameter carries the names of its axes."""
+    """Returns an initialiser whose parameter carries the names of its axes (keys of RULES, or None)."""
     unknown = [n for n in names if n is not None and n not in RULES]
     assert not unknown, f"unknown logical axes {unknown}"
     return nn.with_logical_partitioning(init, names)
@@ -104,7 +104,10 @@ def logical(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
 def spec(
     names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """The mesh axes of each dimension: of those of its name the most devices that divide it, each axis used once."""
+    """Returns the mesh axes of each dimension: of its name's axes, those with the most devices that divide it.
+
+    An axis is used once.
+    """
     return PartitionSpec(*(axes or None for axes in _axes(names, shape, mesh)))
 
 
@@ -122,12 +125,12 @@ def _axes(
 
 
 def _subsets(axes: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every choice of some axes in their order, larger ones first."""
+    """Every subset of axes in their order, larger ones first."""
     return [c for n in range(len(axes), -1, -1) for c in itertools.combinations(axes, n)]
 
 
 def _divides(axes: Iterable[str], dim: int, mesh: Mesh | AbstractMesh) -> int:
-    """The devices of `axes` if they divide `dim`, or 0 (1 for no axes)."""
+    """The number of devices along `axes` if it divides `dim`, else 0."""
     ways = math.prod(mesh.shape[a] for a in axes)
     return 0 if dim % ways else ways
 
@@ -135,11 +138,11 @@ def _divides(axes: Iterable[str], dim: int, mesh: Mesh | AbstractMesh) -> int:
 def param_spec(
     names: Sequence[str | None], shape: Sequence[int], num_bytes: int, mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """As `spec`, but for what fsdp does with a parameter of that size.
+    """As `spec`, with two exceptions for fsdp that depend on the parameter's size.
 
-    Vectors under 1 MB (biases, norms; stacked layers do not count) stay whole: gathering them costs more than they
-    weigh. Where fsdp divides no dimension that is named for it, it goes to the largest one that it divides. Stacked
-    layers are not divided: each is gathered when its turn comes.
+    Vectors under 1 MB (biases, norms; the axis of stacked layers does not count) are replicated: gathering them costs
+    more than it saves. If fsdp divides no dimension that RULES gives it, it takes the largest one that it divides.
+    Stacked layers are never divided: each layer is gathered when it is computed.
     """
     parts = _axes(names, shape, mesh)
     divided = any("fsdp" in axes for axes in parts)
@@ -157,10 +160,10 @@ def param_spec(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(param: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """A parameter whole over fsdp, at the place where it is used; its gradient is left in shards.
+    """Gathers a parameter over fsdp where it is used; its gradient stays sharded.
 
-    Said here, in the type of computation, so that what travels is half as wide and is gathered once: left to the
-    partitioner, products with a divided operand become loops of pieces.
+    Called on the parameter in the compute dtype, so that half the bytes are sent, once. Without it, the partitioner
+    turns products with a sharded operand into loops over shards.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
@@ -189,7 +192,7 @@ def _without_fsdp(axes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a tree of abstract parameters that still carry their axis names."""
+    """Returns the NamedShardings of a tree of abstract parameters that carry their axis names."""
 
     def one(name: str, leaf: Any) -> NamedSharding:
         value = leaf.unbox() if isinstance(leaf, nn.meta.AxisMetadata) else leaf
@@ -208,7 +211,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def whole(placed: Any, mesh: Mesh) -> dict[str, int]:
-    """Leaves over 1 MB that fsdp does not divide, with their bytes on each device; none if fsdp is 1.
+    """Returns the leaves over 1 MB that fsdp does not divide, with their bytes on each device ({} if fsdp is 1).
 
     placed: a tree of abstract arrays with shardings.
     """
@@ -223,7 +226,7 @@ def whole(placed: Any, mesh: Mesh) -> dict[str, int]:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins an activation's sharding by logical names; nothing outside a mesh."""
+    """Constrains an activation's sharding by logical names; no-op outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -239,16 +242,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the mesh divides a batch."""
+    """Returns the number of parts into which the mesh divides a batch."""
     return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
 def check_batch(batch: int, mesh: Mesh, num_micro: int = 1, where: str = "config.batch") -> None:
-    """Raises UserError unless the global batch divides over the mesh's batch axes and the micro-batches."""
+    """Raises UserError unless batch axes × micro-batches divides the global batch."""
     ways = batch_ways(mesh)
     for name, value in ((where, batch), ("config.micro_batches", num_micro)):
         if value < 1:
-            raise check.error(name, value, "1 or more", "change it")
+            raise check.error(name, value, "1 or more", f"set {name} to 1 or more")
     if batch % (ways * num_micro):
         axes = "replica×data×fsdp" if mesh.shape["replica"] > 1 else "data×fsdp"
         detail = f"{axes} = {ways}" + (f" × micro_batches = {num_micro}" if num_micro > 1 else "")
@@ -257,7 +260,7 @@ def check_batch(batch: int, mesh: Mesh, num_micro: int = 1, where: str = "config
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host rows → global arrays sharded on their first axis; host h holds the h-th block of rows."""
+    """Returns this host's rows as part of global arrays that are sharded on their first axis."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return {k: jax.device_put(v, sharding) for k, v in batch.items()}
@@ -265,7 +268,7 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole array on every host."""
+    """Returns the whole array, on every host."""
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils

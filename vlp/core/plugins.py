@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import importlib.machinery
@@ -19,6 +18,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 import types
@@ -34,6 +34,7 @@ TABLES = {
     "HEADS": "vlp.models",
     "OBJECTIVES": "vlp.objectives",
     "EVALS": "vlp.evals",
+    "LEAVES": "vlp.data.leaves",
 }
 
 
@@ -46,27 +47,78 @@ class Plugin:
     sha256: str = ""
 
 
-def execute(path: str, name: str) -> types.ModuleType:
-    """Runs a Python file, whatever its ending, as the module `name`."""
+SHIPPED = str(pathlib.Path(__file__).parents[2] / "configs")  # there in a checkout
+_plain: set[str] = (
+    set()
+)  # names in sys.modules that a user's file imported from beside it, without a dot
+_open: list[str] = []  # the folders that `beside` is in, innermost last
+_PACKAGE = r"vlp_(?:config|plugin)_\w+"  # what `execute` is given as package
+_digests: dict[str, tuple[str, str]] = {}  # of plugins' files that ran: path and SHA-256, by module
+
+
+def execute(path: str, package: str) -> types.ModuleType:
+    """Runs a Python file, whatever its ending, as a module of `package`; call it within `beside(path)`.
+
+    `from .common import x` in it imports the file common.py beside it, or else that of `vlp`'s own configs/.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    if package not in sys.modules:
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = [folder, SHIPPED]
+    name = module_name(path, package)
     loader = importlib.machinery.SourceFileLoader(name, path)
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and type hints look for its names
-    with beside(path):
+    try:
         loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
+
+
+def module_name(path: str, package: str) -> str:
+    stem = pathlib.Path(path).stem
+    return f"{package}.{stem if stem.isidentifier() else 'file_' + _digest(path.encode())[:8]}"
+
+
+def forget(package: str) -> None:
+    """Forgets a package of `execute` and its modules; a file that runs as one of them later imports them anew."""
+    for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
+        del sys.modules[name]
 
 
 @contextlib.contextmanager
 def beside(path: str) -> Iterator[None]:
-    """Inside, modules beside a file can be imported (`import common`)."""
-    folder = str(pathlib.Path(path).resolve().parent)
+    """Inside, `import common` finds common.py beside a file, whatever other folders' files imported by that name."""
+    folder = os.path.dirname(os.path.realpath(path))
+    others = {name: sys.modules.pop(name) for name in _plain & sys.modules.keys()}
+    before = set(sys.modules)
     sys.path.insert(0, folder)
+    _open.append(folder)
+    importlib.invalidate_caches()  # a file may be new
     try:
         yield
     finally:
+        _open.pop()
         sys.path.remove(folder)
+        new = sys.modules.keys() - before
+        tops = {name for name in new if "." not in name and _lies_in(sys.modules[name], folder)}
+        mine = {name for name in new if name.partition(".")[0] in tops}
+        _plain.update(mine)
+        if _open:  # a config that loads a config goes on with its own modules
+            for name in mine:
+                del sys.modules[name]
+            sys.modules.update(others)
+
+
+def _lies_in(module: types.ModuleType, folder: str) -> bool:
+    """Whether a module is a file of the folder, or a package whose directory is in it."""
+    packages = list(getattr(module, "__path__", []))
+    paths = packages or [getattr(module, "__file__", None) or ""]
+    return any(os.path.dirname(os.path.realpath(p)) == folder for p in paths)
 
 
 @contextlib.contextmanager
@@ -79,7 +131,17 @@ def blamed(where: str, path: str, expected: str) -> Iterator[None]:
     except Exception as e:
         frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
         line = getattr(e, "lineno", None) or (frames[-1].lineno if frames else 0)
-        got = f"{type(e).__name__} ({' '.join(str(e).split())[:160]}) in line {line}"
+        text = " ".join(str(e).split())[:160]
+        found = re.search(rf"module named '{_PACKAGE}\.(\S+)'|name '(\w+)' from '{_PACKAGE}'", text)
+        if isinstance(e, ImportError) and found:
+            got = f"no module {found[1] or found[2]!r} in line {line}"
+            do = "copy it beside the file, or correct the name"
+            raise check.error(where, got, "one beside it or in vlp's configs/", do) from e
+        if isinstance(e, ModuleNotFoundError):
+            got = f"no module {e.name!r} in line {line}"
+            do = "correct the name, or install it"
+            raise check.error(where, got, "one beside the file or installed", do) from e
+        got = f"{type(e).__name__} ({re.sub(_PACKAGE, '', text)}) in line {line}"
         raise check.error(where, got, expected, "correct the file") from e
 
 
@@ -118,7 +180,7 @@ def _resolve(entry: Any, folder: pathlib.Path, where: str) -> dict[str, str]:
 def of_file(path: str | os.PathLike) -> dict[str, str]:
     """The resolved entry of a file."""
     data = pathlib.Path(path).read_bytes()
-    return {"file": os.path.abspath(path), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"file": os.path.abspath(path), "sha256": _digest(data)}
 
 
 def defines_parts(module: types.ModuleType) -> bool:
@@ -180,8 +242,17 @@ def _module(plugin: Plugin) -> types.ModuleType:
             raise check.error(where, got, "the plugin's module", do) from None
 
 
-@functools.cache  # one class for one part, however often it is asked for
 def _of_file(path: str, sha256: str) -> types.ModuleType:
-    name = f"vlp_plugin_{pathlib.Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-    with blamed(f"plugin {path}", path, "a module"):
-        return execute(path, name)
+    """Runs a plugin's file once, or again once it has changed; plugins of one folder import each other's modules."""
+    folder = os.path.dirname(os.path.realpath(path))
+    package = f"vlp_plugin_{_digest(folder.encode())[:8]}"
+    name = module_name(path, package)
+    if name in sys.modules and _digests.setdefault(name, (path, sha256)) == (path, sha256):
+        return sys.modules[name]
+    _digests[name] = path, sha256
+    with blamed(f"plugin {path}", path, "a module"), beside(path):
+        return execute(path, package)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -28,7 +28,7 @@ def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def where(mask: PyTree, tree: PyTree) -> PyTree:
-    """`tree` with the leaves where `mask` is False taken out (None, which holds no leaf)."""
+    """Returns `tree` with None in place of the leaves where `mask` is False."""
     return jax.tree.map(lambda m, x: x if m else None, mask, tree)
 
 

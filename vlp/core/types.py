@@ -92,23 +92,33 @@ def at(weight: Weight, progress: jax.Array | float) -> jax.Array | float:
 
 
 class Named(dict):
-    """A dict of arrays. A key that is missing is a UserError of one line, not a KeyError."""
+    """A dict of arrays. A key that is missing is a UserError of one line, not a KeyError.
 
-    def __init__(self, values: Mapping[str, Any], where: str = "", do: str = ""):
+    where, do: of that line. made_by: what to do for some keys instead of `do`.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        where: str = "",
+        do: str = "",
+        made_by: Mapping[str, str] | None = None,
+    ):
         super().__init__(values)
-        self.where, self.do = where, do
+        self.where, self.do, self.made_by = where, do, dict(made_by or {})
 
     def __missing__(self, name: str) -> Any:
-        raise check.error(self.where, f"no {name!r}", f"one of {sorted(self)}", self.do)
+        do = self.made_by.get(name, self.do)
+        raise check.error(self.where, f"no {name!r}", f"one of {sorted(self)}", do)
 
 
 jax.tree_util.register_pytree_with_keys(
     Named,
     lambda x: (
         [(jax.tree_util.DictKey(k), x[k]) for k in sorted(x)],
-        (tuple(sorted(x)), x.where, x.do),
+        (tuple(sorted(x)), x.where, x.do, tuple(x.made_by.items())),
     ),
-    lambda aux, leaves: Named(dict(zip(aux[0], leaves)), *aux[1:]),
+    lambda aux, leaves: Named(dict(zip(aux[0], leaves)), aux[1], aux[2], dict(aux[3])),
 )
 
 
@@ -158,8 +168,9 @@ class Apply:
         out = jax.lax.stop_gradient(out) if self.stop else out
         if type(out) is not dict:
             return out
+        made_by = getattr(self.model, "MADE_BY", {})
         do = "set the model's fields that make it, or use a model that gives it"
-        return Named(out, f"config.model: {kind}.{method}", do)
+        return Named(out, f"config.model: {kind}.{method}", do, made_by)
 
     def _run(self, kind: str, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -251,8 +262,9 @@ class Ctx:
         if len(streams) == 1:
             key = fold(self.seed, zlib.crc32(streams[0].encode()))
             return jax.vmap(lambda w: fold(fold(key, w[0]), w[1]))(words_B2)
-        numbers_K = np.uint32([zlib.crc32(stream.encode()) for stream in streams])
-        keys_K = jax.vmap(lambda n: fold(self.seed, n))(numbers_K)
+        numbers_K = np.array([zlib.crc32(stream.encode()) for stream in streams], np.uint32)
+        seed = self.seed
+        keys_K = jax.vmap(lambda n: fold(seed, n))(numbers_K)
         keys_B = jnp.tile(keys_K, words_B2.shape[0] // len(streams))
         return jax.vmap(lambda key, w: fold(fold(key, w[0]), w[1]))(keys_B, words_B2)
 
@@ -360,6 +372,11 @@ class Objective(Protocol):
 
     reads: names of the batch's leaves that it uses; others are not made. It may also declare `heads`, frozen specs by
     name (`models.heads.HEADS`), and define `init_method_state(key, model)` → arrays (see `Out.method_state`).
+    Large ones are made by `mesh.logical`, with the names of their axes; others are whole on every device.
+
+    Hook between steps: `refresh_every`, a number of samples, and `refresh(state, embed)` → method state, called on the
+    host before the first step at or after each multiple of it (`train.refresh`: clusterings, prototypes).
+    mask_id, vocab_size: fields that are None are filled in from the tokenizer (`ops.masking.mask_words`).
     """
 
     reads: ClassVar[frozenset[str]]

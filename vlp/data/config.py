@@ -1,11 +1,15 @@
 """The config section `data`: what is read and how it is prepared. `check_data` tells what can never work."""
 
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from vlp.core import check
 from vlp.data import image_ops, text_ops
 
 BAD_RECORDS = ("error", "replace")
+STORED_OF = ("crop", "record")
+NAMED = ("slots", "views", "stored")  # fields of `Data` that hold sections by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,50 @@ class CaptionSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextSlot:
+    """The leaf `text.<slot>`: one caption of those with certain source tags."""
+
+    sources: tuple[str, ...] = ()  # tags; () = the slot's own name
+    captions: str = "uniform"  # first | uniform | weighted (by the captions' own weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceSet:
+    """The leaf `sentences`: sentences of a record's longest caption."""
+
+    num: int = 4  # a sample
+    sources: tuple[str, ...] = ()  # tags of captions; () = every one
+    max_joined: int = 1  # a text is a run of 1 … max_joined sentences
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewSet:
+    """The leaf `views.<name>`: further crops of the image, each drawn for itself."""
+
+    num: int = 2  # a sample
+    px: int = 96
+    min_area_frac: float = 0.05  # the crop's share of the area
+    max_area_frac: float = 0.4
+    max_aspect: float = 4 / 3
+    flip: bool = True
+    jitter: float = 0.0  # the next three as in `Data`
+    randaugment: int = 0
+    randaugment_magnitude: float = 9.0
+    grey_frac: float = 0.0  # probability of a view without colours
+    blur_frac: float = 0.0  # probability of a blurred view
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """The leaf `stored.<teacher>`: what a record's `embeddings` hold under the teacher's name."""
+
+    shape: tuple[int, ...]  # of one sample: (E,), or (N, D) for tokens
+    of: str = (
+        "crop"  # one for each of the record's `crops`, or one for the "record", whatever its crop
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What is read and how it is prepared."""
 
@@ -54,13 +102,23 @@ class Data:
     group_by: str = ""  # a field of the records: an epoch visits each of its values once
     image_px: int = 64
     text_len: int = 16  # tokens, with bos and eos
-    captions: str = "first"  # first | uniform | weighted | all (num_captions of them, cycled)
+    captions: str = "first"  # first | uniform | weighted | all (the first num_captions)
     num_captions: int = 1
     langs: tuple[str, ...] = ()  # captions in these languages alone (("en",)); () = in every one
     caption_sources: tuple[
         CaptionSource, ...
     ] = ()  # () = every source, by the captions' own weights
     shorten: str = "truncate"  # how training texts are cut to text_len (text_ops.SHORTEN)
+    slots: Mapping[str, TextSlot] = dataclasses.field(default_factory=dict)  # further texts by role
+    sentences: SentenceSet = SentenceSet()
+    classes: tuple[str, ...] = ()  # their names, where labels are strings: a label's place here
+    num_boxes: int = 8  # a sample, of those whose centre is in the crop
+    num_negatives: int = 1  # texts a sample
+    num_negative_images: int = 1
+    views: Mapping[str, ViewSet] = dataclasses.field(default_factory=dict)  # further crops by name
+    stored: Mapping[str, StoredArray] = dataclasses.field(
+        default_factory=dict
+    )  # stored arrays by teacher
     min_area_frac: float = 0.6  # the crop's share of the area
     max_area_frac: float = 1.0
     max_aspect: float = 1.25
@@ -80,6 +138,14 @@ class Data:
     workers: int = 0  # processes; 0 = threads of this process only
     read_threads: int = 2  # threads that make batches, per process; 0 = none, made when asked for
     prefetch: int = 4  # batches ready ahead of the consumer, per process
+
+    def __post_init__(self) -> None:
+        for name in NAMED:  # a config's own kind of mapping brings flax into the workers
+            object.__setattr__(self, name, dict(getattr(self, name)))
+
+    def __hash__(self) -> int:
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return hash(tuple(tuple(sorted(v.items())) if type(v) is dict else v for v in values))
 
 
 def check_data(data: Data) -> None:
@@ -118,12 +184,20 @@ def check_data(data: Data) -> None:
             data.num_captions == 1 or data.captions == "all",
             "1, but for captions 'all'",
         ),
-        ("captions", data.captions != "weighted" or sources, "caption_sources beside 'weighted'"),
+        (
+            "captions",
+            data.captions != "weighted" or bool(sources),
+            "caption_sources beside 'weighted'",
+        ),
         (
             "caption_sources",
             len({c.name for c in sources}) == len(sources) and all(c.weight > 0 for c in sources),
             "names that differ, weights above 0",
         ),
+        ("num_boxes", 1 <= data.num_boxes <= 2**10, "in 1 … 1,024"),
+        ("num_negatives", 1 <= data.num_negatives <= 2**10, "in 1 … 1,024"),
+        ("num_negative_images", 1 <= data.num_negative_images <= 2**8, "in 1 … 256"),
+        ("classes", len({*data.classes}) == len(data.classes), "names that differ"),
         ("max_bad_frac", 0 <= data.max_bad_frac <= 1, "in [0, 1]"),
         ("mixture", not (data.mixture and data.group_by), "no group_by beside it"),
         (
@@ -131,7 +205,7 @@ def check_data(data: Data) -> None:
             len({p.name for p in data.mixture}) == len(data.mixture),
             "a name of its own for each part",
         ),
-        ("reweight", data.mixture or not data.reweight, "a mixture beside it"),
+        ("reweight", bool(data.mixture) or not data.reweight, "a mixture beside it"),
         ("cache_mb", data.cache_mb >= 0, "at least 0"),
         ("workers", data.workers >= 0, "at least 0"),
         ("read_threads", data.read_threads >= 0, "at least 0"),
@@ -140,8 +214,65 @@ def check_data(data: Data) -> None:
         ("read_threads", data.read_threads <= 2**10, "at most 1,024"),
         ("prefetch", data.prefetch <= 2**16, "at most 65,536"),
     )
-    for field, good, expected in bounds:
+    _check("config.data", data, bounds)
+    for kind, names in ((k, getattr(data, k)) for k in NAMED):
+        for name, section in names.items():
+            where = f"config.data.{kind}.{name}"
+            if not name.isidentifier() or name in ("mask", "boxes", "flip"):
+                expected = "letters, digits and _ (not mask, boxes or flip)"
+                raise check.error(f"config.data.{kind}", repr(name), expected, "rename it")
+            _CHECKS[kind](where, section)
+    sentences, most = data.sentences, 2**10
+    _check(
+        "config.data.sentences",
+        sentences,
+        (
+            ("num", 1 <= sentences.num <= most, "in 1 … 1,024"),
+            ("max_joined", sentences.max_joined >= 1, "at least 1"),
+        ),
+    )
+
+
+def _check(where: str, section: object, rules: Iterable[tuple[str, Any, str]]) -> None:
+    """Raises UserError for the first (field, holds, expected) that does not hold."""
+    for field, good, expected in rules:
         if not good:
-            raise check.error(
-                f"config.data.{field}", getattr(data, field), expected, "change the config"
-            )
+            got = getattr(section, field)
+            raise check.error(f"{where}.{field}", got, expected, f"correct {where}.{field}")
+
+
+def _check_slot(where: str, slot: TextSlot) -> None:
+    known = [p for p in text_ops.POLICIES if p != "all"]
+    if slot.captions not in known:
+        raise check.unknown(f"{where}.captions", slot.captions, known)
+
+
+def _check_views(where: str, views: ViewSet) -> None:
+    area = 0 < views.min_area_frac <= views.max_area_frac
+    rules = (
+        ("num", 1 <= views.num <= 2**8, "in 1 … 256"),
+        ("px", 1 <= views.px <= 2**14, "in 1 … 16,384"),
+        ("min_area_frac", area, "in (0, max_area_frac]"),
+        ("max_area_frac", views.max_area_frac <= 1, "at most 1"),
+        ("max_aspect", views.max_aspect >= 1, "at least 1"),
+        ("jitter", 0 <= views.jitter < 1, "in [0, 1)"),
+        ("randaugment", views.randaugment >= 0, "at least 0"),
+        ("randaugment_magnitude", 0 <= views.randaugment_magnitude <= 10, "in [0, 10]"),
+        ("grey_frac", 0 <= views.grey_frac <= 1, "in [0, 1]"),
+        ("blur_frac", 0 <= views.blur_frac <= 1, "in [0, 1]"),
+    )
+    _check(where, views, rules)
+
+
+def _check_stored(where: str, stored: StoredArray) -> None:
+    if stored.of not in STORED_OF:
+        raise check.unknown(f"{where}.of", stored.of, STORED_OF)
+    good = 1 <= len(stored.shape) <= 2 and all(n >= 1 for n in stored.shape)
+    _check(where, stored, (("shape", good, "(E,), or (N, D) for tokens"),))
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "slots": _check_slot,
+    "views": _check_views,
+    "stored": _check_stored,
+}

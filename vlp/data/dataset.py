@@ -1,8 +1,8 @@
-"""The `Dataset`: from stream positions to batches of numpy arrays; mixtures, and the stages of a run.
+"""The `Dataset`: from stream positions to batches of numpy arrays; mixtures.
 
 An element of the pipeline is one host's rows of one global batch, computed from its number alone.
 So hosts, workers and threads change the speed and never the content, nothing is dropped, and a run
-resumes anywhere by passing `start`. Not here: the order (order.py), one row (samples.py), threads and
+resumes anywhere by passing `start`. Not here: the order (order.py, stages.py), one row (samples.py), threads and
 processes (pipeline.py), device arrays (core/mesh.py).
 """
 
@@ -10,71 +10,80 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlp.core import check
-from vlp.data import SOURCES, index, order, pipeline, samples, sources, storage
+from vlp.core.plugins import Plugin
+from vlp.data import SOURCES, groups, leaves, order, pipeline, samples, storage
 from vlp.data import quarantine as quarantine_lib
 from vlp.data import tokenizer as tokenizers
 from vlp.data.config import Data, check_data
+from vlp.data.draws import Draws, captions_of
 from vlp.data.loader_stats import BAD, HEADER, STAGES, STATS, LoaderStats, measured
 from vlp.data.sources.combined import Concatenated, without
+from vlp.data.stages import Begin, mixture_of
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Begin:
-    """Where a dataset's order begins: a position of the stream, the samples that each of its parts
-    (itself, if it is no mixture) had given by then, and what is added to the seed for each."""
+def open_dataset(
+    data: Data,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    reads: Iterable[str] = leaves.READS,
+    plugins: Sequence[Plugin] = (),
+) -> "Dataset":
+    """Opens and checks the data.
 
-    position: int = 0
-    given: tuple[int, ...] = ()  # () = none
-    orders: tuple[int, ...] = ()  # () = 0, 1, …
-    before: tuple[int, ...] = ()  # beside `given`, samples in another order, for the counts alone
+    Args:
+      data: the config section.
+      tokenizer: overrides the config's (a checkpoint's own, say).
+      reads: names of leaves; what is not read is not made (`leaves.find`).
+      plugins: modules with further LEAVES.
 
-
-def open_dataset(data: Data, tokenizer: tokenizers.Tokenizer | None = None) -> "Dataset":
-    """Opens and checks the data; `tokenizer` overrides the config's (a checkpoint's own, say)."""
+    Raises: `UserError` for a config that cannot work, data that cannot be read, and a leaf for which none of 64
+      records has anything.
+    """
     if data.source not in SOURCES:
         raise check.unknown("config.data.source", data.source, SOURCES)
     check_data(data)
+    found = leaves.find(data, reads, plugins)
     source = _open_mixture(data) if data.mixture else _open_one(data)
     if tokenizer is None and data.tokenizer:
         tokenizer = tokenizers.load(data.tokenizer)
-    _look_for_sources(data, source)
-    return Dataset(data, source, source.tokenizer() if tokenizer is None else tokenizer)
+    _look(data, source, found)
+    words = source.tokenizer() if tokenizer is None else tokenizer
+    return Dataset(data, source, words, reads=tuple(reads), plugins=tuple(plugins))
 
 
-def _look_for_sources(data: Data, source: Any, num: int = 64) -> None:
-    """Warns of names in `caption_sources` that none of `num` records has: mistyped ones pass for rare."""
-    if not data.caption_sources or not len(source):
+def _look(data: Data, source: Any, found: Sequence[leaves.Leaf], num: int = 64) -> None:
+    """Looks at `num` records for what is optional in them.
+
+    Warns of names in `caption_sources` that none has: mistyped ones pass for rare. Raises UserError for a leaf that all
+    of them lack.
+    """
+    optional: list[Any] = [leaf for leaf in found if hasattr(leaf, "lacks")]
+    if not (data.caption_sources or optional) or not len(source):
         return
-    seen = set()
+    rows = []
     for i in np.linspace(0, len(source) - 1, min(num, len(source)), dtype=np.int64).tolist():
         with contextlib.suppress(ValueError):
-            seen |= {c.get("source") for c in source[i].get("captions") or ()}
+            rows.append(source[i])
+    seen = {c.get("source") for row in rows for c in row.get("captions") or ()}
     if missing := sorted({c.name for c in data.caption_sources} - seen):
         have = sorted(map(str, seen))
         text = "config.data.caption_sources: got %s, in none of %d records looked at, which have %s"
-        log.warning(text, missing, min(num, len(source)), have)
-
-
-def leaves(data: Data, batch: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and type of every leaf of a batch of `batch` rows; known without opening the data."""
-    captions = (data.num_captions,) if data.captions == "all" else ()
-    return {
-        "image": ((batch, data.image_px, data.image_px, 3), np.uint8),
-        "text": ((batch, *captions, data.text_len), np.int32),
-        "mask": ((batch,), np.bool_),
-        "index": ((batch, 2), np.uint32),
-        "record": ((batch, 2), np.uint32),
-    }
+        log.warning(text, missing, len(rows), have)
+    for leaf in optional:
+        if rows and all(leaf.lacks(row, data) for row in rows):
+            names = " and ".join(leaf.spec(data, 1))
+            got = f"nothing for {names} in {len(rows)} records looked at (fields {sorted(rows[0])})"
+            do = "convert the data with that field, or change config.objective"
+            raise check.error(f"data {data.path or data.source}", got, "it in some of them", do)
 
 
 def _open_one(data: Data) -> Any:
@@ -95,62 +104,34 @@ def _open_mixture(data: Data) -> "Concatenated":
 class Dataset:
     """One split, ready to be read in batches: picklable, safe to use from several threads.
 
-    A batch is a dict of numpy arrays, b rows of this host:
-      image   u8[b, R, R, 3]
-      text    i32[b, L]      [bos] pieces [eos] pads; i32[b, K, L] with captions="all"
+    A batch is a dict of numpy arrays, b rows of this host: the leaves that are read (leaves.py), and
       mask    bool[b]        True; False on the rows that fill the last batch of an evaluation
       index   u32[b, 2]      the sample's position in the global stream, as (high, low) words
       record  u32[b, 2]      its record id, likewise (`order.join_words` joins them)
     """
 
-    def __init__(self, data: Data, source, tokenizer: tokenizers.Tokenizer, begin: Begin = Begin()):
+    def __init__(
+        self,
+        data: Data,
+        source: Any,
+        tokenizer: tokenizers.Tokenizer,
+        begin: Begin = Begin(),
+        reads: tuple[str, ...] = leaves.READS,
+        plugins: tuple[Plugin, ...] = (),
+    ):
         self.data, self.source, self.tokenizer, self.begin = data, source, tokenizer, begin
+        self.reads, self.plugins = reads, plugins
+        self._leaves = leaves.find(data, reads, plugins)
         self.num_records: int = len(source)
         self.fingerprint: str = source.fingerprint
         self.loader_stats = LoaderStats()
-        self._mixture = _mixture(data, source, begin) if data.mixture else None
-        self._groups = self._group(data.group_by) if data.group_by else None
+        self._mixture = mixture_of(data, source.sizes, begin) if data.mixture else None
+        self._groups = groups.read(source, data.group_by) if data.group_by else None
         self._reader = samples.Reader(data, source)
 
     def __reduce__(self):  # the cache stays behind; workers fill their own
-        return Dataset, (self.data, self.source, self.tokenizer, self.begin)
-
-    def _group(self, field: str) -> order.Groups:
-        """Reads that field of every record once; what it finds is kept in the cache, and mapped."""
-        if field not in self.source[0]:
-            known = sorted(k for k, v in self.source[0].items() if isinstance(v, str))
-            raise check.unknown("config.data.group_by", field, known)
-        import pyarrow  # here, because only this asks for it
-
-        def found() -> order.Groups:
-            names = (self._group_name(i, field) for i in range(self.num_records))
-            chunks = [pyarrow.array(c, pyarrow.large_string()) for c in index.batched(names)]
-            return order.Groups.of(pyarrow.chunked_array(chunks))
-
-        def build(path: str) -> None:
-            groups = found()
-            with index.Writer(path, {"members": "<i8", "first": "<i8"}) as writer:
-                writer.add("members", groups.members)
-                writer.add("first", groups.first)
-                writer.finish({})
-
-        if not hasattr(getattr(self.source, "source", self.source), "inputs"):
-            return found()
-        stamp = f"groups 1:{self.fingerprint}:{field}:{sources.stamp(self.source)}"
-        kept = index.cached("groups", stamp, build)
-        return order.Groups(kept["members"], kept["first"])
-
-    def _group_name(self, i: int, field: str) -> str:
-        """Names the group of record i; one that is bad or lacks the field is a group of its own, at the end."""
-        try:
-            value = self.source[i].get(field)
-        except check.UserError:
-            raise
-        except ValueError:  # a bad image or row: another takes its place when its turn comes
-            value = None
-        if value is None:
-            return f"\U0010ffff{i:020d}"
-        return f"{value + 2**63:020d}" if isinstance(value, int) else str(value)
+        args = (self.data, self.source, self.tokenizer, self.begin, self.reads, self.plugins)
+        return Dataset, args
 
     @property
     def epoch_len(self) -> int:
@@ -177,23 +158,25 @@ class Dataset:
         """Returns the same data with another beginning of its order."""
         out = object.__new__(Dataset)
         out.__dict__ |= self.__dict__ | {"begin": begin}
-        out._mixture = _mixture(self.data, self.source, begin) if self.data.mixture else None
+        out._mixture = (
+            mixture_of(self.data, self.source.sizes, begin) if self.data.mixture else None
+        )
         return out
 
     def given(self, position: int) -> tuple[int, ...]:
-        """How many of the samples before a stream position each part gave, since the run began."""
+        """Returns for each part how many of the run's samples before a stream position came from it."""
         if self._mixture:
             return tuple(self._mixture.counts(position).tolist())
         return (sum(self.begin.given) + position - self.begin.position,)
 
     def source_counts(self, position: int) -> dict[str, int]:
-        """By the names of a mixture's parts, how many samples each gave the run; {} for other data."""
+        """Returns {name of a mixture's part: number of the run's samples from it}; {} for other data."""
         before = self.begin.before or (0,) * len(self.data.mixture)
         counts = (n + more for n, more in zip(self.given(position), before))
         return dict(zip((p.name for p in self.data.mixture), counts))
 
     def laws(self) -> tuple[tuple, ...]:
-        """Of each part, what decides the order of its records, beside the seed; all different."""
+        """Returns for each part what decides the order of its records, beside the seed; no two are equal."""
         parts = self.source.parts if isinstance(self.source, Concatenated) else (self.source,)
         names = [part.fingerprint for part in parts]
         how = (order.Shuffle.of(self.data), self.data.group_by)
@@ -208,12 +191,17 @@ class Dataset:
         return self._reader.key(record_id)
 
     def reference(self, record_id: int) -> str:
-        """The caption that evaluations compare with: the first in the wanted languages."""
-        return samples.texts_of(self.record(record_id), self.data, "first", None, self.tokenizer)[0]
+        """Returns the caption that evaluations compare with: the first in the wanted languages."""
+        return self._first_caption(self.record(record_id))[0]
 
     def captions(self, record_id: int) -> list[str]:
-        """The same without a look at the image. Raises: `text_ops.BadCaption`."""
-        return samples.texts_of(self.source[record_id], self.data, "first", None, self.tokenizer)
+        """Returns the same in a list, without a look at the image. Raises: `text_ops.BadCaption`."""
+        return self._first_caption(self.source[record_id])
+
+    def _first_caption(self, record: dict) -> list[str]:
+        sources = {c.name: c.weight for c in self.data.caption_sources}
+        draws = Draws(self.data, self.tokenizer, 0, 0, 0, training=False)
+        return captions_of(record, self.data, "first", sources=sources, is_blank=draws.is_blank)
 
     def keys(self, record_ids: Sequence[int] | np.ndarray) -> list[str]:
         """Returns the keys of the records."""
@@ -224,8 +212,8 @@ class Dataset:
     ) -> dict[str, np.ndarray]:
         """Returns rows (default: all) of the global batch that begins at stream position `start`.
 
-        A pure function of its arguments and the data. Image and caption draws depend on (seed,
-        stream position).
+        A pure function of its arguments and the data: what a leaf draws depends on the seed, its own name, and the
+        sample's stream position (captions: its epoch and the record's key).
         """
         rows = range(batch) if rows is None else rows
         (rows,) = _blocks([range(batch)[rows] if isinstance(rows, slice) else rows], batch)
@@ -233,8 +221,7 @@ class Dataset:
 
     def _train_batch(self, first: int, count: int, seed: int, carry: bool = True) -> dict:
         ids_b, epochs_b = self._records(first, count, seed)
-        prepare = functools.partial(samples.train_sample, seed, self.tokenizer)
-        return self._collate(first, ids_b, epochs_b, prepare, seed, carry)
+        return self._collate(first, ids_b, epochs_b, seed, self._leaves, carry=carry)
 
     def train_iter(
         self,
@@ -263,34 +250,44 @@ class Dataset:
         return -(-self.num_records // batch)
 
     def eval_iter(
-        self, batch: int, rows: Sequence[range] | None = None, *, texts: bool = True
+        self,
+        batch: int,
+        rows: Sequence[range] | None = None,
+        *,
+        reads: Sequence[str] | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields one pass in record order, without augmentation; "uniform" captions become "first".
-
-        Without `texts`, captions are not looked at (records may have only a label): texts are empty.
+        """Yields one pass in record order, without augmentation; drawn captions become the first.
 
         Every host yields equally many full batches of its rows (default: all): rows past the end
         repeat the last record and have mask False.
+
+        Args:
+          batch: rows of a global batch.
+          rows: blocks of them that are this host's.
+          reads: names of leaves; None for the dataset's own. Without "text", records need no captions.
         """
         blocks = _blocks(rows, batch)
         quiet = dataclasses.replace(
             self.data, workers=0
         )  # starting processes costs more than one pass
-        make = _EvalBatch(self, batch, blocks, texts)
+        make = _EvalBatch(self, batch, blocks, None if reads is None else tuple(reads))
         return pipeline.iterate(make, self.num_eval_batches(batch), quiet)
 
     def eval_batch(
-        self, number: int, batch: int, rows: range | None = None, *, texts: bool = True
+        self,
+        number: int,
+        batch: int,
+        rows: range | None = None,
+        *,
+        reads: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Returns rows of evaluation batch `number`: what `eval_iter` yields."""
         rows = range(batch) if rows is None else rows
         first = number * batch + rows.start
         positions_b = np.arange(first, first + len(rows))
         ids_b = np.minimum(positions_b, self.num_records - 1)
-        zeros = np.zeros_like(ids_b)
-        prepare = samples.eval_sample if texts else samples.eval_image_alone
-        prepare = functools.partial(prepare, self.tokenizer)
-        out = self._collate(first, ids_b, zeros, prepare, 0, carry=False)
+        found = self._leaves if reads is None else leaves.find(self.data, reads, self.plugins)
+        out = self._collate(first, ids_b, np.zeros_like(ids_b), 0, found, training=False)
         out["mask"][:] = positions_b < self.num_records
         return out
 
@@ -299,96 +296,55 @@ class Dataset:
         first: int,
         ids_b: np.ndarray,
         epochs_b: np.ndarray,
-        prepare: Callable,
         seed: int,
-        carry: bool,
+        found: Sequence[leaves.Leaf],
+        *,
+        training: bool = True,
+        carry: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Prepares every sample straight into one preallocated batch."""
+        """Makes every sample straight into one preallocated batch.
+
+        Args:
+          first: stream position of the first row.
+          ids_b, epochs_b: i64[b], the records due and their epochs.
+          seed: of all draws.
+          found: the leaves to make.
+          training: whether anything is drawn.
+          carry: adds what `LoaderStats` counts.
+        """
         b, data = len(ids_b), self.data
-        image_bRRC, text_bKL = (np.empty(*leaves(data, b)[name]) for name in ("image", "text"))
-        bad_b, secs, cut = np.zeros(b, np.uint8), np.zeros(len(STAGES)), 0
-        ids_b = ids_b.copy()
-        for row, (record_id, epoch) in enumerate(zip(ids_b.tolist(), epochs_b.tolist())):
-            place = (first + row, epoch)
-            fill = lambda r, row=row, place=place: prepare(r, data, place, image_bRRC[row])
-            texts, ids_b[row], bad_b[row] = self._reader.good(
-                record_id, first + row, seed, fill, secs
-            )
-            began = time.perf_counter()
-            rows_KL = text_bKL[row] if data.captions == "all" else text_bKL[row : row + 1]
-            for ids_L, (text, was_cut) in zip(rows_KL, texts):
-                cut += self.tokenizer.encode_into(text, ids_L) or was_cut
-            secs[2] += time.perf_counter() - began
-        out = {
-            "image": image_bRRC,
-            "text": text_bKL,
+        specs = {name: s for leaf in found for name, s in leaf.spec(data, b).items()}
+        arrays = {name: np.empty(shape, dtype) for name, (shape, dtype) in specs.items()}
+        bad_b, secs, num_texts, num_cut = np.zeros(b, np.uint8), np.zeros(len(STAGES)), 0, 0
+        ids_b, ordered = ids_b.copy(), leaves.in_order(found)
+        stored_crop = leaves.uses_stored_crops(data, found)
+        for i, (record_id, epoch) in enumerate(zip(ids_b.tolist(), epochs_b.tolist())):
+            draws = Draws(data, self.tokenizer, seed, first + i, epoch, training, stored_crop)
+            row = {name: array[i, ...] for name, array in arrays.items()}
+            ids_b[i], bad_b[i] = self._reader.fill(ordered, record_id, draws, row, secs)
+            num_texts, num_cut = num_texts + draws.texts, num_cut + draws.texts_cut
+        out = arrays | {
             "mask": np.ones(b, bool),
             "index": order.split_words(np.arange(first, first + b)),
             "record": order.split_words(ids_b),
         }
         if not carry:
             return out
-        texts = text_bKL.size // data.text_len
-        return out | {BAD: bad_b, STATS: measured(secs, texts, cut)}
-
-
-def in_stages(stages: Sequence[tuple[Dataset, int, int]]) -> list[Dataset]:
-    """The datasets of a stream, one for each stage, such that each goes on where it was left.
-
-    stages: dataset, position of its first sample in the stream, number of samples. Data that stays
-    as it is continues as if the stages were one. Where the data or the weights change, what was
-    read before goes on with its next record, wherever it stands in a mixture, and what is new
-    begins with its first epoch.
-    """
-    out: list[Dataset] = []
-    given: dict[tuple, int] = {}  # by law
-    read: dict[tuple, int] = {}  # by data
-    orders: dict[tuple, int] = {}
-    for dataset, position, num in stages:
-        laws = dataset.laws()
-        if out and _same(out[-1], dataset, position):
-            begin = out[-1].begin
-        else:
-            own = tuple(orders.setdefault(law, k) for k, law in enumerate(laws))
-            had = tuple(given.get(law, 0) for law in laws)
-            before = tuple(read.get(law[:2], 0) - n for law, n in zip(laws, had))
-            begin = Begin(position, had, own, before)
-        out.append(dataset.beginning(begin))
-        given |= dict(zip(laws, out[-1].given(position + num)))
-        read |= {law[:2]: given[law] + n for law, n in zip(laws, begin.before)}
-    return out
-
-
-def _same(a: Dataset, b: Dataset, position: int) -> bool:
-    """Whether the order of b at a position of the stream is that of a."""
-
-    def law(d: Dataset) -> tuple:
-        changes = (r for r in d.data.reweight if r.samples <= position)
-        return d.laws(), tuple(p.weight for p in d.data.mixture), tuple(changes)
-
-    return law(a) == law(b)
-
-
-def _mixture(data: Data, source: Concatenated, begin: Begin) -> order.Mixture:
-    starts, weights = [begin.position], [[p.weight for p in data.mixture]]
-    for k, change in enumerate(data.reweight):
-        where = f"config.data.reweight.{k}"
-        if change.samples <= starts[-1]:
-            raise check.error(f"{where}.samples", change.samples, f"over {starts[-1]}", "raise it")
-        if len(change.weights) != len(data.mixture):
-            do = "give one for each part"
-            raise check.error(f"{where}.weights", change.weights, f"{len(data.mixture)}", do)
-        starts.append(change.samples)
-        weights.append(list(change.weights))
-    shares = tuple(order.whole_shares(w, "config.data.mixture") for w in weights)
-    return order.Mixture(source.sizes, shares, tuple(starts), begin.given, begin.orders)
+        return out | {BAD: bad_b, STATS: measured(secs, num_texts, num_cut)}
 
 
 def start_plan(dataset: Dataset, *, batch: int, samples: int, num_hosts: int = 1) -> str:
-    """The line that a run prints before it starts: what will be read, and the memory it takes."""
+    """Returns the line that a run prints before it starts: what it will read, and the memory that takes.
+
+    Args:
+      dataset: the data.
+      batch: rows of a global batch.
+      samples: that will be read.
+      num_hosts: that share the rows.
+    """
     data, rows = dataset.data, batch // num_hosts
-    captions = data.num_captions if data.captions == "all" else 1
-    row_bytes = 3 * data.image_px**2 + 4 * data.text_len * captions + 17
+    specs = leaves.spec(data, 1, dataset.reads, dataset.plugins).values()
+    row_bytes = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in specs)
     held = max(data.workers, 1) * (data.prefetch + max(data.read_threads, 1)) + 2
     size = getattr(dataset.source, "num_bytes", None)
     lower = "lower-cased, " if dataset.tokenizer.lower else ""
@@ -431,11 +387,11 @@ class _EvalBatch:
     dataset: Dataset
     batch: int
     blocks: tuple[range, ...]
-    texts: bool = True
+    reads: tuple[str, ...] | None = None
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         make = functools.partial(self.dataset.eval_batch, int(number), self.batch)
-        return _joined([make(b, texts=self.texts) for b in self.blocks])
+        return _joined([make(b, reads=self.reads) for b in self.blocks])
 
 
 def _blocks(rows: Sequence[range] | None, batch: int) -> tuple[range, ...]:
@@ -447,7 +403,7 @@ def _blocks(rows: Sequence[range] | None, batch: int) -> tuple[range, ...]:
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Blocks of rows as one batch; what was counted of them is added up."""
+    """Returns blocks of rows as one batch; their counts are added up."""
     if len(parts) == 1:
         return parts[0]
     out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != STATS}

@@ -1,22 +1,20 @@
-"""Images: encoded bytes → u8[H, W, 3], and the train and eval geometry → u8[R, R, 3].
+"""Crops and augmentation: an image of any size → u8[R, R, 3], for training and for evaluation.
 
 Every random choice is drawn from the generator handed in, in one fixed order. Values stay 0 … 255;
-scaling to floats belongs to the model. Not here: which image (samples.py).
+scaling to floats belongs to the model. Not here: decoding (pictures.py), which image (samples.py).
 """
 
+import dataclasses
 import functools
-import io
-import struct
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFilter
 
 from vlp.core import check
-from vlp.data import image_files
 from vlp.data import randaugment as randaugment_lib
+from vlp.data.pictures import Picture
 
 FILTERS = {
     "box": Image.Resampling.BOX,
@@ -25,230 +23,79 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "fast": None,  # OpenCV's Gaussian, then its cubic: near "bicubic", at a quarter of its time
 }  # Pillow's filters widen when shrinking: all are antialiased
-Image.init()  # all of Pillow's plugins, so that the next line's names are known
-_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-FORMATS = tuple(f for f in _WANTED if f in Image.OPEN)  # none that runs another program (EPS)
-MAX_PIXELS = 89_478_485  # Pillow's own limit (268 MB decoded): larger files are taken for bombs
-REASONS = (
-    *("missing", "outside", "empty", "not_an_image", "unsupported"),
-    *("too_large", "truncated", "corrupt", "value_range"),
-)
-# in what decoders say of files that end too early, and of what they cannot decode
-_CUT = ("truncated", "chunk b''", "not enough", "unexpected end")
-_UNKNOWN = ("unknown pixel mode", "cannot handle", "support", "unrecognized", "conversion")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _MARGIN = (
     1.25  # with it, scaled decoding stays within 1.5/255 of Pillow's bicubic; with 1, within 3
 )
 _BLUR = 0.35  # of the Gaussian, per pixel that one pixel covers: nearest to Pillow's bicubic (same images)
-_LEVELS = np.round(np.arange(1 << 16) * (255 / 65535)).astype(np.uint8)  # 16 bits → 8
-_ROWS = 64  # of a picture that are scaled at a time, so that the floats take little memory
 
 
-class BadImage(ValueError):
-    """Bytes that are no usable image; `reason` is one of `REASONS`, `key` the record's where known."""
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Which part of an image becomes a sample, and whether it is mirrored.
 
-    def __init__(self, reason: str, detail: str, key: str | None = None):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.key = reason, key
-
-
-def _bad(e: Exception, data: bytes) -> BadImage:
-    """The reason behind what a decoder raised (Pillow: OSError, SyntaxError, struct.error … by format)."""
-    detail = f"{type(e).__name__}: {e!s:.120}"
-    if isinstance(e, BadImage):
-        return e
-    if isinstance(e, MemoryError) and (fault := check.machine("decoding an image", e)):
-        raise fault from None
-    if not data.strip(b"\0"):
-        return BadImage("empty", f"{len(data)} bytes" + (", all zero" if data else ""))
-    if isinstance(e, UnidentifiedImageError):
-        return _unread(data)
-    if isinstance(e, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return BadImage("too_large", detail)
-    said = str(e).lower()
-    short = isinstance(e.__cause__ or e, EOFError | IndexError | struct.error)
-    if short or any(x in said for x in _CUT):
-        return BadImage("truncated", detail)
-    return BadImage("unsupported" if any(x in said for x in _UNKNOWN) else "corrupt", detail)
-
-
-def _unread(data: bytes) -> BadImage:
-    """Asks the decoder that the first bytes name why it cannot read the file: `Image.open` does not tell."""
-    for name in FORMATS:
-        make, accepts = Image.OPEN[name]
-        found = accepts(data[:16]) if accepts else False
-        if isinstance(found, str):
-            return BadImage("unsupported", found)
-        if found:
-            try:
-                make(io.BytesIO(image_files.without_metadata(data)[0]), "")
-            except Exception as e:
-                return _bad(e, data)
-    return BadImage("not_an_image", f"it begins with {data[:12]!r}")
-
-
-class Picture:
-    """An encoded image whose header was read: its size is known, its pixels are decoded when asked for.
-
-    `size` is (height, width) of the picture as it is shown, that is of `pixels()`; `format` one of
-    `FORMATS`.
-    Raises: `BadImage`, at once for what the header tells and in `pixels` for the rest.
+    box: left, top, right, bottom in pixels of the image, a white border of `border_px` included; shrink: the fraction
+    1/1 … 1/8 at which the image may be decoded for it.
     """
 
-    def __init__(self, data: bytes):
-        self._data = data
-        self._image = None  # Pillow's, opened where libjpeg-turbo alone will not do
-        self.format, stored = "JPEG", None
-        if data.startswith(image_files.JPEG):
-            stored, self._orientation = _jpeg_size(data), image_files.jpeg(data)[1]
-        if stored is None:
-            stored = self._open()
-        self.size = stored if self._orientation < 5 else stored[::-1]
+    box: tuple[float, float, float, float]
+    shrink: int = 1
+    border_px: int = 0
+    flip: bool = False
 
-    def _open(self) -> tuple[int, int]:
-        """Opens the file with Pillow; returns (height, width) as stored."""
-        try:
-            plain, self._orientation = image_files.without_metadata(self._data)
-            self._image = Image.open(io.BytesIO(plain), formats=FORMATS)
-            self.format = self._image.format or "unknown"
-            if self.format == "AVIF":  # what its transforms say, in Pillow's words
-                exif = self._image.info.get("exif", b"")
-                self._orientation = image_files.exif_orientation(exif)
-            width, height = self._image.size
-            if width * height > MAX_PIXELS:
-                raise BadImage("too_large", f"{width}×{height} pixels, more than {MAX_PIXELS}")
-        except Exception as e:
-            raise _bad(e, self._data) from e
-        return height, width
+    def shares(self, size: tuple[int, ...]) -> np.ndarray:
+        """Returns f32[4]: left, top, right, bottom as shares of the sides of an image of (height, width).
 
-    def pixels(self, shrink: int = 1) -> tuple[np.ndarray, int]:
-        """Returns u8[⌈H/s⌉, ⌈W/s⌉, 3] and s: alpha on white, turned as the orientation says.
-
-        s is at most `shrink` (1, 2, 4 or 8): as far as the format can be decoded at that fraction
-        of its size for less work (JPEG's inverse DCT of fewer coefficients).
+        Outside of [0, 1] where the crop looks past the image's edge.
         """
-        if self._image is None:
-            flips = _FLIPS[self._orientation - 1]
-            while any(f and side % shrink for f, side in zip(flips, self.size)):
-                shrink //= 2  # else the incomplete pixels of the last column would come first
-            try:
-                return _turned(self._jpeg(shrink), self._orientation), shrink
-            except ValueError:  # what libjpeg warns of
-                self._open()  # Pillow reads on where it can, and says why not
-        try:
-            assert self._image is not None
-            out = _turned(_to_rgb(self._image), self._orientation)
-        except Exception as e:
-            raise _bad(e, self._data) from e
-        if out.shape[:2] != self.size:
-            found = f"pixels of {out.shape[:2]}, a header of {self.size}"
-            raise BadImage("corrupt", found)
-        return out, 1
-
-    def _jpeg(self, shrink: int) -> np.ndarray:
-        stored = self.size if self._orientation < 5 else self.size[::-1]
-        height, width = (-(-side // shrink) for side in stored)
-        out = simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width)
-        if out.shape[:2] != (height, width):
-            raise ValueError(f"decoded to {out.shape}, expected {height}×{width}")
-        return out
+        sides_4 = np.array([size[1], size[0], size[1], size[0]], np.float64)
+        return ((np.array(self.box) - self.border_px) / sides_4).astype(np.float32)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Returns (height, width) of a JPEG in colours that libjpeg-turbo knows; else None."""
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    height, width = int(height), int(width)
-    good = colors in ("YCbCr", "RGB", "Gray") and height * width <= MAX_PIXELS
-    return (height, width) if good else None
+def draw_crop(
+    size: tuple[int, ...],
+    size_px: int,
+    draws: np.ndarray,
+    *,
+    min_area_frac: float = 1.0,
+    max_area_frac: float = 1.0,
+    max_aspect: float = 1.0,
+    translate_frac: float = 0.0,
+    flip: bool = False,
+) -> Crop:
+    """Returns the crop that draws[:5], uniform in [0, 1), choose in an image of (height, width) (`train_image`)."""
+    border_px = round(translate_frac * min(size)) if translate_frac else 0
+    box, shrink = train_box(
+        (size[0] + 2 * border_px, size[1] + 2 * border_px),
+        size_px,
+        draws,
+        min_area_frac=min_area_frac,
+        max_area_frac=max_area_frac,
+        max_aspect=max_aspect,
+    )
+    return Crop(box, shrink, border_px, bool(flip and draws[4] < 0.5))
 
 
-# orientation 1 … 8 → whether rows and columns come in reverse; from 5 on they were exchanged before
-_FLIPS = (
-    *((False, False), (False, True), (True, True), (True, False)),
-    *((False, False), (False, True), (True, True), (True, False)),
-)
+def crop_of_shares(
+    shares: Sequence[float], flip: bool, size: tuple[int, ...], size_px: int
+) -> Crop:
+    """Returns a crop from left, top, right, bottom as shares of the sides of an image of (height, width)."""
+    height, width = size
+    left, top, right, bottom = (float(s) * side for s, side in zip(shares, (width, height) * 2))
+    return Crop((left, top, right, bottom), _shrink(right - left, bottom - top, size_px), 0, flip)
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Returns the stored u8[H, W, 3] as it is shown (EXIF 2.3, tag 274)."""
-    if orientation == 1:
-        return pixels
-    rows, columns = (slice(None, None, -1 if flip else 1) for flip in _FLIPS[orientation - 1])
-    pixels = pixels.transpose(1, 0, 2) if orientation >= 5 else pixels
-    return np.ascontiguousarray(pixels[rows, columns])
+def eval_crop(size: tuple[int, ...]) -> Crop:
+    """Returns the crop of evaluations: the centre square of the whole image."""
+    height, width = size
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return Crop((left, top, left + side, top + side))
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Returns u8[H, W, 3] of any file of `FORMATS`, alpha on white, turned as the orientation says.
-
-    Raises: `BadImage` for truncated, foreign or oversized files.
-    """
-    return Picture(data).pixels()[0]
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip it to 255
-        return np.repeat(_grey(image)[..., None], 3, axis=2)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return np.array(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return np.array(Image.alpha_composite(white, image).convert("RGB"))
-    return np.array(image.convert("RGB"))
-
-
-def _grey(image: Image.Image) -> np.ndarray:
-    """Returns u8[H, W] of a picture of one channel that has more than 8 bits.
-
-    Integers of up to 16 bits are scaled from the range of their type. Those of 32 bits and floats
-    have no range of their own: white is the first of 1 (floats), 255, 65535 and the type's largest
-    (integers) of which the picture's maximum is at most 1.1, and, but for the first, at least 1/16.
-    Values below black or above white are clipped.
-    Raises: `BadImage` ("value_range") where no white fits, where values go below black by more than
-    a tenth of white, and for NaN and infinity.
-    """
-    tags = getattr(image, "tag_v2", {})  # of TIFF: bits, photometric interpretation, format
-    bits = tags.get(258, (16 if image.mode != "F" else 32,))[0]
-    inverted, signed = tags.get(262) == 0, tags.get(339, (1,))[0] == 2
-    grey_HW = np.asarray(image)
-    if grey_HW.dtype == np.int32 and bits == 32 and not signed:
-        grey_HW = grey_HW.view(np.uint32)  # as Pillow stores those
-    out = np.empty(grey_HW.shape, np.uint8)
-    if image.mode != "F" and bits <= 16:
-        white = float(2 ** (bits - signed) - 1)
-    else:
-        white = _white(grey_HW)
-    if grey_HW.min() < -white / 10:
-        raise BadImage("value_range", f"values down to {grey_HW.min()}, expected 0 … {white:.0f}")
-    for at in range(0, len(out), _ROWS):
-        rows = grey_HW[at : at + _ROWS]
-        if white == 65535 and rows.dtype.kind == "u":
-            out[at : at + _ROWS] = _LEVELS[np.minimum(rows, 65535)]
-        else:
-            out[at : at + _ROWS] = np.round(rows.clip(0, white) * (255 / white))
-    if inverted:
-        np.subtract(255, out, out=out)
-    if (hidden := image.info.get("transparency")) is not None:
-        out[grey_HW == hidden] = 255
-    return out
-
-
-def _white(grey_HW: np.ndarray) -> float:
-    """The value that is white in a picture of a type without a range (see `_grey`)."""
-    is_float = grey_HW.dtype.kind == "f"
-    most = float(grey_HW.max())
-    whites = (1.0, 255.0, 65535.0) if is_float else (255.0, 65535.0, np.iinfo(grey_HW.dtype).max)
-    if not np.isfinite(most) or not np.isfinite(grey_HW.min()):
-        raise BadImage("value_range", "NaN or infinity among the values")
-    for i, white in enumerate(whites):
-        if most <= 1.1 * white and (i == 0 or most >= white / 16):
-            return float(white)
-    raise BadImage("value_range", f"values up to {most:g}, expected up to one of {whites}")
+def size_of(image: np.ndarray | Picture) -> tuple[int, ...]:
+    """Returns (height, width)."""
+    return image.size if isinstance(image, Picture) else image.shape[:2]
 
 
 def train_image(
@@ -264,34 +111,41 @@ def train_image(
     jitter: float = 0.0,
     randaugment: int = 0,
     magnitude: float = 0.0,
+    grey_frac: float = 0.0,
+    blur_frac: float = 0.0,
     resize: str = "bicubic",
+    crop: Crop | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns u8[size_px, size_px, 3], in `out` if given: a random resized crop, changed and mirrored.
 
     The crop covers a uniform share of the area with a log-uniform aspect ratio in [1/max_aspect,
-    max_aspect] (`train_box`). `translate_frac` first adds a white
+    max_aspect] (`train_box`); `crop` replaces it. `translate_frac` first adds a white
     border of that share of the shorter side, so that the crop may also look past the edge. `jitter`
     is the largest relative change of brightness, contrast and saturation; `randaugment` so many
-    operations follow (randaugment.py). A `Picture` is decoded at the smallest power-of-two fraction
-    at which the crop has 1.25 times `size_px` pixels a side. With resize="fast" the crop is made of
-    whole pixels of what was decoded.
+    operations follow (randaugment.py), then, with the probabilities `grey_frac` and `blur_frac`, the image loses its
+    colours and is blurred by a Gaussian of 0.1 … 2 pixels at 224 (Chen et al. 2020, arXiv:2002.05709, appendix A).
+    A `Picture` is decoded at the smallest power-of-two fraction at which the crop has 1.25 times `size_px` pixels a
+    side. With resize="fast" the crop is made of whole pixels of what was decoded.
     """
     # always eight, so that switching one option on leaves the others' draws alone
     draws = rng.random(8)
-    if translate_frac:
-        image = _pixels(image)
-        image = _bordered(image, round(translate_frac * min(image.shape[:2])))
-    box, shrink = train_box(
-        image.size if isinstance(image, Picture) else image.shape[:2],
-        size_px,
-        draws,
-        min_area_frac=min_area_frac,
-        max_area_frac=max_area_frac,
-        max_aspect=max_aspect,
-    )
+    if crop is None:
+        crop = draw_crop(
+            size_of(image),
+            size_px,
+            draws,
+            min_area_frac=min_area_frac,
+            max_area_frac=max_area_frac,
+            max_aspect=max_aspect,
+            translate_frac=translate_frac,
+            flip=flip,
+        )
+    box = crop.box
+    if crop.border_px or translate_frac:
+        image = _bordered(_pixels(image), crop.border_px)
     if isinstance(image, Picture):
-        image, shrink = image.pixels(shrink)
+        image, shrink = image.pixels(crop.shrink)
         box = tuple(edge / shrink for edge in box)
     small_RRC = _resized(image, size_px, box, resize, out)
     if jitter:
@@ -299,9 +153,23 @@ def train_image(
         small_RRC = np.asarray(_jittered(Image.fromarray(small_RRC), *changes))
     if randaugment:
         small_RRC = randaugment_lib.apply(small_RRC, rng, randaugment, magnitude)
-    if flip and draws[4] < 0.5:
+    if grey_frac or blur_frac:
+        small_RRC = _grey_and_blur(small_RRC, rng.random(3), grey_frac, blur_frac)
+    if crop.flip:
         small_RRC = small_RRC[:, ::-1]
     return small_RRC if out is None or small_RRC is out else _put(small_RRC, out)
+
+
+def _grey_and_blur(
+    image: np.ndarray, draws: np.ndarray, grey_frac: float, blur_frac: float
+) -> np.ndarray:
+    changed = Image.fromarray(image)
+    if draws[0] < grey_frac:
+        changed = changed.convert("L").convert("RGB")
+    if draws[1] < blur_frac:
+        radius = (0.1 + 1.9 * draws[2]) * len(image) / 224
+        changed = changed.filter(ImageFilter.GaussianBlur(radius))
+    return np.asarray(changed)
 
 
 def train_box(
@@ -324,7 +192,7 @@ def train_box(
     """
     height, width = size
     largest_w, largest_h = min(width, height * max_aspect), min(height, width * max_aspect)
-    crop_w, crop_h = largest_w, largest_h
+    crop_w, crop_h = float(largest_w), float(largest_h)
     if min_area_frac * height * width <= largest_w * largest_h:
         for area_draw, aspect_draw in _tries(draws):
             area_frac = min_area_frac + area_draw * (max_area_frac - min_area_frac)
@@ -336,8 +204,12 @@ def train_box(
             smaller = min(1.0, (max_area_frac * height * width / (largest_w * largest_h)) ** 0.5)
             crop_w, crop_h = smaller * largest_w, smaller * largest_h
     left, top = draws[2] * (width - crop_w), draws[3] * (height - crop_h)
-    fits = [s for s in (8, 4, 2) if min(crop_w, crop_h) >= _MARGIN * s * size_px]
-    return (left, top, left + crop_w, top + crop_h), fits[0] if fits else 1
+    return (left, top, left + crop_w, top + crop_h), _shrink(crop_w, crop_h, size_px)
+
+
+def _shrink(crop_w: float, crop_h: float, size_px: int) -> int:
+    """The smallest fraction 1/1 … 1/8 at which a crop has `_MARGIN` times `size_px` pixels a side."""
+    return next((s for s in (8, 4, 2) if min(crop_w, crop_h) >= _MARGIN * s * size_px), 1)
 
 
 def _tries(draws: np.ndarray) -> Iterator[tuple[float, float]]:
@@ -359,9 +231,7 @@ def eval_image(
     height, width = image.shape[:2]
     if height == width == size_px:  # equal size: bit for bit
         return image if out is None else _put(image, out)
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    return _resized(image, size_px, (left, top, left + side, top + side), resize, out)
+    return _resized(image, size_px, eval_crop((height, width)).box, resize, out)
 
 
 def _pixels(image: np.ndarray | Picture) -> np.ndarray:

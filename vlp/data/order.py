@@ -81,7 +81,10 @@ def record_ids(
         raise check.error("data", "0 records", "at least one", "choose another split")
     if start < 0 or count < 0:
         raise check.error(
-            "data", f"window ({start}, {count})", "start, count >= 0", "check the step"
+            "data",
+            f"window ({start}, {count})",
+            "start, count >= 0",
+            "pass a position and a number from 0 on",
         )
     position = np.arange(start, start + count, dtype=np.int64)
     epoch, slot = np.divmod(position, num_records)
@@ -269,7 +272,9 @@ def whole_shares(weights: Sequence[float], where: str) -> tuple[int, ...]:
     """
     good = bool(weights) and all(math.isfinite(w) and w >= 0 for w in weights) and max(weights) > 0
     if not good:
-        raise check.error(where, list(weights), "weights >= 0, finite, not all 0", "change them")
+        raise check.error(
+            where, list(weights), "weights >= 0, finite, not all 0", "correct the weights"
+        )
     parts = [fractions.Fraction(str(w)) for w in weights]
     scale = math.lcm(*(f.denominator for f in parts))
     whole = [int(f * scale) for f in parts]
@@ -310,7 +315,7 @@ def host_rows(batch: int, host: int, num_hosts: int) -> range:
             "batch",
             f"{batch} rows for {num_hosts} hosts",
             f"a multiple of {num_hosts}",
-            "change config.batch or the number of hosts",
+            "set config.batch to a multiple of it",
         )
     if not 0 <= host < num_hosts:
         raise check.error("host", host, f"0 … {num_hosts - 1}", "check the process index")

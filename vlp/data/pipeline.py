@@ -48,9 +48,9 @@ def iterate(make: Callable[[int], dict], num_batches: int, data: Data) -> Iterat
 
 
 def _restarted(start: Callable[[int], Iterator[dict]]) -> Iterator[dict]:
-    """Yields what start(0) does; if a worker process is killed, start(n) goes on behind the n batches that were made.
+    """Yields what start(0) yields; if a worker process is killed after n batches, continues with start(n).
 
-    Raises: `check.Failed` if none was made since the last time.
+    Raises: `check.Failed` if a worker is killed twice without a batch in between.
     """
     done, died_at = 0, -1
     while True:

@@ -8,17 +8,21 @@ import threading
 import types
 from collections.abc import Iterator
 
+from vlp.core import interrupt
+
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
     """Processes that start in here do not run the user's script again, as spawned ones would.
 
-    So a script needs no `if __name__ == "__main__":` guard, and one on standard input works.
+    So a script needs no `if __name__ == "__main__":` guard, and one on standard input works. Under the command line
+    they do not get Ctrl-C either.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
-        yield
+        with interrupt.workers_start():
+            yield
     finally:
         sys.modules["__main__"] = main
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from vlp.core import check
 from vlp.data import order
+from vlp.data.draws import REASONS
 from vlp.data.loader_stats import BAD, STATS
-from vlp.data.samples import REASONS
 from vlp.data.sources.combined import Concatenated, Without
 
 log = logging.getLogger(__name__)

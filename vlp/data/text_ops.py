@@ -21,10 +21,13 @@ _UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u180b\u180
 }
 _SEPARATE = ("Zs", "Zl", "Zp", "Cc", "Cf", "Cs")  # not Cn: characters newer than Python's tables
 _PLAIN = re.compile("[A-Za-z0-9]")
+_SENTENCE_END = re.compile(
+    r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+(?![a-zà-öø-ÿ])|(?<=[。！？])(?![”’」』）])|[\r\n]+"""
+)
 
 
 class BadCaption(check.UserError):
-    """Captions that are none, or none in the wanted languages; `reason` is one of `REASONS`."""
+    """A record has no caption that can be used (in the wanted languages); `reason` is one of `REASONS`."""
 
     def __init__(self, reason: str, error: check.UserError):
         super().__init__(str(error))
@@ -70,7 +73,7 @@ def choose(
     "first": the first; "uniform": one drawn from `rng`; "weighted": one drawn with a probability
     proportional to its `weight` (1 if it has none), or, given `sources`, first one of the record's
     sources in proportion to the weight given here, whatever the number of its captions; "all": the
-    first `num`, repeated in a cycle if there are fewer. Texts that `is_blank` do not count.
+    first `num`, or fewer if there are no more. Texts that `is_blank` do not count.
     Raises: `BadCaption`, a `UserError`, if no caption is left or one is no caption.
     """
     if policy not in POLICIES:
@@ -97,14 +100,14 @@ def choose(
             got += f" from {sorted({str(c.get('source')) for c in captions})}"
             expected += f" from {list(sources)}"
             field = "langs or caption_sources"
-        do = f"change config.data.{field}" if captions else "leave the record out"
+        do = f"widen config.data.{field}" if captions else "leave the record out"
         error = check.error(where, got, expected, do)
         raise BadCaption("no_caption", error)
     texts = [c["text"] for c in left]
     if policy == "first":
         return texts[:1]
     if policy == "all":
-        return [texts[i % len(texts)] for i in range(num)]
+        return texts
     assert rng is not None, f"{policy} needs a generator"
     if policy == "uniform":
         return [texts[int(rng.integers(len(texts)))]]
@@ -132,6 +135,16 @@ def is_caption(caption: Any) -> bool:
         and isinstance(weight := caption.get("weight", 1.0), int | float)
         and 0 <= weight < float("inf")
     )
+
+
+def sentences(text: str) -> list[str]:
+    """Returns the sentences of a text, in their order, without the blank ones.
+
+    A sentence ends at a line break, at 。！？, and at . ! ? (with closing quotes or brackets) before white space,
+    unless a lower-case letter follows ("e.g. a cat").
+    """
+    parts = (" ".join(part.split()) for part in _SENTENCE_END.split(text))
+    return [part for part in parts if not is_invisible(part)]
 
 
 def shorten(text: str, num_words: int, how: str, rng: np.random.Generator) -> str:

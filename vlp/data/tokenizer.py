@@ -215,12 +215,12 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def train(
-    texts: Iterable[str], vocab_size: int, *, lower: bool = True, model_type: str = "unigram"
+    texts: Iterable[str], vocab_size: int, *, lower: bool = True, model_type: str = "bpe"
 ) -> Tokenizer:
-    """Trains a "unigram" or "bpe" model; `vocab_size` is a ceiling, not always reached.
+    """Trains byte pairs ("bpe") or a "unigram" model; `vocab_size` is a ceiling, not always reached.
 
     Unigram seeds its pieces from strings that several distinct words share, so it splits the words
-    of a tiny closed vocabulary; there use "bpe".
+    of a small vocabulary, down to letters.
 
     All of every text takes part: long ones are cut into parts that SentencePiece reads. One thread
     and no sampling: the same texts in the same order give the same bytes.

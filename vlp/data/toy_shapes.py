@@ -1,8 +1,8 @@
 """An in-memory dataset of coloured shapes with captions, for smoke runs and tests.
 
 A record is a function of its index; train, val and test share no combination of size, colour,
-shape, background and place. Records have the fields of records.py, except that `image` is already
-decoded: u8[64, 64, 3].
+shape, background and place. Records have the fields of records/format.py (captions, label, boxes,
+negatives), except that `image` is already decoded: u8[64, 64, 3].
 """
 
 import dataclasses
@@ -77,9 +77,19 @@ class Shapes:
             f"{color} {shape} on a {ground} background",
         )
         captions = [{"text": t, "source": "shapes", "lang": "en"} for t in texts]
+        y, x = PLACES[place]
+        radius = SIZES[size]
+        box = [x - radius, y - radius, x + radius, y + radius]
+        other_color = next(c for c in COLORS if c not in (color, ground))
+        other_shape = next(s for s in SHAPES if s != shape)
+        negatives = (
+            f"a {size} {other_color} {shape} on {ground}{where}",
+            f"a {size} {color} {other_shape} on {ground}{where}",
+        )
         key = f"{size}-{color}-{shape}-{ground}-{place.replace(' ', '_') or 'centre'}"
         return {"key": key, "image": _draw(size, color, shape, ground, place), "captions": captions,
-                "color": color, "shape": shape}  # fmt: skip
+                "label": list(SHAPES).index(shape), "boxes": [{"box": box, "text": f"{color} {shape}"}],
+                "negatives": list(negatives), "color": color, "shape": shape}  # fmt: skip
 
     @property
     def fingerprint(self) -> str:
@@ -131,4 +141,4 @@ def _draw(size: str, color: str, shape: str, ground: str, place: str) -> np.ndar
 def _tokenizer() -> tokenizer.Tokenizer:
     source = Shapes(1000)
     texts = [c["text"] for i in range(len(source)) for c in source[i]["captions"]]
-    return tokenizer.train(texts, 128, model_type="bpe")
+    return tokenizer.train(texts, 128)

@@ -19,6 +19,7 @@ from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Evaluator
 from vlp.data.config import Data
 from vlp.data.dataset import Dataset, open_dataset
+from vlp.data.leaves import READS
 from vlp.data.text_ops import BadCaption
 from vlp.data.tokenizer import Tokenizer
 
@@ -98,7 +99,9 @@ def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:
     if bad and (bad == len(looked) or dataset.data.bad_records == "error"):
         got = f"{dataset.data.split!r}, in which {bad} of {len(looked)} records looked at have none"
         expected = "records with a caption in config.data.langs"
-        raise check.error(where, got, expected, "change it, or drop this evaluation")
+        raise check.error(
+            where, got, expected, "name another split or further langs, or drop this evaluation"
+        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -117,15 +120,15 @@ def _open(data: Data, tokenizer: Tokenizer) -> Dataset:
 
 
 def batches(
-    dataset: Dataset, batch: int, mesh: Mesh, *, texts: bool = True
+    dataset: Dataset, batch: int, mesh: Mesh, *, reads: tuple[str, ...] = READS
 ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
     """One pass: (global device batch, mask over its rows on the host). The last batch is filled up and masked.
 
-    Without `texts`, records need no captions, and their texts are empty.
+    reads: names of leaves; without "text", records need no captions.
     """
     meshes.check_batch(batch, mesh, where="config.evals: batch")
     mine = local.rows(batch, mesh)
-    for i, leaves in enumerate(dataset.eval_iter(batch, mine, texts=texts)):
+    for i, leaves in enumerate(dataset.eval_iter(batch, mine, reads=reads)):
         mask_B = np.arange(i * batch, (i + 1) * batch) < dataset.num_records
         yield meshes.to_global(leaves, mesh), mask_B
 

@@ -48,7 +48,7 @@ class Zeroshot:
     items: int = 12
 
     def __post_init__(self) -> None:
-        where, do = "config.evals: zeroshot", "change the config"
+        where, do = "config.evals: zeroshot", "correct these fields"
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
             raise check.error(f"{where}.classes", self.classes, "two or more, all different", do)
         if self.phrases and len(self.phrases) != len(self.classes):
@@ -234,7 +234,7 @@ def embed_images(
 ) -> tuple[Float[np.ndarray, "N E"], Bool[np.ndarray, "N"]]:
     """Image embeddings of all records, in record order, and whether each is the record's own (no substitute's)."""
     run, found, used = apply.jit(_image), [], []
-    for rows, mask_B in ios.batches(dataset, batch, mesh, texts=False):
+    for rows, mask_B in ios.batches(dataset, batch, mesh, reads=("image",)):
         found.append(meshes.to_host(run(rows["image"]))[mask_B])
         used.append(order.join_words(meshes.to_host(rows["record"]))[mask_B])
     return np.concatenate(found), np.concatenate(used) == np.arange(dataset.num_records)
@@ -280,7 +280,7 @@ def _items(
         dataset, record = shown[n]
         best = int(scores_NC[n].argmax())
         items.append({
-            "image": ios.data_uri(dataset.eval_batch(record, 1, texts=False)["image"][0]),
+            "image": ios.data_uri(dataset.eval_batch(record, 1, reads=("image",))["image"][0]),
             "caption": dataset.source.caption(record),
             "key": dataset.keys([record])[0],
             "truth": zeroshot.classes[int(truth_N[n])],

@@ -1,8 +1,9 @@
-"""One model out of several with the same shapes: the weighted mean of their parameters, as a checkpoint to load."""
+"""Averages the parameters of several models of the same shapes, and writes the mean as a checkpoint."""
 
 from __future__ import annotations
 
 import copy
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +18,13 @@ PyTree = Any
 
 
 def mean(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
-    """Σ weight · leaf, summed in float64 and kept in the first tree's types.
+    """Returns Σ weight · leaf, summed in float64, in the types of the first tree.
 
-    Weights (0.5, 0.5) of a model before and after fine-tuning are WiSE-FT's middle (Wortsman et al. 2022,
-    arXiv:2109.01903, eq. 1); equal weights of several fine-tuned ones a uniform soup (arXiv:2203.05482).
-    Raises: UserError if the models differ in names or shapes of parameters.
+    Weights (0.5, 0.5) for a model before and after fine-tuning give the midpoint of WiSE-FT (Wortsman et al. 2022,
+    arXiv:2109.01903, eq. 1); equal weights for several fine-tuned models give a uniform soup (arXiv:2203.05482).
+
+    Raises:
+        UserError: the models differ in the names or shapes of their parameters.
     """
     first, *others = (tree.named(t) for t in trees)
     for k, other in enumerate(others, 2):
@@ -29,7 +32,7 @@ def mean(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
         for name in sorted(first.keys() | other.keys()):
             a, b = shape(first, name), shape(other, name)
             if a != b:
-                do = "average runs of one model and one image size"
+                do = "average runs of the same model and image size"
                 raise check.error(f"model {k}: {name}", f"shape {b}", f"the first's {a}", do)
 
     def one(name: str, leaf: Any) -> np.ndarray:
@@ -40,13 +43,30 @@ def mean(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
     return tree.map_named(one, trees[0])
 
 
-def write(out: pathlib.Path, models: Sequence[Loaded], weights: Sequence[float]) -> None:
-    """Writes the mean as the checkpoint of a new workdir, with the first model's config, tokenizer and data.
+def check_out(out: pathlib.Path) -> None:
+    """Raises UserError unless `out` can become a new workdir. Call it before models are loaded."""
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise check.error(
+            f"--out {out}", "something that exists", "a new directory", "give --out another path"
+        )
+    check.output_dir("--out", out)
 
-    What can be averaged of a run is what it evaluates (`eval_params`); there is no optimiser to go on from.
+
+def write(out: pathlib.Path, models: Sequence[Loaded], weights: Sequence[float]) -> None:
+    """Writes the mean as the checkpoint of a new workdir, with the config, tokenizer and data of the first model.
+
+    Averages the parameters that each run evaluates (its `eval_params`). The checkpoint has no optimiser state: a run
+    can start from it (`init`), but not continue it.
+
+    Args:
+        out: a directory that does not exist yet, or is empty.
+        models: the runs.
+        weights: one number per model.
+
+    Raises:
+        UserError: `out` holds files, or the models differ in the names or shapes of their parameters.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise check.error(f"--out {out}", "something that exists", "a new directory", "choose one")
+    check_out(out)
     params = mean([model.apply.params for model in models], weights)
     meta = copy.deepcopy(dict(models[0].meta))
     for section in (meta["config"], *meta["config"].get("stages", [])):

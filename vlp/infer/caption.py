@@ -14,13 +14,17 @@ from vlp.ops import decoding
 
 
 def caption(loaded: Loaded, images: Sequence[np.ndarray]) -> list[str]:
-    """Greedy captions of images, u8[H W 3] of any size, which are prepared as in training."""
+    """Returns greedy captions of images, u8[H W 3] of any size, which are prepared as in training.
+
+    Raises:
+        UserError: the model has no decoder.
+    """
     if not hasattr(loaded.apply.model, "decode"):
         raise check.error(
             "caption",
             f"a {type(loaded.apply.model).__name__}",
             "a model with a decoder",
-            "train coca",
+            "give the workdir of a captioner, such as CoCa",
         )
     px, resize = loaded.data.image_px, loaded.data.resize
     pixels = [image_ops.eval_image(image, px, resize=resize) for image in images]

@@ -22,8 +22,11 @@ from vlp.models import MODELS, TOWERS
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """apply("image", x) and so on, with the parameters that the run evaluates (its `eval_params`); data: how images
-    and texts were prepared in training, with the paths that relative ones meant there (`located`)."""
+    """A trained model with its tokenizer and preprocessing.
+
+    apply: calls the model, apply("image", x) for instance, with the parameters that the run evaluates (`eval_params`).
+    data: how images and texts were prepared in training; relative paths are resolved as there (see `located`).
+    """
 
     apply: Apply
     tokenizer: Tokenizer
@@ -35,10 +38,15 @@ class Loaded:
 def load(
     workdir: str | pathlib.Path, step: int | None = None, eval_params: str | None = None
 ) -> Loaded:
-    """Loads a checkpoint (the newest by default) on any machine, with no optimiser, no objective and no data.
+    """Loads a checkpoint on any machine; needs neither the optimiser, nor the objective, nor the data.
 
-    eval_params: "student" or the name of an averaging teacher, instead of the run's own choice.
-    Raises UserError if the workdir holds no such checkpoint, or the model's plugin is gone.
+    Args:
+        workdir: of the run.
+        step: of the checkpoint; None: the newest whole one.
+        eval_params: "student" or the name of an averaging teacher, instead of the run's own choice.
+
+    Raises:
+        UserError: the workdir holds no such checkpoint, or the plugin that defines the model is missing.
     """
     checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", create=False)
     step = select(checkpoints, workdir, step)
@@ -67,12 +75,12 @@ def _load(workdir: str, step: int, eval_params: str | None) -> Loaded:
 
 
 def plugins_of(section: Mapping[str, Any]) -> tuple[Plugin, ...]:
-    """The plugins that a config names."""
+    """Returns the plugins that a config names."""
     return tuple(Plugin(**entry) for entry in plugins.resolve(section.get("plugins", [])))
 
 
 def located(data: Data, cwd: str) -> Data:
-    """Data whose relative paths are those that they were in the directory `cwd`, where there is something still."""
+    """Returns `data` with relative paths resolved against `cwd`, as far as the files are still there."""
 
     def one(path: str) -> str:
         if not path or not cwd or os.path.isabs(path) or "://" in path:
@@ -86,6 +94,6 @@ def located(data: Data, cwd: str) -> Data:
 
 
 def stage_config(config: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The config of one stage: the base with the stage's overlay."""
+    """Returns the config of one stage: the base with the stage's overlay."""
     stages = config.get("stages") or [{}]
     return overlay({k: v for k, v in config.items() if k != "stages"}, stages[index])

@@ -11,6 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+def identity(logits_BC: Float[Array, "B C"]) -> Float[Array, "B C"]:
+    """Targets where row k belongs to column k."""
+    num_rows, num_columns = logits_BC.shape
+    return jnp.eye(num_rows, num_columns)
+
+
 def cross_entropy(
     logits_BC: Float[Array, "B C"],
     where_BC: Bool[Array, "B C"] | None = None,
@@ -18,7 +24,7 @@ def cross_entropy(
 ) -> Float[Array, "B"]:
     """Per row: log-sum-exp of the logits, minus their mean by the targets. `contrastive.one_way`, and with further
     columns concatenated `contrastive.softmax`: i2t of the logits, t2i of their transpose."""
-    targets_BC = jnp.eye(*logits_BC.shape) if targets_BC is None else targets_BC
+    targets_BC = identity(logits_BC) if targets_BC is None else targets_BC
     lse_B = jax.nn.logsumexp(logits_BC, 1, where=where_BC)
     return lse_B - (targets_BC * logits_BC).sum(1) / targets_BC.sum(1)
 
@@ -29,7 +35,7 @@ def sigmoid(
     targets_BC: Float[Array, "B C"] | None = None,
 ) -> Float[Array, "B"]:
     """Per row: the sum of binary cross-entropies. `contrastive.sigmoid`."""
-    targets_BC = jnp.eye(*logits_BC.shape) if targets_BC is None else targets_BC
+    targets_BC = identity(logits_BC) if targets_BC is None else targets_BC
     log_p, log_q = jax.nn.log_sigmoid(logits_BC), jax.nn.log_sigmoid(-logits_BC)
     return -(targets_BC * log_p + (1 - targets_BC) * log_q).sum(1, where=where_BC)
 
@@ -45,7 +51,7 @@ def mixed_targets(
     logits_BC: Float[Array, "B C"], alpha: Float[Array, ""] | float
 ) -> Float[Array, "B C"]:
     """A teacher's softmax and the identity. `contrastive.teacher_targets`."""
-    return alpha * jax.nn.softmax(logits_BC) + (1 - alpha) * jnp.eye(*logits_BC.shape)
+    return alpha * jax.nn.softmax(logits_BC) + (1 - alpha) * identity(logits_BC)
 
 
 def token_sets(

@@ -51,16 +51,16 @@ class Joint(nn.Module):
 
 
 class ScaleBias(nn.Module):
-    """Learned logit scale, in log space, and bias (None: no parameter, and 0)."""
+    """Learned logit scale, in log space, and bias (None: no parameter)."""
 
     scale: float = 1 / 0.07
     bias: float | None = None
 
     @nn.compact
-    def __call__(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def __call__(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
         scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(self.scale)))
         if self.bias is None:
-            return jnp.exp(scale), jnp.float32(0)
+            return jnp.exp(scale), None
         return jnp.exp(scale), self.param("logit_bias", lambda _: jnp.float32(self.bias))
 
 

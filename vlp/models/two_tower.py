@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int, Key, Num
@@ -71,6 +71,12 @@ class TwoTower(nn.Module):
     decoder: Decoder | None = None
     poolers: Poolers | None = None
     heads: Mapping[str, Any] | None = None
+
+    # what to do where a caller asks for something that this model does not return
+    MADE_BY: ClassVar[dict[str, str]] = {
+        "feats": "give the model a decoder: config.model.decoder=dict(depth=6)",
+        "embed": "give the model a joint space: config.model.embed=512",
+    }
 
     @property
     def groups(self) -> dict[str, str]:
@@ -173,8 +179,8 @@ class TwoTower(nn.Module):
         """The result of one of the objective's heads (`models.heads`)."""
         return parts.call(self, name, *x, **kwargs)
 
-    def scale_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The logit scale exp(s), and the logit bias (0 if the model has none)."""
+    def scale_bias(self) -> tuple[Float[Array, ""], Float[Array, ""] | None]:
+        """The logit scale exp(s), and the logit bias (None if the model has none)."""
         if not self.embed:
             do = "set it to the size of the joint space"
             raise check.error("config.model.embed", 0, "a joint space, for its logit scale", do)

@@ -65,8 +65,8 @@ class Albef:
 
     def encode(self, ctx: Ctx) -> Any:
         """The student's embeddings and tokens, the teacher's embeddings, the masked words' losses."""
-        text, ids = ctx.batch["text"], {"mask_id": self.mask_id, "vocab_size": self.vocab_size}
-        masked, where = mask_words(text, ctx.keys("words"), **ids, ratio=self.mask_ratio)
+        text, words = ctx.batch["text"], (self.mask_id or 0, self.vocab_size or 0)
+        masked, where = mask_words(text, ctx.keys("words"), *words, ratio=self.mask_ratio)
 
         def run(c: Ctx) -> tuple[Any, Any, Any]:
             c, image = after(c, c.student("image", ctx.batch["image"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from vlp.core import check
 from vlp.core.types import Ctx, Out, Term
 from vlp.losses import contrastive
 from vlp.objectives.passes import embeds
@@ -24,6 +25,9 @@ class Siglip:
     def __call__(self, ctx: Ctx) -> Out:
         zi_BE, zt_BKE = ctx.map(lambda c: embeds(c, self.keep_ratio))
         scale, bias = ctx.student("scale_bias")
+        if bias is None:
+            do = "set config.model.scale=10.0 and config.model.bias=-10.0 (the paper's start)"
+            raise check.error("config.model.bias", None, "a number, for the sigmoid loss", do)
         exists_BK = ctx.batch.get("text.mask")
         loss = contrastive.sigmoid(zi_BE, zt_BKE, scale, bias, where_BK=exists_BK)
         metrics = contrastive.metrics(loss, scale) | {"logit_bias": Term(bias, 1)}

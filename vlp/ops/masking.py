@@ -32,9 +32,9 @@ NUM_SPECIAL = 4  # pad, bos, eos, unk
 def mask_words(
     text_BL: Int[Array, "B L"],
     keys_B: Key[Array, "B"] | None,
-    *,
     mask_id: int,
     vocab_size: int,
+    *,
     ratio: float = 0.15,
     hidden: float = 0.8,
     swapped: float = 0.1,

@@ -1,7 +1,7 @@
-"""The optimiser: optax's update rule, and ordered rules of what happens to which parameter.
+"""The optimiser: an update rule of optax, and ordered rules that say what happens to which parameter.
 
-A rule is a full-match pattern of leaf names; the first that matches a leaf decides; every leaf must be matched and
-every rule must match (a mistyped pattern would otherwise do nothing in silence).
+A rule is a full-match pattern of leaf names. The first that matches a leaf decides. Every leaf must have a rule, and
+every rule a leaf: otherwise a mistyped pattern would have no effect and no error.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """match: pattern of leaf names. lr, decay: multipliers. freeze: no update and no optimiser memory.
+    """What happens to the parameters whose names match.
 
-    clamp: the parameter is clipped to [low, high] after each update. layer_decay, for leaves of stacked blocks:
-    block k of n moves at layer_decay^(n − k) of the rate, k from 0 (Clark et al. 2020, arXiv:2003.10555; as in MAE's
-    fine-tuning, where what lies below the blocks moves at layer_decay^(n + 1): give that as `lr`).
+    match: pattern of leaf names (fullmatch).
+    lr, decay: multipliers of the learning rate and of the weight decay.
+    freeze: no update and no optimiser state.
+    clamp: (low, high), to which the parameter is clipped after each update.
+    layer_decay: for leaves of stacked blocks; block k of n has layer_decay^(n − k) of the rate, k from 0 (Clark et al.
+        2020, arXiv:2003.10555). In MAE's fine-tuning the leaves below the blocks have layer_decay^(n + 1): give that
+        as `lr`.
     """
 
     match: str
@@ -67,17 +71,20 @@ B2 = {"adamw": 0.95, "adafactor": 0.999, "lion": 0.99}  # CLIP's followers; CoCa
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """p ← p − lr · (u + weight_decay · p): the decay is decoupled, and u is the direction of `name`.
+    """p ← p − lr · (u + weight_decay · p): the decay is decoupled, and u is the direction by `name`.
 
     "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101): m̂/(√v̂ + eps). "adafactor" (Shazeer & Stern 2018,
-    arXiv:1804.04235) as Zhai et al. 2022 (arXiv:2106.04560, §3.4) and CoCa have it: v is factored where two dimensions
-    reach 32, β2 rises as 1 − t^−0.8 up to b2, g/√v is clipped to RMS 1 per leaf (Shazeer & Stern's d; the released code
-    of Zhai et al. leaves that out), then averaged by b1 without bias correction; no relative step sizes; each block of
-    a stack is a leaf of its own. "lion" (Chen
-    et al. 2023, arXiv:2302.06675): sign(b1 · m + (1 − b1) · g); its lr wants to be 3–10 times smaller than AdamW's, its
-    weight_decay as much larger.
-    b2 None: the papers' (B2). mu_dtype: of the first moment, "bfloat16" halves it; None: the parameters'. clip_norm:
-    bound of the gradient's global norm (None: unbounded). eps is AdamW's alone.
+    arXiv:1804.04235) as in Zhai et al. 2022 (arXiv:2106.04560, §3.4) and CoCa: v is factored if two dimensions reach
+    32, β2 rises as 1 − t^−0.8 up to b2, g/√v is clipped to RMS 1 per leaf (Shazeer & Stern's d, which the released code
+    of Zhai et al. omits) and then averaged by b1 without bias correction. Step sizes are not relative, and each block
+    of a stack counts as a leaf.
+    "lion" (Chen et al. 2023, arXiv:2302.06675): sign(b1 · m + (1 − b1) · g). It needs an lr 3–10 times smaller than
+    AdamW's, and a weight_decay larger by the same factor.
+
+    b2: None: as in the papers (B2).
+    eps: of AdamW only.
+    clip_norm: bound of the gradient's global norm; None: unbounded.
+    mu_dtype: type of the first moment, which "bfloat16" halves; None: that of the parameters.
     """
 
     name: str = "adamw"
@@ -108,7 +115,7 @@ class Optim:
 
 
 def direction(o: Optim) -> optax.GradientTransformation:
-    """What `o.name` makes of the gradients: to be scaled by −lr."""
+    """Returns the transformation from gradients to the direction of `o.name`, not yet scaled by −lr."""
     b2 = B2[o.name] if o.b2 is None else o.b2
     if o.name == "adamw":
         return optax.scale_by_adam(o.b1, b2, o.eps, mu_dtype=o.mu_dtype)
@@ -126,12 +133,12 @@ def direction(o: Optim) -> optax.GradientTransformation:
 
 
 def stacked(name: str) -> bool:
-    """Whether a leaf holds the parameters of several blocks, one after the other on its first axis."""
+    """Returns whether a leaf holds the parameters of several blocks, stacked on its first axis."""
     return "/blocks/" in f"/{name}"
 
 
 def _by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` (factored RMS), for each block on its own: layers are no dimension to factor over."""
+    """Applies `inner` (factored RMS) to each block alone: the layers must not count as a dimension to factor over."""
 
     def every(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(f) if stacked(name) else f
@@ -165,7 +172,7 @@ def _by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _clipped(updates: PyTree, params: PyTree | None = None) -> PyTree:
-    """Each leaf, or each block of a stack, divided by its root mean square where that is over 1."""
+    """Divides each leaf, or each block of a stack, by its root mean square if that is over 1."""
 
     def one(name: str, u: jax.Array) -> jax.Array:
         axes = tuple(range(int(stacked(name)), u.ndim))
@@ -175,7 +182,11 @@ def _clipped(updates: PyTree, params: PyTree | None = None) -> PyTree:
 
 
 def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
-    """A tree like `params` with each leaf's rule; raises UserError for an uncovered leaf or a rule without a leaf."""
+    """Returns a tree like `params` with the rule of each leaf.
+
+    Raises:
+        UserError: a leaf has no rule, or a rule (other than a default one) no leaf, or no leaf is trained.
+    """
     used: set[int] = set()
 
     def pick(name: str, _: Any) -> Rule:
@@ -191,16 +202,15 @@ def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
             "config.optim.rules",
             f"no rule for {name!r}",
             "a rule for every parameter",
-            "end with '.*'",
+            "add a last rule that matches '.*'",
         )
 
     out = tree.map_named(pick, params)
     if all(rule.freeze for rule in jax.tree.leaves(out)):
-        expected, do = "a parameter that is trained", "freeze less"
+        expected, do = "a parameter that is trained", "remove freeze from a rule"
         raise check.error("config.optim.rules", "every parameter frozen", expected, do)
-    defaults = {
-        rule.match for rule in DEFAULT_RULES
-    }  # these may be idle: not every model has each kind of leaf
+    # The default rules may match nothing: not every model has every kind of leaf.
+    defaults = {rule.match for rule in DEFAULT_RULES}
     idle = [
         r.match
         for i, r in enumerate(rules)
@@ -216,7 +226,7 @@ def assign(rules: Sequence[Rule], params: PyTree) -> PyTree:
 
 
 def table(rules: Sequence[Rule], params: PyTree) -> str:
-    """A line per rule: how many leaves and parameters it covers, and what it does to them."""
+    """Returns one line per rule: how many leaves and parameters it covers, and what it does to them."""
     assigned = tree.named(assign(rules, params))
     leaves = tree.named(params)
     lines = [f"{'rule':44s} {'leaves':>6s} {'parameters':>14s}  effect"]
@@ -225,7 +235,7 @@ def table(rules: Sequence[Rule], params: PyTree) -> str:
         mine = [leaves[n] for n, r in assigned.items() if r is rule]
         effect = "frozen" if rule.freeze else f"lr ×{rule.lr:g}, decay ×{rule.decay:g}"
         if rule.layer_decay != 1:
-            effect += f", ×{rule.layer_decay:g} a block down"
+            effect += f", ×{rule.layer_decay:g} per block below"
         if rule is STATISTIC:
             effect = "running statistics, not trained"
         if rule.clamp:
@@ -236,7 +246,7 @@ def table(rules: Sequence[Rule], params: PyTree) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Updater:
-    """The optimiser bound to a model's leaves. Frozen leaves are no part of its state."""
+    """The optimiser bound to the leaves of a model. Frozen leaves are not part of its state."""
 
     optim: Optim
     rules: Any  # tree of Rule, like the parameters
@@ -262,7 +272,13 @@ class Updater:
     def update(
         self, grads: PyTree, opt: PyTree, params: PyTree, lr: jax.Array
     ) -> tuple[PyTree, PyTree, jax.Array]:
-        """Next trainable parameters, next state, and the norm of the change, clamps included. No frozen leaves."""
+        """Returns the next trainable parameters, the next state, and the norm of the change, after clamping.
+
+        Args:
+            grads, params: of the trainable leaves only.
+            opt: the optimiser's state.
+            lr: learning rate of this step, f32[].
+        """
         directions, opt = self.transform.update(grads, opt, params)
         rules = tree.where(self.trainable, self.rules)
 
@@ -286,5 +302,5 @@ class Updater:
 
 
 def make(optim: Optim, params: PyTree) -> Updater:
-    """Binds the optimiser to parameters (or their shapes); raises UserError for rules that do not fit."""
+    """Binds the optimiser to parameters or their shapes. Raises UserError for rules that do not fit them."""
     return Updater(optim, assign(optim.rules, params))

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a function of the fraction of a stage that is done, so the batch size cannot change it."""
+"""Learning-rate schedules: functions of the fraction of a stage that is done, independent of the batch size."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SHAPES = ("cosine", "linear", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from 0 to `lr`, then `shape` down to lr · end_frac at the stage's last sample.
+    """Linear warm-up from 0 to `lr`, then decay by `shape` to lr · end_frac at the last sample of the stage.
 
-    At most one of warmup_samples, warmup_steps and warmup_frac (of the stage) may be given.
+    At most one of warmup_samples, warmup_steps and warmup_frac (fraction of the stage) may be given.
     """
 
     lr: float
@@ -43,17 +43,17 @@ class Schedule:
         given = [n for n in ("warmup_samples", "warmup_steps", "warmup_frac") if getattr(self, n)]
         if len(given) > 1:
             raise check.error(
-                "config.schedule", " and ".join(given), "one warm-up", "keep one of them"
+                "config.schedule", " and ".join(given), "one warm-up", "remove all but one"
             )
 
     def warmup(self, batch: int, num_steps: int) -> float:
-        """Warm-up in steps (may be a fraction: the unit underneath is samples)."""
+        """Returns the warm-up in steps; may be fractional, as it is counted in samples."""
         return (
             self.warmup_samples / batch or float(self.warmup_steps) or self.warmup_frac * num_steps
         )
 
     def at(self, batch: int, num_steps: int) -> Callable[[ArrayLike], jax.Array]:
-        """Returns stage step (0-based) → learning rate of the update made in that step."""
+        """Returns the function from a step of the stage (from 0) to the learning rate of its update."""
         warmup = self.warmup(batch, num_steps)
         if warmup > num_steps:
             do = "shorten the warm-up or lengthen the stage"
@@ -63,7 +63,7 @@ class Schedule:
         rest = max(num_steps - warmup, 1e-9)
 
         def lr(step: ArrayLike) -> jax.Array:
-            step = jnp.asarray(step, jnp.float32) + 1.0  # the first update is not wasted on 0
+            step = jnp.asarray(step, jnp.float32) + 1.0  # the first update has lr > 0
             done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
             fall = {
                 "cosine": 0.5 * (1 + jnp.cos(math.pi * done)),

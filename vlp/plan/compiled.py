@@ -1,4 +1,4 @@
-"""A stage's real training step, compiled for devices that need not be there, and what the compiler says of it."""
+"""Compiles the training step of a stage, for devices that need not be here, and reads what the compiler reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PyTree = Any
 class Target:
     """Devices to compile for: a TPU topology, simulated CPU devices, or those of this machine.
 
-    stands_for: the kind of device that these are in place of, if any; then there is nothing to compile for.
+    stands_for: the kind of device that these replace; "": none. With a replacement the plan is only an estimate.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Target:
         return CHIPS[self.kind].hbm_bytes if self.kind in CHIPS else None
 
 
-# libtpu as a compiler where no TPU is: it asks nobody for one, may be loaded by several processes, and is quiet.
+# libtpu as a compiler without a TPU: no request to a metadata server, several processes may load it, few messages.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -57,7 +57,7 @@ _NO_TPU = {
 
 
 def topology(name: str, slices: int = 1) -> Target:
-    """A TPU pod that is not here: "v5e:16x16", or several slices of it. Needs libtpu, no TPU."""
+    """Returns a TPU pod that need not be here: "v5e:16x16", or several slices of it. Needs libtpu, but no TPU."""
     from jax.experimental import topologies
 
     for variable, value in _NO_TPU.items():
@@ -70,24 +70,30 @@ def topology(name: str, slices: int = 1) -> Target:
         if any(w in text for w in ("libtpu", "No module", "platform", "not installed")):
             do = "pip install 'vlp[tpu]'"
             raise check.error("--topology", text, "the TPU compiler (libtpu)", do) from None
-        do = "write a generation and a grid, as v5e:16x16, v5p:8x8x8 or v6e:16x16"
+        do = "give a generation and a grid, such as v5e:16x16, v5p:8x8x8 or v6e:16x16"
         raise check.error("--topology", f"{name!r} ({text})", "a TPU topology", do) from None
     devices = found.devices
-    if (
-        devices[0].device_kind == "TPU v4"
-    ):  # its two cores work as one device; the description has both
+    if devices[0].device_kind == "TPU v4":  # two cores work as one device; the description has both
         devices = [d for d in devices if d.core_on_chip == 0]
     return Target(name if slices == 1 else f"{slices} × {name}", devices)
 
 
 def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpus: str | None = None) -> Target:
-    """The devices that a plan is for. Called before JAX has started anything.
+    """Returns the devices that a plan is for. Must be called before JAX starts a backend.
 
-    gpus: "" for those of this machine (where it has none, for a node of H100), or "H100:8": so many of a kind,
-    which need not be here.
+    Args:
+        name: a TPU topology, such as "v5e:16x16".
+        slices: number of slices of the topology.
+        num_cpu: number of simulated CPU devices.
+        gpus: "" for the GPUs of this machine (8 × H100 if it has none), or kind and number, such as "H100:8", which
+            need not be here.
+
+    Raises:
+        UserError: nothing is given, a number is out of range, or the topology or the kind is unknown.
     """
     if slices < 1 or num_cpu < 0 or not (name or num_cpu or gpus is not None):
-        raise check.error("--slices, --devices", (slices, num_cpu), "1 or more", "change it")
+        do = "give --slices 1 or more, and --devices, --topology or --gpu"
+        raise check.error("--slices, --devices", (slices, num_cpu), "1 or more", do)
     if name:
         return topology(name, slices)
     if num_cpu:
@@ -100,7 +106,7 @@ def target(name: str = "", slices: int = 1, num_cpu: int = 0, gpus: str | None =
 
 
 def _imagined(gpus: str) -> Callable[[], Target]:
-    """GPUs that are not here, as "H100:8": CPU devices in their place, whose number is set before JAX starts."""
+    """Returns CPU devices in place of GPUs such as "H100:8"; sets their number, which must precede JAX's start."""
     name, _, count = gpus.partition(":")
     known = [kind for kind in CHIPS if "TPU" not in kind]
     kinds = [kind for kind in known if name.lower() in kind.lower()]
@@ -108,28 +114,35 @@ def _imagined(gpus: str) -> Callable[[], Target]:
         raise check.unknown("--gpu", name, known)
     num = int(count or 1) if (count or "1").isdecimal() else 0
     if not 1 <= num <= MAX_SIMULATED:
-        do = "write it so"
-        raise check.error(
-            "--gpu", repr(gpus), f"a kind and a number up to {MAX_SIMULATED}, as H100:8", do
-        )
+        do = f"give, for instance, --gpu {name}:8"
+        raise check.error("--gpu", repr(gpus), f"a kind and a number up to {MAX_SIMULATED}", do)
     jax.config.update("jax_num_cpu_devices", num)
     name = f"{num} × {kinds[0]} (imagined)"
     return lambda: Target(name, jax.devices("cpu"), stands_for=kinds[0])
 
 
-# What XLA leaves a program: measured by what the TPU compiler says it refuses.
+# GiB that XLA leaves for a program, as in the errors of the TPU compiler.
 USABLE = {"TPU v5 lite": 15.75, "TPU v6 lite": 31.25, "TPU v5": 95.74}
 
 
 def usable_bytes(target: Target) -> float:
-    """Memory of one device that a program may use, as far as it is known."""
+    """Returns the bytes of one device that a program may use; infinite if they are not known."""
     if target.kind in USABLE:
         return USABLE[target.kind] * 2**30
     return 0.95 * target.hbm_bytes if target.hbm_bytes else float("inf")
 
 
 def measure(plan: StagePlan, mesh: Mesh, target: Target) -> dict[str, Any]:
-    """Compiles the step. A flat row: bytes a device, FLOPs, traffic; `fits` is the compiler's verdict."""
+    """Compiles the step.
+
+    Args:
+        plan: the stage, assembled for `mesh`.
+        mesh: of the target's devices.
+        target: the devices.
+
+    Returns:
+        A flat row: bytes per device, FLOPs, traffic. `fits` is the compiler's verdict.
+    """
     row = describe(plan, mesh, target) | step_flops(plan, mesh)
     began = time.monotonic()
     with jax.set_mesh(mesh):
@@ -141,7 +154,7 @@ def measure(plan: StagePlan, mesh: Mesh, target: Target) -> dict[str, Any]:
             return row | {"refusal": refusal(str(e))}
     memory = compiled.memory_analysis()
     row |= {"fits": True, "compile_s": round(time.monotonic() - began, 1)}
-    on_tpu = "TPU" in target.kind  # elsewhere the peak leaves out the arguments, or is none
+    on_tpu = "TPU" in target.kind  # other compilers report a peak without the arguments, or none
     row["peak_bytes"] = (
         memory.peak_memory_in_bytes
         if on_tpu
@@ -158,7 +171,7 @@ def measure(plan: StagePlan, mesh: Mesh, target: Target) -> dict[str, Any]:
 
 
 def describe(plan: StagePlan, mesh: Mesh, target: Target) -> dict[str, Any]:
-    """What is known before anything is compiled or traced."""
+    """Returns the columns that are known before compiling or tracing."""
     return {
         "target": target.name,
         "chips": len(target.devices),
@@ -173,7 +186,7 @@ def describe(plan: StagePlan, mesh: Mesh, target: Target) -> dict[str, Any]:
 
 
 def measure_parts(plan: StagePlan, mesh: Mesh) -> dict[str, Any]:
-    """The same of the objective's loss alone, given what its forward passes return, and of one evaluation batch."""
+    """Measures the objective's loss alone, with the results of its forward passes given, and one evaluation batch."""
     stage = plan.stage
     rows = meshes.batch_sharding(mesh)
     place = lambda tree, sharding: jax.tree.map(
@@ -205,7 +218,7 @@ def _compile(f: Any, *args: Any) -> dict[str, int]:
 
 
 def _answer(stage: Stage, params: PyTree, batch: Mapping[str, Any]) -> list[Any]:
-    """What the evaluators ask of the model for one batch."""
+    """Returns what the evaluators ask of the model for one batch."""
     apply = Apply(stage.model, params)
     text = batch["text"] if batch["text"].ndim == 2 else batch["text"][:, 0]
     asked = [e.asks for e in stage.evals.values() if hasattr(e, "asks")]
@@ -214,7 +227,7 @@ def _answer(stage: Stage, params: PyTree, batch: Mapping[str, Any]) -> list[Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Given(Ctx):
-    """A step whose forward passes are done: `map` answers with what is given, in order."""
+    """A step whose forward passes are done: `map` returns the given results, in order."""
 
     given: Any = ()  # an iterator
 
@@ -224,7 +237,7 @@ class _Given(Ctx):
 
 @dataclasses.dataclass(frozen=True)
 class _Noted(Ctx):
-    """A step that notes what its forward passes return."""
+    """A step that records what its forward passes return."""
 
     notes: Any = None  # a list
 
@@ -246,7 +259,7 @@ def _loss_of(stage: Stage, given: list[Any], params: PyTree, batch: Mapping[str,
 
 
 def refusal(text: str) -> str:
-    """The compiler's reason in a line; anything but too much memory is a mistake of ours."""
+    """Returns the compiler's reason in one line. Raises RuntimeError for any reason but too little memory: a bug."""
     if "RESOURCE_EXHAUSTED" not in text:
         raise RuntimeError(text)
     found = re.search(
@@ -257,7 +270,7 @@ def refusal(text: str) -> str:
 
 
 def shard_bytes(tree: PyTree) -> int:
-    """Bytes of a tree of placed arrays on one device."""
+    """Returns the bytes of a tree of sharded arrays on one device."""
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(map(size, jax.tree.leaves(tree)))
 
@@ -272,7 +285,7 @@ def state_bytes(plan: StagePlan) -> dict[str, int]:
 
 
 def remat_of(stage: Stage) -> str:
-    """What is computed again, in words: of the towers, then of micro-batches."""
+    """Returns in words what is rematerialised: in the towers, then in micro-batches."""
     found = {
         str(getattr(v, "remat", ""))
         for f in dataclasses.fields(stage.model)
@@ -283,7 +296,7 @@ def remat_of(stage: Stage) -> str:
 
 
 def step_flops(plan: StagePlan, mesh: Mesh) -> dict[str, float]:
-    """FLOPs per example: the method's own, those without its masking, and all that the step as configured computes."""
+    """Returns FLOPs per example: of the method, of it without masking, and of the step with rematerialisation."""
     stage = plan.stage
     model = own_flops(plan, mesh)
     out = {"flops_per_example": model, "unmasked_flops_per_example": model}
@@ -297,8 +310,10 @@ def step_flops(plan: StagePlan, mesh: Mesh) -> dict[str, float]:
 
 
 def kept_bytes(plan: StagePlan, mesh: Mesh) -> int:
-    """Activations of the forward pass that a device holds for the backward pass (of one micro-batch, if those are
-    computed again)."""
+    """Returns the bytes of activations that a device keeps for the backward pass.
+
+    Counts one micro-batch if micro-batches are rematerialised.
+    """
     stage = plan.stage
     again = stage.micro_batches > 1 and stage.micro_remat == "full"
     num = stage.batch // stage.micro_batches if again else stage.batch
@@ -319,7 +334,16 @@ def kept_bytes(plan: StagePlan, mesh: Mesh) -> int:
 
 
 def prepare(stage: Stage, settings: Run, target: Target) -> tuple[StagePlan, Mesh]:
-    """A stage on a target's mesh, checked, without its data."""
+    """Assembles a stage on the mesh of a target, without its data.
+
+    Args:
+        stage: to assemble.
+        settings: of the run.
+        target: the devices.
+
+    Raises:
+        UserError: the stage does not fit the mesh, for instance because its batch does not divide.
+    """
     mesh = meshes.make(settings.mesh, devices=target.devices)
     with jax.set_mesh(mesh):
         return assemble(stage, settings, mesh), mesh

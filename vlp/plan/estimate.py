@@ -1,9 +1,9 @@
-"""Peak memory of a training step without a compiler: an estimate, from the life of every array in its trace.
+"""Estimates the peak memory of a training step without a compiler, from the lifetime of every array in its trace.
 
-The step's gradient is traced once for a prime number of examples, so that an array's share of the batch shows in its
-shape: whatever has a dimension that the prime divides is divided over the mesh's batch axes; parameters and what is
-made of them are divided as the table of axes says. Then the trace is walked: an array lives from where it is made to
-where it is last read; what a compiler fuses (elementwise work, casts, changes of shape) makes no array of its own.
+The gradient of the step is traced once for a prime number of examples, so that the batch shows in shapes: an array
+with a dimension that the prime divides is sharded over the mesh's batch axes; parameters and arrays made from them are
+sharded by the table of axes. Then the trace is walked: an array lives from the equation that makes it to the last one
+that reads it. Operations that a compiler fuses (elementwise, casts, changes of shape) make no array of their own.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jax.sharding import AbstractMesh, Mesh
 from vlp.core import mesh as meshes
 from vlp.plan import compiled
 from vlp.train import metrics
-from vlp.train.build import StagePlan, leaves
+from vlp.train.build import StagePlan
 
 PRIME = 251  # examples of a traced micro-batch
-# Without arrays of their own: a compiler computes them where they are read.
+# Operations without arrays of their own: a compiler computes them where their results are read.
 FUSED = frozenset({
     "abs", "add", "add_any", "and", "broadcast_in_dim", "convert_element_type", "copy", "div", "eq", "erf", "exp",
     "expand_dims", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min",
@@ -32,12 +32,12 @@ FUSED = frozenset({
     "squeeze", "stop_gradient", "sub", "tanh", "transpose", "concatenate", "optimization_barrier", "name",
     "sharding_constraint", "reduce_precision", "split", "dynamic_slice",
 })  # fmt: skip
-GROWING = ("scan", "while", "pallas_call")  # their results are there while they work
+GROWING = ("scan", "while", "pallas_call")  # their results are allocated while they run
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes of a device. peak = state and batch + what the step holds at its fullest."""
+    """Bytes per device. peak = state and batch + the most that the step holds at one time."""
 
     peak_bytes: int
     held_bytes: int  # by the step, beside state and batch
@@ -46,7 +46,7 @@ class Estimate:
 def peak(plan: StagePlan, mesh: Mesh) -> Estimate:
     stage = plan.stage
     tiled = mesh.devices.flat[0].platform == "tpu"
-    device = mesh.abstract_mesh.abstract_device  # by which kernels are chosen
+    device = mesh.abstract_mesh.abstract_device  # decides which kernels are traced
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         jaxpr = _gradient(plan)
     own = {x.shape for x in jax.tree.leaves(plan.abstract.params)}
@@ -59,7 +59,13 @@ def peak(plan: StagePlan, mesh: Mesh) -> Estimate:
 
 
 def measure(plan: StagePlan, mesh: Mesh, target: compiled.Target) -> dict[str, Any]:
-    """The row of `compiled.measure` as far as it is known without a compiler."""
+    """Returns the row of `compiled.measure`, as far as it is known without a compiler.
+
+    Args:
+        plan: the stage, assembled for `mesh`.
+        mesh: of the target's devices.
+        target: the devices.
+    """
     row = compiled.describe(plan, mesh, target) | compiled.step_flops(plan, mesh)
     found = peak(plan, mesh)
     limit = compiled.usable_bytes(target)
@@ -68,16 +74,13 @@ def measure(plan: StagePlan, mesh: Mesh, target: compiled.Target) -> dict[str, A
 
 
 def _gradient(plan: StagePlan) -> Any:
-    """The jaxpr of the step's gradient, for PRIME examples of each micro-batch."""
+    """Returns the jaxpr of the step's gradient, for PRIME examples in each micro-batch."""
     stage = plan.stage
     num = PRIME * stage.micro_batches
     small = dataclasses.replace(stage, batch=num)
-    shapes = leaves(stage.data, num)
-    batch = {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
-    for name, stream in stage.streams.items():
-        rows = num * stream.batch // stage.batch
-        for k, (shape, dtype) in leaves(stream.data, rows).items():
-            batch[f"{name}/{k}"] = jax.ShapeDtypeStruct(shape, dtype)
+    batch = {}
+    for name, x in plan.batch.items():  # leaves of other streams have a batch size of their own
+        batch[name] = jax.ShapeDtypeStruct((num * x.shape[0] // stage.batch, *x.shape[1:]), x.dtype)
     bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(bare, plan.abstract.params)
     grad = jax.grad(lambda p, b: metrics.loss(small, stage.model, p, b, stage.micro_batches))
@@ -87,8 +90,16 @@ def _gradient(plan: StagePlan) -> Any:
 def _size(
     own: set, tiled: bool, rows: float, whole: float, aval: Any, minor: bool = False
 ) -> float:
-    """Bytes of an array on a device, which has the shares `rows` of those that the batch divides and `whole` of
-    others; none for parameters and gradients in shards. minor: its last dimension is, as in a kernel's operands."""
+    """Returns the bytes of an array on one device; 0 for parameters and their gradients, which are counted apart.
+
+    Args:
+        own: shapes of the parameters.
+        tiled: whether the device stores arrays in tiles.
+        rows: examples of a device, in units of PRIME, for arrays with a batch dimension.
+        whole: share of a device for other arrays.
+        aval: shape and type.
+        minor: only the last dimension is tiled, as for operands of kernels.
+    """
     if not hasattr(aval, "shape") or not aval.shape:
         return 0.0
     shape = aval.shape
@@ -101,13 +112,13 @@ def _size(
 
 
 def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape as a TPU holds it: the last two dimensions in tiles of 8 × 128.
+    """Returns a shape as a TPU stores it: the last two dimensions in tiles of 8 × 128.
 
-    Narrow last dimensions (a head's) count as one with those before them, and short ones (q, k and v) lead, as the
-    compiler lays them out.
+    As in the compiler's layouts, a narrow last dimension (of a head) is merged with those before it, and short
+    dimensions (q, k and v) come first.
     """
     if any(d % PRIME == 0 for d in shape[-2:]):
-        return shape  # vectors of examples
+        return shape  # one number per example
     *rest, minor = sorted(shape, key=lambda d: d > 4)
     while rest and minor < 128 and rest[-1] % PRIME:
         minor *= rest.pop()
@@ -120,7 +131,7 @@ def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _walk(jaxpr: Any, size: Callable[..., float]) -> list[float]:
-    """What is alive after each equation, beside the jaxpr's inputs."""
+    """Returns the bytes that are alive after each equation, without the inputs of the jaxpr."""
     Literal = jax_core.Literal
     roots: dict[Any, frozenset] = {}  # variable → the arrays that it is a view of
     inputs = {*jaxpr.invars, *jaxpr.constvars}
@@ -145,14 +156,12 @@ def _walk(jaxpr: Any, size: Callable[..., float]) -> list[float]:
     seen = [0.0]
     for i, eqn in enumerate(jaxpr.eqns):
         outs = {v: size(v.aval) for v in eqn.outvars if v not in roots and v in last}
-        if (
-            eqn.primitive.name == "pallas_call"
-        ):  # works on the chip, with operands in its own layout
+        if eqn.primitive.name == "pallas_call":  # its operands have a layout of their own
             outs = {v: size(v.aval, minor=True) for v in eqn.outvars}
             inner = [sum((size(v.aval, minor=True) - size(v.aval) for v in eqn.invars), 0.0)]
         else:
             inner = _inner(eqn, size)
-        # a loop's results grow beside what one turn works with; a call's are what it leaves behind
+        # results of a loop exist while its body runs; results of a call only after it
         during = live if inner and eqn.primitive.name not in GROWING else live | outs
         live |= outs
         seen.append(sum(live.values(), 0.0))
@@ -164,7 +173,7 @@ def _walk(jaxpr: Any, size: Callable[..., float]) -> list[float]:
 
 
 def _inner(eqn: Any, size: Callable[..., float]) -> list[float]:
-    """The fullest moment of each of an equation's own jaxprs; none for a plain one."""
+    """Returns the peak of each jaxpr inside an equation; none for a plain one."""
     found = []
     for value in eqn.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):

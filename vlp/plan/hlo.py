@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Reads from the text of a compiled program what it sends between devices."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import dataclasses
 import math
 import re
 
-# What a device sends, in shares of the operation's larger side, on a ring of n devices: (n − 1) / n of it, and twice
-# that to sum and hand back.
+# Bytes that a device sends on a ring of n devices, in units of (n − 1) / n of the operation's larger side. An
+# all-reduce sends twice: to sum, and to distribute the sum.
 _SHARE = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
 
 
 @dataclasses.dataclass
 class Traffic:
-    """Of one kind of collective: how often it runs, and the bytes that a device sends, over a whole call."""
+    """One kind of collective in one call of a program: how often it runs, and the bytes that a device sends."""
 
     count: int = 0
     sent_bytes: float = 0.0
 
 
 def collectives(text: str, num_devices: int) -> dict[str, Traffic]:
-    """By kind, for one call of the program; bodies of loops count as often as they run.
+    """Returns the traffic of one call of the program by kind of collective.
 
-    Groups of less than all devices are read from the operation. Data-dependent loops, of which no trip count is known,
-    count once.
+    The body of a loop counts as often as it runs; one whose trip count depends on data counts once. Groups of fewer
+    than all devices are read from the operation.
     """
     bodies = {}
-    for block in re.split(
-        r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", text
-    ):  # kernels' metadata has lines of its own
+    # Split before the head of a computation only: the metadata of kernels has line breaks, too.
+    for block in re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", text):
         head = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", block)
         if head:
             bodies[head.group(1)] = block
@@ -58,8 +57,8 @@ def collectives(text: str, num_devices: int) -> dict[str, Traffic]:
                 group = _group(line, num_devices)
                 share = _larger_side(kind, size(shapes), group, op.endswith("-start"))
                 share *= _SHARE.get(kind, 1) * ((group - 1) / group if kind in _SHARE else 1)
-                # One that is fused with compute is written once per piece, also inside of inner loops; the channel
-                # tells that they are one. Others may share a channel (all of a shard_map do) and are themselves.
+                # A collective that is fused with compute appears once per piece, also inside inner loops; the pieces
+                # have one channel. Unfused ones may share a channel (all of a shard_map do) and count each.
                 channel = re.search(r"channel_id=(\d+)", line) if fused else None
                 if channel:
                     plain = re.sub(r"\{[^}]*\}", "", shapes)  # layouts differ between the pieces
@@ -67,7 +66,7 @@ def collectives(text: str, num_devices: int) -> dict[str, Traffic]:
                     found[key] = min(found.get(key, (times, share)), (times, share))
                 else:
                     key = (f"{name} {line.split('=')[0]}", kind)
-                    before = found.get(key, (0, share))[0]  # of other calls of this computation
+                    before = found.get(key, (0, share))[0]  # from other calls of this computation
                     found[key] = (before + times, share)
             elif op == "while":
                 visit(re.search(r"body=%?([\w.\-]+)", line).group(1), times * trips(line), fused)  # type: ignore[union-attr]
@@ -86,8 +85,15 @@ def collectives(text: str, num_devices: int) -> dict[str, Traffic]:
 
 
 def _larger_side(kind: str, num_bytes: float, group: int, start: bool) -> float:
-    """Bytes of the whole operand or result, whichever is larger, from those that are written before the operation:
-    of the result, and in a start of the operand as well (but for all-reduce)."""
+    """Returns the bytes of the whole operand or result, whichever is larger.
+
+    Args:
+        kind: of collective.
+        num_bytes: in the shapes before the operation: of the result, and for a start also of the operand (except
+            all-reduce).
+        group: number of devices that take part.
+        start: whether the operation is the start of an asynchronous one.
+    """
     if kind == "all-reduce":
         return num_bytes
     if kind in ("all-gather", "reduce-scatter") and start:
@@ -98,7 +104,7 @@ def _larger_side(kind: str, num_bytes: float, group: int, start: bool) -> float:
 
 
 def _group(line: str, num_devices: int) -> int:
-    """How many devices take part in one collective: "{{0,1},{2,3}}" or "[2,4]<=[8]"."""
+    """Returns how many devices take part in one collective, from "{{0,1},{2,3}}" or "[2,4]<=[8]"."""
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if iota:
         return int(iota.group(2))

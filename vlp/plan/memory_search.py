@@ -1,4 +1,4 @@
-"""Whether a run fits its devices, and what would make it fit: settings that change no number, cheapest first."""
+"""Checks whether a run fits its devices, and finds settings that make it fit without changing its numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlp.plan import compiled, estimate
 from vlp.plan.compiled import Target
 from vlp.train.stages import parse
 
-SLACK = 1.03  # of the memory: a candidate estimated above this is not compiled
+SLACK = 1.03  # a candidate with an estimate above this share of the memory is not compiled
 GiB = 2**30
 
 
@@ -25,7 +25,22 @@ def check(
     fast: bool = False,
     alone: bool = False,
 ) -> list[dict[str, Any]]:
-    """A flat row per stage: what `compiled.measure` says, or an estimate; where it does not fit, `would_fit`."""
+    """Measures the stages of a config on a target.
+
+    Args:
+        config: of the run.
+        target: the devices.
+        stage: name of the only stage to check; "": all.
+        fast: estimate, do not compile.
+        alone: also measure the loss and an evaluation batch alone.
+
+    Returns:
+        A flat row per stage, by `compiled.measure` or `estimate.measure`. A stage that does not fit also has
+        `would_fit`: flags that make it fit, "" if none was found.
+
+    Raises:
+        UserError: the stage is unknown, or the config does not fit the mesh.
+    """
     data: dict[str, Any] = plain(config)
     names = [s.name for s in parse(data)[1]]
     if stage and stage not in names:
@@ -53,7 +68,7 @@ def _one(
 
 
 def _search(config: dict[str, Any], index: int, target: Target, fast: bool) -> dict[str, Any]:
-    """The cheapest change that fits, found by trying: `would_fit` (flags) and its row's peak; or none."""
+    """Tries candidates, cheapest first; returns the flags of the first that fits, with its peak and FLOPs."""
     limit = compiled.usable_bytes(target)
     tried = 0
     for patch, flags in candidates(config, index):
@@ -62,7 +77,7 @@ def _search(config: dict[str, Any], index: int, target: Target, fast: bool) -> d
         try:
             plan, mesh = compiled.prepare(stages[index], settings, target)
         except UserError:
-            continue  # a batch that does not divide, say
+            continue  # for instance, a batch that does not divide
         guess = estimate.peak(plan, mesh).peak_bytes
         if guess > (limit if fast else SLACK * limit):
             continue
@@ -76,7 +91,7 @@ def _search(config: dict[str, Any], index: int, target: Target, fast: bool) -> d
 
 
 def candidates(config: dict[str, Any], index: int) -> Iterator[tuple[dict[str, Any], str]]:
-    """Patches of a config with their flags, cheapest first in FLOPs. They change memory and time, no number."""
+    """Yields patches of a config and their flags, cheapest in FLOPs first. They change memory and time only."""
     stage = parse(config)[1][index]
     towers = [
         f.name
@@ -91,7 +106,7 @@ def candidates(config: dict[str, Any], index: int) -> Iterator[tuple[dict[str, A
         patch: dict[str, Any] = dict(choice)
         patch["model"] = {name: dict(remat=remat) for name in towers}
         at = ""
-        if "stages" in config:  # in this stage alone, whose own words would win
+        if "stages" in config:  # in this stage alone: its own settings override the base
             at = f"stages.{index}."
             patch = {
                 "stages": [
@@ -104,7 +119,7 @@ def candidates(config: dict[str, Any], index: int) -> Iterator[tuple[dict[str, A
 
 
 def report(rows: Sequence[Mapping[str, Any]], mfu: float) -> str:
-    """The rows as text."""
+    """Returns the rows as text, with times at the given model FLOPs utilization."""
     return "\n".join(line for row in rows for line in _lines(row, mfu))
 
 
@@ -124,7 +139,7 @@ def _lines(row: Mapping[str, Any], mfu: float) -> Iterator[str]:
         ("peak_bytes", "peak"),
     ):
         if key in row:
-            yield f"  {label:24s} {gb(key)} GiB a device"
+            yield f"  {label:24s} {gb(key)} GiB per device"
     limit = row.get("hbm_bytes")
     verdict = {True: "fits", False: "does NOT fit", None: "memory of this device is not known"}
     told = row.get("refusal") or (f"of {limit / GiB:.2f} GiB" if limit else "")
@@ -135,7 +150,7 @@ def _lines(row: Mapping[str, Any], mfu: float) -> Iterator[str]:
             f"{row['would_fit/step_flops_per_example'] / row['would_fit/flops_per_example']:.2f} × the FLOPs: "
             f"{row['would_fit']}"
             if row["would_fit"]
-            else "  nothing that was tried fits: use more chips, a smaller batch or model"
+            else "  no setting that was tried fits: use more chips, a smaller batch or a smaller model"
         )
     for name in ("loss", "eval"):
         if f"{name}_peak_bytes" in row:
@@ -144,12 +159,12 @@ def _lines(row: Mapping[str, Any], mfu: float) -> Iterator[str]:
     model, step, whole = (row[f"{k}flops_per_example"] for k in ("", "step_", "unmasked_"))
     yield (
         f"  FLOPs per example {model / 1e9:,.1f} G (unmasked {whole / 1e9:,.1f} G, ×{model / whole:.2f}); "
-        f"with what is computed again {step / 1e9:,.1f} G (×{step / model:.2f})"
+        f"with rematerialisation {step / 1e9:,.1f} G (×{step / model:.2f})"
     )
     for key, sent in row.items():
         if key.startswith("sent_bytes/"):
             kind = key.split("/")[1]
-            yield f"  {kind}: {row[f'collectives/{kind}']:,} a step, {sent / 1e9:.3f} GB sent a device"
+            yield f"  {kind}: {row[f'collectives/{kind}']:,} per step, {sent / 1e9:.3f} GB sent per device"
     if row["device"] in CHIPS:
         rate = mfu * CHIPS[row["device"]].flops * row["chips"] / model
         hours = row["samples"] / rate / 3600

@@ -1,4 +1,4 @@
-"""From values to pixels, linear or logarithmic, and the round numbers to print along the way."""
+"""Maps values to pixels, linearly or by their logarithm, and finds round numbers for the ticks."""
 
 import dataclasses
 import math
@@ -20,7 +20,14 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self, *, num: int = 6, whole: bool = False) -> list[float]:
-        """Returns round numbers along the axis; evenly spaced where a logarithmic one is short. whole: no fractions."""
+        """Returns round numbers along the axis.
+
+        An axis that is logarithmic but too short for two round powers has evenly spaced ticks.
+
+        Args:
+            num: number of ticks to aim at.
+            whole: no fractions.
+        """
         if self.log and len(found := log_ticks(self.low, self.high)) > 1:
             return found
         return ticks(self.low, self.high, num=num, whole=whole)

@@ -1,7 +1,7 @@
-"""Which metrics share a chart, and what it is called. First pattern that matches a key wins.
+"""Which metrics share a chart, and the title of each chart. The first pattern that matches a key wins.
 
-A key that no pattern knows still gets a chart of its own, called as names.py calls it: a new
-objective needs no line here.
+A key that matches no pattern gets a chart of its own, with its name from names.py: a new objective needs no line
+here.
 """
 
 import dataclasses
@@ -17,16 +17,18 @@ from vlp.report import load, names, svg, traces
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One chart: the keys that it takes (fullmatch), its title, how its values are read."""
+    """One chart: the keys that it takes (fullmatch), its title, and whether values are fractions or need a log axis."""
 
     pattern: str
     title: str
     percent: bool = False
     log: bool | None = None
+    whole: bool = False
 
 
 TRAIN = (
     Group(r"(.*)/retrieval@\d+", "Retrieval in the batch", percent=True),
+    Group(r"caption/(accuracy|token_accuracy)", "Accuracy of the caption's words", percent=True),
     Group(r"(.*)/(accuracy|token_accuracy|acc@?\d*)", "Accuracy", percent=True),
     Group(r"grad_norm", "Gradient norm"),
     Group(r"lr", "Learning rate"),
@@ -49,20 +51,20 @@ TIME = (
 EVAL = (
     Group(r"i2t/R@\d+", "Image → text recall", percent=True),
     Group(r"t2i/R@\d+", "Text → image recall", percent=True),
-    Group(r"(i2t|t2i)/median_rank", "Median rank of the right one"),
+    Group(r"(i2t|t2i)/median_rank", "Median rank of the right one", whole=True),
     Group(r"(i2t|t2i)/mean_rank", "Mean rank of the right one"),
     Group(r"caption_loss(_shuffled)?", "Caption loss: true and shuffled images"),
     Group(r"(.*)exact_match", "Exact captions", percent=True),
     Group(r"(.*/)?(accuracy|top[15]|mean_per_class|acc@?\d*)", "Accuracy", percent=True),
 )
 MAX_BANDS = 40
-# Not curves: they say how the row came about.
+# Not curves: they describe the row itself.
 _NOT_CURVES = re.compile(r"time/(elapsed|eval)_s|num(_.*)?|caption_gap_se")
 
 
 def train_charts(run: load.Run) -> list[svg.Chart]:
     """Returns the training curves: losses first, then quality, then the optimiser's."""
-    keys = _unhidden(run, [key for key in _keys(run.train) if not key.startswith("time/")])
+    keys = _distinct(run, [key for key in _keys(run.train) if not key.startswith("time/")])
     losses = sorted((k for k in keys if order(k) <= 1), key=order)
     keys.sort(key=order)
     loss = Group("|".join(map(re.escape, losses)), "Loss")
@@ -80,24 +82,30 @@ def time_charts(run: load.Run) -> list[svg.Chart]:
 def eval_charts(run: load.Run, name: str, split: str) -> list[svg.Chart]:
     """Returns the curves of one evaluation over the run."""
     rows = [row for row in run.evals if (row.eval, row.split) == (name, split)]
-    charts = _charts(rows, _keys(rows), EVAL, stages(run))
+    charts = _charts(rows, [k for k in _keys(rows) if says(rows[-1], k)], EVAL, stages(run))
     num, of = rows[-1].values.get("num", np.nan), names.evaluation(name, split)
     return [dataclasses.replace(c, of=of, dots=True, levels=_chance(c, num)) for c in charts]
 
 
 def order(key: str) -> int:
-    """Returns the place of a metric of training: the loss, its terms, then as TRAIN has them, then all others."""
+    """Returns the rank of a training metric: the loss, its terms, then as TRAIN has them, then all others."""
     found = (i for i, group in enumerate(TRAIN, 2) if re.fullmatch(group.pattern, key))
     return 0 if key == "loss" else next(found, len(TRAIN) + 2 if "/" in key else 1)
 
 
 def is_curve(key: str) -> bool:
-    """Whether a metric is drawn over the run: not what says how its row came about."""
+    """Returns whether a metric is drawn as a curve. Those that describe a row (its size, its time) are not."""
     return not _NOT_CURVES.fullmatch(key)
 
 
+def says(row: load.Row, key: str) -> bool:
+    """Returns whether a metric of an evaluation says anything: top 5 of fewer than ten classes does not."""
+    classes = row.values.get("num_classes", np.inf)
+    return key.rpartition("/")[2] not in ("top5", "top_5") or not classes < 10
+
+
 def stages(run: load.Run) -> tuple[traces.Band, ...]:
-    """Returns where each stage lies, in samples seen; none for a run of a single stage, or of very many."""
+    """Returns where each stage lies, in samples seen; none for a run of one stage, or of more than MAX_BANDS."""
     starts = [i for i, row in enumerate(run.train) if not i or row.stage != run.train[i - 1].stage]
     if not 1 < len(starts) <= MAX_BANDS:
         return ()
@@ -119,8 +127,8 @@ def _keys(rows: Iterable[load.Row]) -> list[str]:
     return list(filter(is_curve, keys))
 
 
-def _unhidden(run: load.Run, keys: list[str]) -> list[str]:
-    """Returns the keys less any term that is all of the loss, which it would hide under."""
+def _distinct(run: load.Run, keys: list[str]) -> list[str]:
+    """Returns the keys without terms that equal the loss: its line would hide theirs."""
     loss = column(run.train, "loss")
     same = {k for k in keys if k != "loss" and "loss" in keys and _same(loss, column(run.train, k))}
     return [key for key in keys if key not in same]
@@ -139,7 +147,13 @@ def _charts(
 ) -> list[svg.Chart]:
     """Returns a chart for each group that takes any key, in order, then one for each key left.
 
-    A chart takes as many lines as can be told apart; the others get a chart each.
+    A chart takes up to svg.STYLES lines, which readers can tell apart; each further key gets a chart of its own.
+
+    Args:
+        rows: of training, or of one evaluation.
+        keys: the metrics to draw.
+        groups: which metrics share a chart.
+        bands: the stages, drawn behind the lines.
     """
     rows = tuple(rows)
     left, charts = list(keys), []
@@ -161,12 +175,13 @@ def _chart(
         series=series,
         percent=group.percent,
         log=group.log,
+        whole=group.whole,
         bands=bands,
     )
 
 
 def _short(key: str, keys: list[str]) -> str:
-    """Returns the label without the part that all of `keys` share: "R@5" among i2t/R@…"""
+    """Returns the label without the part that all of `keys` share: "R@5" for a chart of i2t/R@…"""
     heads, tails = {names.head(k) for k in keys}, {names.metric(k).label for k in keys}
     if len(keys) > 1 and len(heads) == 1:
         return names.metric(key).label

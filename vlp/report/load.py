@@ -1,8 +1,8 @@
 """Reads a workdir into a `Run`: rows of numbers, artefacts, config, versions.
 
-Nothing here draws, and a file that is missing or broken (a half-written last line, a truncated
-JSON) costs its own section and a note, never the report. Only metrics.jsonl must be there. Sizes are
-looked at before anything is read, and nothing is read through a link that leaves the workdir.
+Nothing here draws. A file that is missing or broken (a half-written last line, truncated JSON) is left out, and the
+report says so; only metrics.jsonl must be there. The size of a file is checked before it is read, and a link that
+leaves the workdir is not followed.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from vlp.core import check
 from vlp.report import numbers
 
-# Far more than runs write; what is over costs one line.
+# Far more than runs write. What exceeds a limit is left out, and one line of the report says so.
 MAX_METRICS_BYTES = 128 << 20
 MAX_LINE_BYTES = 1 << 20
 MAX_NUMBERS = 10_000_000
@@ -27,13 +27,13 @@ MAX_ARTEFACTS = 100
 MAX_DEPTH = 40
 _HUGE = 1e100
 
-# How metrics that JSON cannot hold are written, in lower case and without their sign.
+# Metrics that JSON cannot hold, as they are written: in lower case, without sign.
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of metrics.jsonl: where in the run, and its numbers (NaN for null)."""
+    """One line of metrics.jsonl: its place in the run and its numbers (NaN for null)."""
 
     step: int
     samples: int
@@ -41,12 +41,12 @@ class Row:
     values: dict[str, float]
     eval: str = ""
     split: str = ""
-    data: str = ""  # fingerprint of what was evaluated on
+    data: str = ""  # fingerprint of the data that was evaluated on
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that a report knows of one workdir; `train` and `evals` are in order of step."""
+    """What a report knows of one workdir; `train` and `evals` are in order of step."""
 
     name: str
     path: Path
@@ -65,7 +65,11 @@ class Run:
 
 
 def load(workdir: Path) -> Run:
-    """Reads one workdir. Raises: UserError without the folder or a readable row of metrics."""
+    """Reads one workdir.
+
+    Raises:
+        UserError: the folder or a readable row of metrics is missing.
+    """
     workdir = Path(workdir)
     if not workdir.is_dir():
         do = "give the folder that `vlp train --workdir` wrote"
@@ -88,9 +92,17 @@ def load(workdir: Path) -> Run:
 
 
 def _unreadable(workdir: Path, name: str, most: int) -> str:
-    """Says why a file of the workdir must not be read; "" if it may be. Raises: FileNotFoundError.
+    """Returns why a file of the workdir must not be read, "" if it may be.
 
-    A workdir may be another person's: a link in it must not bring a file of the reader's onto the page.
+    A workdir may come from another person: a link in it must not bring a private file of the reader onto the page.
+
+    Args:
+        workdir: the folder.
+        name: of the file in it.
+        most: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
     """
     path = workdir / name
     try:
@@ -100,7 +112,7 @@ def _unreadable(workdir: Path, name: str, most: int) -> str:
     except RuntimeError:  # Python 3.11 on links in a circle
         return "a link to itself"
     if not stat.S_ISREG(info.st_mode):
-        return "no regular file"
+        return "not a regular file"
     if info.st_size > most:
         return f"a file of {numbers.si(float(info.st_size))} bytes"
     return ""
@@ -111,7 +123,7 @@ def _unreadable(workdir: Path, name: str, most: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """A row as read: the keys under which it has text, whether something in it is plainly broken, or was left out."""
+    """A row as read: keys whose value is text, whether a value is broken, and whether keys were left out."""
 
     row: Row
     texts: frozenset[str]
@@ -120,9 +132,9 @@ class _Line:
 
 
 def _rows(workdir: Path, notes: list[str]) -> list[Row]:
-    """Reads metrics.jsonl; of rows about one step the last wins (a resumed run repeats some).
+    """Reads metrics.jsonl. Of several rows about one step the last wins: a resumed run repeats some.
 
-    A damaged row never takes the place of a good one: what it still says is used only if there is no other.
+    A damaged row never replaces a good one; its readable values are used only if there is no other row.
     """
     where, do = "report.workdir", "train first, or give another folder"
     path = workdir / "metrics.jsonl"
@@ -132,7 +144,7 @@ def _rows(workdir: Path, notes: list[str]) -> list[Row]:
             expected = (
                 f"a file in the workdir of up to {numbers.si(float(MAX_METRICS_BYTES))} bytes"
             )
-            raise check.error(where, got, expected, "copy what is to be shown into a new folder")
+            raise check.error(where, got, expected, "copy the files to show into a new folder")
         total, lines, cut = _lines(path)
     except FileNotFoundError:
         raise check.error(where, f"no metrics.jsonl in {str(workdir)!r}", "one", do) from None
@@ -167,7 +179,7 @@ def _rows(workdir: Path, notes: list[str]) -> list[Row]:
 
 
 def _lines(path: Path) -> tuple[int, list[_Line], bool]:
-    """Returns the number of lines that are not empty, those that are rows, and whether names of metrics were cut."""
+    """Returns the number of lines that are not empty, the rows, and whether metrics were left out."""
     total, size, found = 0, 0, []
     names: dict[str, str] = {}
     cut = False
@@ -189,7 +201,7 @@ def _lines(path: Path) -> tuple[int, list[_Line], bool]:
             size += 10 + len(line.row.values)
             if size > MAX_NUMBERS:
                 got = f"more than {numbers.si(float(MAX_NUMBERS))} numbers"
-                do = "keep every tenth line, say, in a copy of the workdir"
+                do = "copy the workdir and keep, for instance, every tenth line"
                 raise check.error(str(path), got, "fewer", do)
     return total, found, cut
 
@@ -199,9 +211,9 @@ _NAMES = {"step", "samples", "kind", *_TEXTS}
 
 
 def _line(data: bytes, names: dict[str, str]) -> _Line | None:
-    """Reads one line; None if it is no row at all: no JSON, no whole step, no number.
+    """Reads one line; None if it is not a row: not JSON, without a whole step, or without a number.
 
-    names: of metrics, up to MAX_KEYS; new ones are added. All rows share these strings.
+    names: of the metrics so far, up to MAX_KEYS; new ones are added. All rows share these strings.
     """
     try:
         raw = json.loads(data.decode("utf-8", "replace"))
@@ -240,7 +252,7 @@ def _line(data: bytes, names: dict[str, str]) -> _Line | None:
         split=(texts["split"] or "") if is_eval else "",
         data=(texts["fingerprint"] or "") if is_eval else "",
     )
-    # Evaluations say in words where they come from; a row of training has numbers only.
+    # A row of an evaluation may have text that describes it; a row of training has numbers only.
     return _Line(row, words, bool(lost) and not (is_eval and len(words) == len(lost)), cut)
 
 
@@ -249,9 +261,9 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def number(value: object) -> float | None:
-    """Returns a metric as a float: null and "NaN" are NaN, "-Infinity" −inf; other text is None.
+    """Returns a metric as a float: null and "NaN" are NaN, "-Infinity" is −inf, other text is None.
 
-    What no metric reaches is brought into a range in which an axis can be computed: over 1e100 is infinite.
+    Values over 1e100 become infinite and values under 1e-100 become zero, so that an axis can be computed.
     """
     if value is None:
         return math.nan
@@ -300,7 +312,7 @@ def _json(workdir: Path, name: str, most: int, notes: list[str]) -> dict[str, An
 
 
 def _is_deep(value: object) -> bool:
-    """Whether tables and lists lie deeper in each other than the page's recursions go."""
+    """Returns whether tables and lists are nested more than MAX_DEPTH deep."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

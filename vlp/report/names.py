@@ -1,6 +1,6 @@
-"""Metrics in words: what each is called, how its numbers are written, and which way is better.
+"""Metrics in words: the name of each, how its numbers are written, and which direction is better.
 
-A metric that is not listed is called by its own name with spaces, and has no better way.
+A metric that is not listed has its own name with spaces, and no better direction.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ HEADS = {"i2t": "image → text", "t2i": "text → image", "time": ""}
 
 @functools.lru_cache(maxsize=4096)
 def metric(key: str) -> Metric:
-    """Returns what is known of a metric by its key, "i2t/R@5"."""
+    """Returns what is known about a metric, by its key: "i2t/R@5"."""
     tail = key.rpartition("/")[2]
     for pattern, known in METRICS:
         if match := re.fullmatch(pattern, tail, re.ASCII):
@@ -63,7 +63,7 @@ def metric(key: str) -> Metric:
 
 
 def head(key: str) -> str:
-    """Returns what stands before the metric, in words: of "i2t/R@5" "image → text", of "loss" ""."""
+    """Returns the part of a key before the metric, in words: "image → text" for "i2t/R@5", "" for "loss"."""
     parts = key.split("/")[:-1]
     return " ".join(filter(None, (HEADS.get(part, pages.words(part)) for part in parts)))
 
@@ -74,7 +74,7 @@ def label(key: str) -> str:
 
 
 def show(key: str, value: float) -> str:
-    """Returns a value of a metric as text: a fraction in percent, a whole number whole."""
+    """Returns a value of a metric as text, a fraction in percent."""
     return numbers.percent(value) if metric(key).percent else numbers.short(value)
 
 

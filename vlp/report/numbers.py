@@ -37,7 +37,7 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 
 def fixed(value: float, digits: int) -> str:
-    """Returns 0.4 as "0.400": scores below each other."""
+    """Returns 0.4 as "0.400", for scores in a column."""
     if not abs(value) < 1e6:
         return si(value)
     return f"{value:.{digits}f}".replace("-", _MINUS)
@@ -72,8 +72,14 @@ def duration(secs: float) -> str:
 
 
 def labels(values: Sequence[float], *, as_percent: bool = False) -> list[str]:
-    """Returns a text for each of the values (in order, no two alike), no two alike, with the fewest digits that tell
-    them apart truly. Where that takes many, all but the first are differences: "1M", "+2", "+4"."""
+    """Returns labels for ticks: different for each value, with as few digits as are exact to 1 % of a step.
+
+    If that takes more than nine characters, all labels but the first are differences: "1M", "+2", "+4".
+
+    Args:
+        values: in ascending order, each once.
+        as_percent: values are fractions, shown in percent.
+    """
     unit, scale = ("%", 100.0) if as_percent else ("", 1.0)
     plain = (
         1e-3 <= scale * max(map(abs, values), default=0.0) < 1e3

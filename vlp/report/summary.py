@@ -1,13 +1,14 @@
 """The run in one paragraph and a row of figures: its last evaluation, its size, its speed.
 
-A conclusion in words is drawn only where enough steps and records stand behind it, and a difference
-beyond its standard error; otherwise the numbers stand alone.
+The paragraph draws a conclusion only from enough steps and records, and from a difference beyond its standard error;
+otherwise it gives the numbers alone.
 """
 
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,27 +18,27 @@ from vlp.report import curves, load, names, numbers, svg
 MIN_STEPS = 100  # of training, before a conclusion is drawn
 MIN_RECORDS = 100  # of an evaluation
 SURE = 2.0  # standard errors
-READS = (
-    0.02  # of the caption loss: what another image must add to it, to say that the image is read
-)
+READS = 0.02  # share of the caption loss that another image must add to it, to conclude that the model reads the image
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def paragraph(run: load.Run) -> str:
-    """Returns the summary as one <p>."""
-    words = [_size(run)]
-    if row := _first(run, "i2t/R@1", "t2i/R@1"):
-        words.append(_retrieval(row))
-    if row := _first(run, "caption_loss"):
-        words.append(_captions(row))
-    if not run.evals:
-        words.append("It was not evaluated.")
-    words.append(_speed(run))
-    return f'<p class="lead">{" ".join(word for word in words if word)}</p>'
+def sentences(run: load.Run) -> dict[str, Any]:
+    """Returns the texts of templates/summary.html.j2; None for a sentence that the run has no numbers for."""
+    last = (run.train or run.evals)[-1]
+    retrieval, captions = _first(run, "i2t/R@1", "t2i/R@1"), _first(run, "caption_loss")
+    return {
+        "name": pages.visible(run.name, 200),
+        "samples": numbers.si(float(last.samples)),
+        "course": _course(run, last),
+        "retrieval": retrieval and _retrieval(retrieval),
+        "captions": captions and _captions(captions),
+        "evaluated": bool(run.evals),
+        "speed": _speed(run),
+    }
 
 
-def tiles(run: load.Run) -> str:
-    """Returns the figures as one <ul>; only those that the run has numbers for."""
+def figures(run: load.Run) -> list[tuple[str, str, str, str]]:
+    """Returns the figures in large type, as far as the run has numbers for them: label, value, note, curve."""
     last = (run.train or run.evals)[-1]
     found = [("samples seen", numbers.si(float(last.samples)), f"{numbers.count(last.step)} steps", "")]  # fmt: skip
     _, loss = curves.column(run.train, "loss")
@@ -45,7 +46,7 @@ def tiles(run: load.Run) -> str:
         found.append(("training loss", numbers.short(float(loss[-1])), "last row", svg.spark(loss)))
     for key in ("i2t/R@1", "t2i/R@1", "accuracy", "caption_loss", "exact_match"):
         if row := _first(run, key):
-            found.append(_tile(run, row, key))
+            found.append(_figure(run, row, key))
     rate, wait = (median(run.train, f"time/{k}") for k in ("examples_per_s", "data_wait_frac"))
     if rate is not None:
         note = f"{numbers.percent(wait)} waiting for data" if wait is not None else "median"
@@ -53,11 +54,11 @@ def tiles(run: load.Run) -> str:
         found.append(("examples / s", numbers.si(rate), note, course))
     if secs := seconds(run):
         found.append(("time", numbers.duration(secs), hardware(run.versions), ""))
-    return pages.tiles(found[:8])
+    return found[:8]
 
 
 def chance(row: load.Row, key: str) -> float | None:
-    """Returns what guessing reaches: k / candidates for R@k, k / classes for accuracy; None where it is not known."""
+    """Returns the chance level: k / candidates for R@k, k / classes for top-k accuracy; None if it is not known."""
     tail = key.rpartition("/")[2]
     if match := re.fullmatch(r"R@(\d{1,6})", tail, re.ASCII):
         k, num = int(match[1]), row.values.get("num", math.nan)
@@ -69,14 +70,14 @@ def chance(row: load.Row, key: str) -> float | None:
 
 
 def error(share: float, num: float) -> float:
-    """Returns the standard error of a share of `num` independent records; NaN where it is not known."""
+    """Returns the standard error of a share of `num` independent records; NaN if it is not known."""
     if not (0 < share < 1 and num > 0 and math.isfinite(num)):
         return math.nan
     return math.sqrt(share * (1 - share) / num)
 
 
 def hardware(versions: dict[str, object]) -> str:
-    """Returns the devices that a run names: "4 × TPU v5 lite", "CPU"; "" if it names none."""
+    """Returns the devices of a run: "4 × TPU v5 lite", "CPU"; "" if versions.json names none."""
     device, num = versions.get("device"), versions.get("devices")
     if isinstance(num, list):
         return ", ".join(_times(n, name) for name, n in Counter(map(str, num)).items())
@@ -100,7 +101,7 @@ def median(rows: Sequence[load.Row], key: str) -> float | None:
 
 
 def seconds(run: load.Run, step: int | None = None) -> float:
-    """Returns the seconds of training up to a step; a clock that a restart set back counts on."""
+    """Returns the seconds of training up to a step, over restarts: each sets its clock back."""
     rows = [row for row in run.train if step is None or row.step <= step]
     _, secs = curves.column(rows, "time/elapsed_s")
     secs = secs[np.isfinite(secs)]
@@ -112,44 +113,36 @@ def seconds(run: load.Run, step: int | None = None) -> float:
 # --- sentences
 
 
-def _size(run: load.Run) -> str:
-    last = (run.train or run.evals)[-1]
+def _course(run: load.Run, last: load.Row) -> str:
     stages = list(dict.fromkeys(row.stage for row in run.train if row.stage))
-    out = (
-        f"<b>{pages.text(run.name, 200)}</b> has seen <b>{numbers.si(float(last.samples))} samples</b> in "
-        f"{numbers.count(last.step)} step{'s' * (last.step != 1)}"
-    )
+    out = f"{numbers.count(last.step)} step{'s' * (last.step != 1)}"
     if 1 < len(stages) < len(_WORDS):
-        out += f", in {_WORDS[len(stages)]} stages ({', then '.join(pages.text(s, 80) for s in stages)})"
+        names = ", then ".join(pages.visible(stage, 80) for stage in stages)
+        out += f", in {_WORDS[len(stages)]} stages ({names})"
     elif len(stages) > 1:
         out += f", in {len(stages)} stages"
-    if secs := seconds(run):
-        out += f", in {numbers.duration(secs)}"
-    return out + "."
+    secs = seconds(run)
+    return out + (f", in {numbers.duration(secs)}" if secs else "")
 
 
-def _retrieval(row: load.Row) -> str:
-    finds = []
-    for key, what in (("i2t/R@1", "caption of an image"), ("t2i/R@1", "image of a caption")):
-        if key in row.values:
-            in_cases = " of cases" if not finds else ""
-            share = numbers.percent(row.values[key])
-            finds.append(f"the right {what} first in <b>{share}</b>{in_cases}")
+def _retrieval(row: load.Row) -> dict[str, Any]:
+    ways = (("i2t/R@1", "caption of an image"), ("t2i/R@1", "image of a caption"))
+    first = [(what, numbers.percent(row.values[k])) for k, what in ways if k in row.values]
     one = chance(row, "R@1")
-    by_chance = f"; chance is {numbers.percent(one, 2)}" if one else ""
-    return f"On {_where(row)} it ranks {', and '.join(finds)}{by_chance}."
+    by_chance = numbers.percent(one, 2) if one else ""
+    return {"where": _where(row), "first": first, "chance": by_chance}
 
 
-def _captions(row: load.Row) -> str:
+def _captions(row: load.Row) -> dict[str, str]:
     true, other = row.values["caption_loss"], row.values.get("caption_loss_shuffled", math.nan)
-    out = f"On {_where(row)} its caption loss is <b>{numbers.si(true)}</b>"
+    more = ""
     if math.isfinite(other):
-        out += f" with the true image and {numbers.si(other)} with another one{_conclusion(row)}"
-    return out + "."
+        more = f" with the true image and {numbers.si(other)} with another one{_conclusion(row)}"
+    return {"where": _where(row), "loss": numbers.si(true), "more": more}
 
 
 def _conclusion(row: load.Row) -> str:
-    """Says whether the captions depend on the image, where the numbers can tell."""
+    """Returns whether the captions depend on the image, in words; "" if the numbers are not sufficient."""
     true, other = row.values["caption_loss"], row.values["caption_loss_shuffled"]
     margin = SURE * row.values.get("caption_gap_se", math.nan)
     enough = row.step >= MIN_STEPS and row.values.get("num", 0) >= MIN_RECORDS
@@ -166,7 +159,7 @@ def _speed(run: load.Run) -> str:
     on = hardware(run.versions)
     if on and not on[0].isdigit():
         on = ("an " if on[0] in "AEIONaeiou" else "a ") + on
-    on = f" on {pages.text(on)}" if on else ""
+    on = f" on {on}" if on else ""
     if rate is None:
         return f"It ran{on}." if on else ""
     out = f"Training went at {numbers.si(rate)} examples/s{on}"
@@ -174,7 +167,7 @@ def _speed(run: load.Run) -> str:
 
 
 def _where(row: load.Row) -> str:
-    split = f"the {pages.text(pages.words(row.split), 80)} split" if row.split else "its data"
+    split = f"the {pages.visible(pages.words(row.split), 80)} split" if row.split else "its data"
     num = row.values.get("num", math.nan)
     size = f" ({numbers.short(num)} records)" if num > 0 and math.isfinite(num) else ""
     return f"{split}{size}"
@@ -183,7 +176,7 @@ def _where(row: load.Row) -> str:
 # --- figures
 
 
-def _tile(run: load.Run, row: load.Row, key: str) -> tuple[str, str, str, str]:
+def _figure(run: load.Run, row: load.Row, key: str) -> tuple[str, str, str, str]:
     value, num = row.values[key], row.values.get("num", math.nan)
     notes = []
     if names.metric(key).percent and math.isfinite(around := error(value, num)):
@@ -193,16 +186,21 @@ def _tile(run: load.Run, row: load.Row, key: str) -> tuple[str, str, str, str]:
     other = row.values.get("caption_loss_shuffled", math.nan)
     if key == "caption_loss" and math.isfinite(other):
         notes.append(f"{numbers.si(other)} with another image")
-    if not notes:
-        notes.append(pages.words(row.split))
+    if row.split:
+        notes.append(pages.visible(pages.words(row.split), 80))
     same = [r for r in run.evals if (r.eval, r.split) == (row.eval, row.split)]
     label = names.label(key)
+    if key == "accuracy":  # of what
+        label = f"{pages.visible(pages.words(row.eval), 80)} {label}".strip()
     return label, names.show(key, value), " · ".join(notes), svg.spark(curves.column(same, key)[1])
 
 
 def _first(run: load.Run, *keys: str) -> load.Row | None:
-    """Returns the last row of the first evaluation that has any of the metrics; held-out data come before others."""
-    rows = run.latest().values()
+    """Returns the last row of the first evaluation that has any of the metrics, of the test split if there is one.
+
+    The training split comes last.
+    """
+    rows = sorted(run.latest().values(), key=lambda row: row.split != "test")
     return next((row for row in rows if any(key in row.values for key in keys)), None)
 
 

@@ -1,8 +1,8 @@
 """Line charts as inline SVG, with what the page's script needs to answer a pointer.
 
 A chart is data (`Chart`); `figure` draws it. Colours, line styles and fonts are classes in
-style.py: one drawing serves light, dark and paper. Series are told apart by dash and legend, not by
-colour alone.
+templates/report.css: one drawing serves light, dark and paper. Series differ in dash and have a
+legend; colour alone never tells them apart.
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from vlp.core import pages
 from vlp.report import axes, numbers, traces
 
 WIDTH, HEIGHT = 360, 190  # user units: about the pixels of a card, on a wide page as on a phone
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 20, 34
-MIN_POINTS = 3  # finite values of a line; fewer are told as numbers
-STYLES = 6  # line styles s0 … s5 in style.py
+MIN_POINTS = 3  # finite values of a line; fewer are shown as numbers
+STYLES = 6  # line styles s0 … s5 in report.css
 _WIDE_RATIO = 50  # max/median from which values, all positive, get a log axis
 
 
@@ -32,13 +33,14 @@ class Chart:
     x_label: str = "samples seen"
     percent: bool = False
     dots: bool = False
-    log: bool | None = None  # None: where the values span decades
+    log: bool | None = None  # None: if the values span decades
     bands: tuple[traces.Band, ...] = ()
     marks: tuple[float, ...] = ()
     levels: tuple[tuple[str, float], ...] = ()
+    whole: bool = False  # values are counts: no ticks between them
 
 
-def figure(chart: Chart) -> str:
+def figure(chart: Chart) -> Markup:
     """Returns the chart as one <figure>: title, legend, drawing, hover data, a table of points."""
     x_axis, y_axis = _x_axis(chart), _y_axis(chart)
     whole = [s if chart.dots else traces.mean(s, chart.bands) for s in chart.series]
@@ -53,34 +55,39 @@ def figure(chart: Chart) -> str:
         *(_line(chart, i, line, x_axis, y_axis) for i, line in enumerate(lines)),
         _lost(chart, x_axis),
     ]
-    hover = pages.text(json.dumps(_hover(chart, lines, x_axis, y_axis), separators=(",", ":")))
-    return (
-        f'<figure class="card chart" data-chart="{hover}">'
-        f"<figcaption><strong>{pages.text(chart.title)}</strong>{_of(chart)}"
-        f"{_legend(chart)}{_notes(notes)}</figcaption>"
-        f'<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
-        f'aria-label="{pages.text(_aria(chart))}">{"".join(drawn)}'
-        f'<g class="cursor"></g></svg><div class="tip" aria-live="polite" hidden></div></div>'
-        f"{_table(chart)}</figure>"
+    hover = json.dumps(_hover(chart, lines, x_axis, y_axis), separators=(",", ":"))
+    return pages.render(
+        "vlp.report",
+        "chart.html.j2",
+        chart=chart,
+        hover=escape(hover),  # whole, however long
+        legend=_legend(chart),
+        notes=" · ".join(notes),
+        width=WIDTH,
+        height=HEIGHT,
+        aria=_aria(chart),
+        drawing=Markup("".join(drawn)),
+        heads=[chart.x_label, *(s.label for s in chart.series)],
+        points=_points(chart),
     )
 
 
 def is_curve(chart: Chart) -> bool:
-    """Whether a chart has a line of at least MIN_POINTS finite values: two points are no curve."""
+    """Returns whether a line of the chart has at least MIN_POINTS finite values."""
     return any(np.isfinite(s.y).sum() >= MIN_POINTS for s in chart.series)
 
 
-def spark(y: np.ndarray) -> str:
-    """Returns the shape of a series as a small line without axes; empty below three points."""
+def spark(y: np.ndarray) -> Markup:
+    """Returns a series as a small line without axes; empty for fewer than three points."""
     y = y[np.isfinite(y)]
     if len(y) < 3:
-        return ""
+        return Markup()
     y = traces.thin(traces.Series("", np.arange(len(y)), y)).y
     low, high = float(y.min()), float(y.max())
     ys = 23 - 20 * (y - low) / ((high - low) or 1)
     xs = np.linspace(2, 98, len(y))
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True))
-    return (
+    return Markup(
         '<svg class="spark" viewBox="0 0 100 26" preserveAspectRatio="none" aria-hidden="true">'
         f'<polyline points="{points}"/></svg>'
     )
@@ -119,7 +126,7 @@ def _y_axis(chart: Chart) -> axes.Axis:
 
 
 def _grid(chart: Chart, x_axis: axes.Axis, y_axis: axes.Axis) -> str:
-    out, y_ticks = [], y_axis.ticks(num=5)
+    out, y_ticks = [], y_axis.ticks(num=5, whole=chart.whole)
     y_labels = numbers.labels(y_ticks, as_percent=chart.percent)
     for value, label in zip(y_ticks, y_labels, strict=True):
         y = y_axis(value)
@@ -223,26 +230,13 @@ def _lost(chart: Chart, x_axis: axes.Axis) -> str:
     )
 
 
-# --- words around the drawing
+# --- around the drawing
 
 
-def _of(chart: Chart) -> str:
-    return f'<span class="of">{pages.text(chart.of)}</span>' if chart.of else ""
-
-
-def _legend(chart: Chart) -> str:
+def _legend(chart: Chart) -> list[tuple[str, str]]:
+    """Returns (classes, label) of each line, if there are several, and of each level."""
     lines = [(f"line s{i % STYLES}", s.label) for i, s in enumerate(chart.series)]
-    lines = lines if len(lines) > 1 else []
-    items = [
-        f'<li><svg class="swatch" viewBox="0 0 20 8" aria-hidden="true"><path class="{style}" '
-        f'd="M1 4H19"/></svg>{pages.text(label)}</li>'
-        for style, label in (*lines, *(("level", label) for label, _ in chart.levels))
-    ]
-    return f'<ul class="legend">{"".join(items)}</ul>' if items else ""
-
-
-def _notes(notes: list[str]) -> str:
-    return f'<span class="note">{pages.text(" · ".join(notes))}</span>' if notes else ""
+    return [*(lines if len(lines) > 1 else []), *(("level", label) for label, _ in chart.levels)]
 
 
 def _aria(chart: Chart) -> str:
@@ -254,7 +248,7 @@ def _aria(chart: Chart) -> str:
 def _hover(
     chart: Chart, lines: list[traces.Series], x_axis: axes.Axis, y_axis: axes.Axis
 ) -> dict[str, object]:
-    """Returns the drawn points in user units with their text; the script only looks them up."""
+    """Returns the drawn points in user units, with their text, for the script."""
     show: Callable[[float], str] = numbers.percent if chart.percent else _four
     series = [
         {
@@ -276,22 +270,11 @@ def _four(value: float) -> str:
     return numbers.si(value, 4)
 
 
-def _table(chart: Chart, *, num: int = 12) -> str:
-    """Returns some of the points as a folded table: for readers without pointer or script."""
+def _points(chart: Chart, *, num: int = 12) -> list[list[str]]:
+    """Returns some of the points as lines of a table."""
     xs = sorted({float(x) for s in chart.series for x in s.x})
     if len(xs) > num:
         xs = [xs[round(i * (len(xs) - 1) / (num - 1))] for i in range(num)]
     show: Callable[[float], str] = numbers.percent if chart.percent else _four
     at = [dict(zip(s.x.tolist(), s.y.tolist(), strict=True)) for s in chart.series]
-    head = "".join(f"<th>{pages.text(s.label)}</th>" for s in chart.series)
-    rows = [
-        f"<tr><th>{_four(x)}</th>"
-        + "".join(f"<td>{show(y[x]) if x in y else ''}</td>" for y in at)
-        + "</tr>"
-        for x in xs
-    ]
-    return (
-        "<details><summary>as a table</summary><div class=scroll><table class=numbers><thead><tr>"
-        f"<th>{pages.text(chart.x_label)}</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-        "</table></div></details>"
-    )
+    return [[_four(x), *(show(y[x]) if x in y else "" for y in at)] for x in xs]

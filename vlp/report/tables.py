@@ -1,5 +1,9 @@
-"""Tables of the report: evaluations, stages, numbers that make no curve, the config with its search box."""
+"""Tables of the report as data: evaluations, stages, series too short for a curve, settings, heat maps.
 
+Every cell is text; the templates draw the tables.
+"""
+
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +16,57 @@ from vlp.report import curves, load, names, numbers, summary, svg
 
 MAX_CLASSES = 40
 MAX_STAGES = 20
+MAX_NAME = 80  # characters of the name of a class or a stage
 _NEAR = 2.0  # standard errors of a difference within which a value is marked beside the best
 
+Cell = str | tuple[str, str]  # text; or text and the class of its mark: "best", "near"
 
-def evaluation(rows: Sequence[load.Row]) -> str:
-    """Returns a card with the numbers of one evaluation: a line a metric; its first value, its best, its last."""
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Numbers in columns; the first cell of a line names it, and a line of one cell is the heading of a group."""
+
+    heads: Sequence[str]
+    lines: Sequence[Sequence[Cell]]
+    title: str = ""
+    note: str = ""  # beside the title
+    hint: str = ""  # below the table
+    groups: Sequence[tuple[str, int]] = ()  # of columns, after the first one: text and size
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatLine:
+    """One line of a heat map: (text, share of the darkest in [0, 1]) of each cell; `pair`: the cell outlined."""
+
+    name: str
+    cells: Sequence[tuple[str, str]]
+    pair: int
+    last: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heat:
+    """A table whose cells are shaded; `missing` says why there is none."""
+
+    heads: Sequence[Any] = ()
+    lines: Sequence[HeatLine] = ()
+    corner: str = ""
+    last: str = ""  # head of the last column; "": there is no such column
+    hint: str = ""
+    missing: str = ""
+
+
+def evaluation(rows: Sequence[load.Row]) -> Table:
+    """Returns the numbers of one evaluation: one line per metric with its first, its best and its last value."""
     last = rows[-1]
     ends = [rows[0], last] if len(rows) > 1 else [last]
     heads = [f"step {numbers.count(row.step)}" for row in ends]
+    heads[1:1] = ["best"] if len(rows) > 2 else []
     keys = [k for k in dict.fromkeys(k for row in rows for k in row.values) if curves.is_curve(k)]
+    keys = [k for k in keys if curves.says(last, k)]
     chances = {k: c for k in keys if (c := summary.chance(last, k)) is not None}
-    num, body, group = last.values.get("num", math.nan), "", ""
-    width = len(ends) + (len(rows) > 2) + bool(chances) + 1
+    num, group = last.values.get("num", math.nan), ""
+    lines: list[list[Cell]] = []
     for key in sorted(keys, key=head_first(keys)):
         values = [row.values.get(key) for row in ends]
         if len(rows) > 2:
@@ -32,21 +75,17 @@ def evaluation(rows: Sequence[load.Row]) -> str:
             values.insert(1, found[0] if found else None)
         if (head := names.head(key)) != group:
             group = head
-            body += (
-                f'<tr class="group"><th colspan="{width}">{pages.text(pages.title(head))}</th></tr>'
-            )
-        cells = zip(values, marks(key, values, num), strict=True)
+            lines.append([pages.title(head)])
         label = names.metric(key).label if head else pages.title(names.metric(key).label)
-        body += f"<tr><th>{pages.text(label)}</th>" + "".join(cell(key, *c) for c in cells)
+        line = [label, *(cell(key, *c) for c in zip(values, marks(key, values, num), strict=True))]
         if chances:
-            body += f"<td>{numbers.percent(chances[key], 2) if key in chances else ''}</td>"
-        body += "</tr>"
-    heads[1:1] = ["best"] if len(rows) > 2 else []
-    head = "".join(f"<th>{h}</th>" for h in (*heads, *(["chance"] if chances else [])))
-    title = pages.text(names.evaluation(last.eval, last.split))
-    return (
-        f'<div class="card"><h3>{title}</h3><div class="scroll"><table class="numbers"><thead><tr>'
-        f"<th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>{_origin(last)}</div>"
+            line.append(numbers.percent(chances[key], 2) if key in chances else "")
+        lines.append(line)
+    return Table(
+        ["", *heads, *(["chance"] if chances else [])],
+        lines,
+        title=names.evaluation(last.eval, last.split),
+        hint=_origin(last),
     )
 
 
@@ -57,9 +96,17 @@ def head_first(keys: Sequence[str]) -> Callable[[str], int]:
 
 
 def marks(key: str, values: Sequence[float | None], num: float = math.nan) -> list[str]:
-    """Returns which values of a metric are the "best", and which "near" it, as far as `num` records can tell.
+    """Marks the best values of a metric, and those that are as good within the error.
 
-    None is marked where no way is better, or where all values are equal.
+    No value is marked if the metric has no better direction, or if all values are equal.
+
+    Args:
+        key: the metric.
+        values: to compare; None where there is no value.
+        num: records behind each value, for its standard error; NaN: not known, then no value is "near".
+
+    Returns:
+        "best", "near" (within two standard errors of the best) or "" for each value.
     """
     known = names.metric(key)
     found = np.array([math.nan if v is None else v * known.better for v in values])
@@ -75,8 +122,13 @@ def marks(key: str, values: Sequence[float | None], num: float = math.nan) -> li
     return out
 
 
-def stages(run: load.Run) -> str:
-    """Returns a card with a line a stage: its samples, time and speed; "" for a run of one stage, or of very many."""
+def cell(key: str, value: float | None, mark: str = "") -> Cell:
+    """Returns one value of a metric as a cell, "–" if there is none."""
+    return ("–" if value is None else names.show(key, value)), mark
+
+
+def stages(run: load.Run) -> Table | None:
+    """Returns samples, time and speed of each stage; None for a run of one stage, or of more than MAX_STAGES."""
     lines, found = [], list(dict.fromkeys(row.stage for row in run.train))
     for name in found if 1 < len(found) <= MAX_STAGES else []:
         rows = [row for row in run.train if row.stage == name]
@@ -86,40 +138,23 @@ def stages(run: load.Run) -> str:
         if before:
             samples, steps = samples - before[-1].samples, steps - before[-1].step
             secs -= summary.seconds(run, before[-1].step)
-        rate, wait = (
-            summary.median(rows, f"time/{k}") for k in ("examples_per_s", "data_wait_frac")
-        )
-        lines.append(
-            [
-                pages.text(name or "–"),
-                numbers.si(float(samples)),
-                numbers.count(steps),
-                numbers.duration(secs) if secs else "–",
-                "–" if rate is None else numbers.si(rate),
-                "–" if wait is None else numbers.percent(wait),
-            ]
-        )
-    if not lines:
-        return ""
+        size = [name or "–", numbers.si(float(samples)), numbers.count(steps)]
+        lines.append(size + [numbers.duration(secs) if secs else "–", *speed(rows)])
     heads = ("stage", "samples", "steps", "time", "examples / s", "waiting for data")
-    return f'<div class="card wide">{table(heads, lines)}</div>'
+    return Table(heads, lines) if lines else None
 
 
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a table of numbers; the cells are HTML, the first of each line names it."""
-    head = "".join(f"<th>{h}</th>" for h in heads)
-    body = "".join(
-        f"<tr><th>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>"
-        for first, *rest in lines
-    )
-    return (
-        f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def speed(rows: Sequence[load.Row]) -> list[str]:
+    """Returns the median of examples per second and of the share of time spent waiting for data."""
+    rate, wait = (summary.median(rows, f"time/{k}") for k in ("examples_per_s", "data_wait_frac"))
+    return [
+        "–" if rate is None else numbers.si(rate),
+        "–" if wait is None else numbers.percent(wait),
+    ]
 
 
-def points(charts: Sequence[svg.Chart], columns: int = 3) -> str:
-    """Returns what too few values for a curve say: a line each with the first and the last value."""
+def points(charts: Sequence[svg.Chart], columns: int = 3) -> list[Table]:
+    """Returns the first and the last value of series that are too short for a curve, split over `columns` tables."""
     lines = []
     for chart in charts:
         show = numbers.percent if chart.percent else numbers.short
@@ -129,76 +164,45 @@ def points(charts: Sequence[svg.Chart], columns: int = 3) -> str:
                 label += f": {series.label}"
             label += f" ({chart.of})" if chart.of else ""
             ends = [show(float(y)) for y in series.y[[0, -1]]]
-            lines.append([pages.text(label), *(ends if len(series.y) > 1 else ["–", ends[1]])])
-    if not lines:
-        return ""
+            lines.append([label, *(ends if len(series.y) > 1 else ["–", ends[1]])])
     each = max(4, math.ceil(len(lines) / columns))
-    cards = [
-        f'<div class="card">{table(("", "first", "last"), lines[i : i + each])}</div>'
-        for i in range(0, len(lines), each)
-    ]
-    return f'<div class="cards">{"".join(cards)}</div>'
+    parts = [lines[i : i + each] for i in range(0, len(lines), each)]
+    return [Table(("", "first", "last"), part) for part in parts]
 
 
-def config(values: dict[str, Any]) -> str:
-    """Returns the config flattened to one row a setting; the script shows the search box."""
-    rows = [
-        f"<tr><th><code>{pages.text(key)}</code></th><td><code>{pages.text(value)}</code></td></tr>"
-        for key, value in flat(values, "")
-    ]
-    return (
-        f'<details class="card config"><summary>{len(rows)} settings</summary>'
-        '<input type="search" placeholder="find a setting or value" aria-label="find" hidden>'
-        f"{_settings(rows)}</details>"
-    )
-
-
-def versions(values: dict[str, Any]) -> str:
-    """Returns what the run ran with; attribution has its own section."""
-    rows = [
-        f"<tr><th>{pages.text(pages.title(pages.words(str(key))))}</th><td>{pages.text(_version(value))}</td></tr>"
+def versions(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name, text) of what the run ran with, without the attribution, which has its own section."""
+    return [
+        (pages.title(pages.words(str(key))), _as_text(value))
         for key, value in values.items()
         if key != "attribution"
     ]
-    return (
-        f'<details class="card config"><summary>{len(rows)} entries</summary>'
-        f"{_settings(rows)}</details>"
-    )
 
 
-def confusion(artefact: dict[str, Any]) -> str:
-    """Returns how often each class (row) was taken for each (column) as a heat map with numbers."""
+def confusion(artefact: dict[str, Any]) -> Heat | None:
+    """Returns how often each class (row) was taken for each class (column); None if the artefact has no such table."""
     classes = artefact.get("classes")
     try:
         counts_CC = np.array(artefact.get("confusion"), np.float64)
     except (TypeError, ValueError, OverflowError):
-        return ""
+        return None
     if not isinstance(classes, list) or counts_CC.shape != (len(classes), len(classes)):
-        return ""
+        return None
     if not (np.isfinite(counts_CC).all() and (counts_CC >= 0).all() and (counts_CC < 1e15).all()):
-        return ""
+        return None
     if len(classes) > MAX_CLASSES:
-        size = f"{len(classes)} × {len(classes)}"
-        return f'<p class="missing">Left out: a table of {size} classes.</p>'
-    head = "".join(f"<th>{pages.text(name, 80)}</th>" for name in classes)
-    body = ""
-    for i, (name, row) in enumerate(zip(classes, counts_CC.tolist(), strict=True)):
+        return Heat(missing=f"a table of {len(classes)} × {len(classes)} classes")
+    heads = [pages.visible(name, MAX_NAME) for name in classes]
+    lines = []
+    for i, row in enumerate(counts_CC.tolist()):
         total = sum(row) or 1
-        cells = "".join(
-            f'<td class="heat{" diagonal" * (i == j)}" style="--share:{n / total:.3f}">'
-            f"{numbers.short(n)}</td>"
-            for j, n in enumerate(row)
-        )
-        right = numbers.percent(row[i] / total, 0)
-        body += f"<tr><th>{pages.text(name, 80)}</th>{cells}<td>{right}</td></tr>"
-    return (
-        f'<div class="card wide"><div class="scroll"><table class="numbers confusion"><thead><tr>'
-        f"<th>is ↓ taken for →</th>{head}<th>right</th></tr></thead><tbody>{body}</tbody></table></div></div>"
-    )
+        cells = [(numbers.short(n), f"{n / total:.3f}") for n in row]
+        lines.append(HeatLine(heads[i], cells, i, numbers.percent(row[i] / total, 0)))
+    return Heat(heads, lines, corner="is ↓ taken for →", last="right")
 
 
-def flat(value: object, path: str) -> Iterator[tuple[str, str]]:
-    """Yields ("a.b.c", "value") for every leaf; lists of plain values are one leaf."""
+def flat(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yields ("a.b.c", "value") for every leaf of a config; lists of plain values are one leaf."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from flat(item, f"{path}.{key}" if path else str(key))
@@ -206,22 +210,11 @@ def flat(value: object, path: str) -> Iterator[tuple[str, str]]:
         for i, item in enumerate(value):
             yield from flat(item, f"{path}[{i}]")
     elif path:
-        yield path, _version(value)
-
-
-def _settings(rows: list[str]) -> str:
-    body = "".join(rows)
-    return f'<div class="scroll"><table class="settings"><tbody>{body}</tbody></table></div>'
-
-
-def cell(key: str, value: float | None, mark: str = "") -> str:
-    """Returns one value of a metric as a cell, "–" where there is none."""
-    text = "–" if value is None else names.show(key, value)
-    return f'<td class="{mark}">{text}</td>' if mark else f"<td>{text}</td>"
+        yield path, _as_text(value)
 
 
 def _origin(row: load.Row) -> str:
-    """Returns how many records the numbers come from, and how sure they can be."""
+    """Returns how many records the numbers come from, and their standard error."""
     parts = []
     num = row.values.get("num", math.nan)
     if math.isfinite(num):
@@ -231,15 +224,15 @@ def _origin(row: load.Row) -> str:
     for key, value in row.values.items():
         known = names.metric(key)
         if known.percent and known.better and math.isfinite(error := summary.error(value, num)):
-            label = pages.text(names.label(key))
+            label = names.label(key)
             parts.append(f"standard error of {label}: {100 * error:.1f}\N{NO-BREAK SPACE}points")
             break
     if math.isfinite(error := row.values.get("caption_gap_se", math.nan)):
         parts.append(f"standard error of the difference of both losses: {numbers.si(error, 2)}")
     if math.isfinite(secs := row.values.get("time/eval_s", math.nan)):
         parts.append(f"took {numbers.duration(secs) if secs >= 1 else 'under 1 s'}")
-    return f'<p class="hint">{" · ".join(parts)}</p>' if parts else ""
+    return " · ".join(parts)
 
 
-def _version(value: object) -> str:
+def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Lines as data, and what is done to one before it is drawn: mean, thinning. No SVG here."""
+"""Lines as data, and how they are prepared for drawing: running mean, thinning. No SVG here."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 
 _BUCKETS = 160  # a longer line is thinned to this many places before it is drawn
 _SMOOTH_FROM = 60  # points from which a training line gets a running mean
-_JITTER = 0.01  # of a line's range: below this its rows are joined as they are
+_JITTER = 0.01  # of a line's range: a line with less noise gets no running mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """A stage of the run: its name and where on the x axis it lies."""
+    """A stage of the run: its name, and its first and last x."""
 
     label: str
     start: float
@@ -28,7 +28,7 @@ class Band:
 
 
 def mean(series: Series, bands: tuple[Band, ...]) -> Series:
-    """Returns the centred running mean over `window` rows, never across a stage's end."""
+    """Returns the centred running mean over `window` rows, which never crosses the end of a stage."""
     half = window(series) // 2
     if not half:
         return series
@@ -40,8 +40,8 @@ def mean(series: Series, bands: tuple[Band, ...]) -> Series:
     at = np.arange(len(series.y))
     part = np.searchsorted(edges, at, side="right") - 1
     start, end = np.array(edges)[part], np.array(edges)[np.minimum(part + 1, len(edges) - 1)]
-    # Near an end the window shrinks on both sides, which keeps a slope true, but never to one
-    # noisy row.
+    # Near an end the window shrinks on both sides, so that a slope stays true, but not below a third: one row is
+    # noisy.
     reach = np.clip(np.minimum(at - start, end - 1 - at), half // 3, half)
     low, high = np.maximum(at - reach, start), np.minimum(at + reach + 1, end)
     mean = (total[high] - total[low]) / np.maximum(num[high] - num[low], 1)
@@ -59,7 +59,7 @@ def window(series: Series) -> int:
 
 
 def thin(series: Series) -> Series:
-    """Returns about 2 · _BUCKETS points: each bucket's lowest and highest, so no spike is lost."""
+    """Returns about 2 · _BUCKETS points: the lowest and the highest of each bucket, so that no spike is lost."""
     n = len(series.y)
     if n <= 2 * _BUCKETS:
         return series

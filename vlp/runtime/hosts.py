@@ -1,8 +1,10 @@
-"""Runs of several processes (hosts): who takes part, a roll call before JAX waits for anyone, and joint decisions.
+"""Runs of several processes (hosts): find this process's place, check that all have come, decide jointly.
 
-`jax.distributed` waits in silence for a process that never starts, and dies of a fatal error when its patience ends. So
-all processes first meet at the coordinator's own port, by plain TCP: who is missing, differs from process 0 in code or
-config, or does not see its workdir is named by all that are there, in one line, within `secs`.
+JAX has `jax.distributed.initialize(initialization_timeout=…)`. When a process is missing, it ends all others by SIGABRT
+with "DEADLINE_EXCEEDED" and a C++ stack trace, which Python cannot catch and which names nobody (JAX 0.10.2). So the
+processes first meet at the coordinator's port by plain TCP, and JAX starts once all are there. Within `secs` every
+process prints one line that names the processes that are missing, that differ from process 0 in config or code, or that
+do not see its workdir. After that, JAX's `multihost_utils` is used.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ _LINE = 1 << 24  # bytes of one message at most: a config
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where this process stands. coordinator: "host:port" of process 0. local: its devices, if not all there are."""
+    """This process's place in a run.
+
+    coordinator: "host:port" of process 0. num: number of processes. process: its number, from 0. local: ids of the
+    devices that it uses (None: all of its host).
+    """
 
     coordinator: str
     num: int
@@ -63,8 +69,21 @@ class Place:
 
 
 def find(coordinator: str = "", num: int | None = None, process: int | None = None) -> Place | None:
-    """This process's place: as given, else by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else of
-    the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes) as JAX detects it. None: it is alone ("none" insists on it).
+    """Finds this process's place in the run.
+
+    The arguments come first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then the cluster that
+    JAX detects (Cloud TPU, Slurm, Open MPI, Kubernetes).
+
+    Args:
+        coordinator: "host:port" of process 0; "none": this process is alone, whatever the environment says.
+        num: number of processes.
+        process: number of this process, from 0.
+
+    Returns:
+        The place; None if this process is alone.
+
+    Raises:
+        UserError: some of the three are known and others are not.
     """
     if coordinator == "none":
         return None
@@ -94,7 +113,10 @@ def _number(name: str) -> int | None:
 def _detected(
     coordinator: str | None, num: int | None, process: int | None
 ) -> tuple[str | None, int | None, int | None, tuple[int, ...] | None]:
-    """What JAX would fill in by itself; it has no public function that tells without waiting for others."""
+    """What `jax.distributed.initialize` would fill in: coordinator, number of processes, this one's, its devices.
+
+    Private to JAX: its one public function detects and connects in one call, and aborts if a process is missing.
+    """
     try:
         from jax._src.clusters import ClusterEnv
 
@@ -113,10 +135,19 @@ def _detected(
 def joined(
     place: Place | None, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float = SECS
 ) -> Iterator[None]:
-    """Inside, this process is one of the run's; nothing for a place of None.
+    """Inside, this process takes part in the run. Does nothing for one process.
 
-    facts: what must be the same everywhere (config, versions). An error inside ends the process at once: leaving
-    politely would make JAX wait for processes that wait for this one.
+    An error inside prints its line and ends the process at once: an orderly shutdown would wait for processes that wait
+    for this one.
+
+    Args:
+        place: from `find`.
+        facts: what must be equal on all processes (config, versions).
+        workdir: must be one directory for all processes.
+        secs: how long to wait for the others, in seconds.
+
+    Raises:
+        UserError: from `roll_call`.
     """
     if place is None or place.num == 1:
         yield
@@ -161,8 +192,13 @@ def _check_devices() -> None:
 
 
 def roll_call(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> None:
-    """Returns once all processes are there, agree on `facts` and see the workdir of process 0; else raises UserError
-    on all that are there."""
+    """Returns once all processes have come, agree on `facts` and see the workdir of process 0.
+
+    Args: as of `joined`.
+
+    Raises:
+        UserError: on every process that has come, with the same message.
+    """
     facts = {"processes": place.num, **facts}
     if place.process == 0:
         problem = asyncio.run(_lead(place, facts, workdir, secs))
@@ -176,7 +212,7 @@ def roll_call(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, sec
 class _Guest:
     host: str
     facts: Mapping[str, Any]
-    until: float  # when it must have an answer
+    until: float  # when its own wait ends (time.monotonic)
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
@@ -185,9 +221,9 @@ class _Guest:
 
 
 async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
-    """Process 0: collects the others and tells all of them the verdict, which it returns ("": go on)."""
+    """Process 0: waits for the others and sends all of them the problem, which it returns ("": none)."""
     here: dict[int, _Guest] = {}
-    guests: list[_Guest] = []  # beside those here: who came twice
+    guests: list[_Guest] = []  # every connection, also of a process that came twice
     news = asyncio.Event()
     twice: list[str] = []
 
@@ -197,7 +233,7 @@ async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, s
             number, host, until = hello["process"], hello["host"], time.monotonic() + hello["left"]
             guest = _Guest(host, hello["facts"], until, reader, writer)
         except (TimeoutError, ValueError, KeyError, TypeError, OSError):
-            writer.close()  # no process of ours
+            writer.close()  # another program
             return
         if number in here and not here[number].reader.at_eof():
             twice.append(f"process {number} twice (on {here[number].host} and {host})")
@@ -228,7 +264,9 @@ async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, s
             problem = await _shared(workdir, here)
         for guest in guests:
             guest.tell(problem=problem)
-        with contextlib.suppress(asyncio.TimeoutError):  # they hang up first: the port is free then
+        with contextlib.suppress(
+            asyncio.TimeoutError
+        ):  # they close first, which frees the port for JAX
             reads = (guest.reader.read() for guest in guests)
             await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), 5)
         for guest in guests:
@@ -243,7 +281,7 @@ def _verdict(
     twice: list[str],
     secs: float,
 ) -> str:
-    """What is wrong with those who came, as an error's message; "" if nothing is."""
+    """The error's message for who is missing, came twice or differs; "" if nothing is wrong."""
     if twice:
         do = "give each its own --process"
         return str(check.error("hosts", twice[0], "each process once", do))
@@ -266,7 +304,7 @@ def _verdict(
 
 
 async def _shared(workdir: pathlib.Path, here: Mapping[int, _Guest]) -> str:
-    """Writes a token beside the workdir's future files and asks all whether they see it."""
+    """Writes a token into the workdir and asks every process whether it sees it; returns an error's message or ""."""
     made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     token = workdir / f".{secrets.token_hex(8)}{SHARED}"
     do = "give a --workdir that all hosts share (NFS, a bucket mounted)"
@@ -285,7 +323,10 @@ async def _shared(workdir: pathlib.Path, here: Mapping[int, _Guest]) -> str:
             except (TimeoutError, ValueError, OSError):
                 return str(
                     check.error(
-                        f"process {number} on {guest.host}", "no answer", "one", "look at it"
+                        f"process {number} on {guest.host}",
+                        "no answer",
+                        "one",
+                        "look at its output",
                     )
                 )
             if not answer["seen"]:
@@ -300,7 +341,7 @@ async def _shared(workdir: pathlib.Path, here: Mapping[int, _Guest]) -> str:
 
 
 def _follow(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
-    """Any other process: goes to process 0, and returns its verdict ("": go on)."""
+    """Any other process: reports to process 0 and returns the problem that it answers ("": none)."""
     until = time.monotonic() + secs
     silent = "no answer"
     while (left := until - time.monotonic()) > 0:
@@ -355,9 +396,15 @@ def numbers(values: list[int]) -> str:
 
 @contextlib.contextmanager
 def raise_together(where: str) -> Iterator[dict[str, Any]]:
-    """What one process refuses inside, all refuse. Put into the dict what must be the same everywhere.
+    """If any process raises inside, every process raises. No-op in a run of one process.
 
-    Nothing inside may wait for other processes. Outside a run of several it does nothing.
+    Nothing inside may wait for other processes.
+
+    Yields:
+        A dict. What is put into it must be plain data and equal on all processes.
+
+    Raises:
+        UserError: names the first process that raised, or whose dict differs from that of process 0.
     """
     said: dict[str, Any] = {}
     if not jax.distributed.is_initialized():
@@ -383,7 +430,7 @@ def raise_together(where: str) -> Iterator[dict[str, Any]]:
 
 
 def _gather(value: Any) -> list[Any]:
-    """Every process's value, by process."""
+    """Every process's value (plain data), in the order of processes."""
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)

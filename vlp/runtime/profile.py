@@ -11,7 +11,7 @@ from vlp.core import check
 
 
 class Profile:
-    """Traces the run's steps first … last (from 1, both included); nothing without a range."""
+    """Traces steps (first, last) of the run, counted from 1 and both included. steps None: no-op."""
 
     def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
         self._folder, self._steps, self._on = folder, steps, False
@@ -22,7 +22,7 @@ class Profile:
             self._on = True
 
     def after(self, step: int, results: Any) -> None:
-        """results: of the step; they are waited for before the trace ends."""
+        """Ends the trace after the last step, once `results`, that step's arrays, are computed."""
         if self._on and self._steps is not None and step == self._steps[1]:
             jax.block_until_ready(results)
             self.close()
@@ -34,15 +34,19 @@ class Profile:
 
 
 def parse(text: str) -> tuple[int, int]:
-    """ "a:b" as two numbers with 1 ≤ a ≤ b."""
+    """Parses "A:B", two numbers with 1 ≤ A ≤ B. Raises UserError."""
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise check.error("--profile", repr(text), "A:B, steps with 1 ≤ A ≤ B", "write 20:25, say")
+        raise check.error(
+            "--profile", repr(text), "A:B, steps with 1 ≤ A ≤ B", "write 20:25, for instance"
+        )
     return int(first), int(last)
 
 
 def check_range(steps: tuple[int, int] | None, done: int, total: int) -> None:
-    """Raises UserError for steps that this start of the run will not train."""
+    """Raises UserError unless this start trains all these steps. done: steps before it; total: steps of the run."""
     if steps is not None and not done < steps[0] <= steps[1] <= total:
         expected = f"steps of {done + 1}:{total}" if done < total else "a run that is not done"
-        raise check.error("--profile", f"{steps[0]}:{steps[1]}", expected, "choose others")
+        raise check.error(
+            "--profile", f"{steps[0]}:{steps[1]}", expected, "write steps in that range"
+        )

@@ -1,4 +1,4 @@
-"""What two starts of one run must agree on, and what may differ between them."""
+"""Which settings must be equal at every start of a run, and which may change."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from vlp.core.config import plain
 
-# What may change between two starts of one run: the numbers do not depend on it (data is known by its fingerprint).
-# LOCAL: what may also differ between the processes of one run.
+# FREE may change between two starts of a run: the numbers do not depend on them (a fingerprint identifies the data).
+# LOCAL may also differ between the processes of a run.
 LOCAL = (
     "data.workers",
     "data.read_threads",
@@ -22,11 +22,13 @@ FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micr
 
 
 def extendable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run must agree on even if it is extended: `fixed`, less evaluators and the last stage's length."""
+    """Returns the config that an extended run must keep: `fixed` without evaluators and the last stage's length."""
     out = fixed(config, (*FREE, "evals"))
     patches = out.get("stages") or []
     has_length = lambda patch: bool({"steps", "samples"} & patch.keys())
-    own = [out] if all(map(has_length, patches[:-1])) else []  # the base's is no other stage's
+    own = (
+        [out] if all(map(has_length, patches[:-1])) else []
+    )  # no other stage uses the base's length
     for section in (*own, *patches[-1:]):
         for key in ("steps", "samples"):
             section.pop(key, None)
@@ -34,7 +36,7 @@ def extendable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fixed(config: Mapping[str, Any], free: Sequence[str] = FREE) -> dict[str, Any]:
-    """A config without its free keys. By default: what determines the numbers, a workdir's run must agree on."""
+    """Returns a config without its free keys: by default, what determines the numbers and every start must repeat."""
     out = plain(config)
     for section in (out, *out.get("stages", [])):
         for path in free:

@@ -1,7 +1,7 @@
-"""Copies of the metrics record for other tools. A sink follows metrics.jsonl and holds nothing of its own.
+"""Sinks: copies of metrics.jsonl for other tools. A sink has no state of its own.
 
-A start hands every sink the rows that are kept, so a step that a killed run had reached and lost shows up once: when
-it is done again. A sink that is asked for later in a run has the whole run.
+Each start gives every sink all rows that are kept. So a step that a killed run lost and did again appears once, and a
+sink that is added at a restart has the whole run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlp.core import check
 @runtime_checkable
 class Sink(Protocol):
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over at these rows: all that the record holds now."""
+        """Starts with these rows: all of metrics.jsonl."""
 
     def write(self, row: Mapping[str, Any]) -> None: ...
 
@@ -32,7 +32,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in workdir/tensorboard, by tensorboardX (no TensorFlow). Each start writes them anew."""
+    """Event files in workdir/tensorboard, by tensorboardX (no TensorFlow). Each start rewrites them."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
         self._folder = workdir / "tensorboard"
@@ -58,7 +58,7 @@ class TensorBoard:
 
 
 class Clu:
-    """clu.metric_writers' default writer on workdir/clu: event files, by TensorFlow. Each start writes them anew."""
+    """clu.metric_writers' default writer in workdir/clu: event files, by TensorFlow. Each start rewrites them."""
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
         self._folder = workdir / "clu"
@@ -83,10 +83,10 @@ class Clu:
 
 
 class WandB:
-    """A Weights & Biases run, whose identity is in workdir/wandb/id; project and mode are wandb's own settings.
+    """A Weights & Biases run. Its id is in workdir/wandb/id; project and mode are wandb's own settings.
 
-    Online, a start goes on behind the last step that the server has: numbers do not depend on restarts, so what it
-    has is what would be sent again. With WANDB_MODE=offline each start writes the whole run anew for `wandb sync`.
+    Online, a start sends the rows after the last step that the server has; earlier rows would be the same, since
+    restarts do not change the numbers. With WANDB_MODE=offline each start rewrites the whole run for `wandb sync`.
     """
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
@@ -125,7 +125,7 @@ class WandB:
             self._run.log(scalars(row), step=row["step"])
 
     def flush(self) -> None:
-        """wandb's own process writes as it goes."""
+        """No-op: wandb's own process writes continuously."""
 
     def close(self) -> None:
         self._run.finish()
@@ -144,7 +144,7 @@ def _remove_events(folder: pathlib.Path) -> None:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row by tag: train/loss, retrieval/i2t/R_1 (TensorBoard's letters). NaN and infinities stay."""
+    """Returns a row's numbers (NaN and infinities, too) by tag: train/loss, retrieval/i2t/R_1 (TensorBoard's)."""
     group = row["eval"] if row["kind"] == "eval" else row["kind"]
     out = {}
     for key, value in row.items():
@@ -158,7 +158,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Raises UserError for a sink that does not exist, or whose package is missing."""
+    """Raises UserError for an unknown sink, and for one whose package is missing."""
     for name in names:
         if name not in SINKS:
             raise check.unknown("config.sinks", name, SINKS)

@@ -1,4 +1,4 @@
-"""Signals and hangs: a polite stop for SIGTERM and Ctrl-C, and an end to a run in which nothing moves."""
+"""Signals and hangs: SIGTERM and Ctrl-C save and stop a run; a run that makes no progress is ended."""
 
 from __future__ import annotations
 
@@ -15,23 +15,36 @@ from types import FrameType, TracebackType
 
 import jax
 
-PREEMPTED = 75  # exit code: saved, start me again
-HANG = 76  # exit code: nothing moved
+from vlp.core import interrupt
+
+PREEMPTED = 75  # exit code: saved; start the run again
+HANG = 76  # exit code: no progress
 
 
 class Stop:
-    """Inside `with`, the first SIGTERM or Ctrl-C only asks to stop; a second Ctrl-C interrupts at once."""
+    """Inside `with`, the first SIGTERM or Ctrl-C requests a stop; a second Ctrl-C interrupts at once.
+
+    Before `work` is called there is nothing to save, and the first Ctrl-C interrupts at once.
+    """
 
     def __init__(self) -> None:
         self._asked = False
         self._previous: dict[int, object] = {}
+        self._handler = self._ask  # one object: what is set is what is compared
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             alone = jax.process_count() == 1  # else JAX listens to SIGTERM, and agrees on a step
-            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
-                self._previous[number] = signal.signal(number, self._ask)
+            self._take(signal.SIGTERM if alone else signal.SIGINT)
         return self
+
+    def work(self) -> None:
+        """There is something to save from now on."""
+        if self._previous and signal.SIGINT not in self._previous:
+            self._take(signal.SIGINT)
+
+    def _take(self, number: int) -> None:
+        self._previous[number] = signal.signal(number, self._handler)
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
@@ -40,14 +53,14 @@ class Stop:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT and not interrupt.watched:
             raise KeyboardInterrupt
         self._asked = True
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self, step: int) -> bool:
-        """Whether to save and leave after this step; the same answer on all hosts."""
+        """Returns whether to save and stop after this step; equal on all hosts."""
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental import multihost_utils
@@ -56,33 +69,34 @@ class Stop:
 
 
 class Watchdog:
-    """Ends the process with exit code 76, and every thread's stack, if `beat` is not called for `secs` (0: never).
+    """Ends the process with exit code 76 if `beat` is not called for `secs` seconds (0: never).
 
-    folder: where the processes of one run write how far they are; the last message names those behind.
+    Prints the stacks of all threads first. folder: where each process of a run writes its progress; the message names
+    the processes that are behind.
     """
 
     def __init__(self, secs: float, folder: pathlib.Path | None = None) -> None:
         self._secs, self._folder = secs, folder if jax.process_count() > 1 else None
-        self._last, self.phase, self._beats = time.monotonic(), "start", 0
+        self.last, self.phase, self._beats = time.monotonic(), "start", 0
         self._closed = threading.Event()
         if secs:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self, phase: str) -> None:
-        self._last, self.phase = time.monotonic(), phase
-        self._beats += 1  # the same calls on all hosts
+        self.last, self.phase = time.monotonic(), phase
+        self._beats += 1  # all hosts make the same calls
 
     def close(self) -> None:
         self._closed.set()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(self._secs / 4, 5.0)):
-            still = time.monotonic() - self._last
+            still = time.monotonic() - self.last
             others = self._tell()
             if still > self._secs:
                 got = f"no progress for {still:.0f} s in phase {self.phase!r}{others}"
                 print(
-                    f"run: got {got}, expected some within hang_secs; see the stacks",
+                    f"run: got {got}, expected some within config.hang_secs; read the stacks below",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -90,7 +104,7 @@ class Watchdog:
                 os._exit(HANG)
 
     def _tell(self) -> str:
-        """Writes how far this process is; says who it is, and which processes are behind."""
+        """Writes this process's progress. Returns its name and those of the processes that are behind, as text."""
         if self._folder is None:
             return ""
         me = {"process": jax.process_index(), "host": socket.gethostname()}
@@ -99,17 +113,17 @@ class Watchdog:
         try:
             self._folder.mkdir(exist_ok=True)
             partial = self._folder / f".{me['process']}.partial"
-            partial.unlink(missing_ok=True)  # which might be a link
+            partial.unlink(missing_ok=True)  # it might be a link
             partial.write_text(json.dumps(me) + "\n")
             os.replace(partial, self._folder / f"{me['process']}.json")
             files = (self._folder / f"{i}.json" for i in range(jax.process_count()))
             rows = [json.loads(p.read_text()) for p in files if p.exists()]
-        except (OSError, ValueError) as e:  # the disk hangs, or is full: then that is the news
+        except (OSError, ValueError) as e:  # the disk fails: report that instead
             return f" ({name(me)}; {e})"
         least = min(row["beats"] for row in rows)
         behind = [f"{name(row)} in {row['phase']!r}" for row in rows if row["beats"] == least]
         last = (
-            "all are equally far"
+            "no process is behind"
             if len(behind) == len(rows)
             else f"behind: {', '.join(behind[:8])}"
         )

@@ -28,39 +28,39 @@ from vlp.runtime import restart
 from vlp.runtime.sinks import Sink
 
 log = logging.getLogger(__name__)
-# What a run writes. A symbolic link in its place would lead out of the workdir (checkpoints/ may be one: big disks).
+# What a run writes. None may be a symbolic link, which would lead out of the workdir (checkpoints/ may: large disks).
 _WRITTEN = {
     ".lock", "config.json", "versions.json", "preprocessing.json", "saved.json", "tokenizer.model", "metrics.jsonl",
-    "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
+    "parameters.txt", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
 }  # fmt: skip
 _FLAGS = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
     "NVIDIA_TF32_OVERRIDE",
-)  # what else may change the numbers
-SHARED = ".shared"  # suffix of the file by which hosts see that they share the workdir; caches show it when it is gone
+)  # they may change the numbers
+SHARED = ".shared"  # suffix of the file that tests whether hosts share the workdir; caches may show it after its end
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line. Process 0 writes. Nothing is written behind a restored step.
+    """metrics.jsonl: one JSON object per line, written by process 0.
 
-    sinks: what follows the record; they are given each row as it is written.
+    A start drops the rows after the restored step. sinks: each is given every row as it is written.
     """
 
     def __init__(self, path: pathlib.Path, restored_step: int | None, sinks: Sequence[Sink] = ()):
         self._path = path
         self._active = jax.process_index() == 0
-        self.begun: list[dict[str, Any]] = []  # the rows that there were at this start
+        self.begun: list[dict[str, Any]] = []  # rows from before this start
         if not self._active:
             return
         if restored_step and not path.exists():
-            log.warning("%s is missing; the record begins again at step %d", path, restored_step)
+            log.warning("%s is missing; a new one begins at step %d", path, restored_step)
         rows = read(path)
         kept = [r for r in rows if r["step"] <= (restored_step or 0)]
-        if rows and not restored_step:  # of an attempt that left no checkpoint
+        if rows and not restored_step:  # from a start that saved no checkpoint
             aside = _unused(path)
             os.replace(path, aside)
-            log.warning("%s: of a start without a checkpoint; kept as %s", path, aside.name)
+            log.warning("%s: from a start that saved no checkpoint; kept as %s", path, aside.name)
         partial = path.with_suffix(".partial")
         with named(partial), open_text(partial, "w") as f:
             f.write("".join(dump(row) + "\n" for row in kept))
@@ -78,7 +78,7 @@ class Metrics:
                 sink.write(row)
 
     def flush(self) -> None:
-        """Puts every row on disk (before a checkpoint that claims them)."""
+        """Writes every row to disk; called before a checkpoint, which counts on them."""
         if self._active:
             with named(self._path):
                 self._file.flush()
@@ -95,7 +95,7 @@ class Metrics:
 
 
 def dump(value: Any, indent: int | None = None) -> str:
-    """JSON; NaN and infinities as strings, which plain JSON does not have."""
+    """Returns JSON, with NaN and infinities as strings."""
 
     def safe(v: Any) -> Any:
         if isinstance(v, dict):
@@ -108,11 +108,11 @@ def dump(value: Any, indent: int | None = None) -> str:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a line that is not whole is left out (and told, unless it is the last)."""
+    """Returns the rows of a metrics file, without incomplete lines (logged, unless it is the last line)."""
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(errors="replace").split("\n")  # names may hold other ends of lines
+    lines = path.read_text(errors="replace").split("\n")  # names may hold other line separators
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line else {}
@@ -127,16 +127,22 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes atomically, on process 0."""
+    write_bytes(path, (dump(value, indent=1) + "\n").encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes atomically, on process 0."""
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        with named(path), open_text(partial, "w") as f:
-            f.write(dump(value, indent=1) + "\n")
+        with named(path):
+            partial.unlink(missing_ok=True)  # which might be a link
+            partial.write_bytes(data)
         os.replace(partial, path)
 
 
 def write_artefact(workdir: pathlib.Path, name: str, value: Any) -> None:
-    """Writes evals/NAME.json. Names come of data (splits, labels): what could lead elsewhere is replaced."""
+    """Writes evals/NAME.json. Names come from data (splits, labels): characters that could leave it are replaced."""
     safe = re.sub(r"[^\w.+-]", "_", name).lstrip(".")[:100]
     if safe != name:
         safe += "-" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
@@ -148,7 +154,7 @@ def write_artefact(workdir: pathlib.Path, name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def named(path: pathlib.Path) -> Iterator[None]:
-    """Errors of writing inside name the file (a full disk's do not)."""
+    """Adds the file's name to errors of writing inside (a full disk's lacks it)."""
     try:
         yield
     except OSError as e:
@@ -157,13 +163,13 @@ def named(path: pathlib.Path) -> Iterator[None]:
 
 
 def open_text(path: pathlib.Path, mode: str) -> IO[str]:
-    """Opens a file of the run to write; never one that a symbolic link of its name leads to."""
+    """Opens a file of the run for writing; fails if it is a symbolic link."""
     opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)
     return open(path, mode, encoding="utf-8", opener=opener)
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
-    """A name beside a file's own that nothing has yet: metrics_aside_1.jsonl."""
+    """Returns an unused name in the file's folder: metrics_aside_1.jsonl."""
     number = 1
     while os.path.lexists(other := path.with_stem(f"{path.stem}_aside_{number}")):
         number += 1
@@ -171,12 +177,12 @@ def _unused(path: pathlib.Path) -> pathlib.Path:
 
 
 def begun(workdir: pathlib.Path) -> bool:
-    """True if a run left a step or a checkpoint."""
+    """Returns whether a run recorded a step or saved a checkpoint."""
     return bool(read(workdir / "metrics.jsonl")) or any((workdir / "checkpoints").glob("*step_*"))
 
 
 def check_links(workdir: pathlib.Path) -> None:
-    """Raises UserError for a symbolic link in the place of something that a run writes."""
+    """Raises UserError if something that a run writes is a symbolic link."""
     folders = (workdir, workdir / "evals", workdir / "heartbeats")
     for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
         ours = path.name in _WRITTEN or path.suffix == ".partial" or path.parent != workdir
@@ -185,15 +191,15 @@ def check_links(workdir: pathlib.Path) -> None:
 
 
 def check_saved(workdir: pathlib.Path) -> None:
-    """Raises UserError if a run saved checkpoints here; called where there is none."""
+    """Raises UserError if a run saved checkpoints here. Call it if there are none now."""
     if (workdir / "saved.json").exists():
         do = "bring the checkpoints back, or choose another --workdir to begin again"
-        got = f"no checkpoint of a run that saved some ({(workdir / 'saved.json').name} says so)"
+        got = "no checkpoint of a run that saved some (saved.json says so)"
         raise check.error(f"--workdir {workdir}", got, "its checkpoints", do)
 
 
 def latest(workdir: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint, or the workdir's own where the run was extended since (evaluators, length)."""
+    """Returns a checkpoint's config, or the workdir's if the run was extended since (evaluators, length)."""
     try:
         later = json.loads((workdir / "config.json").read_text())
         same = not difference(restart.extendable(config), restart.extendable(later))
@@ -203,11 +209,13 @@ def latest(workdir: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = False) -> None:
-    """Raises UserError if the workdir holds a run of another config, or something that is no run.
+    """Raises UserError if the workdir holds a run of another config, or other files.
 
     extend: the last stage's length and the evaluators may differ.
     """
     check_path("--workdir", workdir)
+    if not os.path.isfile(workdir):
+        check.output_dir("--workdir", workdir)
     check_links(workdir)
     path = workdir / "config.json"
     if not path.exists():
@@ -226,17 +234,15 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
     try:
         old = json.loads(path.read_text())
         if not isinstance(old, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
     except (ValueError, RecursionError):
         do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
         raise check.error(str(path), "a broken file", "the run's config", do) from None
-    config = json.loads(dump(config))  # as it is stored: infinities are text
+    config = json.loads(dump(config))  # as stored: infinities are strings
     changes = difference(restart.fixed(old), restart.fixed(config))
     extends = bool(changes) and not difference(restart.extendable(old), restart.extendable(config))
     if changes and not begun(workdir):
-        log.info(
-            "--workdir %s: a run that never took a step; begun again as configured now", workdir
-        )
+        log.info("--workdir %s: its run took no step; begun again with this config", workdir)
         return
     if changes and extend:
         changes = difference(restart.extendable(old), restart.extendable(config))
@@ -256,9 +262,9 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
 
 
 def lock(workdir: pathlib.Path) -> IO[str]:
-    """Makes the workdir and takes it for this process; hold the result for as long as the run writes.
+    """Makes the workdir and locks it. Keep the returned file open as long as the run writes.
 
-    Raises UserError if another process has it (its metrics and checkpoints would be overwritten).
+    Raises UserError if another process holds the lock: both would write the same metrics and checkpoints.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -273,22 +279,25 @@ def lock(workdir: pathlib.Path) -> IO[str]:
             file.close()
             do = "wait for it, stop it, or choose another --workdir"
             raise check.error(
-                f"--workdir {workdir}", "a run that is going on", "a free workdir", do
+                f"--workdir {workdir}",
+                "a run that is going on",
+                "a free workdir",
+                do,
             ) from None
         except OSError:  # a file system without locks
-            log.warning("%s cannot be locked; start no second run in it", workdir)
+            log.warning("%s cannot be locked; do not start a second run in it", workdir)
     return file
 
 
 def code_versions() -> dict[str, Any]:
-    """What is installed: packages, git commit. Starts no device."""
+    """Returns the versions of packages and the git commit. Starts no device."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     found = {name: importlib.metadata.version(name) for name in names}
     return {"vlp": __version__, "git": _git(), "python": platform.python_version(), **found}
 
 
 def versions() -> dict[str, Any]:
-    """What a result depends on beside the config: packages, git commit, device, flags of JAX and XLA."""
+    """Returns what results depend on besides the config: packages, git commit, device, flags of JAX and XLA."""
     devices = jax.devices()
     return {
         **code_versions(),

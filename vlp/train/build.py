@@ -14,9 +14,12 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
+from vlp.core.plugins import Plugin
 from vlp.core.types import Apply, Weight
+from vlp.data import leaves
 from vlp.data.config import check_data
-from vlp.data.dataset import Dataset, in_stages, leaves, open_dataset
+from vlp.data.dataset import Dataset, open_dataset
+from vlp.data.stages import in_stages
 from vlp.evals.io import IO, check_asks, check_ready
 from vlp.optim import make as optimisers
 from vlp.train import state as states
@@ -51,8 +54,17 @@ class StagePlan:
 def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     """Opens a stage's data and checks everything that can be checked without compiling or writing."""
     plan = assemble(stage, settings, mesh)
-    datasets = {"": open_dataset(stage.data)}
-    datasets |= {name: open_dataset(stream.data) for name, stream in stage.streams.items()}
+    datasets = {
+        name: open_dataset(
+            stream.data,
+            reads=leaves.of_stream(stage.objective.reads, name),
+            plugins=settings.plugins,
+        )
+        for name, stream in {"": stage, **stage.streams}.items()
+    }
+    if (told := with_tokenizer(stage, datasets[""].tokenizer)) is not stage:
+        plan = assemble(told, settings, mesh)
+    stage = told
     check_text(stage, datasets[""])
     trace(plan)
     for label, evaluator in stage.evals.items():
@@ -62,7 +74,7 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
 
 
 def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
-    """The stages, each stream's data going on in one where the stages before left it (`vlp.data.dataset.in_stages`)."""
+    """The stages, each stream's data going on in one where the stages before left it (`vlp.data.stages.in_stages`)."""
     datasets: list[dict[str, Dataset]] = [{} for _ in plans]
     for name in sorted({name for plan in plans for name in plan.datasets}):
         here = [i for i, plan in enumerate(plans) if name in plan.datasets]
@@ -78,12 +90,15 @@ def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
 
 def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     """All of a stage but its data, which a plan does without; checked, nothing compiled."""
+    stage = with_tokenizer(stage)
     check_data(stage.data)
+    check_refresh(stage.objective)
     meshes.check_batch(stage.batch, mesh, stage.micro_batches)
     for name, stream in stage.streams.items():
         meshes.check_batch(stream.batch, mesh, where=f"config.streams.{name}.batch")
-    batch = abstract_batch(stage, mesh)
-    check_reads(stage, batch)
+    check_reads(stage)
+    batch = abstract_batch(stage, mesh, settings.plugins)
+    check_streams(stage, batch)
     loaded = {name: _load(t.path).apply for name, t in stage.teachers.items() if t.path}
     nets = teachers_shapes(stage, loaded)
     with captions_told(stage, batch):
@@ -107,7 +122,6 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
         num_micro=stage.micro_batches,
         micro_remat=stage.micro_remat,
         teachers=teachers,
-        averaged_first=tuple(n for n, t in stage.teachers.items() if t.update == "before"),
     )
     state = abstract_state(stage, boxed, nets, updater, mesh)
     check_sharded(state, settings, mesh)
@@ -123,15 +137,18 @@ def _load(workdir: str) -> Loaded:
     return load(workdir)
 
 
-def check_reads(stage: Stage, batch: Mapping[str, Any]) -> None:
-    """Raises UserError unless the objective says which leaves it reads, and the batch has them."""
-    where = "config.objective"
+def check_reads(stage: Stage) -> None:
+    """Raises UserError unless the objective says which leaves it reads."""
     if not hasattr(stage.objective, "reads"):
         got, do = f"{type(stage.objective).__name__} without reads", "name the batch leaves it uses"
-        raise check.error(where, got, "reads: ClassVar[frozenset[str]]", do)
+        raise check.error("config.objective", got, "reads: ClassVar[frozenset[str]]", do)
+
+
+def check_streams(stage: Stage, batch: Mapping[str, Any]) -> None:
+    """Raises UserError for leaves of a stream that the config does not have."""
     if missing := sorted(stage.objective.reads - set(batch)):
-        do = "change config.data or config.streams so that they give it"
-        raise check.error(where, f"no batch leaf {missing}", sorted(batch), do)
+        do = "add the stream to config.streams"
+        raise check.error("config.objective", f"no batch leaf {missing}", sorted(batch), do)
 
 
 def teachers_shapes(stage: Stage, loaded: Mapping[str, Apply]) -> states.Nets:
@@ -170,7 +187,7 @@ def keeping_state(step: Callable[..., Any], where: str) -> Callable[..., Any]:
     def checked(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         after, metrics = step(state, batch)
         for field in dataclasses.fields(State):
-            old, new = (_leaves(getattr(s, field.name)) for s in (state, after))
+            old, new = (arrays_of(getattr(s, field.name)) for s in (state, after))
             for name in sorted(old.keys() | new.keys()):
                 if old.get(name) != new.get(name):
                     got = new.get(name, "none after a step")
@@ -182,7 +199,7 @@ def keeping_state(step: Callable[..., Any], where: str) -> Callable[..., Any]:
     return checked
 
 
-def _leaves(tree: PyTree) -> dict[str, str]:
+def arrays_of(tree: PyTree) -> dict[str, str]:
     """ "float32[8, 4]" of every leaf, by its path."""
     text = lambda x: f"{x.dtype}{list(x.shape)}"
     return {jax.tree_util.keystr(p): text(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -206,8 +223,7 @@ def abstract_state(
     params = nn.unbox(boxed)
     teachers = {name: params if net is None else own for name, (net, own) in nets.items()}
     create = functools.partial(states.create, updater=updater, step=0)
-    key = jax.random.key(0)
-    own = jax.eval_shape(lambda: states.method_state(stage.objective, stage.model, key))
+    own = jax.eval_shape(lambda: init_method_state(stage, 0))
     state = jax.eval_shape(
         lambda p, t, e: create(p, teachers=t, method_state=e), params, teachers, nn.unbox(own)
     )
@@ -217,21 +233,32 @@ def abstract_state(
     )
 
 
-def abstract_batch(stage: Stage, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    stage: Stage, mesh: Mesh, plugins: Sequence[Plugin] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a global batch of all streams."""
     rows = meshes.batch_sharding(mesh)
     out = {}
     for name, stream in {"": stage, **stage.streams}.items():
-        for key, (shape, dtype) in leaves(stream.data, stream.batch).items():
+        reads = leaves.of_stream(stage.objective.reads, name)
+        spec = leaves.spec(stream.data, stream.batch, reads, plugins)
+        for key, (shape, dtype) in spec.items():
             full = f"{name}/{key}" if name else key
             out[full] = jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
     return out
 
 
 def init_method_state(stage: Stage, seed: int) -> PyTree:
-    """The objective's own arrays at the start, if it has any."""
+    """The objective's own arrays at the start, if it has any; those with names of their axes still carry them."""
     key = jax.random.fold_in(jax.random.key(seed), stage.index)
-    return nn.unbox(states.method_state(stage.objective, stage.model, key))
+    return states.method_state(stage.objective, stage.model, key)
+
+
+def make_method_state(plan: StagePlan, seed: int) -> PyTree:
+    """The same, made in its shards."""
+    shardings = jax.tree.map(lambda x: x.sharding, plan.abstract.method_state)
+    make = lambda: nn.unbox(init_method_state(plan.stage, seed))
+    return jax.jit(make, out_shardings=shardings)()
 
 
 def same_shapes(a: PyTree, b: PyTree) -> bool:
@@ -240,24 +267,50 @@ def same_shapes(a: PyTree, b: PyTree) -> bool:
     return shapes(a) == shapes(b)
 
 
+def with_tokenizer(stage: Stage, tokenizer: Any = None) -> Stage:
+    """The stage, its objective's fields `mask_id` and `vocab_size` filled in from the tokenizer where they are None.
+
+    Without a tokenizer they are of the model's last row; shapes do not depend on them.
+    """
+    names = [n for n in ("mask_id", "vocab_size") if getattr(stage.objective, n, 0) is None]
+    if not names:
+        return stage
+    last = getattr(getattr(stage.model, "text_tower", None), "vocab", 8) - 1
+    values = {n: last if tokenizer is None else getattr(tokenizer, n) for n in names}
+    objective = dataclasses.replace(stage.objective, **values)
+    return dataclasses.replace(stage, objective=objective)
+
+
 def check_text(stage: Stage, data: Dataset) -> None:
-    """The model's vocabulary and special tokens against the tokenizer's."""
-    tower = getattr(stage.model, "text_tower", None)
+    """Raises UserError unless the model's vocabulary and special ids fit the tokenizer's."""
+    tokenizer, tower = data.tokenizer, getattr(stage.model, "text_tower", None)
+    mask_id = getattr(stage.objective, "mask_id", None)
+    if mask_id not in (None, tokenizer.mask_id):
+        do = "leave it out"
+        raise check.error(
+            "config.objective.mask_id", mask_id, f"{tokenizer.mask_id}, the tokenizer's", do
+        )
     if tower is None:
         return
-    ours, theirs = (tower.pad_id, tower.eos_id), (data.tokenizer.pad_id, data.tokenizer.eos_id)
-    if tower.vocab < data.tokenizer.vocab_size:
-        do = f"set config.model.text_tower.vocab to {data.tokenizer.vocab_size} or more"
-        raise check.error(
-            "config.model.text_tower.vocab",
-            tower.vocab,
-            f"the tokenizer's {data.tokenizer.vocab_size} or more",
-            do,
-        )
+    num = tokenizer.vocab_size if mask_id is None else tokenizer.num_ids
+    if tower.vocab < num:
+        of = "the tokenizer's" if mask_id is None else "with the mask's id"
+        do = f"set config.model.text_tower.vocab to {num} or more"
+        raise check.error("config.model.text_tower.vocab", tower.vocab, f"{of} {num} or more", do)
+    ours, theirs = (tower.pad_id, tower.eos_id), (tokenizer.pad_id, tokenizer.eos_id)
     if ours != theirs:
-        raise check.error(
-            "config.model.text_tower pad_id, eos_id",
-            ours,
-            f"the tokenizer's {theirs}",
-            "change them",
-        )
+        do = f"set pad_id={theirs[0]} and eos_id={theirs[1]}"
+        where = "config.model.text_tower pad_id, eos_id"
+        raise check.error(where, ours, f"the tokenizer's {theirs}", do)
+
+
+def check_refresh(objective: Any) -> None:
+    """Raises UserError for an objective with half of a hook (`train.refresh`)."""
+    where = f"objective {type(objective).__name__}"
+    every, hook = getattr(objective, "refresh_every", None), getattr(objective, "refresh", None)
+    if every is None and hook is None:
+        return
+    if type(every) is not int or every < 1 or hook is None:
+        got = f"refresh_every {every!r} and {'no' if hook is None else 'a'} method refresh"
+        do = "give both: refresh_every = 200_000, and refresh(state, embed) → state"
+        raise check.error(where, got, "a number of samples, 1 or more, and a method", do)

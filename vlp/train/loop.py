@@ -27,6 +27,8 @@ from vlp.runtime import workdir as files
 from vlp.runtime.profile import check_range
 from vlp.runtime.sinks import check_sinks
 from vlp.runtime.watchdog import PREEMPTED, Stop
+from vlp.train import bar as bars
+from vlp.train import refresh
 from vlp.train.build import StagePlan, in_order, prepare
 from vlp.train.metrics import FINITE, Clock, Interval, Sums, flops_frac, input_metrics, values
 from vlp.train.session import (
@@ -100,8 +102,15 @@ def run(
             for plan in plans[position["stage"] :]:
                 with progress.phase(f"entering stage {plan.stage.name!r}"):
                     state = start_stage(session, plan, state, position if state is None else None)
-                with progress.phase(lambda: f"training: {session.watchdog.phase}"):
-                    state = train_stage(session, plan, state, interval)
+                first, num = int(state.stage_step), plan.stage.num_steps
+                with (
+                    progress.phase(
+                        lambda: f"training: {session.watchdog.phase}",
+                        since=lambda: session.watchdog.last,
+                    ),
+                    bars.shown(plan.stage.name, first, num) as bar,
+                ):
+                    state = train_stage(session, plan, state, interval, bar)
                 if int(state.step) < total and stop.asked(int(state.step)):
                     session.checkpoints.wait()  # before it is said
                     log.info(
@@ -113,16 +122,15 @@ def run(
             return 0
 
 
-def train_stage(session: Session, plan: StagePlan, state: State, interval: Interval) -> State:
+def train_stage(
+    session: Session, plan: StagePlan, state: State, interval: Interval, bar: tqdm
+) -> State:
     """Trains to the stage's end, or until asked to stop; the state returned is saved."""
     stage, settings = plan.stage, session.settings
     first = int(state.stage_step)
     if first:
         make_up(session, plan, state, first)
     batches = feed(plan, settings.seed, first, session.mesh, session.workdir)
-    bar = tqdm(
-        total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None, leave=True
-    )
     clock = Clock(stage.batch, flops_frac(plan, session.mesh))
     pending: collections.deque[Done] = collections.deque()  # steps that were not looked at yet
 
@@ -132,6 +140,11 @@ def train_stage(session: Session, plan: StagePlan, state: State, interval: Inter
             write_step(session, plan, pending.popleft(), clock, bar)
 
     for number in range(first, stage.num_steps):
+        if refresh.due(stage, number):
+            record()
+            session.watchdog.beat("refresh")
+            with clock.paused():
+                state = refresh.refreshed(session, plan, state, number)
         session.watchdog.beat("data")
         batch = clock.wait(lambda: next(batches))
         session.watchdog.beat(f"step {number + 1}" if number > first else "compiling the step")
@@ -139,6 +152,7 @@ def train_stage(session: Session, plan: StagePlan, state: State, interval: Inter
         session.profile.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = plan.step(state, batch)
+        session.stop.work()
         session.profile.after(step, metrics)
         finite = interval.add(metrics)
         logging_due = last or not number or (number + 1) % settings.log_every_steps == 0
@@ -164,7 +178,6 @@ def train_stage(session: Session, plan: StagePlan, state: State, interval: Inter
                     save(session, plan, state, number + 1, interval.plain())
         if stopping:
             break
-    bar.close()
     return state
 
 
@@ -299,7 +312,7 @@ def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: 
     row |= {r.metric: r.value for r in results} | dict(results[0].provenance if results else {})
     session.metrics.write(row | {"time/eval_s": round(time.monotonic() - began, 3)})
     text = "  ".join(f"{r.metric} {r.value:.4g}" for r in results)
-    tqdm.write(f"[{step}] {label}: {text}")
+    log.info("[%d] %s: %s", step, label, text)
 
 
 def check_platform(wanted: str) -> None:

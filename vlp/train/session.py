@@ -6,11 +6,9 @@ import dataclasses
 import logging
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-import jax
 from jax.sharding import Mesh
 
 from vlp.ckpt.manager import Checkpoints
@@ -73,12 +71,9 @@ def open_session(
     versions = files.versions() | {"data": getattr(first.main.source, "info", {})}
     files.write_json(workdir / "config.json", config)
     files.write_json(workdir / "versions.json", versions)
-    if jax.process_index() == 0:
-        tokenizer = workdir / ".tokenizer.model.partial"
-        tokenizer.unlink(missing_ok=True)
-        with files.named(tokenizer):
-            tokenizer.write_bytes(first.main.tokenizer.to_bytes())
-        tokenizer.replace(workdir / "tokenizer.model")
+    files.write_bytes(workdir / "tokenizer.model", first.main.tokenizer.to_bytes())
+    table = parameters(first.abstract.params)
+    files.write_bytes(workdir / "parameters.txt", f"{table}\n".encode())
     followers = sinks.make(settings.sinks, workdir, config)
     with hosts.raise_together("config.sinks"):  # a server may refuse
         metrics = files.Metrics(workdir / "metrics.jsonl", position["step"], followers)
@@ -98,7 +93,7 @@ def open_session(
 
 
 def say_model(session: Session, plans: Sequence[StagePlan]) -> None:
-    """Logs what will be trained: the plan (stages, parameters by part), data, every parameter, rules."""
+    """Logs what will be trained: the plan (stages, parameters by part), data, where every parameter is, rules."""
     first = plans[0]
     params = first.abstract.params
     log.info("%s", summary.table([summary.row(plan) for plan in plans]))
@@ -107,34 +102,21 @@ def say_model(session: Session, plans: Sequence[StagePlan]) -> None:
     log.info("%s: %s parameters on %s × %s", session.config["name"], f"{num:,}", devices, device)
     where = first.stage.data.path or first.stage.data.source
     log.info("data: %s records, %s", f"{first.main.num_records:,}", where)
-    width = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
-    log.info("%s", parameters(params, width))
+    log.info("every parameter: %s", session.workdir / "parameters.txt")
     log.info("%s", optimisers.table(first.stage.optim.rules, params))
 
 
-def parameters(params: Any, width: int) -> str:
-    """A line per parameter (name, shape, type, size, mesh axes of its dimensions), none wider than `width`."""
+def parameters(params: Any) -> str:
+    """A line per parameter: name, shape, type, size, mesh axes of its dimensions."""
     rows = [("parameter", "shape", "type", "size", "mesh axes")]
     for name, leaf in tree.named(params).items():
         spec = getattr(getattr(leaf, "sharding", None), "spec", ())
         axes = ["+".join(a) if isinstance(a, tuple) else a for a in spec if a]
         shape = " × ".join(map(str, leaf.shape)) or "a number"
         rows.append((name, shape, str(leaf.dtype), f"{tree.size(leaf):,}", ", ".join(axes)))
-    wide = [max(len(row[k]) for row in rows) for k in range(5)]
-    room = width - sum(wide[1:]) - 2 * 4
-    if room < 20:  # long axes: they are cut, too
-        wide[4] = max(wide[4] - (20 - room), len(rows[0][4]))
-        room = max(width - sum(wide[1:]) - 2 * 4, 20)
-    wide[0] = min(wide[0], room)
-    lines = []
-    for name, shape, kind, size, axes in rows:
-        if len(name) > wide[0]:  # its end says most
-            name = "…" + name[len(name) - wide[0] + 1 :]
-        if len(axes) > wide[4]:
-            axes = axes[: wide[4] - 1] + "…"
-        cells = f"{name:{wide[0]}}  {shape:{wide[1]}}  {kind:{wide[2]}}  {size:>{wide[3]}}  {axes}"
-        lines.append(cells.rstrip()[:width])
-    return "\n".join(lines)
+    wide = [max(len(row[k]) for row in rows) for k in range(4)]
+    line = f"{{:{wide[0]}}}  {{:{wide[1]}}}  {{:{wide[2]}}}  {{:>{wide[3]}}}  {{}}"
+    return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
 def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlp.core import check, plugins
@@ -38,13 +38,12 @@ class Teacher:
 
     decay: it is the exponential moving average of the trained parameters, average ← decay · average + (1 − decay) ·
     parameters in every step, exactly: there is no warm-up. A number, or ((progress, decay), …) points over the stage,
-    joined by straight lines (a warm-up: ((0, 0.9), (0.1, 0.999))).
-    update: "after" each step (BYOL, DINO), or "before" its forward pass (ALBEF, MoCo).
+    joined by straight lines (a warm-up: ((0, 0.9), (0.1, 0.999))). It is updated after the step; methods that update
+    it before the forward pass (ALBEF, MoCo) see the same teacher, since no step lies between.
     path: another run's workdir, of any architecture. With neither, the parameters that the stage began with.
     """
 
     decay: float | tuple[tuple[float, float], ...] | None = None
-    update: str = "after"
     path: str = ""
 
 
@@ -112,29 +111,51 @@ class Stage:
         return self.start_samples + self.num_steps * self.batch
 
 
+SECTIONS = {"data": Data, "optim": Optim, "schedule": Schedule}
+SYNONYMS = {"learning_rate": "lr", "batch_size": "batch", "num_steps": "steps"}
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+RUN_KEYS = _names(Run)
+STAGE_KEYS = _names(Stage) - {"name", "index", "start_step", "start_samples"}
+
+
+def _unknown(section: str, key: str, known: Iterable[str], where: str = "") -> check.UserError:
+    """Returns the error for a key that a section ("": the config itself) lacks; names the section that has it."""
+    where = where or f"config.{section}".rstrip(".")
+    name = SYNONYMS.get(key, key)
+    if name != key and name in known:
+        return check.error(where, repr(key), repr(name), f"rename it to {where}.{name}")
+    homes = {"": RUN_KEYS | STAGE_KEYS} | {k: _names(cls) for k, cls in SECTIONS.items()}
+    for home in (h for h, names in homes.items() if h != section and name in names):
+        place = f"config.{home}.{name}".replace("..", ".")
+        return check.error(f"{where}.{key}", "a field of another section", place, f"write {place}")
+    return check.unknown(where, key, known)
+
+
 def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     """Builds the run and its stages from a loaded config. Every mistake in the config is raised here."""
     config = plain(config)
     if "plugins" in config:
         config = {**config, "plugins": plugins.resolve(config["plugins"])}
-    run_keys = {f.name for f in dataclasses.fields(Run)}
-    stage_keys = {f.name for f in dataclasses.fields(Stage)} - {
-        "name",
-        "index",
-        "start_step",
-        "start_samples",
-    }
     for key in config:
-        if key not in run_keys | stage_keys | {"stages"}:
-            raise check.unknown("config", key, run_keys | stage_keys | {"stages"})
-    run = build(Run, {k: v for k, v in config.items() if k in run_keys}, "config")
+        if key not in RUN_KEYS | STAGE_KEYS | {"stages"}:
+            raise _unknown("", key, RUN_KEYS | STAGE_KEYS | {"stages"})
+    run = build(Run, {k: v for k, v in config.items() if k in RUN_KEYS}, "config")
     check.bounds("config", run, {"hang_secs": (0 <= run.hang_secs < math.inf, "at least 0")})
     for key in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
         if getattr(run, key) < 1:
-            raise check.error(f"config.{key}", getattr(run, key), "1 or more", "change it")
+            raise check.error(
+                f"config.{key}", getattr(run, key), "1 or more", f"set config.{key} to 1 or more"
+            )
     if not 0 <= run.seed < 2**32:  # JAX drops the bits above
-        raise check.error("config.seed", run.seed, "0 … 4,294,967,295 (32 bits)", "change it")
-    base = {k: v for k, v in config.items() if k in stage_keys}
+        raise check.error(
+            "config.seed", run.seed, "0 … 4,294,967,295 (32 bits)", "write a smaller number"
+        )
+    base = {k: v for k, v in config.items() if k in STAGE_KEYS}
     stages: list[Stage] = []
     seen: collections.Counter[str] = collections.Counter()  # samples, by stream
     patches = config.get("stages") or [{}]
@@ -144,8 +165,8 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
     for i, patch in enumerate(patches):
         where = f"config.stages.{i}" if config.get("stages") else "config"
         for key in patch:
-            if key not in stage_keys | {"name"}:
-                raise check.unknown(where, key, stage_keys | {"name"})
+            if key not in STAGE_KEYS | {"name"}:
+                raise _unknown("", key, STAGE_KEYS | {"name"}, where)
         inherited = {k: v for k, v in base.items() if not (i and k in ONCE)}
         section = overlay(inherited, patch)
         if "steps" in patch or "samples" in patch:  # a stage's own length replaces the base's
@@ -178,9 +199,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
 
 
 def check_average(where: str, teacher: Teacher) -> None:
-    """Raises UserError unless a teacher's decay and its order are possible."""
-    if teacher.update not in ("after", "before"):
-        raise check.unknown(f"{where}.update", teacher.update, ("after", "before"))
+    """Raises UserError for a teacher's decay that is none."""
     decay = teacher.decay
     if isinstance(decay, tuple):
         places, values = zip(*decay) if decay else ((-1,), (-1,))
@@ -247,10 +266,12 @@ def _build(
     section.setdefault("optim", {})
     built = {"index": index, "start_step": start_step, "start_samples": start_samples, "name": name}
     built |= {k: section.pop(k) for k in ("model", "objective", "evals")}
-    hints = {"data": Data, "optim": Optim, "schedule": Schedule}
-    for key, cls in hints.items():
+    for key, cls in SECTIONS.items():
         if key not in section:
             raise check.error(where, "no value", f"a section {key}", f"set {where}.{key}")
+        for name in section[key] if isinstance(section[key], Mapping) else ():
+            if name not in _names(cls):
+                raise _unknown(key, name, _names(cls))
         section[key] = build(cls, section[key], f"config.{key}")
     stage = build(Stage, section | built, "config")
     if stage.micro_remat not in MICRO_REMAT:
@@ -260,7 +281,7 @@ def _build(
     for key, batch in batches.items():
         if not 1 <= batch <= MAX_BATCH:
             expected = "1 or more" if batch < 1 else f"at most {MAX_BATCH:,}"
-            raise check.error(key, batch, expected, "change it")
+            raise check.error(key, batch, expected, f"set {key} to {expected}")
     if bool(stage.steps) == bool(stage.samples) or stage.num_steps < 1:
         got = f"steps={stage.steps}, samples={stage.samples}"
         raise check.error(

@@ -19,7 +19,7 @@ from vlp.core.config import plain
 from vlp.infer.load import load
 from vlp.runtime import workdir as files
 from vlp.train import state as states
-from vlp.train.build import StagePlan, init_method_state, same_shapes, teachers_shapes
+from vlp.train.build import StagePlan, make_method_state, same_shapes, teachers_shapes
 from vlp.train.session import Session, description_of_data, restore
 from vlp.train.stages import Stage, parse
 from vlp.train.state import State
@@ -172,9 +172,10 @@ def start_stage(
             )
         else:
             teachers[name] = jax.tree.map(jnp.copy, params)
-    method_state = init_method_state(stage, session.settings.seed)
-    if previous is not None and same_shapes(previous.method_state, method_state):
+    if previous is not None and same_shapes(previous.method_state, plan.abstract.method_state):
         method_state = previous.method_state
+    else:
+        method_state = make_method_state(plan, session.settings.seed)
     state = states.create(params, plan.updater, teachers, method_state, stage.start_step)
     if stage.keep_opt_state and previous is not None:
         state = dataclasses.replace(state, opt=previous.opt)

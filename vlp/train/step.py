@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,6 @@ def train_step(
     num_micro: int = 1,
     micro_remat: str = "full",
     teachers: Mapping[str, tuple[Any, Weight | None]] | None = None,
-    averaged_first: Collection[str] = (),
 ) -> tuple[State, dict[str, jax.Array]]:
     """Returns the next state and the metrics of this step (scalars).
 
@@ -46,8 +45,6 @@ def train_step(
         num_micro: Micro-batches.
         micro_remat: What the backward pass keeps of them (`MICRO_REMAT`).
         teachers: Name → (model, decay). With a decay the teacher is the moving average of the trained parameters.
-        averaged_first: Teachers that are updated before the forward pass, with the parameters that it uses; the
-            others are updated after the step.
     """
     teachers = teachers or {}
     moving = jax.tree.map(lambda a, b: a or b, updater.trainable, updater.statistics)
@@ -72,7 +69,7 @@ def train_step(
             seed=jax.random.key(seed),
             step=state.stage_step,
             method_state=state.method_state,
-            frozen={name: Apply(net, nets[name]) for name, (net, _) in teachers.items()},
+            frozen={name: Apply(net, state.teachers[name]) for name, (net, _) in teachers.items()},
             num_micro=num_micro,
             micro_remat=micro_remat,
             progress=progress,

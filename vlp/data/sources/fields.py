@@ -71,7 +71,7 @@ def names_of(split: str) -> tuple[str, ...]:
 
 
 def existing(split: str, splits: Iterable[str]) -> str:
-    """Returns the name that a split has among `splits`; itself if it has none."""
+    """Returns the name of a split among `splits`; the given name if it is not one of them."""
     return next((n for n in names_of(split) if n in splits), split)
 
 
@@ -285,7 +285,7 @@ def label(
 def key(
     row: Mapping[str, Any], column: str, made: str, *, strict: bool, notes: Notes | None = None
 ) -> str:
-    """Returns the key of a row, `made` if it has none. Raises: ValueError, if `strict`, for that."""
+    """Returns the key of a row, or `made` if it has none. Raises: ValueError for a row without a key if `strict`."""
     found = value(row, column) if column else None
     try:
         if isinstance(found, (str, bytes)):

@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 
 from vlp.core import check
-from vlp.data import image_ops, index, records
+from vlp.data import index, pictures, records
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 from vlp.data.sources import rows
 
 EXTENSIONS = tuple(
-    sorted(e for e, kind in Image.registered_extensions().items() if kind in image_ops.FORMATS)
+    sorted(e for e, kind in Image.registered_extensions().items() if kind in pictures.FORMATS)
 )
 TEXTS = ("txt", "caption", "text")
 BESIDE = ("json", *TEXTS, "cls")
@@ -163,7 +163,7 @@ class FolderSource:
             return rows.read_file(
                 path, self.real_root, where=where, key=None, allow_outside=allowed
             )
-        except image_ops.BadImage as e:
+        except pictures.BadImage as e:
             raise ValueError(f"{e!s:.200}") from None  # a text, no image
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import image_ops, storage
+from vlp.data import pictures, storage
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 from vlp.data.sources import rows
@@ -252,7 +252,7 @@ class ParquetSource:
         where = f"{self.files[file]} row {in_file}"
         if not name or "://" in name or storage.is_remote(self.files[file]):
             detail = f"{where}: {self.fields.image} {value!r:.40}"
-            raise image_ops.BadImage("missing", detail, key)
+            raise pictures.BadImage("missing", detail, key)
         return rows.read_file(
             os.path.join(os.path.dirname(self.files[file]), fields_lib.path_text(name, where)),
             self.real_root,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from vlp.core import check
-from vlp.data import counts, image_ops, index, storage
+from vlp.data import counts, index, pictures, storage
 
 CACHED_BYTES = 2**20  # a smaller file is indexed anew faster than the cache fills with its like
 Index = tuple[dict, dict[str, np.ndarray]]
@@ -54,7 +54,7 @@ class Groups:
 
 
 def group(digests: Iterable[bytes]) -> dict[str, np.ndarray]:
-    """Returns the arrays of `Groups` for one digest of 16 bytes a row; {} if none comes twice."""
+    """Returns the arrays of `Groups` for one digest of 16 bytes a row; {} if no digest occurs twice."""
     with tempfile.TemporaryFile() as file:
         seen = counts.Counts()
         for one in digests:
@@ -111,14 +111,14 @@ def read_file(path: str, root: str, *, where: str, key: str | None, allow_outsid
     try:
         if not allow_outside and not is_inside(path, root):
             detail = f"{where} leads out of {root} (--allow-outside follows it, in training "
-            raise image_ops.BadImage("outside", f"{detail}config.data.allow_outside)", key)
+            raise pictures.BadImage("outside", f"{detail}config.data.allow_outside)", key)
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise image_ops.BadImage("missing", f"{where} ({path}: no regular file)", key)
+            raise pictures.BadImage("missing", f"{where} ({path}: no regular file)", key)
         with open(path, "rb") as f:
             data = f.read()
     except OSError as e:
         if fault := check.machine(path, e):
             raise fault from None
-        raise image_ops.BadImage("missing", f"{where} ({path}: {type(e).__name__})", key) from None
+        raise pictures.BadImage("missing", f"{where} ({path}: {type(e).__name__})", key) from None
     storage.note(len(data))
     return data

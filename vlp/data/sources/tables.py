@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check
-from vlp.data import image_ops, storage
+from vlp.data import pictures, storage
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import delimited, rows
 from vlp.data.sources import fields as fields_lib
@@ -179,11 +179,11 @@ class TableSource:
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]  # as Hugging Face writes it
         if not isinstance(value, str) or not value:
-            raise image_ops.BadImage("missing", f"{where} names no image", key)
+            raise pictures.BadImage("missing", f"{where} names no image", key)
         name = fields_lib.path_text(value, f"the image path of {where}")
         if "://" in name:
             detail = f"{where} has the address {name:.80}: fetch it with img2dataset first"
-            raise image_ops.BadImage("missing", detail, key)
+            raise pictures.BadImage("missing", detail, key)
         return rows.read_file(
             self._beside(name),
             self.real_root,

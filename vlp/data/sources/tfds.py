@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlp.core import check
-from vlp.data import image_ops, storage
+from vlp.data import pictures, storage
 from vlp.data import tokenizer as tokenizers
 from vlp.data.sources import fields as fields_lib
 
@@ -102,7 +102,7 @@ class TfdsSource:
         image = stored[self.fields.image]
         if not isinstance(image, bytes):
             detail = f"row {i}: feature {self.fields.image!r} is a {type(image).__name__}"
-            raise image_ops.BadImage("missing", detail, key)
+            raise pictures.BadImage("missing", detail, key)
         parts = fields_lib.parts(row, self.fields, self._given, notes)
         return {"key": key, "image": image, **parts}, notes
 

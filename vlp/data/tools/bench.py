@@ -4,9 +4,9 @@ import contextlib
 import time
 
 from vlp.core import check
-from vlp.data import image_ops, order
+from vlp.data import order, pictures
 from vlp.data.dataset import Dataset
-from vlp.data.samples import augmented
+from vlp.data.draws import augmented
 
 
 def stages(dataset: Dataset, num_images: int) -> dict[str, float]:
@@ -30,8 +30,8 @@ def stages(dataset: Dataset, num_images: int) -> dict[str, float]:
     read_end = time.perf_counter()
     for position, row in enumerate(rows):
         image = row["image"]
-        with contextlib.suppress(image_ops.BadImage):
-            picture = image_ops.Picture(image) if isinstance(image, bytes) else image
+        with contextlib.suppress(pictures.BadImage):
+            picture = pictures.Picture(image) if isinstance(image, bytes) else image
             augmented(picture, data, order.sample_rng(0, "image", position))
     image_end = time.perf_counter()
     for caption in (c for row in rows for c in row["captions"][:1]):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vlp.core import check, progress
-from vlp.data import image_ops, processes, records
+from vlp.data import pictures, processes, records
 from vlp.data.sources import fields
 from vlp.data.tools import job as jobs
 from vlp.data.tools import prepare
@@ -160,7 +160,7 @@ def _row(job: Job, source: records.Source, i: int) -> tuple[dict, str, str, fiel
     try:
         read = getattr(source, "read", None)  # of our own records, nothing is left out
         record, notes = read(i) if read else (source[i], notes)
-    except image_ops.BadImage as e:
+    except pictures.BadImage as e:
         return {"key": e.key}, f"image {e.reason}", f"{e!s:.200}", notes
     except check.UserError:
         raise  # a file that cannot be read is no property of the row
@@ -172,8 +172,8 @@ def _row(job: Job, source: records.Source, i: int) -> tuple[dict, str, str, fiel
         return record, "image empty", "", notes
     if job.check_images:
         try:
-            image_ops.decode(record["image"])
-        except image_ops.BadImage as e:
+            pictures.decode(record["image"])
+        except pictures.BadImage as e:
             return record, f"image {e.reason}", f"{e!s:.200}", notes
     try:
         records.encode(record)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from vlp.core import check
 from vlp.data import counts as counts_lib
-from vlp.data import image_ops, records
+from vlp.data import pictures, records
 from vlp.data.sources import fields
 
 RULES = (
@@ -51,7 +51,7 @@ class Rules:
         for name, (holds, expected) in rules.items():
             if not holds:
                 flag = f"--{name.replace('_', '-')}"
-                raise check.error(flag, getattr(self, name), expected, "change it")
+                raise check.error(flag, getattr(self, name), expected, f"correct {flag}")
 
 
 def words(text: str) -> list[str]:
@@ -117,8 +117,8 @@ def apply(
 
 def _image_rule(record: dict, seen: Seen, rules: Rules) -> str:
     try:
-        short, long = sorted(image_ops.Picture(record["image"]).size)
-    except image_ops.BadImage:
+        short, long = sorted(pictures.Picture(record["image"]).size)
+    except pictures.BadImage:
         return "image_unreadable"
     if short <= rules.min_side_px:
         return "image_small"
@@ -153,7 +153,7 @@ def _read(source: records.Source, i: int) -> dict | str:
     """Returns a record, or the rule by which it is dropped."""
     try:
         return source[i]
-    except image_ops.BadImage:
+    except pictures.BadImage:
         return "image_unreadable"
     except check.UserError:
         raise  # a file that cannot be read is no property of the row

@@ -7,14 +7,15 @@ import base64
 import collections
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from vlp.core import check, pages
-from vlp.data import counts, image_ops, records
+from vlp.data import counts, pictures, records
 
 THUMBNAIL_PX = 160
 
@@ -43,10 +44,10 @@ def numbers(source: records.Source) -> dict[str, Any]:
         seen["images"].add([image])
         size_bytes.add(len(image))
         try:
-            picture = image_ops.Picture(image)
+            picture = pictures.Picture(image)
             short_px.add(min(picture.size))
             kinds["formats"][picture.format] += 1
-        except image_ops.BadImage:
+        except pictures.BadImage:
             kinds["bad"]["image header"] += 1
         per_record.add(len(record["captions"]))
         for caption in record["captions"]:
@@ -71,86 +72,85 @@ def numbers(source: records.Source) -> dict[str, Any]:
 
 
 def page(source: records.Source, found: dict, *, title: str, num_images: int = 60) -> str:
-    """Returns an HTML page of one file: the numbers, and images at equal steps with their texts."""
-    figures = "".join(_figure(*sample) for sample in _samples(source, num_images))
-    return pages.document(
-        kind="vlp dataset",
-        title=title,
-        path="",
-        sections=[
-            ("numbers", "Numbers", _counts(found)),
-            ("records", "Records, at equal steps", f'<div class="pictures">{figures}</div>'),
-        ],
-        end="<p>Written by <code>vlp data inspect</code>. This file asks nothing of the network.</p>",
+    """Returns an HTML page of one file: the numbers, and images at equal steps with their texts.
+
+    Args:
+        source: the records.
+        found: what `numbers` returned about them.
+        title: heading of the page.
+        num_images: records to show.
+    """
+    shown = [_shown(*sample) for sample in _samples(source, num_images)]
+    return pages.render(
+        "vlp.data.tools", "inspect.html.j2", title=title, records=shown, **_counts(found)
     )
 
 
+def text(found: dict) -> str:
+    """Returns what `numbers` found as lines for a terminal, the spreads in columns with heads."""
+    of = _counts(found)
+    lines = [(pages.title(name), " ".join(filter(None, rest))) for name, *rest in of["tiles"]]
+    wide = max(len(name) for name, *_ in [*lines, *of["spreads"], *of["kinds"]])
+    out = [f"{name:{wide}}  {value}" for name, value in lines]
+    rows = [("", *SPREAD), *of["spreads"]] if of["spreads"] else []
+    for name, *values in rows:
+        out.append(f"{name:{wide}}" + "".join(f"{value:>12}" for value in values))
+    for name, rows in of["kinds"]:
+        shown = ", ".join(f"{kind} {num} ({share})" for kind, num, share in rows)
+        out.append(f"{name:{wide}}  {shown}")
+    return "\n".join(out)
+
+
+SPREAD = ("min", "25 %", "median", "75 %", "max")
 _WORDS = {"langs": "languages", "shorter_side_px": "shorter side, px"}
 
 
-def _counts(found: dict) -> str:
-    """What `numbers` found, by its shape: single numbers, spreads, and counts by kind."""
+def _counts(found: dict) -> dict[str, list]:
+    """Sorts what `numbers` found by its shape: single numbers (tiles), spreads, and counts by kind."""
     tiles, spreads, kinds = [], [], []
     for key, value in found.items():
         name = _WORDS.get(key, pages.words(key))
-        heading = pages.text(pages.title(name))
         if isinstance(value, dict):
-            total = sum(value.values()) or 1
-            lines = [(k, f"{n:,}", f"{100 * n / total:.1f} %") for k, n in value.items()]
-            kinds += [f'<div class="card"><h3>{heading}</h3>{_table(lines)}</div>'] * bool(lines)
+            share = lambda num, total=sum(value.values()): f"{100 * num / (total or 1):.1f} %"
+            lines = [(pages.visible(k or "–", 80), f"{n:,}", share(n)) for k, n in value.items()]
+            kinds += [(pages.title(name), lines)] * bool(lines)
         elif isinstance(value, list):
             spreads += [(pages.title(name), *(f"{n:,}" for n in value))] * bool(value)
         elif isinstance(value, str):
             words = value.split()
             tiles.append((name, " ".join(words[:3]), " ".join(words[3:]), ""))
         else:
-            share = key.startswith("repeated_")
-            tiles.append((name, f"{100 * value:.4g} %" if share else f"{value:,}", "", ""))
-    heads = ("", "least", "25 %", "median", "75 %", "most")
-    spread = f'<div class="card wide">{_table(spreads, heads)}</div>' if spreads else ""
-    return f'{pages.tiles(tiles)}<h3>Sizes, lengths and kinds</h3>{spread}<div class="stack">{"".join(kinds)}</div>'
+            is_share = key.startswith("repeated_")
+            tiles.append((name, f"{100 * value:.4g} %" if is_share else f"{value:,}", "", ""))
+    return {"tiles": tiles, "spreads": spreads, "kinds": kinds}
 
 
-def _table(lines: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
-    top = "".join(f"<th>{head}</th>" for head in heads)
-    body = "".join(
-        f"<tr><th>{pages.text(first or '–', 80)}</th>{''.join(f'<td>{c}</td>' for c in rest)}</tr>"
-        for first, *rest in lines
-    )
-    top = f"<thead><tr>{top}</tr></thead>" if top else ""
-    return f'<div class="scroll"><table class="numbers">{top}<tbody>{body}</tbody></table></div>'
-
-
-def _figure(i: int, record: dict, image: np.ndarray | ValueError) -> str:
-    """One record: its image, or why there is none; its key and captions."""
-    lines = [f"<p><code>{pages.text(record.get('key', f'record {i}'), 200)}</code></p>"]
+def _shown(i: int, record: dict, image: np.ndarray | ValueError) -> dict[str, Any]:
+    """Returns what the page shows of a record: its image, or why there is none; its key and captions."""
+    captions = record.get("captions", ())[:5]
+    out: dict[str, Any] = {
+        "key": record.get("key", f"record {i}"),
+        "captions": [(c["text"], f"{c['source']}, {c['lang']}") for c in captions],
+    }
     if isinstance(image, ValueError):
-        shown = f'<span class="no-image">{pages.text(image, 300)}</span>'
-    else:
-        small = Image.fromarray(image)
-        small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        out = io.BytesIO()
-        small.save(out, "JPEG", quality=80)
-        data = base64.b64encode(out.getvalue()).decode()
-        shown = f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{data}">'
-        if has_uniform_border(image):
-            lines.append('<p class="note">uniform border</p>')
-    for caption in record.get("captions", ())[:5]:
-        tag = f"{caption['source']}, {caption['lang']}"
-        words = pages.text(caption["text"], 200)
-        lines.append(f'<p><bdi>{words}</bdi> <span class="tag">{pages.text(tag, 80)}</span></p>')
-    return f"<figure>{shown}<figcaption>{''.join(lines)}</figcaption></figure>"
+        return out | {"image": "", "border": False, "problem": image}
+    small = Image.fromarray(image)
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    jpeg = io.BytesIO()
+    small.save(jpeg, "JPEG", quality=80)
+    uri = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+    return out | {"image": Markup(uri), "border": has_uniform_border(image)}
 
 
 def _samples(
     source: records.Source, num: int
 ) -> Iterator[tuple[int, dict, np.ndarray | ValueError]]:
-    """Yields `num` records at equal steps: number, record, its image or why there is none."""
+    """Yields `num` records at equal steps: number, record, and its image or why it cannot be shown."""
     for i in np.unique(np.linspace(0, len(source) - 1, num).astype(int)).tolist():
         record: dict = {}
         try:
             record = source[i]
-            yield i, record, image_ops.decode(record["image"])
+            yield i, record, pictures.decode(record["image"])
         except ValueError as e:
             yield i, record, e
 
@@ -217,10 +217,10 @@ def verify(path: str, tell: Callable[[str, dict | None], None]) -> int:
             keys.add([record["key"]])
             try:
                 records.encode(record)
-                image_ops.decode(record["image"])
+                pictures.decode(record["image"])
             except check.MachineError:
                 raise
-            except (check.UserError, image_ops.BadImage) as e:
+            except (check.UserError, pictures.BadImage) as e:
                 reason = getattr(e, "reason", "record")
                 row = {"split": split, "record": i, "key": record["key"], "reason": reason}
                 row |= {"fingerprint": source.fingerprint}

@@ -139,7 +139,7 @@ def train_tokenizer(texts: Iterable[str], wanted: str) -> tokenizers.Tokenizer |
     least = len({c for text in texts for c in text.casefold()}) + 8
     fill = min(MAX_PIECES, sum(map(len, texts)) // CHARS_PER_PIECE)
     size = least + fill if wanted == AUTO else max(int(wanted), least)
-    return tokenizers.train(texts, size, model_type="bpe")
+    return tokenizers.train(texts, size)
 
 
 def _visible(texts: Iterable[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Runs of tiny models for the tests of training, checkpoints, evaluation and commands; also their config file.
 
-In-process runs use one of the eight devices unless told otherwise, and compile each stage once for all of them.
+In-process runs use one of the eight devices unless told otherwise, and share what they compile unless told otherwise.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from vlp.runtime import workdir
 from vlp.train import loop
 from vlp.train import state as states
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TOWER = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
 DATA = {
     "source": "shapes", "num_records": 21, "image_px": 16, "text_len": 8, "captions": "uniform",
@@ -117,12 +117,12 @@ class ToyObjective:
 
 
 def register_toy():
-    """Makes the toy known; in tests, fixture `toy` does."""
+    """Registers the toy model and objective; tests use the fixture `toy`."""
     MODELS["toy"], OBJECTIVES["toy"] = Toy, ToyObjective
 
 
 class Killed(BaseException):
-    """Stands for the death of the process."""
+    """Raised in place of the death of the process."""
 
 
 def get_config(arg):
@@ -148,22 +148,32 @@ def arguments(config, directory):
     return ["train", "--config", f"{__file__}:{file}", "--workdir", str(directory)]
 
 
-def vlp(*argv, devices=1):
-    """`vlp argv` in this process; returns the exit code. Stages that were compiled before are not compiled again."""
+def vlp(*argv, devices=1, compile_anew=False):
+    """`vlp argv` in this process, on the first devices; returns the exit code.
+
+    Stages (their compiled steps) and initial parameters are those of earlier calls where model, stage and mesh are
+    equal; `compile_anew` runs the command as a user's process does.
+    """
     make = functools.partial(meshes.make, devices=jax.devices()[:devices])
+    patches = [(meshes, "make", make)]
+    if not compile_anew:
+        patches += [(loop, "prepare", _prepare), (states, "init_params", _init)]
     with contextlib.ExitStack() as stack:
-        patches = [
-            (meshes, "make", make),
-            (loop, "prepare", _prepare),
-            (states, "init_params", _init),
-        ]
         for owner, name, new in patches:
             stack.enter_context(mock.patch.object(owner, name, new))
         return cli.main([str(a) for a in argv])
 
 
-def train(config, directory, devices=1):
-    return vlp(*arguments(config, directory), devices=devices)
+def train(config, directory, devices=1, compile_anew=False):
+    return vlp(*arguments(config, directory), devices=devices, compile_anew=compile_anew)
+
+
+def refused(capsys, *argv, devices=1):
+    """Runs a command that must answer with exit code 2 and one line; returns the line."""
+    assert vlp(*argv, devices=devices) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
 def command(*argv, program=(__file__,), path=()):
@@ -179,13 +189,13 @@ def command(*argv, program=(__file__,), path=()):
 
 
 def rows(directory):
-    """metrics.jsonl, without what was measured by the clock."""
+    """Returns the rows of metrics.jsonl without their times."""
     out = workdir.read(pathlib.Path(directory) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in out]
 
 
 def saved(directory, step=None):
-    """Every array of a checkpoint by name, and its step."""
+    """Returns every array of a checkpoint by name, and its step as ""."""
     import orbax.checkpoint as ocp
 
     folders = sorted((pathlib.Path(directory) / "checkpoints").glob("step_?????????"))
@@ -201,7 +211,7 @@ def saved(directory, step=None):
 
 
 def assert_same_run(a, b):
-    """Equal records, and equal last states to the bit."""
+    """Asserts equal records, and equal last states to the bit."""
     for row_a, row_b in zip(rows(a), rows(b)):
         assert row_a == row_b
     assert len(rows(a)) == len(rows(b))
@@ -212,7 +222,7 @@ def assert_same_run(a, b):
 
 
 def contents(directory):
-    """Every path below a directory with its bytes: what a refused command must leave alone."""
+    """Returns every path below a directory with its bytes, to compare before and after a command."""
     paths = sorted(pathlib.Path(directory).rglob("*"))
     return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
 
@@ -235,12 +245,6 @@ def _init(model, objective, batch, seed, mesh, teachers=None):
     return jax.tree.map(jnp.copy, MEMORY[key])  # the run gives its arrays away
 
 
-if __name__ == "__main__":
-    logging.root.handlers.clear()  # Grain's, which would keep the command from setting its own
-    register_toy()
-    sys.exit(cli.main())
-
-
 def inner_jaxprs(eqn):
     """The jaxprs inside of an equation: bodies of loops, branches, calls."""
     for value in eqn.params.values():
@@ -248,3 +252,9 @@ def inner_jaxprs(eqn):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield inner
+
+
+if __name__ == "__main__":
+    logging.root.handlers.clear()  # Grain's, which would keep the command from setting its own
+    register_toy()
+    sys.exit(cli.main())

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vlp.report import load
+
 COLORS = {
     "red": (214, 58, 52),
     "blue": (46, 98, 205),
@@ -43,6 +45,18 @@ def write(
         ):
             (path / "evals" / f"{name}.json").write_text(json.dumps(value))
     return path
+
+
+def metrics(path: Path, *rows: dict, tail: str = "") -> load.Run:
+    """Writes a workdir that has only these rows of metrics.jsonl, then `tail`, and reads it."""
+    path.mkdir(exist_ok=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return load.load(path)
+
+
+def train_row(step: int, **values: object) -> dict:
+    """Returns a row of training."""
+    return {"kind": "train", "step": step, "samples": 8 * step, "stage": "main"} | values
 
 
 ZEROSHOT = {
