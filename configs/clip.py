@@ -10,6 +10,9 @@ import ml_collections
 
 from vlp.core.config import parse_arg
 
+from . import towers
+from .common import pretraining, smoke
+
 LR = dict.fromkeys(("RN50", "RN101", "RN50x4", "S/32", "S/16", "B/32", "B/16"), 5e-4)
 LR["RN50x64"] = 3.6e-4
 

@@ -41,7 +41,7 @@ def other(hint, default, seen):
     if hint is bool:
         return not default
     if hint in (int, float):
-        return hint(2**53 - 1) if hint is int else 1e-7 + (default or 0)
+        return hint(2**53 - 1) if hint is int else 1e-7 + (default if type(default) is float else 0)
     assert hint in (str, typing.Any), hint
     return f"é{default}"
 

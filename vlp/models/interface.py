@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flax.core import FrozenDict
-
 from vlp.core import check
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -31,22 +29,27 @@ def check_fields(module: Any, where: str) -> None:
         elif dataclasses.is_dataclass(value):
             check_fields(value, name)
         elif field.name in _SIZES and isinstance(value, int) and value < 1:
-            raise check.error(name, value, "1 or more", "set it to 1 at least")
+            raise check.error(name, value, "1 or more", "write 1 or more")
         elif field.name in _COUNTS and isinstance(value, int) and value < 0:
-            raise check.error(name, value, "at least 0", "set it to 0 for none")
+            raise check.error(name, value, "at least 0", "write 0 or more")
         elif isinstance(value, int) and value > (_SIZES | _COUNTS).get(field.name, value):
             most = (_SIZES | _COUNTS)[field.name]
-            raise check.error(name, value, f"at most {most:,}", f"set it to {most} or less")
+            raise check.error(name, value, f"at most {most:,}", f"write {most:,} or less")
         elif field.name in ("dropout", "drop_path") and not 0 <= (value or 0) < 1:
-            raise check.error(name, value, "in [0, 1)", "set it to 0 for none, or to 0.1")
+            raise check.error(name, value, "in [0, 1)", "write a fraction below 1")
         elif field.name == "scale" and isinstance(value, float) and not 0 < value < math.inf:
             raise check.error(
-                name, value, "above 0: the factor of the logits", "set it to 14.3 (1/0.07)"
+                name, value, "above 0: the factor of the logits", "write a positive number"
             )
         elif field.name in ("mean", "std") and isinstance(value, tuple):
             if len(value) != 3 or (field.name == "std" and min(value) <= 0):
                 expected = "a number of each colour" + ", above 0" * (field.name == "std")
-                raise check.error(name, value, expected, "give red, green and blue")
+                raise check.error(
+                    name,
+                    value,
+                    expected,
+                    "write three numbers" + ", each above 0" * (field.name == "std"),
+                )
         elif field.name == "dtype" and value not in DTYPES:
             raise check.unknown(name, str(value), DTYPES)
 
@@ -58,7 +61,8 @@ def with_fields(module: Any, **values: Any) -> Any:
         part = getattr(module, field.name)
         if isinstance(part, Mapping):  # heads
             parts = {key: with_fields(value, **values) for key, value in part.items()}
-            changes[field.name] = FrozenDict(parts)
+            like: Any = type(part)
+            changes[field.name] = like(parts)
         elif field.name not in ("parent", "name") and dataclasses.is_dataclass(part):
             changes[field.name] = with_fields(part, **values)
     return dataclasses.replace(module, **changes)

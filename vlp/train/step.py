@@ -52,16 +52,6 @@ def train_step(
 
     progress = state.stage_step / num_steps
 
-    def averages(old: Mapping[str, PyTree], params: PyTree, first: bool) -> dict[str, PyTree]:
-        """The teachers, those updated at this point of the step."""
-        out = dict(old)
-        for name, (_, decay) in teachers.items():
-            if decay is not None and (name in averaged_first) == first:
-                out[name] = ema.update(old[name], params, decay, progress)
-        return out
-
-    nets = averages(state.teachers, state.params, first=True)
-
     def loss_fn(moving: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
         ctx = Ctx(
             apply=Apply(model, tree.merge(moving, frozen)),
@@ -88,7 +78,12 @@ def train_step(
     slots = statistics.updated(slots, recorded)
     weights = tree.merge(trainable, frozen)
     params = tree.merge(weights, slots)
-    nets = averages(nets, params, first=False)
+    averages = {
+        name: state.teachers[name]
+        if decay is None
+        else ema.update(state.teachers[name], params, decay, progress)
+        for name, (_, decay) in teachers.items()
+    }
     metrics = {
         "loss": loss,
         **metrics,
@@ -98,4 +93,4 @@ def train_step(
         "update_norm": update_norm,
     }
     metrics["param_norm"] = tree.norm(weights)
-    return State(state.step + 1, state.stage_step + 1, params, opt, nets, method_state), metrics
+    return State(state.step + 1, state.stage_step + 1, params, opt, averages, method_state), metrics
