@@ -36,7 +36,7 @@ MISTAKES = {
     "stage key": ({"stages": [{"stepps": 3}]}, "did you mean 'steps'"),
     "type": ({"optim.b1": "big"}, "config.optim.b1: got 'big', expected float"),
     "objective": ({"objective.name": "cilp"}, "did you mean 'clip'"),
-    "objective key": ({"objective.kep": 0.5}, "did you mean 'keep_ratio'"),
+    "objective key": ({"objective.keep_rati": 0.5}, "did you mean 'keep_ratio'"),
     "keep_ratio": ({"objective.keep_ratio": 1.5}, "got 1.5"),
     "evaluator": ({"evals": {"retrieval": {"splitt": "val"}}}, "did you mean 'split'"),
     "eval split": ({"evals": {"retrieval": {"split": "tset", "batch": 8}}}, "test"),

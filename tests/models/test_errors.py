@@ -38,7 +38,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         ),
         (
             image(patch=5),
-            "image_px: got 8, expected a multiple of model.image.patch = 5; change one",
+            "image_px: got 8, expected a multiple of model.image.patch = 5; set it to 5, or",
         ),
         (
             image(activation="gelo"),

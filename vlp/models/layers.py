@@ -1,7 +1,7 @@
-"""Layers that the towers share: linear maps, attention, MLP, pre-norm blocks and the scanned stack.
+"""Layers that the towers share: linear maps, norms, attention, MLP, pre-norm blocks and the scanned stack.
 
-Parameters are float32; `dtype` is the compute type; norms and softmax are float32. Randomness comes from
-per-example keys that are passed in (`keys_B`; None: deterministic), never from flax's own streams.
+Parameters are float32; `dtype` is the type of the computation; norms and softmax are computed in float32. Randomness
+comes from one key per example, given as an argument (None: deterministic), never from flax's own streams.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ ACTIVATIONS = {
 
 
 def rematerialised(module: Any, remat: str, **kwargs: Any) -> Any:
-    """The module class, keeping for the backward pass what `remat` says (a name in REMAT)."""
+    """The module class with rematerialisation: `remat` (a name in REMAT) says what the backward pass keeps.
+
+    kwargs: as of `flax.linen.remat`. Raises UserError for an unknown name.
+    """
     if remat not in REMAT:
         raise check.unknown("model: remat", remat, REMAT)
     return module if remat == "none" else nn.remat(module, policy=REMAT[remat], **kwargs)
@@ -51,11 +54,14 @@ def lecun(fan_in: int) -> Any:
 
 
 class Linear(nn.Module):
-    """x_…i · W_io + b_o over the last `len(shape_in)` axes; axes are named for sharding."""
+    """x_…i · W_io + b_o over the last `len(shape_in)` axes of x.
+
+    names: the logical axes of the kernel, shape_in first; the bias has those of shape_out.
+    """
 
     shape_in: tuple[int, ...]
     shape_out: tuple[int, ...]
-    names: tuple[str | None, ...]  # of shape_in + shape_out
+    names: tuple[str | None, ...]
     bias: bool = True
     dtype: str = "float32"
 
@@ -159,9 +165,10 @@ class AuxiliaryLoss(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over `kv` (itself if None), out to `width`. One x may serve every example of `kv`.
+    """Multi-head attention from x to `kv` (to x itself if None).
 
-    kernel: `ops.attention.KERNELS`.
+    heads: their number, a divisor of width. width: of the result, and of all heads together. kernel: a name in
+    `ops.attention.KERNELS`.
     """
 
     heads: int
@@ -177,10 +184,18 @@ class Attention(nn.Module):
         mask_BTS: Bool[Array, "#B T S"] | None = None,
         causal: bool = False,
     ) -> Float[Array, "B T E"]:
+        """Attends.
+
+        Args:
+            x_BTD: where the queries come from; a batch of 1 serves every example of `kv_BSC`.
+            kv_BSC: where the keys and values come from.
+            mask_BTS: True where query t may look at key s.
+            causal: query t looks at keys 0..t alone.
+        """
         if self.width % self.heads:
-            raise check.error(
-                "model: width", self.width, f"a multiple of heads = {self.heads}", "change one"
-            )
+            do = f"set width to {max(1, self.width // self.heads) * self.heads}, or heads to a divisor"
+            expected = f"a multiple of heads = {self.heads}"
+            raise check.error("model: width", self.width, expected, do)
         head = (self.heads, self.width // self.heads)
         names = ("heads", "kv")
         width_x = x_BTD.shape[-1]
@@ -220,7 +235,7 @@ class Mlp(nn.Module):
 
 
 def fold(keys_B: Key[Array, "B"] | None, number: int | Int[Array, ""]) -> Key[Array, "B"] | None:
-    """Per-example keys of a further draw."""
+    """Keys for another draw, one per example. None stays None."""
     return None if keys_B is None else jax.vmap(lambda k: jax.random.fold_in(k, number))(keys_B)
 
 
@@ -231,7 +246,14 @@ def drop(
     *,
     path: bool = False,
 ) -> Float[Array, "B *s"]:
-    """Dropout from per-example keys; path: the whole residual branch of an example (Huang et al. 2016)."""
+    """Dropout (Srivastava et al. 2014), drawn from one key per example.
+
+    Args:
+        x: what is dropped; what is kept is divided by 1 − rate.
+        keys_B: None: x is returned as it is.
+        rate: share that is dropped, in [0, 1).
+        path: an example's x is kept or dropped as a whole: drop path (Huang et al. 2016, arXiv:1603.09382).
+    """
     if keys_B is None or (isinstance(rate, float | int) and rate == 0):
         return x
     shape = (1,) * (x.ndim - 1) if path else x.shape[1:]

@@ -57,7 +57,8 @@ class Text(nn.Module):
             raise check.unknown("model.text.pool", self.pool, POOLS)
         if self.pool == "first" and self.causal:
             got = "'first' in a causal tower, where the first token sees nothing else"
-            raise check.error("model.text.pool", got, "'eos', or causal=False", "change one")
+            do = "set causal=False, or pool='eos'"
+            raise check.error("model.text.pool", got, "'eos', or causal=False", do)
         init = nn.initializers.normal(0.02)
         self.embedding = self.param(
             "embedding", logical(init, "vocab", "embed"), (self.vocab, self.width)

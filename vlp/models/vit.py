@@ -19,12 +19,13 @@ POOLS = ("none", "cls", "mean", "map")
 
 
 class ViT(nn.Module):
-    """Image tower. Sizes of images come from the input; `mlp` 0 means 4 · width.
+    """Transformer over an image's patches. An `mlp` of 0 means 4 · width.
 
-    pos: "learned" or "sincos". pool: "cls" (a learned token, put in front after masking), "mean" over all tokens,
-    "map" (attention pooling, SigLIP) or "none". cls: adds the token for every pool; "mean" includes it (FLIP).
-    registers: further learned tokens, whose outputs are dropped (Darcet et al. 2024, arXiv:2309.16588).
-    pre_norm: LayerNorm before the blocks (CLIP). mean, std: pixels in [0, 1] are normalised by them.
+    pos: positions, "learned" or "sincos" (fixed). pool: how an image becomes one vector: "cls" (a learned token, put in
+    front after masking), "mean" over all tokens, "map" (attention pooling, SigLIP) or "none". cls: adds the token for
+    the other pools too; "mean" counts it (FLIP). registers: number of learned tokens that take part in the blocks and
+    are not returned (Darcet et al. 2024, arXiv:2309.16588). pre_norm: LayerNorm before the blocks (CLIP). patch_bias:
+    CLIP's patch embedding has none. mean, std: pixels in [0, 1] are normalised by them.
     """
 
     kind: ClassVar[str] = "image"
@@ -39,7 +40,7 @@ class ViT(nn.Module):
     cls: bool = False
     registers: int = 0
     pre_norm: bool = False
-    patch_bias: bool = True  # CLIP's patch embedding has none
+    patch_bias: bool = True
     activation: str = "gelu"
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -60,22 +61,27 @@ class ViT(nn.Module):
         kept: Int[Array, "B M"] | None = None,
         layers: bool = False,
     ) -> dict[str, Any]:
-        """image: u8, or float in [0, 1]. Returns tokens [B N D] (with the CLS, if any, first; without registers),
-        pooled [B D] or None, kept ids [B M] or None.
+        """Encodes images.
 
-        keep_ratio: fraction of patches kept when `keys` are given (FLIP); without keys the image is whole. A patch
-        keeps the position it had. kept: which patches to keep, instead of a random draw. layers: also the
-        output of every block, [depth B N D].
+        Args:
+            image: u8, or float in [0, 1].
+            keep_ratio: share of the patches that is kept (FLIP), in (0, 1]. Without keys the image is whole.
+            keys: one key per example, for masks and dropout; None: deterministic.
+            kept: ids of the patches to keep, in place of a random draw. A patch keeps its position.
+            layers: also return every block's output.
+
+        Returns:
+            tokens [B N D]: the CLS (if there is one), then the patches; no registers. pooled [B D] or None. kept: the
+            ids i32[B M] or None. layers [depth B N D] on request.
+
+        Raises:
+            UserError: a wrong field, keep_ratio or image size.
         """
         if self.pool not in POOLS:
             raise check.unknown("model.image.pool", self.pool, POOLS)
         if not 0 < keep_ratio <= 1:
-            raise check.error(
-                "config.objective.keep_ratio",
-                keep_ratio,
-                "a fraction in (0, 1]",
-                "write 1 for no masking",
-            )
+            where, do = "config.objective.keep_ratio", "set it to 1 for whole images, or to 0.5"
+            raise check.error(where, keep_ratio, "a fraction in (0, 1]", do)
         patches_BNP = patchify(image, self.patch)
         num = patches_BNP.shape[1]
         pos_ND = constrain(self._positions(num), None, None)
@@ -141,8 +147,8 @@ def patchify(image: Num[Array, "B R R 3"], patch: int) -> Num[Array, "B N P"]:
     """Cuts square patches, row by row; a patch is flattened as (row, column, channel)."""
     size = image.shape[1]
     if size % patch:
-        raise check.error(
-            "config.data.image_px", size, f"a multiple of model.image.patch = {patch}", "change one"
-        )
+        do = f"set it to {max(1, size // patch) * patch}, or the patch to a divisor of it"
+        expected = f"a multiple of model.image.patch = {patch}"
+        raise check.error("config.data.image_px", size, expected, do)
     grid = image.reshape(image.shape[0], size // patch, patch, size // patch, patch, 3)
     return grid.swapaxes(2, 3).reshape(image.shape[0], (size // patch) ** 2, patch * patch * 3)

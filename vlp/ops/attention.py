@@ -1,6 +1,6 @@
-"""Scaled dot-product attention behind one function. Softmax is computed in float32.
+"""Scaled dot-product attention. Softmax is computed in float32.
 
-The matrix of logits is made by XLA, or never leaves the chip in JAX's fused kernels: Splash on TPUs, cuDNN on GPUs.
+XLA makes the whole matrix of logits; JAX's fused kernels (Splash on TPUs, cuDNN on GPUs) do not.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ def attend(
 ) -> Float[Array, "B T H K"]:
     """Attention over S keys for T queries (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
-    mask_BTS: True where a query may look; causal: query t sees keys 0..t. Both may be given. kernel: a name in
-    KERNELS, which changes memory and time, not the result beyond rounding; fused ones take no mask.
-    Raises UserError for a kernel that these devices or a mask rule out.
+    Args:
+        q_BTHK, k_BSHK, v_BSHK: queries, keys and values of each head.
+        mask_BTS: True where query t may look at key s. It may be given beside `causal`.
+        causal: query t looks at keys 0..t alone.
+        kernel: a name in KERNELS. It changes memory and time, and the result by rounding alone. Fused kernels take no
+            mask.
+
+    Raises:
+        UserError: a kernel that does not run on these devices, in this type or with a mask.
     """
     kind = _kind(kernel, mask_BTS is not None, min(q_BTHK.shape[1], k_BSHK.shape[1]), q_BTHK.dtype)
     mask = None if mask_BTS is None else mask_BTS[:, None]
@@ -60,7 +66,7 @@ def _kind(kernel: str, masked: bool, length: int, dtype: jnp.dtype) -> str:
         pays = platform == "tpu" and length >= SPLASH_FROM and dtype == jnp.bfloat16
         return "splash" if pays and not masked else "xla"
     if kernel != "xla" and masked:
-        raise check.error(where, f"{kernel!r} with a mask", "'xla' or 'auto'", "set it to 'auto'")
+        raise check.error(where, f"{kernel!r} with a mask", "'xla' or 'auto'", "write 'auto'")
     if kernel == "cudnn" and (platform not in ("gpu", "cuda") or not half):
         got = f"'cudnn' for {dtype} on {platform}"
         raise check.error(where, got, "half precision on a GPU", "write 'auto' or 'xla'")
@@ -121,13 +127,13 @@ def _splash_of_one(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, causal: bool) ->
 
 
 def _platform() -> str:
-    """Of the mesh's devices, which a plan only imagines; else of this machine's."""
+    """The platform of the mesh's devices, which need not exist (a plan); without a mesh, of this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def _blocks(num: int) -> tuple[int, int]:
-    """A number of rows made up to whole blocks, and the size of a block: multiples of the lanes, BLOCK at most."""
+    """The number of rows padded to whole blocks, and the size of a block: a multiple of LANES, BLOCK at most."""
     turns = math.ceil(num / BLOCK)
     block = math.ceil(num / turns / LANES) * LANES
     return turns * block, block
@@ -136,9 +142,9 @@ def _blocks(num: int) -> tuple[int, int]:
 def _heads_first(
     q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: Array | None, causal: bool
 ) -> Array:
-    """As jax.nn.dot_product_attention, in the order of axes in which XLA multiplies matrices on CPUs.
+    """As jax.nn.dot_product_attention, with heads before tokens, the order in which XLA's CPU backend multiplies.
 
-    There the transposes that JAX's function leaves to the compiler move single numbers, and take as long as the
+    On CPUs the transposes that JAX's function leaves to the compiler move single numbers and take as long as the
     products; these move whole rows. In float64 JAX's function would round the logits to float32.
     """
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)

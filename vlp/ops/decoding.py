@@ -1,4 +1,4 @@
-"""Caption decoding: greedy, over any next-token function, and over a model with `image`, `text` and `decode`."""
+"""Greedy decoding of captions: with any function that gives the next token's logits, and with a model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ def greedy(
     eos_id: int = 2,
     unk_id: int = 3,
 ) -> Int[Array, "B L"]:
-    """The likeliest token at each position, until every row has ended or is full.
+    """Takes the likeliest token at each position until every row has ended or is full.
 
-    next_logits(tokens, t): logits of token t + 1 given tokens 0..t (what stands behind t is padding). Rows begin
-    with BOS; what follows an EOS is padding. Only EOS and tokens with a piece are chosen: never PAD, BOS, UNK, nor an
-    id from `vocab_size`, the tokenizer's, on, which a model may have by a larger table.
+    Args:
+        next_logits: (tokens, t) → logits of token t + 1 given tokens 0..t; tokens after t are padding.
+        batch, length: rows, and tokens of each.
+        vocab_size: the tokenizer's. Ids from it on, which a model may have, are never chosen.
+        pad_id, bos_id, eos_id, unk_id: of the special tokens. PAD, BOS and UNK are never chosen.
+
+    Returns:
+        Rows that begin with BOS, with padding after their EOS.
     """
     tokens = jnp.full((batch, length), pad_id, jnp.int32).at[:, 0].set(bos_id)
 
@@ -48,7 +53,14 @@ def greedy(
 
 
 def captions(apply: Apply, image: jax.Array, *, length: int, vocab_size: int) -> jax.Array:
-    """Greedy captions, i32[B length], of a tokenizer with `vocab_size` pieces; the image is encoded once."""
+    """Greedy captions of images, i32[B length]. Each image is encoded once.
+
+    Args:
+        apply: a model with `image`, `text` and `decode`.
+        image: u8, or float in [0, 1], [B R R 3].
+        length: tokens of a caption, BOS and EOS among them.
+        vocab_size: the tokenizer's.
+    """
     feats = apply("image", image)["feats"]
 
     def next_logits(tokens_BL: jax.Array, t: jax.Array) -> jax.Array:

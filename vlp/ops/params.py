@@ -1,7 +1,7 @@
-"""Parameters in the type of computation, whose gradients are summed in float32: addends of every example, table rows.
+"""Broadcast parameters and table rows in the type of computation, with gradients that are summed in float32.
 
-A parameter that is cast first and then broadcast (or looked up) has its gradient summed over batch and tokens in half
-precision: the more rows, the more of each is lost to rounding.
+If a parameter is first cast and then broadcast (or looked up), its gradient is summed over batch and tokens in half
+precision, and the more rows there are, the more is lost to rounding.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ def spread(
 def rows(
     table_VD: Float[Array | np.ndarray, "V D"], ids: Int[Array, "*b"], dtype: DTypeLike
 ) -> Float[Array, "*b D"]:
-    """The rows `ids` of a table, in `dtype`. The gradient is summed in the table's type.
-
-    The table travels between devices in `dtype`.
-    """
+    """The rows `ids` of a table, in `dtype`, in which devices exchange it. The gradient has the table's type."""
     return constrain(jnp.asarray(table_VD).astype(dtype), "vocab", None)[ids]
 
 

@@ -13,7 +13,7 @@ from vlp.core import check
 def sincos_2d(
     rows: int, cols: int, width: int, temperature: float = 10_000.0
 ) -> Float[np.ndarray, "N D"]:
-    """Fixed 2-D table: a quarter of the width each for sin x, cos x, sin y, cos y.
+    """The fixed table of a grid of rows × cols: a quarter of the width each for sin x, cos x, sin y and cos y.
 
     Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), as used by MAE and FLIP.
     """
@@ -22,7 +22,7 @@ def sincos_2d(
             "model.image.width",
             width,
             "a multiple of 4 for sincos positions",
-            "round it up, or use learned positions",
+            f"set it to {width // 4 * 4 + 4}",
         )
     omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4))
     y, x = np.mgrid[:rows, :cols]
