@@ -44,3 +44,13 @@ def test_a_missing_key_is_one_line_and_a_named_dict_is_a_tree():
     assert type(y) is Named and y["a"] is None and y.where == "here"
     np.testing.assert_array_equal(y["b"], [2, 2])
     assert {**y} == dict(y) and (y | {"d": 1})["d"] == 1
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+@pytest.mark.parametrize("wrong", [lambda x: x.sum(), lambda x: x.T, lambda x: jnp.tile(x, (2, 1))])
+def test_what_map_returns_leads_with_the_batch(wrong, num_micro):
+    ctx = Ctx(Apply(None, {}), {"x": jnp.ones((8, 3))}, num_micro=num_micro)
+    with pytest.raises(UserError, match="ctx.map: what f returns: got shape"):
+        ctx.map(lambda c: wrong(c.batch["x"]))
+    with pytest.raises(UserError, match="an array given.*got shape"):
+        ctx.map(lambda c, y: y, jnp.ones((3, 2)))

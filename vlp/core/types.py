@@ -298,6 +298,7 @@ class Ctx:
         rows = {name: x for name, x in self.batch.items() if "/" not in name}
         if self.batch["text"].ndim == 2:
             out = f(dataclasses.replace(self, batch=rows), *arrays)
+            check_rows("ctx.captions: what f returns", out, self.batch["text"].shape[0])
             return jax.tree.map(lambda x: x[:, None], out)
         num, k = self.batch["text"].shape[:2]
 
@@ -313,6 +314,7 @@ class Ctx:
         batch = {name: (join if name in OF_CAPTIONS else repeat)(x) for name, x in rows.items()}
         ctx = dataclasses.replace(self, batch=batch, num_captions=k)
         out = f(ctx, *jax.tree.map(repeat, arrays))
+        check_rows("ctx.captions: what f returns", out, num * k)
         return jax.tree.map(lambda x: pin(x.reshape(num, k, *x.shape[1:])), out)
 
     def map(self, f: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
@@ -334,10 +336,12 @@ class Ctx:
         Raises:
             UserError: the micro-batches do not divide the batch.
         """
-        if self.num_micro == 1:
-            return f(self, *arrays)
-        k = self.num_micro
         rows = {name: x for name, x in self.batch.items() if "/" not in name}
+        num = next(iter(rows.values())).shape[0]
+        check_rows("ctx.map: an array given", arrays, num)
+        if self.num_micro == 1:
+            return check_rows("ctx.map: what f returns", f(self, *arrays), num)
+        k = self.num_micro
 
         def split(x: jax.Array) -> jax.Array:
             if x.shape[0] % k:
@@ -357,13 +361,22 @@ class Ctx:
 
         def body(carry: tuple[()], xs: Any) -> tuple[tuple[()], PyTree]:
             batch, extra = xs
-            return carry, f(
-                dataclasses.replace(self, apply=apply, batch=batch, num_micro=1), *extra
-            )
+            out = f(dataclasses.replace(self, apply=apply, batch=batch, num_micro=1), *extra)
+            return carry, check_rows("ctx.map: what f returns", out, num // k)
 
         body = jax.checkpoint(body, prevent_cse=False, policy=MICRO_REMAT[self.micro_remat])
         _, out = jax.lax.scan(body, (), jax.tree.map(split, (rows, arrays)))
         return jax.tree.map(join, out)
+
+
+def check_rows(where: str, tree: PyTree, num: int) -> PyTree:
+    """Returns the tree. Raises: UserError for a leaf that does not lead with `num` rows."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.shape(x)[:1] != (num,):
+            name = jax.tree_util.keystr(path)
+            do = "reduce over the batch outside of it, and return one row per example"
+            raise check.error(f"{where}{name}", f"shape {jnp.shape(x)}", f"[{num} …]", do)
+    return tree
 
 
 @runtime_checkable

@@ -142,6 +142,9 @@ def check_reads(stage: Stage) -> None:
     if not hasattr(stage.objective, "reads"):
         got, do = f"{type(stage.objective).__name__} without reads", "name the batch leaves it uses"
         raise check.error("config.objective", got, "reads: ClassVar[frozenset[str]]", do)
+    if isinstance(reads := stage.objective.reads, str):
+        do = f"write reads = frozenset({{{reads!r}}})"
+        raise check.error("config.objective: reads", repr(reads), "a set of leaf names", do)
 
 
 def check_streams(stage: Stage, batch: Mapping[str, Any]) -> None:
