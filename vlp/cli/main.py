@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vlp import __version__
 from vlp.core import check, progress
@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # These log every exception that they raise, with a traceback; `main` already prints it.
     for noisy in ("absl", "orbax"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    sys.excepthook = _excepthook
     if not any(isinstance(h, progress.Said) for h in logging.getLogger().handlers):
         logging.getLogger().addHandler(progress.Said())
     parser = Parser(prog="vlp", description="Vision-language pretraining in JAX.")
@@ -68,12 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = known
         print(f"vlp: {re.sub(r'^vlp:? ', '', message)}", file=sys.stderr)
         return code
-
-
-def _excepthook(kind: type[BaseException], e: BaseException, trace: Any) -> None:
-    """Prints an uncaught exception, but not the one that TensorStore's threads raise after a save has failed."""
-    if not (kind is RuntimeError and str(e) == "Event loop is closed"):
-        sys.__excepthook__(kind, e, trace)
 
 
 # JAX flags that change the numbers of a run. These values override environment variables and jax.config.

@@ -67,7 +67,7 @@ def run(
 
     Raises:
         UserError: a mistake in the config or the work directory.
-        FloatingPointError: the loss, gradient or parameters of a step are not finite.
+        Failed: the loss, gradient or parameters of a step are not finite.
     """
     resolved: dict[str, Any] = plain(config)
     if "plugins" in resolved:
@@ -296,7 +296,7 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
         bar: progress bar.
 
     Raises:
-        FloatingPointError: a metric is not finite. The batch is listed in nonfinite_stepN.json.
+        Failed: a metric is not finite. The batch is listed in nonfinite_stepN.json.
     """
     stage, settings = plan.stage, session.settings
     clock.count()
