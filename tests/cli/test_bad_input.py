@@ -219,6 +219,19 @@ def test_mistakes_of_a_later_stage_are_told_before_the_first(tmp_path, capsys):
     assert "optimiser" in refused(capsys, *runs.arguments(config, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\0b"])
+@pytest.mark.parametrize("command", [
+    ["report", "run", "--out"], ["report"], ["data", "tokenizer", "data", "--out"],
+    ["data", "inspect", "data", "--html"], ["data", "verify", "data", "--quarantine"],
+    ["data", "convert", "photos", "--out"], ["eval", "--workdir", "run", "--json"],
+    ["average", "run", "--out"], ["train", "--config", "toy.json", "--workdir"], ["plan", "--config"],
+])  # fmt: skip
+def test_a_path_that_no_file_can_have_is_refused(tmp_path, capsys, monkeypatch, command, text):
+    monkeypatch.chdir(tmp_path)
+    assert "a text that paths can have" in refused(capsys, *command, text)
+    assert not list(tmp_path.iterdir())
+
+
 def test_mistakes_in_other_commands_are_one_line(clip_run, tmp_path, capsys):
     assert "no checkpoints" in refused(capsys, "eval", "--workdir", tmp_path)
     assert "no step 77" in refused(capsys, "eval", "--workdir", clip_run, "--step", 77)

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for a in (a for a in argv if a.startswith("-") and a.endswith("=--")):
             raise check.error(a.removesuffix("=--"), "'--'", "a value", "give one after the =")
+        for a in argv:
+            _check_text(a)
         args, rest = parser.parse_known_args(argv)
         taken = [a for a in rest if a.startswith("--config.") and hasattr(args, "config")]
         args.overrides = [a.removeprefix("--config.") for a in taken]
@@ -67,6 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = known
         print(f"vlp: {re.sub(r'^vlp:? ', '', message)}", file=sys.stderr)
         return code
+
+
+def _check_text(argument: str) -> None:
+    """Raises UserError for an argument that no path can have. No shell gives one, but callers of `main` may."""
+    try:
+        good = b"\0" not in os.fsencode(argument)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        good = False
+    if not good:
+        got, do = ascii(argument), "remove the characters that are escaped here"
+        raise check.error("vlp", got, "a text that paths can have", do)
 
 
 # JAX flags that change the numbers of a run. These values override environment variables and jax.config.
