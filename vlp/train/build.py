@@ -101,7 +101,7 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     check_streams(stage, batch)
     loaded = {name: _load(t.path).apply for name, t in stage.teachers.items() if t.path}
     nets = teachers_shapes(stage, loaded)
-    with captions_told(stage, batch):
+    with traced(stage, batch):
         boxed = states.abstract_params(stage.model, stage.objective, batch, nets)
     params = nn.unbox(boxed)
     for label, evaluator in stage.evals.items():
@@ -163,17 +163,28 @@ def teachers_shapes(stage: Stage, loaded: Mapping[str, Apply]) -> states.Nets:
 
 def trace(plan: StagePlan) -> None:
     """Traces the step, which is kept for the first one; what a method cannot do with its data or state shows here."""
-    with captions_told(plan.stage, plan.batch):
+    with traced(plan.stage, plan.batch):
         plan.step.eval_shape(plan.abstract, plan.batch)
 
 
 @contextlib.contextmanager
-def captions_told(stage: Stage, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Tells of config.data.captions where an objective fails on texts [B K L]."""
+def traced(stage: Stage, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Inside `with`, the model and the objective are traced.
+
+    Raises:
+        UserError: tracing fails because an integer of theirs needs more than 32 bits, or on texts [B K L].
+    """
     try:
         yield
     except check.UserError:
         raise
+    except OverflowError as e:
+        found = large_integers(stage)
+        if not found:
+            raise
+        name, number = next(iter(found.items()))
+        do = f"set {name} to a number below 2^31"
+        raise check.error(name, number, "an integer of 32 bits, as in compiled programs", do) from e
     except (TypeError, ValueError, AssertionError, IndexError) as e:
         if stage.data.captions != "all":
             raise
@@ -181,6 +192,22 @@ def captions_told(stage: Stage, batch: Mapping[str, Any]) -> Iterator[None]:
         expected = f"an objective that reads several captions ({type(e).__name__})"
         do = "set it to 'uniform', or call the text tower in ctx.captions"
         raise check.error("config.data.captions", got, expected, do) from e
+
+
+def large_integers(stage: Stage) -> dict[str, int]:
+    """Returns the integers of the model and the objective that 32 bits do not hold, by their place in the config."""
+    out: dict[str, int] = {}
+
+    def walk(where: str, value: Any) -> None:
+        items = enumerate(value) if isinstance(value, list) else getattr(value, "items", tuple)()
+        for key, inner in items:
+            walk(f"{where}.{key}", inner)
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            out[where] = value
+
+    walk("config.model", plain(stage.model))
+    walk("config.objective", plain(stage.objective))
+    return out
 
 
 def keeping_state(step: Callable[..., Any], where: str) -> Callable[..., Any]:
