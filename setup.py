@@ -14,6 +14,7 @@ core = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12",
     "tensorflow-datasets>=4.9.9",
+    "importlib_resources>=6",  # imported by TFDS, which does not name it
     "grain>=0.2.18",
     "ml_collections>=1.0",
     "clu>=0.0.12",
