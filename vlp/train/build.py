@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from vlp.core import check
 from vlp.core import mesh as meshes
+from vlp.core.config import plain
 from vlp.core.plugins import Plugin
 from vlp.core.types import Apply, Weight
 from vlp.data import leaves
