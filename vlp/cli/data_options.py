@@ -78,7 +78,9 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     _add_input(words, optional=True)
     words.add_argument("--from", dest="other", metavar="FILE", help="tokenizer.json or CLIP's BPE")
     words.add_argument("--out", required=True, metavar="FILE", help="a new file")
-    words.add_argument("--vocab-size", type=_number, default=32000, help="largest size (default 32000)")
+    words.add_argument(
+        "--vocab-size", type=_number, default=32000, help="largest size (default 32000)"
+    )
     words.add_argument(
         "--model-type", choices=("bpe", "unigram"), default="bpe", help="default bpe (byte pairs)"
     )
