@@ -30,10 +30,11 @@ def test_all_shipped_configs_are_tested():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_trains_evaluates_and_saves_at_smoke_size(name, tmp_path):
-    """Two steps, or one per stage, through `vlp train`."""
+def test_every_config_trains_evaluates_saves_and_resumes_at_smoke_size(name, tmp_path):
+    """Two steps, or one per stage, through `vlp train`; without its last checkpoint it trains to the same numbers."""
     directory = tmp_path / "run"
     argv = ["train", "--config", f"{FOLDER / name}.py:smoke", "--workdir", directory]
+    argv += ["--config.save_every_steps=1"]
     assert runs.vlp(*argv, devices=2) == 0
     rows = workdir.read(directory / "metrics.jsonl")
     config = json.loads((directory / "config.json").read_text())
@@ -41,7 +42,11 @@ def test_every_config_trains_evaluates_and_saves_at_smoke_size(name, tmp_path):
     assert num_steps == max(2, len(config["stages"]))
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, num_steps + 1))
     assert {r["eval"] for r in rows if r["kind"] == "eval"} == set(config["evals"])
-    assert list((directory / "checkpoints").glob("step_*"))
+    *_, last = sorted((directory / "checkpoints").glob("step_?????????"))
+    shutil.copytree(directory, tmp_path / "whole")
+    shutil.rmtree(last)
+    assert runs.vlp(*argv, devices=2) == 0
+    runs.assert_same_run(tmp_path / "whole", directory)
 
 
 @pytest.mark.parametrize("name", NAMES)
