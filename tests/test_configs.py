@@ -5,8 +5,10 @@ import pathlib
 import shutil
 
 import flax.linen as nn
+import ml_collections
 import pytest
 
+from configs import common
 from helpers import runs
 from helpers.everything import pairs
 from vlp.core import check, tree
@@ -47,6 +49,21 @@ def test_every_config_trains_evaluates_saves_and_resumes_at_smoke_size(name, tmp
     shutil.rmtree(last)
     assert runs.vlp(*argv, devices=2) == 0
     runs.assert_same_run(tmp_path / "whole", directory)
+
+
+def test_smoke_leaves_the_sizes_of_a_plugins_towers_alone():
+    """Their keys are not those of a ViT. A shipped tower beside it is made tiny."""
+
+    def towers(image, text):
+        model = {"name": "two_tower", "image_tower": image, "text_tower": text}
+        found = common.smoke(ml_collections.ConfigDict(runs.CLIP | {"model": model})).model
+        return found.image_tower.to_dict(), found.text_tower.to_dict()
+
+    mine = {"name": "mine", "stages": 2}
+    image, text = towers(mine, {"vocab": 99, "width": 512})
+    assert image == mine and text["width"] == 32
+    image, text = towers({"patch": 16}, mine)
+    assert image["patch"] == 8 and text == mine | {"vocab": 128}
 
 
 @pytest.mark.parametrize("name", NAMES)

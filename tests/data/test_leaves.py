@@ -367,7 +367,7 @@ def test_stored_arrays_without_their_crops_are_refused(small_tokenizer):
         ("views.lokal", "set in config.data: views"),
         ("text.caption", "slots"),
         ("stored.dino", "set in config.data: stored"),
-        ("pictures", "correct the name in the objective's reads"),
+        ("pictures", "name one of them in the objective's reads"),
     ],
 )
 def test_a_leaf_that_no_config_makes_is_one_line(name, words):

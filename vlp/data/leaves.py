@@ -103,7 +103,8 @@ def unknown(
     table = plugins.extended("LEAVES", LEAVES, added)
     near = [cls for key, cls in table.items() if key.split(".")[0] == name.split(".")[0]]
     fields = ", ".join(dict.fromkeys(x.config for x in near if getattr(x, "config", "")))
-    do = f"set in config.data: {fields}" if fields else "correct the name in the objective's reads"
+    do = f"set in config.data: {fields}" if fields else "name one of them in the objective's reads"
+    do = check.did_you_mean(name, known, do)
     return check.error(f"batch leaf {name!r}", "no such leaf", f"one of {sorted(known)}", do)
 
 
