@@ -219,7 +219,10 @@ def pattern(where: str, text: str) -> None:
         re.compile(text)
     except re.error as e:
         raise error(
-            where, repr(text), f"a regular expression ({e})", "correct the expression"
+            where,
+            repr(text),
+            f"a regular expression ({e})",
+            "escape special characters with \\, or write '.*' for all",
         ) from None
 
 
