@@ -101,6 +101,7 @@ def _maker(
             frozen=frozen,
         )
         answer(objective, ctx)
+        check_masks(objective, ctx)
 
     def init(key: jax.Array) -> PyTree:
         try:
@@ -112,6 +113,16 @@ def _maker(
             raise check.error(where, got, "calls that make parameters", do) from e
 
     return init
+
+
+def check_masks(objective: Objective, ctx: Ctx) -> None:
+    """Raises UserError if the objective read the texts [B K L] of a step and not which of them exist."""
+    used = getattr(ctx.batch, "used", ())
+    if "text" in used and "text.mask" in ctx.batch and "text.mask" not in used:
+        got = f"texts {list(ctx.batch['text'].shape)} without their mask"
+        expected = "a loss of the texts that exist: a record may have fewer captions"
+        do = "weigh by ctx.batch['text.mask'] [B K], or set config.data.captions='uniform'"
+        raise check.error(f"objective {type(objective).__name__}", got, expected, do)
 
 
 def _shapes(batch: Shapes) -> tuple[tuple[str, tuple[int, ...], str], ...]:
