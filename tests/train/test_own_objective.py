@@ -69,7 +69,7 @@ def test_an_exception_in_its_code_is_a_line_with_the_place_and_the_calls_that_le
     argv = write(tmp_path, ("zi_BE - zt_BE", "zi_BE - zt_BE[:, :, 0]"))
     train = ["train", *argv, "--workdir", tmp_path / "run"]
     assert runs.vlp(*train, compile_anew=True) == 1
-    line, *frames = capsys.readouterr().err.strip().splitlines()
+    line, *frames = runs.answer(capsys)
     assert re.match(rf"vlp: objective Mine, {tmp_path}/mine.py:9: got IndexError \(Too many", line)
     places = [x.split(", line ")[1] for x in frames if x.strip().startswith("File")]
     assert places == ["18, in __call__", "24, in encode", "9, in distance"]
