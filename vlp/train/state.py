@@ -7,6 +7,7 @@ each parameter where it is first used. What no call of the objective reads does 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Ctx, Objective, answer
 from vlp.optim.make import Updater
 
+log = logging.getLogger(__name__)
 PyTree = Any
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Nets = Mapping[
@@ -101,7 +103,7 @@ def _maker(
             frozen=frozen,
         )
         answer(objective, ctx)
-        check_masks(objective, ctx)
+        warn_of_masks(objective, ctx)
 
     def init(key: jax.Array) -> PyTree:
         try:
@@ -115,14 +117,19 @@ def _maker(
     return init
 
 
-def check_masks(objective: Objective, ctx: Ctx) -> None:
-    """Raises UserError if the objective read the texts [B K L] of a step and not which of them exist."""
+def warn_of_masks(objective: Objective, ctx: Ctx) -> None:
+    """Logs a warning if the objective read the texts [B K L] of a step and not which of them exist.
+
+    No error: the first caption of a record always exists.
+    """
     used = getattr(ctx.batch, "used", ())
     if "text" in used and "text.mask" in ctx.batch and "text.mask" not in used:
-        got = f"texts {list(ctx.batch['text'].shape)} without their mask"
-        expected = "a loss of the texts that exist: a record may have fewer captions"
-        do = "weigh by ctx.batch['text.mask'] [B K], or set config.data.captions='uniform'"
-        raise check.error(f"objective {type(objective).__name__}", got, expected, do)
+        log.warning(
+            "objective %s: reads texts %s without text.mask [B K]: where a record has fewer captions the rest are "
+            "empty texts; weigh by ctx.batch['text.mask'], or set config.data.captions='uniform'",
+            type(objective).__name__,
+            list(ctx.batch["text"].shape),
+        )
 
 
 def _shapes(batch: Shapes) -> tuple[tuple[str, tuple[int, ...], str], ...]:
