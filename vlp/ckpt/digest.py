@@ -7,39 +7,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Sequence
 
+from vlp.core import paths
+
 FILE = "digests.json"
-_COMMIT = "commit_success.txt"  # by Orbax, after all other files
+COMMIT = "commit_success.txt"  # by Orbax, after all other files
 
 
-def write(folder: pathlib.Path) -> None:
+def write(folder: paths.Path) -> None:
     """Writes the digest of every file in the folder's items (its subdirectories)."""
-    files = sorted(p for p in folder.glob("*/**/*") if p.is_file() and p.name != _COMMIT)
-    digests = {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
-    (folder / FILE).write_text(json.dumps(digests, indent=1) + "\n")
+    names = [n for n in paths.files(folder) if "/" in n and not n.endswith(f"/{COMMIT}")]
+    digests = {name: _sha256(folder / name) for name in names}
+    paths.write(folder / FILE, (json.dumps(digests, indent=1) + "\n").encode())
 
 
-def problem(folder: pathlib.Path, items: Sequence[str]) -> str:
+def problem(folder: paths.Path, items: Sequence[str]) -> str:
     """Returns what is wrong with a checkpoint's files, or "". Without digests only checks that the items exist."""
     try:
-        digests = json.loads((folder / FILE).read_text())
+        digests = json.loads(paths.read(folder / FILE))
     except FileNotFoundError:
         digests = {}
     except ValueError:
         return f"{FILE} is broken"
     for item in items:
-        if not (folder / item).is_dir():
+        if not paths.is_dir(folder / item):
             return f"{item} is missing"
     for name, digest in digests.items():
-        if not (folder / name).is_file():
+        if not paths.is_file(folder / name):
             return f"{name} is missing"
         if _sha256(folder / name) != digest:
             return f"{name} was changed"
     return ""
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _sha256(path: paths.Path) -> str:
+    digest = hashlib.sha256()
+    for data in paths.chunks(path):
+        digest.update(data)
+    return digest.hexdigest()

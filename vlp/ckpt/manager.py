@@ -20,8 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vlp.ckpt import digest
-from vlp.core import check
+from vlp.ckpt import digest, s3
+from vlp.core import check, paths
 
 log = logging.getLogger(__name__)
 PyTree = Any
@@ -33,7 +33,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: str | pathlib.Path,
+        directory: str | os.PathLike,
         keep: int = 2,
         create: bool = True,
         on_saved: Callable[[int], None] = lambda step: None,
@@ -49,9 +49,12 @@ class Checkpoints:
         Raises:
             UserError: the directory cannot be made or used, or, without `create`, does not exist.
         """
-        self._path = pathlib.Path(directory).absolute()
+        self._path = paths.parse(str(directory), directory)
         check_path(str(directory), self._path)
-        if not create and not self._path.is_dir():
+        remote = paths.is_remote(self._path)
+        if str(self._path).startswith("s3:"):
+            s3.enable()
+        if not create and not paths.is_dir(self._path):
             raise check.error(
                 str(directory),
                 "no checkpoints",
@@ -64,6 +67,7 @@ class Checkpoints:
             read_only=not create,
             step_prefix="step",
             step_format_fixed_length=9,
+            atomicity_options=s3.ATOMICITY if remote else None,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._seal,
                 # Otherwise threads wait five minutes for a folder that cannot be made.
@@ -71,7 +75,9 @@ class Checkpoints:
             ),
         )
         try:
-            self._manager = ocp.CheckpointManager(self._path, options=options, item_names=ITEMS)
+            self._manager = ocp.CheckpointManager(
+                epath.Path(self._path), options=options, item_names=ITEMS
+            )
         except OSError as e:
             do = "give another --workdir, or make this one writable"
             raise check.error(str(self._path), e.strerror, "a directory to write to", do) from e
@@ -82,7 +88,7 @@ class Checkpoints:
         self._on_saved = on_saved
 
     @property
-    def path(self) -> pathlib.Path:
+    def path(self) -> paths.Path:
         return self._path
 
     def steps(self) -> list[int]:
@@ -123,7 +129,8 @@ class Checkpoints:
         later = [s for s in self.steps() if s > step]
         if later and jax.process_index() == 0:
             for folder in map(self._folder, later):
-                folder.rename(self._path / f"broken_{int(time.time())}_{folder.name}")
+                aside = self._path / f"broken_{int(time.time())}_{folder.name}"
+                paths.rename_tree(folder, aside, last=digest.COMMIT)
         if later:
             if jax.process_count() > 1:
                 from jax.experimental import multihost_utils
@@ -165,7 +172,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             assert self._saving is not None
             name = self._folder(self._saving).name  # may have a temporary suffix
-            folder = next(p for p in self._path.iterdir() if p.name.startswith(name))
+            folder = next(p for p in paths.listing(self._path) if p.name.startswith(name))
             for item, shapes in self._shapes.items():
                 handler = ocp.PyTreeCheckpointHandler()
                 found = _shapes(handler.metadata(epath.Path(folder / item)).tree)
@@ -177,7 +184,7 @@ class Checkpoints:
     def _failure(self, e: Exception) -> check.Failed:
         """Returns the error of a save: what could not be written, and which checkpoints are kept."""
         self._failed = True
-        kept = [s for s in self.steps() if s != self._saving and self._folder(s).is_dir()]
+        kept = [s for s in self.steps() if s != self._saving and paths.is_dir(self._folder(s))]
         text = (
             f"the checkpoints of steps {kept} are kept" if kept else "there is no other checkpoint"
         )
@@ -209,7 +216,7 @@ class Checkpoints:
 
     def params(self, step: int, teacher: str = "") -> PyTree:
         """Returns the parameters of the model, or of a teacher, as numpy arrays; needs no mesh, optimiser or model."""
-        path = self._folder(step) / ("rest" if teacher else "params")
+        path = epath.Path(self._folder(step)) / ("rest" if teacher else "params")
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(path).item_metadata.tree
             if teacher:
@@ -220,7 +227,7 @@ class Checkpoints:
             )
         return out["teachers"][teacher] if teacher else out
 
-    def _folder(self, step: int) -> pathlib.Path:
+    def _folder(self, step: int) -> paths.Path:
         return self._path / f"step_{step:09d}"
 
     def wait(self) -> None:
@@ -248,9 +255,11 @@ class Checkpoints:
             self._manager.close()
 
 
-def check_path(where: str, path: pathlib.Path) -> None:
-    """Raises UserError for a directory whose name Orbax or TensorStore would misread."""
+def check_path(where: str, path: paths.Path) -> None:
+    """Raises UserError for a local directory whose name Orbax or TensorStore would misread."""
     text = str(path)
+    if paths.is_remote(text):  # checked by `paths.parse`
+        return
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -259,8 +268,8 @@ def check_path(where: str, path: pathlib.Path) -> None:
         raise check.error(where, repr(text), "a path without backslashes", "rename the directory")
     url = re.search(r"(^|/)(gs|s3|az|hf|file|https?|hdfs):/", text)
     if url or text.startswith(("/gs/", "/s3/", "/az/", "/hf/")):
-        do = "mount the bucket in a local directory and give that path"
-        raise check.error(where, repr(text), "a directory of this machine", do)
+        do = "rename the directory, or give the address of a bucket as gs://… or s3://…"
+        raise check.error(where, repr(text), "a directory whose name is not an address", do)
 
 
 def _glob(path: Any, pattern: str) -> Iterator[Any]:
@@ -288,13 +297,13 @@ def _reason(e: Exception) -> str:
     return f"{type(e).__name__} ({str(e).splitlines()[0][:160] if str(e) else ''})"
 
 
-def _what_to_do(directory: pathlib.Path) -> str:
+def _what_to_do(directory: paths.Path) -> str:
     """Returns advice about missing checkpoints; `saved.json` tells whether the run had saved any."""
-    gone = (directory.parent / "saved.json").exists()
+    gone = paths.exists(directory.parent / "saved.json")
     return "restore its checkpoints" if gone else "train first, or correct the path"
 
 
-def select(checkpoints: Checkpoints, workdir: str | pathlib.Path, step: int | None) -> int:
+def select(checkpoints: Checkpoints, workdir: str | os.PathLike, step: int | None) -> int:
     """Returns the wanted step, or the newest whole one.
 
     Args:
