@@ -32,12 +32,13 @@ _ADDRESS = re.compile(r"\s*([A-Za-z][\w+.-]*):/")
 _ALIASES = {"gcs": "gs", "gc": "gs", "google": "gs", "s3a": "s3", "s3n": "s3", "aws": "s3"}
 
 
-def parse(where: str, text: str | os.PathLike) -> Path:
-    """Returns the path that a text of the command line or a config names; a local one is made absolute.
+def parse(where: str, text: str | os.PathLike, absolute: bool = True) -> Path:
+    """Returns the path that a text of the command line or a config names.
 
     Args:
         where: the option, for errors.
         text: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME.
+        absolute: whether a local path is made absolute.
 
     Raises:
         UserError: an address with another scheme, without a bucket or a name, with characters that a store's clients
@@ -47,7 +48,7 @@ def parse(where: str, text: str | os.PathLike) -> Path:
     expected = "a local folder, gs://BUCKET/NAME or s3://BUCKET/NAME"
     found = _ADDRESS.match(text)
     if found is None and not re.match(rf"({'|'.join(stores.SCHEMES)}):", text):
-        return pathlib.Path(text).absolute()
+        return pathlib.Path(text).absolute() if absolute else pathlib.Path(text)
     scheme, _, name = text.partition("://")
     if scheme not in stores.SCHEMES or not name:
         word = (found.group(1) if found else text.partition(":")[0]).lower()
@@ -164,6 +165,15 @@ def files(folder: str | os.PathLike) -> dict[str, int]:
     return dict(sorted((k, v) for k, v in sizes.items() if not k.endswith("/")))
 
 
+def check_bucket(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError or PermissionError if the bucket of an address is not there or may not be listed."""
+    with contextlib.suppress(NotADirectoryError):
+        scheme, _, rest = os.fspath(path).partition("://")
+        bucket = f"{scheme}://{rest.partition('/')[0]}"
+        if not _ask(path, lambda fs, inner: fs.exists(bucket)):
+            raise FileNotFoundError(errno.ENOENT, "no such bucket", bucket)
+
+
 # ---- writing
 
 
@@ -181,10 +191,15 @@ def write(path: str | os.PathLike, data: bytes) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with named(path):
-        partial.unlink(missing_ok=True)  # which might be a link
-        partial.write_bytes(data)
-    os.replace(partial, path)
+    try:
+        with named(path):
+            partial.unlink(missing_ok=True)  # which might be a link
+            partial.write_bytes(data)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def create(path: str | os.PathLike, data: bytes) -> bool:

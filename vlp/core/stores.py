@@ -26,6 +26,7 @@ class Policy:
     """How remote requests are repeated and cached, per process."""
 
     tries: int = 8
+    patience_secs: float = 90.0  # tries are repeated for at least so long
     pause_secs: float = 0.1  # doubles from try to try, up to 10 s, with random jitter
     stall_secs: float = 60.0  # an answer that takes longer is given up and asked for again
     block_bytes: int = 2**20
@@ -103,7 +104,8 @@ def retried(
         FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError: at once.
         Failed: every try failed, or this machine is at fault.
     """
-    for attempt in range(POLICY.tries):
+    began, attempt = time.monotonic(), 0
+    while True:
         try:
             return _within(ask, POLICY.stall_secs) if limit else ask()
         except (FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError):
@@ -115,10 +117,14 @@ def retried(
                 raise PermissionError(str(e)) from None
             failed(e)
             last = e
-        if attempt + 1 < POLICY.tries:
-            time.sleep(min(10.0, POLICY.pause_secs * 2**attempt) * random.uniform(0.5, 1.5))
+        attempt += 1
+        if attempt >= POLICY.tries and time.monotonic() - began >= POLICY.patience_secs:
+            break
+        time.sleep(
+            min(10.0, POLICY.pause_secs * 2 ** min(attempt - 1, 20)) * random.uniform(0.5, 1.5)
+        )
     raise check.Failed(
-        f"{os.fspath(path)}: got {POLICY.tries} failed requests (last: {type(last).__name__} {last!s:.80}), "
+        f"{os.fspath(path)}: got {attempt} failed requests (last: {type(last).__name__} {last!s:.80}), "
         "expected an answer; check the store and the network, then start again"
     )
 

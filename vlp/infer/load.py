@@ -6,12 +6,11 @@ import base64
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from vlp.ckpt.manager import Checkpoints, select
-from vlp.core import check, plugins
+from vlp.core import check, paths, plugins
 from vlp.core.config import build, build_named, overlay
 from vlp.core.plugins import Plugin
 from vlp.core.types import Apply
@@ -36,7 +35,7 @@ class Loaded:
 
 
 def load(
-    workdir: str | pathlib.Path, step: int | None = None, eval_params: str | None = None
+    workdir: str | os.PathLike, step: int | None = None, eval_params: str | None = None
 ) -> Loaded:
     """Loads a checkpoint on any machine; needs neither the optimiser, nor the objective, nor the data.
 
@@ -48,14 +47,15 @@ def load(
     Raises:
         UserError: the workdir holds no such checkpoint, or the plugin that defines the model is missing.
     """
-    checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", create=False)
+    folder = paths.parse("workdir", workdir)
+    checkpoints = Checkpoints(folder / "checkpoints", create=False)
     step = select(checkpoints, workdir, step)
-    return _load(str(pathlib.Path(workdir).absolute()), step, eval_params)
+    return _load(str(folder), step, eval_params)
 
 
 @functools.lru_cache(maxsize=4)
 def _load(workdir: str, step: int, eval_params: str | None) -> Loaded:
-    checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", create=False)
+    checkpoints = Checkpoints(paths.of(workdir) / "checkpoints", create=False)
     meta = checkpoints.meta(step)
     section = stage_config(meta["config"], meta["stage"])
     named = section["model"].get("name", "")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from vlp.ckpt.manager import Checkpoints
-from vlp.core import tree
+from vlp.core import paths, tree
+from vlp.core.appended import Appended
 from vlp.core.config import difference, plain
 from vlp.optim import make as optimisers
-from vlp.runtime import hosts, sinks
+from vlp.runtime import hosts, locks, sinks
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import Profile
 from vlp.runtime.watchdog import Stop, Watchdog
@@ -39,21 +40,22 @@ class Session:
 
     config: dict[str, Any]
     settings: Run
-    workdir: pathlib.Path
+    workdir: paths.Path
     mesh: Mesh
     checkpoints: Checkpoints
     metrics: files.Metrics
     stop: Stop
     watchdog: Watchdog
     versions: dict[str, Any]
-    lock: IO[str]
+    lock: locks.Lock
     profile: Profile
+    quarantine: Appended  # bad records that this process met
 
 
 def open_session(
     config: dict[str, Any],
     settings: Run,
-    workdir: pathlib.Path,
+    workdir: paths.Path,
     mesh: Mesh,
     stop: Stop,
     first: StagePlan,
@@ -62,7 +64,7 @@ def open_session(
 ) -> Session:
     """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
     with hosts.raise_together("--workdir"):
-        lock = files.lock(workdir)
+        lock = locks.lock(workdir)
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints, on_saved=note)
     if position["step"]:
@@ -89,6 +91,7 @@ def open_session(
         versions,
         lock,
         Profile(workdir / "profile", profile),
+        Appended(workdir / f"quarantine_{jax.process_index()}.jsonl"),
     )
 
 
@@ -119,9 +122,9 @@ def parameters(params: Any) -> str:
     return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
-def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
+def last_meta(workdir: paths.Path) -> dict[str, Any] | None:
     """Returns the metadata of the newest complete checkpoint; None without a checkpoint."""
-    if not (workdir / "checkpoints").is_dir():
+    if not paths.is_dir(workdir / "checkpoints"):
         files.check_saved(workdir)
         return None
     checkpoints = Checkpoints(workdir / "checkpoints", create=False)
@@ -151,7 +154,9 @@ def save(
     interval: sums of metrics since the last row (`Interval.plain`).
     """
     session.watchdog.beat("save")
+    session.lock.check()
     session.metrics.flush()
+    session.quarantine.flush()
     stage = plan.stage
     step = stage.start_step + stage_step
     samples = stage.start_samples + stage_step * stage.batch
