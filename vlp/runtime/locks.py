@@ -17,7 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 import jax
 
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 SECS = 60.0  # a lease that is not renewed for so long is given up
 
 
+@runtime_checkable
 class Lock(Protocol):
     """The right to write in a workdir."""
 
