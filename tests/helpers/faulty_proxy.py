@@ -11,7 +11,11 @@ import time
 
 @dataclasses.dataclass
 class Faults:
-    """Shares of requests that get an error or stall; every second error comes after the request was carried out."""
+    """Shares of requests that get an error or stall.
+
+    Every second error comes after the request was carried out, except for parts of uploads: Google answers a repeated
+    last part as the first time, the emulator does not.
+    """
 
     errors: float = 0.0
     stalls: float = 0.0
@@ -27,7 +31,7 @@ class Faults:
     def __post_init__(self):
         self._draws, self._lock = random.Random(self.seed), threading.Lock()
 
-    def draw(self):
+    def draw(self, path):
         """Returns what happens to a request: "", "before", "after" (an error) or "stall"."""
         with self._lock:
             self.requests += 1
@@ -41,7 +45,7 @@ class Faults:
                 self.stalled += 1
                 return "stall"
             self.failed += 1
-            return "before" if self.failed % 2 else "after"
+            return "before" if self.failed % 2 or "upload_id=" in path else "after"
 
 
 @contextlib.contextmanager
@@ -53,7 +57,7 @@ def before(port, faults):
 
         def answer(self):
             body = self._body()
-            fate = faults.draw()
+            fate = faults.draw(self.path)
             if fate == "stall":
                 time.sleep(faults.stall_secs)
             status, headers, data = 503, [], b""

@@ -4,6 +4,7 @@ Google Cloud Storage (`pip install 'vlp[gcs]'`) and S3 (`vlp[s3]`) hold work dir
 from any other store that fsspec knows. Credentials and endpoints are those of gcsfs and s3fs.
 """
 
+import asyncio
 import dataclasses
 import functools
 import importlib.util
@@ -84,6 +85,23 @@ def _prepare() -> None:
 
     for scheme in SCHEMES:  # other hosts write too: a listing from memory is wrong
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+
+
+def call(path: str | os.PathLike, method: str, *args: Any, **options: Any) -> Any:
+    """Calls fsspec's method on an address; `retried`.
+
+    A request that stalls is cancelled before it is repeated: it must not overwrite later what a newer one wrote.
+    """
+    fs, inner = open_fs(path)
+    if not fs.async_impl:
+        return retried(path, lambda: getattr(fs, method)(inner, *args, **options))
+
+    def once() -> Any:
+        request = getattr(fs, f"_{method}")(inner, *args, **options)
+        waiting = asyncio.wait_for(request, POLICY.stall_secs)
+        return asyncio.run_coroutine_threadsafe(waiting, fs.loop).result()
+
+    return retried(path, once, limit=False)
 
 
 def retried(
