@@ -185,6 +185,7 @@ def test_a_run_goes_on_through_a_store_that_fails(
 def test_a_store_that_stays_away_ends_the_run_with_a_valid_step(
     local, tmp_path, toy, monkeypatch, capsys
 ):
+    monkeypatch.setattr(locks, "SECS", 3.0)
     faults, impatient = faulty_proxy.Faults(), stores.Policy(2, patience_secs=0.0, stall_secs=0.5)
     save, calls = loop.save, iter(range(100))
 

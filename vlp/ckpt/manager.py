@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vlp.ckpt import digest, s3
+from vlp.ckpt import buckets, digest
 from vlp.core import check, paths
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ class Checkpoints:
         self._path = paths.parse(str(directory), directory)
         check_path(str(directory), self._path)
         remote = paths.is_remote(self._path)
-        if str(self._path).startswith("s3:"):
-            s3.enable()
+        if remote:
+            buckets.enable()
         if not create and not paths.is_dir(self._path):
             raise check.error(
                 str(directory),
@@ -67,7 +67,7 @@ class Checkpoints:
             read_only=not create,
             step_prefix="step",
             step_format_fixed_length=9,
-            atomicity_options=s3.ATOMICITY if remote else None,
+            atomicity_options=buckets.ATOMICITY if remote else None,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._seal,
                 # Otherwise threads wait five minutes for a folder that cannot be made.

@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import functools
 import importlib.util
+import logging
 import os
 import queue
 import random
@@ -81,6 +82,9 @@ def _prepare() -> None:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # Otherwise epath (Orbax) uses TensorFlow where it is installed: another client with other credentials, no s3://.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    # What fails is raised and told in one line; gcsfs would print a traceback before.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    logging.getLogger("fsspec").setLevel(logging.WARNING)
     import fsspec
 
     for scheme in SCHEMES:  # other hosts write too: a listing from memory is wrong

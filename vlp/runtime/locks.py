@@ -106,7 +106,10 @@ class _Lease:
         self._closed.set()
         self._thread.join(SECS)
         if not self._lost:
-            paths.write(self._own, self._text(released=True))
+            try:
+                paths.write(self._own, self._text(released=True))
+            except (OSError, check.UserError) as e:  # the next start waits until it is given up
+                log.warning("%s: lease not given back (%s)", self._workdir, check.line(e))
 
     def _text(self, **more: Any) -> bytes:
         return (json.dumps({**self._mine, "beats": self._beats, **more}) + "\n").encode()

@@ -1,13 +1,17 @@
-"""Orbax on s3://: arrays and commit markers as on gs://.
+"""Orbax on stores: what it lacks on s3:// and asks too much for on gs://.
 
 Orbax 0.12.8 writes a checkpoint's metadata to any epath, but its arrays only to local folders and gs:// ("Checkpoint
 path should be absolute. Got s3:/…"). TensorStore, which writes them, has an S3 driver. `enable` gives Orbax's three
 private functions that choose the driver a branch for s3://. A test saves and restores through it.
+
+Before Orbax removes a checkpoint from gs://, it asks for the bucket's metadata, which the usual roles of a job
+(Storage Object User, Storage Object Admin) may not read. `enable` takes such an answer as "not hierarchical".
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
@@ -15,6 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
+log = logging.getLogger(__name__)
 _SCHEME = "s3://"
 # As Orbax chooses for gs:// itself: a step counts once its commit marker is there. S3 has no rename.
 ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
@@ -22,7 +27,17 @@ ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_F
 
 @functools.cache
 def enable() -> None:
-    """Makes Orbax write arrays to s3://."""
+    """Changes Orbax as above, once per process; it must be called before Orbax uses a store."""
+    hierarchical = gcs_utils.is_hierarchical_namespace_enabled
+
+    def is_hierarchical(path: Any) -> bool:
+        try:
+            return hierarchical(path)
+        except Exception as e:  # google.api_core's, or a package that is missing
+            log.debug("%s: kind of bucket unknown (%s)", path, e)
+            return False
+
+    gcs_utils.is_hierarchical_namespace_enabled = is_hierarchical
     normal, chosen = tensorstore_utils._normalize_path, tensorstore_utils._use_gcs_driver
     spec = gcs_utils.get_kvstore_for_gcs
 
