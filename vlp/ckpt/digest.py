@@ -23,6 +23,7 @@ from vlp.core import paths
 FILE = "digests.json"
 MARKER = "commit_success.txt"  # by Orbax, after all other files; items have one too
 STEP = "_CHECKPOINT_METADATA"  # by Orbax, with the time of commit
+UNLISTED = f"{FILE} is missing"  # lost, or the checkpoint is of another program
 _PART = "digests.process_{}.json"
 _OWNED = re.compile(r"(^|/)(ocdbt\.|array_metadatas/)process_(\d+)(/|$)")
 _LATE = (FILE, MARKER, STEP)  # in the checkpoint's own folder
@@ -106,7 +107,7 @@ def problem(folder: paths.Path, items: Sequence[str]) -> str:
 def opened(folder: paths.Path, items: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Returns {file: what the manifest says of it} and what is wrong with a checkpoint as a whole, or "".
 
-    Reads no array. A checkpoint without a manifest is whole if it has the commit marker and all items.
+    Reads no array. For a checkpoint that has the commit marker and all items, but no manifest, that is `UNLISTED`.
     """
     for item in items:
         if not paths.is_dir(folder / item):
@@ -115,7 +116,7 @@ def opened(folder: paths.Path, items: Sequence[str]) -> tuple[dict[str, Any], st
         text = paths.read(folder / FILE)
     except FileNotFoundError:
         lost = not paths.is_file(folder / MARKER)
-        return {}, f"{FILE} and {MARKER} are missing" if lost else ""
+        return {}, f"{FILE} and {MARKER} are missing" if lost else UNLISTED
     try:
         value = _parsed(text)
     except ValueError:

@@ -25,14 +25,14 @@ class Keep:
     metric: str = ""
     mode: str = "max"
 
-    def __post_init__(self) -> None:
-        rules = {
-            "every_steps": (self.every_steps >= 0, "at least 0"),
-            "best": (self.best >= 0, "at least 0"),
-            "metric": (
-                bool(self.metric) == bool(self.best),
-                "EVALUATION/METRIC with best=1 or more, else empty",
-            ),
-            "mode": (self.mode in ("max", "min"), "'max' or 'min'"),
-        }
-        check.bounds("config.keep", self, rules)
+
+def check_keep(where: str, keep: Keep) -> None:
+    """Raises UserError for a rule that cannot be."""
+    named = "EVALUATION/METRIC together with best=1 or more, else ''"
+    rules = {
+        "every_steps": (keep.every_steps >= 0, "at least 0"),
+        "best": (keep.best >= 0, "at least 0"),
+        "metric": (bool(keep.metric) == bool(keep.best), named),
+        "mode": (keep.mode in ("max", "min"), "'max' or 'min'"),
+    }
+    check.bounds(where, keep, rules)

@@ -104,19 +104,21 @@ class Checkpoints:
     def newest(self) -> int | None:
         """Returns the newest step whose checkpoint is whole, None if there are none; logs the steps that it skips.
 
+        If none has a manifest, the newest one with a commit marker and all items is taken.
+
         Raises:
             UserError: there are checkpoints, but none is whole.
         """
-        problems = []
-        for step in reversed(self.steps()):
-            if not (problem := self.problem(step)):
-                for broken in problems:
-                    log.warning("%s; using step %d instead", broken, step)
-                return step
-            problems.append(f"{self._folder(step)}: {problem}")
+        known = self.steps()
+        step, problems = steps.first_whole(reversed(known), self.problem)
+        if step is not None:
+            for other, problem in problems.items():
+                log.warning("%s: %s; using step %d", self._folder(other), problem, step)
+            return step
         if problems:
+            told = "; ".join(f"{self._folder(s)}: {problem}" for s, problem in problems.items())
             do = "restore a copy, or move the directory away to start again"
-            raise check.error(str(self._path), "; ".join(problems), "a whole checkpoint", do)
+            raise check.error(str(self._path), told, "a whole checkpoint", do)
         return None
 
     def problem(self, step: int) -> str:
@@ -331,7 +333,9 @@ def select(checkpoints: Checkpoints, workdir: str | os.PathLike, step: int | Non
     if step is None:
         step = checkpoints.newest()
         assert step is not None
-    elif problem := checkpoints.problem(step):
+    elif (problem := checkpoints.problem(step)) == digest.UNLISTED:
+        log.warning("%s, step %d: %s; its files cannot be checked", workdir, step, problem)
+    elif problem:
         do = f"use another of steps {known}"
         raise check.error(f"{workdir}, step {step}", problem, "a whole checkpoint", do)
     return step

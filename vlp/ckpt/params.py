@@ -91,14 +91,14 @@ def _find(path: str | os.PathLike, step: int | None, item: str) -> paths.Path:
         inner = where / "checkpoints"
         where = inner if paths.is_dir(inner) else where
         known = [steps.folder(where, s) for s in steps.listed(where) if step in (None, s)]
-    problems = []
-    for folder in reversed(known):
-        if not (problem := _problem(folder, item)):
-            for broken in problems:
-                log.warning("%s; using %s instead", broken, folder.name)
-            return folder
-        problems.append(f"{folder}: {problem}")
-    got = "; ".join(problems) or ("no checkpoint" if step is None else f"no step {step}")
+    known.reverse()
+    chosen, problems = steps.first_whole(range(len(known)), lambda i: _problem(known[i], item))
+    if chosen is not None:
+        for other, problem in problems.items():
+            log.warning("%s: %s; using %s", known[other], problem, known[chosen].name)
+        return known[chosen]
+    got = "; ".join(f"{known[i]}: {problem}" for i, problem in problems.items())
+    got = got or ("no checkpoint" if step is None else f"no step {step}")
     do = "give a workdir of `vlp train`, or one of its checkpoints"
     raise check.error(os.fspath(path), got, "a whole checkpoint", do)
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vlp.ckpt import digest
@@ -89,6 +89,22 @@ def tag(checkpoints: paths.Path, name: str, step: int | None) -> None:
     check_step(checkpoints, step)
     paths.make_dir(path.parent)
     paths.write(path, (json.dumps({"step": step}) + "\n").encode())
+
+
+def first_whole(
+    candidates: Iterable[int], problem: Callable[[int], str]
+) -> tuple[int | None, dict[int, str]]:
+    """Returns the first whole step, and what is wrong with those before it (and with it, if it has no manifest).
+
+    A step without a manifest counts only if no other is whole.
+    """
+    problems: dict[int, str] = {}
+    for step in candidates:
+        if not (found := problem(step)):
+            return step, problems
+        problems[step] = found
+    unlisted = (step for step, found in problems.items() if found == digest.UNLISTED)
+    return next(unlisted, None), problems
 
 
 def check_step(checkpoints: paths.Path, step: int) -> None:

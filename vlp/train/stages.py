@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vlp.ckpt.keep import Keep
+from vlp.ckpt.keep import Keep, check_keep
 from vlp.core import check, plugins
 from vlp.core.config import build, build_named, overlay, plain
 from vlp.core.mesh import MeshShape
@@ -200,6 +200,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
             raise check.error(
                 where, f"name {names[-1]!r} twice", "a different name for each stage", "rename it"
             )
+    check_keep("config.keep", run.keep)
     label = run.keep.metric.partition("/")[0]
     if label and label not in (known := {name for stage in stages for name in stage.evals}):
         raise check.unknown("config.keep.metric", run.keep.metric, (f"{k}/METRIC" for k in known))
