@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from vlp.ckpt import digest, orbax_io, steps, together
+from vlp.ckpt import digest, orbax_io, s3, steps, together
 from vlp.ckpt.keep import Keep
 from vlp.ckpt.params import read_params
 from vlp.ckpt.steps import ITEMS
@@ -66,6 +66,7 @@ class Checkpoints:
             read_only=not create,
             step_prefix="step",
             step_format_fixed_length=9,
+            atomicity_options=s3.ATOMICITY if paths.is_remote(self._path) else None,
             async_options=ocp.AsyncOptions(
                 barrier_sync_fn=self._meet if jax.process_count() > 1 else None,
                 post_finalization_callback=self._seal,
@@ -80,7 +81,7 @@ class Checkpoints:
         }
         try:
             self._manager = ocp.CheckpointManager(
-                os.fspath(self._path), options=options, item_names=ITEMS, item_handlers=handlers
+                orbax_io.path(self._path), options=options, item_names=ITEMS, item_handlers=handlers
             )
         except OSError as e:
             do = "give another --workdir, or make this one writable"
@@ -294,8 +295,8 @@ def check_path(where: str, path: paths.Path) -> None:
         raise check.error(where, repr(text), "a path without backslashes", "rename the directory")
     url = re.search(r"(^|/)(gs|s3|az|hf|file|https?|hdfs):/", text)
     if url or text.startswith(("/gs/", "/s3/", "/az/", "/hf/")):
-        do = "mount the bucket in a local directory and give that path"
-        raise check.error(where, repr(text), "a directory of this machine", do)
+        do = "rename the directory, or give the address of a bucket as gs://… or s3://…"
+        raise check.error(where, repr(text), "a directory whose name is not an address", do)
 
 
 def _reason(e: Exception) -> str:

@@ -18,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vlp.ckpt import s3
+
 PyTree = Any
 # CRC-32C in hardware costs less than any compression, which saves 8 % of float32 weights (benchmarks/checkpoint.py).
 _CHECKSUM = {"name": "crc32c"}
@@ -60,6 +62,13 @@ def _inner(spec: Any) -> list[Any]:
     return codecs
 
 
+def path(where: os.PathLike) -> epath.Path:
+    """Returns a path for Orbax, which is told of S3 if it lies there."""
+    if os.fspath(where).startswith("s3:"):
+        s3.enable()
+    return epath.Path(where)
+
+
 def restore_args(target: PyTree) -> PyTree:
     """Returns Orbax's restore arguments for a tree of jax.ShapeDtypeStruct with shardings."""
     return ocp.checkpoint_utils.construct_restore_args(target)
@@ -87,7 +96,7 @@ def read(folder: os.PathLike, tree: PyTree, leaf_args: PyTree = None) -> PyTree:
         leaf_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     with ocp.PyTreeCheckpointer() as reader:
         args = ocp.args.PyTreeRestore(tree, leaf_args, partial_restore=True)
-        return reader.restore(epath.Path(folder), args=args)
+        return reader.restore(path(folder), args=args)
 
 
 def shapes(tree: PyTree) -> list[tuple[Any, str]]:
@@ -98,7 +107,7 @@ def shapes(tree: PyTree) -> list[tuple[Any, str]]:
 
 def metadata(folder: os.PathLike) -> PyTree:
     """Returns the tree of an item's array metadata (shape, dtype)."""
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
+    return ocp.PyTreeCheckpointHandler().metadata(path(folder)).tree
 
 
 def _glob(path: Any, pattern: str) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pathlib
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -21,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vlp.cli.main import start_jax
-    from vlp.core import check
+    from vlp.core import check, paths
     from vlp.data import pictures
     from vlp.infer.caption import caption
     from vlp.infer.load import load
@@ -31,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
         if os.path.isdir(path):
             do = f"name its files, {os.path.join(path, '*.jpg')} say"
             raise check.error("vlp caption", f"the folder {path!r}", "image files", do)
-        if not os.path.isfile(path):
+        if not paths.is_file(path):
             raise check.error("vlp caption", f"no file {path!r}", "image files", "correct the path")
         try:
-            images.append(pictures.decode(pathlib.Path(path).read_bytes()))
+            images.append(pictures.decode(paths.read(path)))
         except pictures.BadImage as e:
             got = f"{path!r}, which is not a usable image ({e})"
             raise check.error("vlp caption", got, "image files", "leave it out") from e

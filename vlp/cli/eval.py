@@ -47,15 +47,15 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from vlp.cli.main import start_jax
-    from vlp.core import check, mesh, progress
+    from vlp.core import check, mesh, paths, progress
     from vlp.evals.io import IO, own_names
     from vlp.infer.load import load
     from vlp.runtime import workdir
 
     start_jax()
-    directory = pathlib.Path(args.workdir)
+    directory = paths.parse("--workdir", args.workdir)
     check.output_file("--json", args.json)
-    if args.write and directory.is_dir():
+    if args.write and not paths.is_remote(directory) and paths.is_dir(directory):
         workdir.check_links(directory)
         check.output_dir("--write", directory / "evals")
     loaded = load(args.workdir, args.step, golden=not args.no_golden)
@@ -88,14 +88,14 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
     """Returns the run with the data and parameters that the command asks for, and the chosen evaluators by label."""
     import dataclasses
 
-    from vlp.core import check
+    from vlp.core import check, paths
     from vlp.core.config import build, override, plain
     from vlp.data.config import Data
     from vlp.infer.load import load, plugins_of, stage_config
     from vlp.runtime import workdir
     from vlp.train import stages
 
-    config = workdir.latest(pathlib.Path(args.workdir), loaded.meta["config"])
+    config = workdir.latest(paths.parse("--workdir", args.workdir), loaded.meta["config"])
     section = stage_config(config, loaded.meta["stage"])
     for item in args.overrides:
         key = item.partition("=")[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import pathlib
 import signal
 import socket
 import sys
@@ -15,7 +14,7 @@ from types import FrameType, TracebackType
 
 import jax
 
-from vlp.core import interrupt
+from vlp.core import interrupt, paths
 
 PREEMPTED = 75  # exit code: saved; start the run again
 HANG = 76  # exit code: no progress
@@ -77,7 +76,7 @@ class Watchdog:
     the processes that are behind.
     """
 
-    def __init__(self, secs: float, folder: pathlib.Path | None = None) -> None:
+    def __init__(self, secs: float, folder: os.PathLike | None = None) -> None:
         self._secs, self._folder = secs, folder if jax.process_count() > 1 else None
         self.last, self.phase, self._beats = time.monotonic(), "start", 0
         self._closed = threading.Event()
@@ -113,13 +112,10 @@ class Watchdog:
         me |= {"beats": self._beats, "phase": self.phase}
         name = lambda row: f"process {row['process']} on {row['host']}"
         try:
-            self._folder.mkdir(exist_ok=True)
-            partial = self._folder / f".{me['process']}.partial"
-            partial.unlink(missing_ok=True)  # it might be a link
-            partial.write_text(json.dumps(me) + "\n")
-            os.replace(partial, self._folder / f"{me['process']}.json")
-            files = (self._folder / f"{i}.json" for i in range(jax.process_count()))
-            rows = [json.loads(p.read_text()) for p in files if p.exists()]
+            folder = paths.of(self._folder)
+            paths.write(folder / f"{me['process']}.json", (json.dumps(me) + "\n").encode())
+            files = (folder / f"{i}.json" for i in range(jax.process_count()))
+            rows = [json.loads(paths.read(p)) for p in files if paths.exists(p)]
         except (OSError, ValueError) as e:  # the disk fails: report that instead
             return f" ({name(me)}; {e})"
         least = min(row["beats"] for row in rows)

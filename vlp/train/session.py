@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from vlp.ckpt.manager import Checkpoints
-from vlp.core import tree
+from vlp.core import paths, tree
+from vlp.core.appended import Appended
 from vlp.core.config import difference, plain
 from vlp.infer import golden
 from vlp.optim import make as optimisers
-from vlp.runtime import hosts, sinks
+from vlp.runtime import hosts, locks, sinks
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import Profile
 from vlp.runtime.watchdog import Stop, Watchdog
@@ -40,15 +41,16 @@ class Session:
 
     config: dict[str, Any]
     settings: Run
-    workdir: pathlib.Path
+    workdir: paths.Path
     mesh: Mesh
     checkpoints: Checkpoints
     metrics: files.Metrics
     stop: Stop
     watchdog: Watchdog
     versions: dict[str, Any]
-    lock: IO[str]
+    lock: locks.Lock
     profile: Profile
+    quarantine: Appended  # bad records that this process met
     scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # by step
     hurry: bool = False  # compile nothing: the process was asked to stop
 
@@ -56,7 +58,7 @@ class Session:
 def open_session(
     config: dict[str, Any],
     settings: Run,
-    workdir: pathlib.Path,
+    workdir: paths.Path,
     mesh: Mesh,
     stop: Stop,
     first: StagePlan,
@@ -65,7 +67,7 @@ def open_session(
 ) -> Session:
     """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
     with hosts.raise_together("--workdir"):
-        lock = files.lock(workdir)
+        lock = locks.lock(workdir)
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
     checkpoints = Checkpoints(
         workdir / "checkpoints", settings.keep_checkpoints, on_saved=note, more=settings.keep
@@ -94,6 +96,7 @@ def open_session(
         versions,
         lock,
         Profile(workdir / "profile", profile),
+        Appended(workdir / f"quarantine_{jax.process_index()}.jsonl"),
     )
 
 
@@ -124,9 +127,9 @@ def parameters(params: Any) -> str:
     return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
-def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
+def last_meta(workdir: paths.Path) -> dict[str, Any] | None:
     """Returns the metadata of the newest complete checkpoint; None without a checkpoint."""
-    if not (workdir / "checkpoints").is_dir():
+    if not paths.is_dir(workdir / "checkpoints"):
         files.check_saved(workdir)
         return None
     checkpoints = Checkpoints(workdir / "checkpoints", create=False)
@@ -156,7 +159,9 @@ def save(
     interval: sums of metrics since the last row (`Interval.plain`).
     """
     session.watchdog.beat("save")
+    session.lock.check()
     session.metrics.flush()
+    session.quarantine.flush()
     stage = plan.stage
     step = stage.start_step + stage_step
     samples = stage.start_samples + stage_step * stage.batch
