@@ -11,6 +11,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--workdir", required=True, metavar="DIR", help="a run of `vlp train` with a decoder"
     )
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    parser.add_argument(
+        "--no-golden", action="store_true", help="do not compare the golden pair with training's"
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.set_defaults(run=run)
 
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             got = f"{path!r}, which is not a usable image ({e})"
             raise check.error("vlp caption", got, "image files", "leave it out") from e
     start_jax()
-    loaded = load(args.workdir, args.step)
+    loaded = load(args.workdir, args.step, golden=not args.no_golden)
     for path, text in zip(args.images, caption(loaded, images)):
         print(f"{path}\t{text}")
     return 0

@@ -34,6 +34,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--write", action="store_true", help="write galleries into DIR/evals for `vlp report`"
     )
+    parser.add_argument(
+        "--no-golden", action="store_true", help="do not compare the golden pair with training's"
+    )
     parser.epilog = (
         "Also: --config.evals.LABEL.key=value (which may add a label) and --config.data.key=value"
     )
@@ -55,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if args.write and not paths.is_remote(directory) and paths.is_dir(directory):
         workdir.check_links(directory)
         check.output_dir("--write", directory / "evals")
-    loaded, chosen = configured(load(directory, args.step), args)
+    loaded = load(args.workdir, args.step, golden=not args.no_golden)
+    loaded, chosen = configured(loaded, args)
     if not chosen:
         print(f"{args.workdir}: config.evals is empty: nothing to evaluate")
     write = lambda name, value: workdir.write_artefact(
@@ -107,7 +111,8 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
         section["data"]["skip"] = ""  # it lists records of the run's own data
     override(section, args.overrides)
     if section.get("eval_params") != before:
-        loaded = load(args.workdir, loaded.step, section["eval_params"])
+        own = section["eval_params"]
+        loaded = load(args.workdir, loaded.step, own, golden=not args.no_golden)
     loaded = dataclasses.replace(loaded, data=build(Data, section["data"], "config.data"))
     evals = stages.evaluators(section["evals"], plugins_of(section))
     for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):

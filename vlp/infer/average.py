@@ -10,6 +10,7 @@ import numpy as np
 
 from vlp.ckpt.manager import Checkpoints
 from vlp.core import check, paths, tree
+from vlp.infer import golden
 from vlp.infer.load import Loaded
 
 PyTree = Any
@@ -70,6 +71,11 @@ def write(out: paths.Path, models: Sequence[Loaded], weights: Sequence[float]) -
     meta = copy.deepcopy(dict(models[0].meta))
     for section in (meta["config"], *meta["config"].get("stages", [])):
         section.pop("eval_params", None)
+    first = models[0]
+    meta["golden"] = golden.describe(
+        first.apply.model, {"student": params}, first.data, first.tokenizer, None
+    )
+    meta.pop("scores", None)  # of the first model
     checkpoints = Checkpoints(out / "checkpoints")
     checkpoints.save(models[0].step, params, {"step": np.int32(models[0].step)}, meta)
     checkpoints.close()

@@ -16,6 +16,7 @@ from vlp.core.plugins import Plugin
 from vlp.core.types import Apply
 from vlp.data.config import Data
 from vlp.data.tokenizer import Tokenizer
+from vlp.infer import golden as golden_pair
 from vlp.models import MODELS, TOWERS
 
 
@@ -35,7 +36,10 @@ class Loaded:
 
 
 def load(
-    workdir: str | os.PathLike, step: int | None = None, eval_params: str | None = None
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    eval_params: str | None = None,
+    golden: bool = True,
 ) -> Loaded:
     """Loads a checkpoint on any machine; needs neither the optimiser, nor the objective, nor the data.
 
@@ -43,14 +47,31 @@ def load(
         workdir: of the run.
         step: of the checkpoint; None: the newest whole one.
         eval_params: "student" or the name of an averaging teacher, instead of the run's own choice.
+        golden: compute the golden pair of the checkpoint again (`infer.golden`).
 
     Raises:
-        UserError: the workdir holds no such checkpoint, or the plugin that defines the model is missing.
+        UserError: the workdir holds no such checkpoint, the plugin that defines the model is missing, or the golden
+            pair gives other numbers than in training.
     """
-    folder = paths.parse("workdir", workdir)
-    checkpoints = Checkpoints(folder / "checkpoints", create=False)
+    where = paths.parse("workdir", workdir)
+    checkpoints = Checkpoints(where / "checkpoints", create=False)
     step = select(checkpoints, workdir, step)
-    return _load(str(folder), step, eval_params)
+    loaded = _load(os.fspath(where), step, eval_params)
+    if golden:
+        _verify(os.fspath(where), step, eval_params)
+    return loaded
+
+
+@functools.lru_cache(maxsize=4)
+def _verify(workdir: str, step: int, eval_params: str | None) -> None:
+    """Raises the UserError of a golden pair; once per checkpoint."""
+    loaded = _load(workdir, step, eval_params)
+    section = stage_config(loaded.meta["config"], loaded.meta["stage"])
+    which = eval_params or section.get("eval_params", "student")
+    golden_pair.verify(
+        f"{workdir}, step {step}", loaded.meta.get("golden", {}), loaded.apply, loaded.data,
+        loaded.tokenizer, which,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4)

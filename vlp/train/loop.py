@@ -201,7 +201,8 @@ def train_stage(
                     save(session, plan, state, number + 1, interval.plain())
                     raise
                 if saving:
-                    save(session, plan, state, number + 1, interval.plain())
+                    hurried = dataclasses.replace(session, hurry=stopping)
+                    save(hurried, plan, state, number + 1, interval.plain())
         if stopping:
             break
     return state
@@ -363,6 +364,11 @@ def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: 
     session.metrics.write(row | {"time/eval_s": round(time.monotonic() - began, 3)})
     text = "  ".join(f"{r.metric} {r.value:.4g}" for r in results)
     log.info("[%d] %s: %s", step, label, text)
+    scores = session.scores.setdefault(step, {})
+    scores |= {f"{label}/{r.metric}": float(r.value) for r in results}
+    metric = session.settings.keep.metric
+    if metric.partition("/")[0] == label and metric not in scores:
+        raise check.unknown("config.keep.metric", metric, scores)
 
 
 def check_platform(wanted: str) -> None:

@@ -15,6 +15,7 @@ from vlp.ckpt.manager import Checkpoints
 from vlp.core import paths, tree
 from vlp.core.appended import Appended
 from vlp.core.config import difference, plain
+from vlp.infer import golden
 from vlp.optim import make as optimisers
 from vlp.runtime import hosts, locks, sinks
 from vlp.runtime import workdir as files
@@ -50,6 +51,8 @@ class Session:
     lock: locks.Lock
     profile: Profile
     quarantine: Appended  # bad records that this process met
+    scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # by step
+    hurry: bool = False  # compile nothing: the process was asked to stop
 
 
 def open_session(
@@ -66,7 +69,9 @@ def open_session(
     with hosts.raise_together("--workdir"):
         lock = locks.lock(workdir)
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
-    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints, on_saved=note)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", settings.keep_checkpoints, on_saved=note, more=settings.keep
+    )
     if position["step"]:
         note(position["step"])
     checkpoints.set_aside_after(position["step"])
@@ -162,8 +167,23 @@ def save(
     samples = stage.start_samples + stage_step * stage.batch
     position = {"step": step, "stage": stage.index, "stage_step": stage_step, "samples": samples}
     meta = {"position": position, "interval": interval, **description(session, plan)}
+    meta |= {
+        "scores": session.scores.get(step, {}),
+        "golden": golden_pair(session, plan, state),
+    }
     rest = {k: getattr(state, k) for k in REST}
     session.checkpoints.save(step, state.params, rest, meta)
+
+
+def golden_pair(session: Session, plan: StagePlan, state: State) -> dict[str, Any]:
+    """The golden pair of the trained parameters and of those that are evaluated; {} if compiling it would take time
+    that a process asked to stop may not have."""
+    stage, trees = plan.stage, {"student": state.params}
+    if stage.eval_params != "student":
+        trees[stage.eval_params] = state.teachers[stage.eval_params]
+    if session.hurry and not golden.compiled(stage.model, session.mesh):
+        return {}
+    return golden.describe(stage.model, trees, stage.data, plan.main.tokenizer, session.mesh)
 
 
 def restore(session: Session, plan: StagePlan, step: int) -> State:
