@@ -7,10 +7,12 @@ import textwrap
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from helpers import buckets, faulty_proxy, runs
 from runtime.test_hosts import assert_close, finish, free_port
+from vlp.ckpt.manager import Checkpoints
 from vlp.core import appended, check, paths, stores
 from vlp.runtime import locks, workdir
 from vlp.train import loop
@@ -221,6 +223,21 @@ def test_a_bucket_that_is_not_there(root, tmp_path, toy, capsys):
     ):
         line = runs.refused(capsys, *argv)
         assert "nothing-there" in line or f"{root}/none" in line
+
+
+def test_a_job_needs_no_right_to_read_the_bucket_itself(gs, monkeypatch):
+    """Roles for objects are enough; Orbax asks for the bucket's metadata before it lists and removes steps."""
+    from orbax.checkpoint._src.path import gcs_utils
+
+    def forbidden(name):
+        raise PermissionError("storage.buckets.get")
+
+    monkeypatch.setattr(gcs_utils, "get_bucket", forbidden)
+    checkpoints = Checkpoints(f"{gs}/checkpoints", keep=1)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": np.ones(3)}, {"step": np.ones(1)}, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [2] == [Checkpoints(f"{gs}/checkpoints").newest()]
 
 
 # ---- metrics
