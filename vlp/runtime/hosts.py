@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlp.core import check
+from vlp.core import agree, check
 from vlp.core.config import difference, plain
 from vlp.runtime.workdir import SHARED
 
@@ -296,7 +297,7 @@ def _verdict(
         seen = {0: _host(), **{n: guest.host for n, guest in sorted(here.items())}}
         known = ", ".join(f"{n} on {host}" for n, host in list(seen.items())[:8])
         got = (
-            f"{len(seen)} of {place.num} processes within {secs:.0f} s; missing: {numbers(missing)}"
+            f"{len(seen)} of {place.num} processes within {secs:.0f} s; missing: {agree.numbers(missing)}"
         )
         do = "start the missing ones, or look at their output"
         return str(check.error("hosts", got, f"all (here: {known})", do))
@@ -380,17 +381,6 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def numbers(values: list[int]) -> str:
-    """[2, 3, 4, 9] → "2-4, 9"."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
 # ---- joint decisions
 
 
@@ -416,26 +406,22 @@ def raise_together(where: str) -> Iterator[dict[str, Any]]:
     except Exception as e:
         error = e
     problem = "" if error is None else str(error) or repr(error)
-    answers = _gather({"host": _host(), "problem": problem, "reported": plain(reported)})
+    mine = {"host": _host(), "problem": problem, "reported": plain(reported)}
+    found = agree.decide(where, mine, functools.partial(_first_problem, where))
     if error is not None:
         raise error
+    if found:
+        raise check.UserError(found)
+
+
+def _first_problem(where: str, answers: list[dict[str, Any]]) -> str:
+    """Returns the error of the first process that raised, or whose facts differ from those of process 0; or ""."""
     for number, answer in enumerate(answers):
         if answer["problem"]:
-            raise check.UserError(f"process {number} on {answer['host']}: {answer['problem']}")
+            return f"process {number} on {answer['host']}: {answer['problem']}"
     for number, answer in enumerate(answers):
         if changes := difference(answers[0]["reported"], answer["reported"]):
             got, do = f"another {changes[0]}", "make them equal"
-            where = f"{where}: process {number} on {answer['host']}"
-            raise check.error(where, got, "what process 0 has", do)
-
-
-def _gather(value: Any) -> list[Any]:
-    """Returns the value (plain data) of every process, in order."""
-    from jax.experimental import multihost_utils
-
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.process_allgather(np.int32(len(data))).max())
-    rows = multihost_utils.process_allgather(
-        np.pad(data, (0, size - len(data)), constant_values=32)
-    )
-    return [json.loads(bytes(row)) for row in np.asarray(rows)]
+            place = f"{where}: process {number} on {answer['host']}"
+            return str(check.error(place, got, "what process 0 has", do))
+    return ""
