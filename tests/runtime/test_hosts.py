@@ -15,7 +15,7 @@ from vlp.core import mesh as meshes
 from vlp.core.mesh import MeshShape
 from vlp.report import html
 from vlp.runtime import hosts
-from vlp.runtime.watchdog import PREEMPTED
+from vlp.runtime.stop import PREEMPTED
 from vlp.train import loop
 
 FACTS = {"config": {"batch": 8, "optim": {"b2": 0.99}}, "versions": {"git": "abc"}}

@@ -13,7 +13,8 @@ import pytest
 
 from helpers import runs
 from vlp.core import mesh as meshes
-from vlp.runtime.watchdog import HANG, PREEMPTED, Watchdog
+from vlp.runtime.stop import PREEMPTED
+from vlp.runtime.watchdog import HANG, Watchdog
 
 LONG = runs.changed(runs.TOY, steps=600, save_every_steps=50)
 

@@ -76,6 +76,8 @@ class Checkpoints:
             do = "give another --workdir, or make this one writable"
             raise check.error(str(self._path), e.strerror, "a directory to write to", do) from e
         self._saving: int | None = None
+        self._began = 0.0
+        self.save_secs: float | None = None  # of the last save, from its start to its last file
         self._shapes: dict[str, list[Any]] = {}
         self._failed = False
         self._saved: int | None = None  # the last step whose checkpoint is known to be whole
@@ -149,7 +151,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave(meta),
         )
         self.wait()
-        self._saving = step
+        self._saving, self._began = step, time.monotonic()
         self._shapes = {"params": _shapes(params), "rest": _shapes(rest)}
         try:
             saved = self._manager.save(step, args=args)
@@ -173,6 +175,7 @@ class Checkpoints:
                     got = f"{len(found)} arrays of {item} that can be read back"
                     raise check.error(str(folder), got, f"the {len(shapes)} that were saved", "")
             digest.write(folder)
+        self.save_secs = time.monotonic() - self._began
 
     def _failure(self, e: Exception) -> check.Failed:
         """Returns the error of a save: what could not be written, and which checkpoints are kept."""

@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    from vlp.core import check
+    from vlp.core import check, flags
     from vlp.core.config import load
     from vlp.runtime import hosts, profile, restart, workdir
     from vlp.train import loop
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         "profile": args.profile,
         "extend": args.extend,
         "versions": workdir.code_versions(),
+        "flags": flags.common(),
     }
     left = secs - (time.monotonic() - began)  # imports may take long
     with hosts.joined(place, facts, pathlib.Path(args.workdir).absolute(), max(left, 1.0)):

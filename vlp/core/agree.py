@@ -115,9 +115,7 @@ def _collect(kv: Any, name: str, key: str, num: int, secs: float) -> dict[int, A
 def _missing(name: str, processes: Sequence[int], secs: float) -> check.Failed:
     who = f"process {numbers(processes)}"
     do = "look at its output and start all processes again"
-    return check.Failed(
-        f"{name}: got no answer from {who} within {secs:.0f} s, expected all; {do}"
-    )
+    return check.Failed(f"{name}: got no answer from {who} within {secs:.0f} s, expected all; {do}")
 
 
 _NOW = "vlp/now"  # what any process may say to all at any time: {kind: text}

@@ -28,7 +28,7 @@ _on_sigterm: Callable[[], None] | None = None
 _polls: list[Callable[[], None]] = []
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # no evaluator's `except Exception` may catch it
     """Raised by `poll`: the run is to save and stop."""
 
 

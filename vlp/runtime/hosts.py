@@ -4,7 +4,7 @@ If a process is missing, `jax.distributed.initialize(initialization_timeout=…)
 "DEADLINE_EXCEEDED" and a C++ stack trace. Python cannot catch it, and no process is named (JAX 0.10.2).
 So the processes first connect to the coordinator's port by TCP, and JAX starts when all are connected. If that fails
 within `secs`, every process prints one line that names the processes that are missing, differ from process 0 in config
-or code, or do not see its workdir. Later decisions use JAX's `multihost_utils`.
+or code, or do not see its workdir. Later decisions: core/agree.py.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def joined(
         yield
         return
     roll_call(place, facts, workdir, secs)
+    jax.config.update("jax_enable_preemption_service", False)  # runtime/stop.py takes SIGTERM
     jax.distributed.initialize(
         place.coordinator,
         place.num,
@@ -169,14 +170,14 @@ def joined(
             logging.getLogger().setLevel(logging.WARNING)
         yield
     except BaseException as error:
-        known = check.answer(error)
-        if known:
-            print(f"vlp: {known[0]}", file=sys.stderr)
+        text, code = check.answer(error) or (f"{type(error).__name__}: {error}", 1)
+        if check.answer(error):
+            print(f"vlp: {text}", file=sys.stderr)
         else:
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(known[1] if known else 1)
+        where = f"process {place.process} on {_host()}"
+        agree.announce("failed", text if text.startswith("process ") else f"{where}: {text}")
+        agree.leave(code)
     jax.distributed.shutdown()
 
 
@@ -296,9 +297,7 @@ def _verdict(
     if missing:
         seen = {0: _host(), **{n: guest.host for n, guest in sorted(here.items())}}
         known = ", ".join(f"{n} on {host}" for n, host in list(seen.items())[:8])
-        got = (
-            f"{len(seen)} of {place.num} processes within {secs:.0f} s; missing: {agree.numbers(missing)}"
-        )
+        got = f"{len(seen)} of {place.num} processes within {secs:.0f} s; missing: {agree.numbers(missing)}"
         do = "start the missing ones, or look at their output"
         return str(check.error("hosts", got, f"all (here: {known})", do))
     return ""

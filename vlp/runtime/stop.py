@@ -27,7 +27,10 @@ from vlp.core.interrupt import PREEMPTED
 log = logging.getLogger(__name__)
 
 _LOOK_SECS = 1.0  # how often a process looks whether another one was asked to stop
-_PATIENCE, _LAST = 1 / 3, 5 / 6  # shares of the grace: the main thread may come to a poll; all is given up
+_PATIENCE, _LAST = (
+    1 / 3,
+    5 / 6,
+)  # shares of the grace: the main thread may come to a poll; all is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Stop:
         self._lock = threading.RLock()
         self._wanted, self._closed = threading.Event(), threading.Event()
         self._previous: dict[int, Any] = {}
+        self._noted = self._warned = False
         self._handler = self._signalled  # one bound method, so that `is` recognises it later
 
     def __enter__(self) -> Stop:
@@ -97,7 +101,9 @@ class Stop:
 
     def ask(self, reason: str) -> None:
         """Requests a stop; any thread, and a signal handler, may call it."""
-        if not self._reason:  # a second signal may come in the midst of `set`, whose lock is not reentrant
+        if (
+            not self._reason
+        ):  # a second signal may come in the midst of `set`, whose lock is not reentrant
             self._reason = reason
             self._wanted.set()
 
@@ -117,6 +123,26 @@ class Stop:
         """Raises `interrupt.Stopped` where `poll` returns True."""
         if self.poll():
             raise interrupt.Stopped
+
+    def note_save(self, secs: float) -> None:
+        """Logs how long a save took beside the grace: the first one, and one that does not fit."""
+        fits = (
+            secs < self.grace_secs * (1 - _PATIENCE) / 2
+        )  # one may be going on when the stop comes
+        if not fits and not self._warned:
+            self._warned = True
+            log.warning(
+                "saving took %.1f s; with config.grace_secs = %g a pre-empted run may lose the steps since its last "
+                "checkpoint: use a faster --workdir, or raise grace_secs where the killer waits longer",
+                secs, self.grace_secs,
+            )  # fmt: skip
+        elif not self._noted:
+            log.info(
+                "saving takes %.1f s; a killer waits %g s (config.grace_secs)",
+                secs,
+                self.grace_secs,
+            )
+        self._noted = True
 
     @contextlib.contextmanager
     def holding(self, step: int, save: Callable[[], None] | None = None) -> Iterator[None]:

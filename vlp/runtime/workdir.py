@@ -22,7 +22,7 @@ import jax
 
 from vlp import __version__
 from vlp.ckpt.manager import check_path
-from vlp.core import check
+from vlp.core import check, flags
 from vlp.core.chips import processor
 from vlp.core.config import difference
 from vlp.runtime import restart
@@ -34,11 +34,6 @@ _WRITTEN = {
     ".lock", "config.json", "versions.json", "preprocessing.json", "saved.json", "tokenizer.model", "metrics.jsonl",
     "parameters.txt", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
 }  # fmt: skip
-_FLAGS = (
-    "XLA_FLAGS",
-    "LIBTPU_INIT_ARGS",
-    "NVIDIA_TF32_OVERRIDE",
-)  # they may change the numbers
 SHARED = ".shared"  # suffix of the file that tests whether hosts share the workdir; caches may show it after its end
 
 
@@ -307,9 +302,7 @@ def versions() -> dict[str, Any]:
         "device": f"CPU ({processor()[0]})" if kind == "cpu" else kind,
         "devices": len(devices),
         "processes": jax.process_count(),
-        "flags": {
-            k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_") or k in _FLAGS
-        },
+        "flags": flags.recorded(),
     }
 
 

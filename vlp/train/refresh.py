@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp.core import check, local
+from vlp.core import check, interrupt, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Ctx
 from vlp.train.build import StagePlan, arrays_of
@@ -73,6 +73,7 @@ class Embed:
             quarantine=self.workdir / f"quarantine_{jax.process_index()}.jsonl",
             rows=local.rows(batch, self.mesh),
         ):
+            interrupt.poll()
             out = run(self.state.params, self.state.teachers, meshes.to_global(rows, self.mesh))
             found.append(jax.tree.map(meshes.to_host, out))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *found)

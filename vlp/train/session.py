@@ -15,10 +15,11 @@ from vlp.ckpt.manager import Checkpoints
 from vlp.core import tree
 from vlp.core.config import difference, plain
 from vlp.optim import make as optimisers
-from vlp.runtime import hosts, sinks
+from vlp.runtime import hosts, preflight, sinks
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import Profile
-from vlp.runtime.watchdog import Stop, Watchdog
+from vlp.runtime.stop import Stop
+from vlp.runtime.watchdog import Watchdog
 from vlp.train import summary
 from vlp.train.stages import Run
 from vlp.train.state import State
@@ -56,18 +57,22 @@ def open_session(
     workdir: pathlib.Path,
     mesh: Mesh,
     stop: Stop,
-    first: StagePlan,
+    plans: Sequence[StagePlan],
     position: Mapping[str, int],
     profile: tuple[int, int] | None = None,
 ) -> Session:
     """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
     with hosts.raise_together("--workdir"):
         lock = files.lock(workdir)
+    preflight.check_workdir(
+        workdir, [saved_part(p.abstract) for p in plans], settings.keep_checkpoints
+    )
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints, on_saved=note)
     if position["step"]:
         note(position["step"])
     checkpoints.set_aside_after(position["step"])
+    first = plans[0]
     versions = files.versions() | {"data": getattr(first.main.source, "info", {})}
     files.write_json(workdir / "config.json", config)
     files.write_json(workdir / "versions.json", versions)
@@ -150,15 +155,26 @@ def save(
 
     interval: sums of metrics since the last row (`Interval.plain`).
     """
-    session.watchdog.beat("save")
+    session.watchdog.beat("save", plan.stage.start_step + stage_step)
     session.metrics.flush()
     stage = plan.stage
     step = stage.start_step + stage_step
     samples = stage.start_samples + stage_step * stage.batch
     position = {"step": step, "stage": stage.index, "stage_step": stage_step, "samples": samples}
     meta = {"position": position, "interval": interval, **description(session, plan)}
-    rest = {k: getattr(state, k) for k in REST}
-    session.checkpoints.save(step, state.params, rest, meta)
+    session.checkpoints.save(step, *saved_part(state), meta)
+
+
+def saved_part(state: State) -> tuple[Any, dict[str, Any]]:
+    """Returns what a checkpoint holds: the parameters, and all the rest."""
+    return state.params, {k: getattr(state, k) for k in REST}
+
+
+def note_save(session: Session) -> None:
+    """Logs how long the last save took, once it is on disk."""
+    if (secs := session.checkpoints.save_secs) is not None:
+        session.checkpoints.save_secs = None
+        session.stop.note_save(secs)
 
 
 def restore(session: Session, plan: StagePlan, step: int) -> State:
