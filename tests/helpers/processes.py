@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -28,8 +29,9 @@ def free_port():
 class Run:
     """Processes of one run, or of several runs of one process. Leaving `with` ends what still lives."""
 
-    def __init__(self, config, where, num=1, stall=None, devices=1, env=None):
-        """where: the workdir; a list of them: one process in each. stall: {process: arguments of `stalled`}."""
+    def __init__(self, config, where, num=1, stall=None, devices=1, env=None, files=None):
+        """where: the workdir; a list of them: one process in each. stall: {process: arguments of `stalled`}.
+        files: {process: limits of open files}."""
         several = isinstance(where, list)
         directories = where if several else [where] * num
         self.folder = pathlib.Path(f"{directories[0]}.processes.{time.monotonic_ns()}")
@@ -44,7 +46,8 @@ class Run:
                 argv += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(num)]
                 argv += ["--process", str(i)]
             out, stop = str(self.folder / f"{i}"), (stall or {}).get(i)
-            specs.append({"argv": argv, "out": out, "stall": stop})
+            limits = (files or {}).get(i)
+            specs.append({"argv": argv, "out": out, "stall": stop, "files": limits})
             for kind in ("out", "err"):
                 pathlib.Path(f"{out}.{kind}").touch()
         env = (
@@ -180,6 +183,8 @@ def main():
                 os.open(f"{spec['out']}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number
             )
         sys.stdout.reconfigure(line_buffering=True)
+        if spec["files"]:
+            resource.setrlimit(resource.RLIMIT_NOFILE, tuple(spec["files"]))
         code = 1
         try:
             sys.argv = ["vlp", *spec["argv"]]

@@ -148,7 +148,7 @@ def _item_bytes(x: Any) -> int:
     )
 
 
-def _size(num: float) -> str:
+def _size(num: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if num < 1000:
             return f"{num:.3g} {unit}"
