@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from vlp.core import agree, check, paths
 from vlp.runtime import hosts
@@ -132,20 +131,14 @@ def _check_room(folder: Any, states: list[Any], keep: int) -> None:
 
 
 def _num_bytes(state: Any) -> int:
-    return sum(math.prod(x.shape) * _item_bytes(x) for x in jax.tree.leaves(state))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def _shard_bytes(x: Any) -> int:
     """Bytes of one device's part of an array, which are written as one piece."""
     sharding = getattr(x, "sharding", None)
     shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
-    return math.prod(shape) * _item_bytes(x)
-
-
-def _item_bytes(x: Any) -> int:
-    return (
-        np.dtype(x.dtype).itemsize if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else 8
-    )
+    return math.prod(shape) * x.dtype.itemsize
 
 
 def _size(num: int | float) -> str:

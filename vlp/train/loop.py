@@ -8,8 +8,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vlp.core import agree, check, flags, interrupt, local, plugins, progress
+from vlp.core import check, flags, local, plugins, progress
 from vlp.core import mesh as meshes
 from vlp.core.config import plain
-from vlp.core.types import Apply
 from vlp.data.dataset import start_plan
-from vlp.evals.io import IO, own_names
 from vlp.runtime import hosts, notices
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import check_range
@@ -31,6 +28,7 @@ from vlp.runtime.stop import PREEMPTED, Stop
 from vlp.train import bar as bars
 from vlp.train import refresh
 from vlp.train.build import StagePlan, in_order, prepare
+from vlp.train.evaluation import between, due_evals, evaluate_all, make_up
 from vlp.train.metrics import FINITE, Clock, Interval, Sums, flops_frac, input_metrics, values
 from vlp.train.session import (
     Session,
@@ -104,36 +102,50 @@ def run(
         session = open_session(resolved, settings, workdir, mesh, stop, plans, position, profile)
         say_model(session, plans)
         say_changes(meta, session)
-        state = None
-        interval = Interval((meta or {}).get("interval"))
-        # closes the parts in reverse order, also if one of them fails to close
-        with contextlib.ExitStack() as closing:
-            for part in (session.lock, session.checkpoints, session.watchdog, session.metrics):
-                closing.callback(part.close)
-            closing.callback(session.profile.close)
-            stop.finish = session.checkpoints.wait
-            for plan in plans[position["stage"] :]:
-                step = position["step"] if state is None else int(state.step)
-                with progress.phase(f"entering stage {plan.stage.name!r}"), stop.holding(step):
-                    state = start_stage(session, plan, state, position if state is None else None)
-                first, num = int(state.stage_step), plan.stage.num_steps
-                with (
-                    progress.phase(
-                        lambda: f"training: {session.watchdog.phase}",
-                        since=lambda: session.watchdog.last,
-                    ),
-                    bars.shown(plan.stage.name, first, num) as bar,
-                ):
-                    state = train_stage(session, plan, state, interval, bar)
-                step, left = int(state.step), due_evals(plan, int(state.stage_step))
-                if stop.stopped and (step < total or left):
-                    session.checkpoints.wait()  # the line below is true only after this
-                    log.info("stopped at step %d and saved; the same command continues", step)
-                    return PREEMPTED
-            session.checkpoints.wait()
-            note_save(session)
-            log.info("done: %s", workdir)
-            return 0
+        return train_stages(session, plans, position, Interval((meta or {}).get("interval")))
+
+
+def train_stages(
+    session: Session, plans: Sequence[StagePlan], position: dict[str, int], interval: Interval
+) -> int:
+    """Trains from `position` to the end of the run, or until it is asked to stop; closes the session.
+
+    Args:
+        session: the run's open files, mesh, watchdog and profiler.
+        plans: all stages.
+        position: of the checkpoint to continue from.
+        interval: sums of metrics since the last logged row.
+
+    Returns:
+        The exit code, as of `run`.
+    """
+    state, stop, last = None, session.stop, plans[-1].stage
+    stop.finish = session.checkpoints.wait
+    # closes the parts in reverse order, also if one of them fails to close
+    with contextlib.ExitStack() as closing:
+        for part in (session.lock, session.checkpoints, session.watchdog, session.metrics):
+            closing.callback(part.close)
+        closing.callback(session.profile.close)
+        for plan in plans[position["stage"] :]:
+            step = position["step"] if state is None else int(state.step)
+            with progress.phase(f"entering stage {plan.stage.name!r}"), stop.holding(step):
+                state = start_stage(session, plan, state, position if state is None else None)
+            first, num = int(state.stage_step), plan.stage.num_steps
+            phase = lambda: f"training: {session.watchdog.phase}"
+            with (
+                progress.phase(phase, since=lambda: session.watchdog.last),
+                bars.shown(plan.stage.name, first, num) as bar,
+            ):
+                state = train_stage(session, plan, state, interval, bar)
+            step, left = int(state.step), due_evals(plan, int(state.stage_step))
+            if stop.stopped and (step < last.start_step + last.num_steps or left):
+                session.checkpoints.wait()  # the line below is true only after this
+                log.info("stopped at step %d and saved; the same command continues", step)
+                return PREEMPTED
+        session.checkpoints.wait()
+        note_save(session)
+        log.info("done: %s", session.workdir)
+        return 0
 
 
 def train_stage(
@@ -218,86 +230,6 @@ def train_stage(
         if stopping:
             break
     return state
-
-
-@contextlib.contextmanager
-def between(
-    session: Session, phase: str, step: int, keep: Callable[[], None] | None = None
-) -> Iterator[list[str]]:
-    """Inside, between two steps, work may end early: if the run is to stop, at the work's next `interrupt.poll`.
-
-    Args:
-        session: the run.
-        phase: the work, for the watchdog.
-        step: steps done.
-        keep: saves their state; None: it is saved.
-
-    Yields:
-        A list, empty afterwards if the work ended early.
-    """
-    going = [phase]
-
-    def poll() -> None:
-        session.watchdog.beat(phase, step)
-        session.stop.check()
-
-    session.watchdog.beat(phase, step)
-    try:
-        with session.stop.holding(step, keep), interrupt.polled(poll):
-            yield going
-    except interrupt.Stopped:
-        going.clear()
-
-
-def evaluate_all(
-    session: Session, plan: StagePlan, state: State, labels: Sequence[str], keep: Callable[[], None]
-) -> bool:
-    """Runs evaluators; returns False if the run is to stop, in which case the state is saved.
-
-    keep: saves the state. A failed evaluation raises after that, so that it loses no training.
-    """
-    step = int(state.step) if labels else 0
-    for label in labels:
-        try:
-            with between(session, f"eval {label}", step, keep) as going:
-                evaluate(session, plan, state, label, step)
-        except Exception:
-            keep()
-            raise
-        if not going:
-            keep()
-            return False
-    return True
-
-
-def due_evals(plan: StagePlan, stage_step: int) -> list[str]:
-    """Returns the labels of the evaluators to run after step `stage_step` of the stage (from 1)."""
-    stage = plan.stage
-    step, last = stage.start_step + stage_step, stage_step == stage.num_steps
-    every = lambda e: e.every_steps and step % e.every_steps == 0
-    return [name for name, e in stage.evals.items() if last or every(e)]
-
-
-def make_up(session: Session, plan: StagePlan, state: State, stage_step: int) -> bool:
-    """Runs the evaluations of a restored step that are missing; returns False if the run is to stop."""
-    step = plan.stage.start_step + stage_step
-    rows = session.metrics.begun if jax.process_index() == 0 else []
-    done = {row.get("eval") for row in rows if row["kind"] == "eval" and row["step"] == step}
-    due = due_evals(plan, stage_step)
-    missing = agree.share("evaluations to make up for", [n for n in due if n not in done])
-    for name in missing:
-        log.info("[%d] %s: was due when the run stopped; made up for now", step, name)
-        try:
-            with between(session, f"eval {name}", step) as going:
-                evaluate(session, plan, state, name, step)
-        except Exception as e:
-            if stage_step == plan.stage.num_steps:
-                raise
-            log.warning("[%d] %s: failed again (%s: %s); skipped", step, name, type(e).__name__, e)
-            continue
-        if not going:
-            return False
-    return True
 
 
 def feed(
@@ -405,28 +337,6 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
             "[%d] %s %d/%d  loss %.4f  %s  data wait %.0f%%",
             step, stage.name, number, stage.num_steps, averages["loss"], pace, 100 * wait,
         )  # fmt: skip
-
-
-def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: int) -> None:
-    """Runs one evaluator on the current parameters, and writes its results to metrics.jsonl and the log."""
-    stage = plan.stage
-    began = time.monotonic()
-    params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
-    write = lambda name, value: files.write_artefact(session.workdir, name, {"step": step} | value)
-    io = own_names(stage.evals, label, IO(stage.data, plan.main.tokenizer, write))
-    results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
-    samples = stage.start_samples + (step - stage.start_step) * stage.batch
-    row: dict[str, Any] = {
-        "kind": "eval",
-        "step": step,
-        "samples": samples,
-        "stage": stage.name,
-        "eval": label,
-    }
-    row |= {r.metric: r.value for r in results} | dict(results[0].provenance if results else {})
-    session.metrics.write(row | {"time/eval_s": round(time.monotonic() - began, 3)})
-    text = "  ".join(f"{r.metric} {r.value:.4g}" for r in results)
-    log.info("[%d] %s: %s", step, label, text)
 
 
 def check_platform(wanted: str) -> None:
