@@ -41,8 +41,8 @@ def kill(config, directory, owner, name, when, devices=1):
         runs.train(config, directory, devices)
 
 
-# Each start goes on from where the death before left it. A save is due at steps 2, 4, 5, 6, 8 and 9, an evaluation at
-# 3, 5, 6 and 9, after the save; stage 2 begins after step 5. Last: the kind and step of the last row that is on record then.
+# Each start goes on from where the death before left it. A save is due at steps 2, 4, 5, 6, 8 and 9; after it, at 3, 5,
+# 6 and 9, an evaluation; stage 2 begins after step 5. Last: the kind and step of the last row that is on record then.
 DEATHS = [
     ("before anything is saved", loop, "save", before(1), ("train", 2)),
     ("right after the first save", loop, "save", after(1), ("train", 2)),
