@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything, which saves most
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import pathlib
@@ -114,11 +115,15 @@ def freeze():
     time.sleep(0.1)
 
 
+def fail():
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "the data")
+
+
 def stalled(phase, how, step):
     """Patches `vlp` so that this process stalls at a step (from 1) in a phase.
 
     phase: "data", "compile", "step", "eval", "batch" (each batch of an evaluation), "save". how: "block" (in C, for
-    ever), "freeze" (the process), or a number of seconds. Prints "stalled" first.
+    ever), "freeze" (the process), "fail" (no memory), or a number of seconds. Prints "stalled" first.
     """
     import jax
 
@@ -129,7 +134,7 @@ def stalled(phase, how, step):
 
     def stall():
         print("stalled", flush=True)
-        {"block": block, "freeze": freeze}.get(how, lambda: time.sleep(float(how)))()
+        {"block": block, "freeze": freeze, "fail": fail}.get(how, lambda: time.sleep(float(how)))()
 
     def before(owner, name, when):
         function = getattr(owner, name)

@@ -57,6 +57,18 @@ def test_one_of_four_processes_freezes(toy, tmp_path, where):
     assert [r["step"] for r in runs.rows(tmp_path / "run")] == [*range(1, 9)]
 
 
+def test_an_error_on_one_process_ends_all(toy, tmp_path):
+    """In the midst of training, where the others wait for it."""
+    config = runs.changed(CONFIG, hang_secs=60.0)
+    with processes.Run(config, tmp_path / "run", num=2, stall={1: ("data", "fail", 5)}) as run:
+        assert run.finish() == [1, 1], [run.err(i) for i in range(2)]
+        name = (
+            f"process 1 on {socket.gethostname()}: the data: got Cannot allocate memory, expected"
+        )
+        assert f"vlp: {name}" in run.err(0) and "vlp: the data: got Cannot" in run.err(1)
+    assert runs.train(config, tmp_path / "run") == 0
+
+
 def test_a_beating_heart_is_left_alone(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)

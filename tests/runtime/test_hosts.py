@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import runs
-from vlp.core import agree, check, local
+from vlp.core import check, local
 from vlp.core import mesh as meshes
 from vlp.core.mesh import MeshShape
 from vlp.report import html
@@ -194,10 +194,6 @@ def test_a_process_finds_its_place_under_slurm(monkeypatch):
     assert (place.num, place.process, place.local) == (4, 2, (0,))
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert hosts.find() is None
-
-
-def test_numbers_are_written_as_ranges():
-    assert agree.numbers([1, 3, 4, 5, 9, 10]) == "1, 3-5, 9-10"
 
 
 # ---- rows

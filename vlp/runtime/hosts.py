@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import secrets
 import socket
 import sys
@@ -170,15 +171,29 @@ def joined(
             logging.getLogger().setLevel(logging.WARNING)
         yield
     except BaseException as error:
-        text, code = check.answer(error) or (f"{type(error).__name__}: {error}", 1)
-        if check.answer(error):
+        where = f"process {place.process} on {_host()}"
+        text, code = check.answer(error) or _lost(error) or ("", 1)
+        if text:
             print(f"vlp: {text}", file=sys.stderr)
         else:
             traceback.print_exc()
-        where = f"process {place.process} on {_host()}"
+            text = f"{type(error).__name__}: {error}"
         agree.announce("failed", text if text.startswith("process ") else f"{where}: {text}")
         agree.leave(code)
     jax.distributed.shutdown()
+
+
+def _lost(error: BaseException) -> tuple[str, int] | None:
+    """Returns the line and exit code for an error whose cause is another process; None if it is this one's own."""
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    if said := agree.announced().get("failed"):
+        return said, 1
+    reason = check.line((str(error).splitlines() or [""])[0])[:160]
+    if re.search("gloo|closed by peer|connection reset|unavailable|heartbeat", reason.lower()):
+        do = "look at the output of the others, and start all again"
+        return f"hosts: got {reason}, expected all processes to go on; {do}", 1
+    return None
 
 
 def _check_devices() -> None:

@@ -177,7 +177,7 @@ class Stop:
 
     def _fail(self, message: str) -> None:
         """Ends this process for the error of another one, unless it ends by itself."""
-        if not self._closed.wait(5.0):
+        if not self._closed.wait(2.0):  # less than the other one waits in `leave`
             print(f"vlp: {message}", file=sys.stderr)
             agree.leave(1)
 
