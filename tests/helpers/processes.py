@@ -30,9 +30,11 @@ def free_port():
 class Run:
     """Processes of one run, or of several runs of one process. Leaving `with` ends what still lives."""
 
-    def __init__(self, config, where, num=1, stall=None, devices=1, env=None, files=None):
+    def __init__(
+        self, config, where, num=1, stall=None, devices=1, env=None, files=None, waiting=()
+    ):
         """where: the workdir; a list of them: one process in each. stall: {process: arguments of `stalled`}.
-        files: {process: limits of open files}."""
+        files: {process: limits of open files}. waiting: those that wait for a second process of their run."""
         several = isinstance(where, list)
         directories = where if several else [where] * num
         self.folder = pathlib.Path(f"{directories[0]}.processes.{time.monotonic_ns()}")
@@ -41,7 +43,9 @@ class Run:
         specs = []
         for i, directory in enumerate(directories):
             argv = runs.arguments(config, directory)
-            if len(directories) == 1 or several:
+            if i in waiting:
+                argv += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", "0"]
+            elif len(directories) == 1 or several:
                 argv += ["--coordinator", "none"]
             else:
                 argv += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(num)]

@@ -43,20 +43,21 @@ def assert_stopped(run, i, directory, saved):
 
 
 def test_sigterm_in_each_phase_of_one_process(whole, tmp_path):
-    """Six runs at once, each of which is stopped in another phase, and resumed."""
-    directories = [tmp_path / name for name in CASES]
-    with processes.Run(
-        CONFIG, directories, stall={i: s for i, (s, _) in enumerate(CASES.values())}
-    ) as run:
+    """Seven runs at once, each of which is stopped in another phase; the last one waits for a second process."""
+    directories = [tmp_path / name for name in (*CASES, "roll call")]
+    stall, last = {i: s for i, (s, _) in enumerate(CASES.values())}, len(CASES)
+    with processes.Run(CONFIG, directories, stall=stall, waiting={last}) as run:
         began = {}
         for i in range(len(CASES)):
             run.await_line("stalled", i)
             began[i] = time.monotonic()
             run.send(signal.SIGTERM, i)
+            if i == 0:
+                run.send(signal.SIGTERM, last)
         codes = run.finish()
-        assert codes == [PREEMPTED] * len(CASES), [
-            run.out(i) + run.err(i) for i in range(len(CASES))
-        ]
+        shown = [run.out(i) + run.err(i) for i in range(last + 1)]
+        assert codes == [PREEMPTED] * (last + 1), shown
+        assert run.err(last) == "vlp: stopped before the first step; the same command continues\n"
         assert time.monotonic() - min(began.values()) < 60  # all of them, on a slow machine
         for i, (directory, (_, saved)) in enumerate(zip(directories, CASES.values())):
             assert_stopped(run, i, directory, saved)

@@ -35,7 +35,8 @@ def check_workdir(workdir: os.PathLike, states: Iterable[Any], keep: int) -> Non
 
     Args:
         workdir: exists.
-        states: what the checkpoints of each stage will hold: trees of jax.ShapeDtypeStruct with shardings.
+        states: what the checkpoints of each stage will hold: trees of jax.ShapeDtypeStruct with shardings; empty if
+            nothing will be saved.
         keep: number of checkpoints that are kept.
     """
     folder = paths.of(workdir)
@@ -105,7 +106,7 @@ def _check_shared(path: Any, token: str) -> None:
 def _check_room(folder: Any, states: list[Any], keep: int) -> None:
     """Raises UserError if a checkpoint cannot fit: free space, inodes, the limit of a file's size."""
     where = f"--workdir {folder}"
-    num_bytes = max(map(_num_bytes, states))
+    num_bytes = max(map(_num_bytes, states), default=0)
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < num_bytes:

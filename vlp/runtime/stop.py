@@ -103,7 +103,7 @@ class Stop:
         """Requests a stop; any thread, and a signal handler, may call it."""
         if (
             not self._reason
-        ):  # a second signal may come in the midst of `set`, whose lock is not reentrant
+        ):  # once: a second signal may interrupt `set`, whose lock is not reentrant
             self._reason = reason
             self._wanted.set()
 
@@ -126,9 +126,8 @@ class Stop:
 
     def note_save(self, secs: float) -> None:
         """Logs how long a save took beside the grace: the first one, and one that does not fit."""
-        fits = (
-            secs < self.grace_secs * (1 - _PATIENCE) / 2
-        )  # one may be going on when the stop comes
+        # one save may be going on when the stop comes, and another one follows
+        fits = secs < self.grace_secs * (1 - _PATIENCE) / 2
         if not fits and not self._warned:
             self._warned = True
             log.warning(
@@ -137,11 +136,8 @@ class Stop:
                 secs, self.grace_secs,
             )  # fmt: skip
         elif not self._noted:
-            log.info(
-                "saving takes %.1f s; a killer waits %g s (config.grace_secs)",
-                secs,
-                self.grace_secs,
-            )
+            text = "saving takes %.1f s; a killer waits %g s (config.grace_secs)"
+            log.info(text, secs, self.grace_secs)
         self._noted = True
 
     @contextlib.contextmanager
@@ -201,7 +197,8 @@ class Stop:
                 if same and held is not None:
                     self._save_and_leave(held)
                 asking = same is not None
-                if time.monotonic() - began > self.grace_secs * _LAST:
+                late = time.monotonic() - began > self.grace_secs * _LAST
+                if late and self._reason != "SIGINT":  # nobody kills after Ctrl-C
                     self._leave(PREEMPTED, "stopped; the steps since the last checkpoint are lost")
             time.sleep(1.0)
 

@@ -119,7 +119,7 @@ def train_stages(
     Returns:
         The exit code, as of `run`.
     """
-    state, stop, last = None, session.stop, plans[-1].stage
+    state, stop, last, step = None, session.stop, plans[-1].stage, position["step"]
     stop.finish = session.checkpoints.wait
     # closes the parts in reverse order, also if one of them fails to close
     with contextlib.ExitStack() as closing:
@@ -127,7 +127,6 @@ def train_stages(
             closing.callback(part.close)
         closing.callback(session.profile.close)
         for plan in plans[position["stage"] :]:
-            step = position["step"] if state is None else int(state.step)
             with progress.phase(f"entering stage {plan.stage.name!r}"), stop.holding(step):
                 state = start_stage(session, plan, state, position if state is None else None)
             first, num = int(state.stage_step), plan.stage.num_steps
@@ -142,7 +141,8 @@ def train_stages(
                 session.checkpoints.wait()  # the line below is true only after this
                 log.info("stopped at step %d and saved; the same command continues", step)
                 return PREEMPTED
-        session.checkpoints.wait()
+        with stop.holding(step):  # asked to stop, it waits for nothing else
+            session.checkpoints.wait()
         note_save(session)
         log.info("done: %s", session.workdir)
         return 0

@@ -64,9 +64,10 @@ def open_session(
     """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
     with hosts.raise_together("--workdir"):
         lock = files.lock(workdir)
-    preflight.check_workdir(
-        workdir, [saved_part(p.abstract) for p in plans], settings.keep_checkpoints
-    )
+    last = plans[-1].stage
+    done = position["step"] == last.start_step + last.num_steps
+    states = [] if done else [saved_part(plan.abstract) for plan in plans]
+    preflight.check_workdir(workdir, states, settings.keep_checkpoints)
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
     checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints, on_saved=note)
     if position["step"]:
