@@ -25,10 +25,11 @@ def test_a_hang_ends_with_code_76_and_all_stacks(tmp_path):
     assert "in stall" in stacks and "Thread 0x" in stacks
 
 
-FROZEN = {
-    "step": ("step", "freeze", 5),
-    "data": ("data", "freeze", 5),
-    "save": ("save", "freeze", 6),
+FROZEN = {  # which process, where
+    "step": (2, ("step", "freeze", 5)),
+    "data": (2, ("data", "freeze", 5)),
+    "save": (2, ("save", "freeze", 6)),
+    "step of process 0": (0, ("step", "freeze", 5)),  # JAX's coordinator freezes with it
 }
 
 
@@ -37,22 +38,23 @@ FROZEN = {
 )
 def test_one_of_four_processes_freezes(toy, tmp_path, where):
     """The others name it, its phase and step; a restart finishes the run."""
-    with processes.Run(CONFIG, tmp_path / "run", num=4, stall={2: FROZEN[where]}) as run:
-        run.await_line("stalled", 2)
-        began = time.monotonic()
-        codes = run.finish([0, 1, 3])
+    frozen, stall = FROZEN[where]
+    with processes.Run(CONFIG, tmp_path / "run", num=4, stall={frozen: stall}) as run:
+        run.await_line("stalled", frozen)
+        began, others = time.monotonic(), [i for i in range(4) if i != frozen]
+        codes = run.finish(others)
         secs = time.monotonic() - began
         print(f"{where}: named and gone {secs:.1f} s after it froze (hang_secs 10)")
         assert codes == [HANG] * 3, [run.err(i) for i in range(4)]
-        phase = {"data": "data", "step": "step 5", "save": "save"}[where]
-        for i in (0, 1, 3):
+        phase = {"data": "data", "save": "save"}.get(where, "step 5")
+        for i in others:
             line = run.err(i).split("\n", 1)[0]
-            name = f"process 2 on {socket.gethostname()} in {phase!r} at step "
+            name = f"process {frozen} on {socket.gethostname()} in {phase!r} at step "
             assert name in line and ", silent for " in line, line
             assert "Thread 0x" in run.err(i)
         assert secs < 30
-        run.send(signal.SIGCONT, 2)
-        assert run.finish([2])[0] != 0
+        run.send(signal.SIGCONT, frozen)
+        assert run.finish([frozen])[0] != 0
     assert runs.train(CONFIG, tmp_path / "run") == 0
     assert [r["step"] for r in runs.rows(tmp_path / "run")] == [*range(1, 9)]
 
