@@ -12,7 +12,7 @@ core = [
     "jax>=0.10.2",
     "flax>=0.12",
     "optax>=0.2.5",
-    "orbax-checkpoint>=0.12",
+    "orbax-checkpoint>=0.12.3",
     "tensorflow-datasets>=4.9.9",
     "importlib_resources>=6",  # imported by TFDS, which does not name it
     "grain>=0.2.18",
@@ -31,6 +31,7 @@ core = [
     "sentencepiece>=0.2.1",
     "simplejpeg>=1.8",
     "tqdm>=4.66",
+    "xxhash>=3.4",
 ]
 extras = {
     "tpu": ["jax[tpu]>=0.10.2"],

@@ -341,7 +341,9 @@ def test_few_shards_of_a_store_are_open_and_on_disk(tmp_path, faulty, monkeypatc
 def test_a_dead_store_and_a_missing_file_are_named(faulty, monkeypatch):
     faulty.pipe_file("/bucket/a.tar", b"x" * 3000)
     monkeypatch.setattr(
-        stores, "POLICY", dataclasses.replace(stores.POLICY, tries=2, stall_secs=60.0)
+        stores,
+        "POLICY",
+        dataclasses.replace(stores.POLICY, tries=2, patience_secs=0, stall_secs=60.0),
     )
     monkeypatch.setattr(Faulty, "cat_file", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(

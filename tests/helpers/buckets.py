@@ -53,6 +53,8 @@ def gcs(through=lambda port: contextlib.nullcontext(port)):
                 "STORAGE_EMULATOR_HOST": place,
                 "TENSORSTORE_GCS_HTTP_URL": place,
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+                "GOOGLE_CLOUD_PROJECT": "p",
+                "NO_GCE_CHECK": "true",
             }
 
 

@@ -41,19 +41,19 @@ def kill(config, directory, owner, name, when, devices=1):
         runs.train(config, directory, devices)
 
 
-# Each start goes on from where the death before left it. A save is due at steps 2, 4, 5, 6, 8 and 9; after it, at 3, 5,
-# 6 and 9, an evaluation; stage 2 begins after step 5. Last: the kind and step of the last row that is on record then.
+# Each start goes on from where the death before left it. A save is due at steps 2, 4, 5, 6, 8 and 9, an evaluation at
+# 3, 5, 6 and 9; stage 2 begins after step 5. Last: the kind and step of the last row that is on record then.
 DEATHS = [
     ("before anything is saved", loop, "save", before(1), ("train", 2)),
     ("right after the first save", loop, "save", after(1), ("train", 2)),
     ("in the evaluation after step 3", meshes, "to_host", before(2), ("train", 3)),
     ("while step 4 is saved", loop, "save", after(1), ("train", 4)),
-    ("before the save at the boundary", loop, "save", before(2), ("train", 5)),
-    ("after the save at the boundary", loop, "save", after(1), ("train", 5)),
+    ("before the save at the boundary", loop, "save", before(2), ("eval", 5)),
+    ("after the save at the boundary", loop, "save", after(1), ("eval", 5)),
     ("before entering stage 2", loop, "start_stage", before(2), ("eval", 5)),
     ("after entering stage 2", loop, "start_stage", after(2), ("eval", 5)),
     ("after the first step of stage 2", evaluation, "evaluate", before(1), ("train", 6)),
-    ("before the last save", loop, "save", before(2), ("train", 9)),
+    ("before the last save", loop, "save", before(3), ("eval", 9)),
 ]
 
 

@@ -32,12 +32,13 @@ _ADDRESS = re.compile(r"\s*([A-Za-z][\w+.-]*):/")
 _ALIASES = {"gcs": "gs", "gc": "gs", "google": "gs", "s3a": "s3", "s3n": "s3", "aws": "s3"}
 
 
-def parse(where: str, text: str | os.PathLike) -> Path:
-    """Returns the path that a text of the command line or a config names; a local one is made absolute.
+def parse(where: str, text: str | os.PathLike, absolute: bool = True) -> Path:
+    """Returns the path that a text of the command line or a config names.
 
     Args:
         where: the option, for errors.
         text: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME.
+        absolute: whether a local path is made absolute.
 
     Raises:
         UserError: an address with another scheme, without a bucket or a name, with characters that a store's clients
@@ -47,7 +48,7 @@ def parse(where: str, text: str | os.PathLike) -> Path:
     expected = "a local folder, gs://BUCKET/NAME or s3://BUCKET/NAME"
     found = _ADDRESS.match(text)
     if found is None and not re.match(rf"({'|'.join(stores.SCHEMES)}):", text):
-        return pathlib.Path(text).absolute()
+        return pathlib.Path(text).absolute() if absolute else pathlib.Path(text)
     scheme, _, name = text.partition("://")
     if scheme not in stores.SCHEMES or not name:
         word = (found.group(1) if found else text.partition(":")[0]).lower()
@@ -87,7 +88,7 @@ def read(path: str | os.PathLike) -> bytes:
     """Returns all bytes of a (small) file. Raises FileNotFoundError, OSError, Failed."""
     if not is_remote(path):
         return pathlib.Path(path).read_bytes()
-    return _ask(path, lambda fs, inner: fs.cat_file(inner))
+    return _ask(path, "cat_file")
 
 
 def chunks(path: str | os.PathLike, num_bytes: int = _CHUNK) -> Iterator[bytes]:
@@ -101,39 +102,38 @@ def chunks(path: str | os.PathLike, num_bytes: int = _CHUNK) -> Iterator[bytes]:
     for begin in range(0, total, num_bytes):
         stop = min(begin + num_bytes, total)
 
-        def once(fs: Any, inner: str, begin: int = begin, stop: int = stop) -> bytes:
-            data = fs.cat_file(inner, start=begin, end=stop)
-            if len(data) != stop - begin:
-                raise stores.ShortRead(f"{len(data)} of {stop - begin} bytes")
-            return data
-
-        yield _ask(path, once)
+        data = _ask(path, "cat_file", start=begin, end=stop)
+        if len(data) != stop - begin:
+            raise check.Failed(
+                f"{os.fspath(path)}: got {len(data)} bytes at {begin}, expected {stop - begin}; copy it again"
+            )
+        yield data
 
 
 def size(path: str | os.PathLike) -> int:
     """Returns the bytes of a file. Raises FileNotFoundError."""
     if not is_remote(path):
         return os.path.getsize(path)
-    return int(_ask(path, lambda fs, inner: fs.size(inner)))
+    return int(_ask(path, "size"))
 
 
 def exists(path: str | os.PathLike) -> bool:
     """True for a file and for a folder."""
     if not is_remote(path):
         return os.path.exists(path)
-    return _ask(path, lambda fs, inner: fs.exists(inner))
+    return _ask(path, "exists")
 
 
 def is_file(path: str | os.PathLike) -> bool:
     if not is_remote(path):
         return os.path.isfile(path)
-    return _ask(path, lambda fs, inner: fs.isfile(inner))
+    return _ask(path, "isfile")
 
 
 def is_dir(path: str | os.PathLike) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
-    return _ask(path, lambda fs, inner: fs.isdir(inner))
+    return _ask(path, "isdir")
 
 
 def listing(path: str | os.PathLike) -> list[Path]:
@@ -145,7 +145,7 @@ def listing(path: str | os.PathLike) -> list[Path]:
     folder = of(path)
     own = os.fspath(path).partition("://")[2].rstrip("/")
     try:
-        found = _ask(path, lambda fs, inner: fs.ls(inner, detail=False))
+        found = _ask(path, "ls", detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
     names = {n.rstrip("/").rsplit("/", 1)[-1] for n in found if n.rstrip("/") != own}
@@ -158,10 +158,19 @@ def files(folder: str | os.PathLike) -> dict[str, int]:
         paths = (p for p in pathlib.Path(folder).rglob("*") if p.is_file())
         found = {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}
         return dict(sorted(found.items()))
-    infos = _ask(folder, lambda fs, inner: fs.find(inner, detail=True))
+    infos = _ask(folder, "find", detail=True)
     root = os.fspath(folder).partition("://")[2].rstrip("/")
     sizes = {k.removeprefix(f"{root}/"): int(v["size"]) for k, v in infos.items()}
     return dict(sorted((k, v) for k, v in sizes.items() if not k.endswith("/")))
+
+
+def check_bucket(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError or PermissionError if the bucket of an address is not there or may not be listed."""
+    with contextlib.suppress(NotADirectoryError):
+        scheme, _, rest = os.fspath(path).partition("://")
+        bucket = f"{scheme}://{rest.partition('/')[0]}"
+        if not _ask(bucket, "exists"):
+            raise FileNotFoundError(errno.ENOENT, "no such bucket", bucket)
 
 
 # ---- writing
@@ -176,15 +185,20 @@ def make_dir(path: str | os.PathLike) -> None:
 def write(path: str | os.PathLike, data: bytes) -> None:
     """Writes a (small) file atomically: a reader finds the old bytes or the new ones."""
     if is_remote(path):
-        _ask(path, lambda fs, inner: fs.pipe_file(inner, data))
+        _ask(path, "pipe_file", data)
         return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with named(path):
-        partial.unlink(missing_ok=True)  # which might be a link
-        partial.write_bytes(data)
-    os.replace(partial, path)
+    try:
+        with named(path):
+            partial.unlink(missing_ok=True)  # which might be a link
+            partial.write_bytes(data)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def create(path: str | os.PathLike, data: bytes) -> bool:
@@ -194,7 +208,7 @@ def create(path: str | os.PathLike, data: bytes) -> bool:
     """
     try:
         if is_remote(path):
-            _ask(path, lambda fs, inner: fs.pipe_file(inner, data, mode="create"))
+            _ask(path, "pipe_file", data, mode="create")
         else:
             with open(path, "xb") as f:
                 f.write(data)
@@ -207,7 +221,7 @@ def remove(path: str | os.PathLike) -> None:
     """Removes a file, if it is there."""
     with contextlib.suppress(FileNotFoundError):
         if is_remote(path):
-            _ask(path, lambda fs, inner: fs.rm_file(inner))
+            _ask(path, "rm_file")
         else:
             os.unlink(path)
 
@@ -216,7 +230,7 @@ def remove_tree(path: str | os.PathLike) -> None:
     """Removes a folder with all that is in it, if it is there."""
     with contextlib.suppress(FileNotFoundError):
         if is_remote(path):
-            _ask(path, lambda fs, inner: fs.rm(inner, recursive=True))
+            _ask(path, "rm", recursive=True)
         else:
             shutil.rmtree(path)
 
@@ -228,8 +242,7 @@ def copy(path: str | os.PathLike, target: str | os.PathLike) -> None:
         and os.fspath(path).partition("://")[0] == (os.fspath(target).partition("://")[0])
     )
     if same:  # within the store
-        to = stores.open_fs(target)[1]
-        _ask(path, lambda fs, inner: fs.cp_file(inner, to))
+        _ask(path, "cp_file", stores.open_fs(target)[1])
     elif is_remote(target):
 
         def once(fs: Any, inner: str) -> None:
@@ -274,11 +287,10 @@ def named(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def _ask(path: str | os.PathLike, request: Any) -> Any:
-    """Returns request(file system, address in it), repeated; what it raises names the path, as a disk's errors do."""
-    fs, inner = stores.open_fs(path)
+def _ask(path: str | os.PathLike, method: str, *args: Any, **options: Any) -> Any:
+    """Calls a method of the file system, as `stores.call`; what it raises names the path, as a disk's errors do."""
     try:
-        return stores.retried(path, lambda: request(fs, inner))
+        return stores.call(path, method, *args, **options)
     except (FileNotFoundError, PermissionError) as e:
         code = errno.ENOENT if isinstance(e, FileNotFoundError) else errno.EACCES
         raise OSError(code, os.strerror(code), os.fspath(path)) from None

@@ -4,9 +4,11 @@ Google Cloud Storage (`pip install 'vlp[gcs]'`) and S3 (`vlp[s3]`) hold work dir
 from any other store that fsspec knows. Credentials and endpoints are those of gcsfs and s3fs.
 """
 
+import asyncio
 import dataclasses
 import functools
 import importlib.util
+import logging
 import os
 import queue
 import random
@@ -26,6 +28,7 @@ class Policy:
     """How remote requests are repeated and cached, per process."""
 
     tries: int = 8
+    patience_secs: float = 90.0  # tries are repeated for at least so long
     pause_secs: float = 0.1  # doubles from try to try, up to 10 s, with random jitter
     stall_secs: float = 60.0  # an answer that takes longer is given up and asked for again
     block_bytes: int = 2**20
@@ -79,10 +82,30 @@ def _prepare() -> None:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # Otherwise epath (Orbax) uses TensorFlow where it is installed: another client with other credentials, no s3://.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    # What fails is raised and told in one line; gcsfs would print a traceback before.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    logging.getLogger("fsspec").setLevel(logging.WARNING)
     import fsspec
 
     for scheme in SCHEMES:  # other hosts write too: a listing from memory is wrong
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+
+
+def call(path: str | os.PathLike, method: str, *args: Any, **options: Any) -> Any:
+    """Calls fsspec's method on an address; `retried`.
+
+    A request that stalls is cancelled before it is repeated: it must not overwrite later what a newer one wrote.
+    """
+    fs, inner = open_fs(path)
+    if not fs.async_impl:
+        return retried(path, lambda: getattr(fs, method)(inner, *args, **options))
+
+    def once() -> Any:
+        request = getattr(fs, f"_{method}")(inner, *args, **options)
+        waiting = asyncio.wait_for(request, POLICY.stall_secs)
+        return asyncio.run_coroutine_threadsafe(waiting, fs.loop).result()
+
+    return retried(path, once, limit=False)
 
 
 def retried(
@@ -103,7 +126,8 @@ def retried(
         FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError: at once.
         Failed: every try failed, or this machine is at fault.
     """
-    for attempt in range(POLICY.tries):
+    began, attempt = time.monotonic(), 0
+    while True:
         try:
             return _within(ask, POLICY.stall_secs) if limit else ask()
         except (FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError):
@@ -115,10 +139,14 @@ def retried(
                 raise PermissionError(str(e)) from None
             failed(e)
             last = e
-        if attempt + 1 < POLICY.tries:
-            time.sleep(min(10.0, POLICY.pause_secs * 2**attempt) * random.uniform(0.5, 1.5))
+        attempt += 1
+        if attempt >= POLICY.tries and time.monotonic() - began >= POLICY.patience_secs:
+            break
+        time.sleep(
+            min(10.0, POLICY.pause_secs * 2 ** min(attempt - 1, 20)) * random.uniform(0.5, 1.5)
+        )
     raise check.Failed(
-        f"{os.fspath(path)}: got {POLICY.tries} failed requests (last: {type(last).__name__} {last!s:.80}), "
+        f"{os.fspath(path)}: got {attempt} failed requests (last: {type(last).__name__} {last!s:.80}), "
         "expected an answer; check the store and the network, then start again"
     )
 

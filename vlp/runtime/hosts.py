@@ -16,7 +16,6 @@ import functools
 import json
 import logging
 import os
-import pathlib
 import re
 import secrets
 import socket
@@ -29,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlp.core import agree, check
+from vlp.core import agree, check, paths
 from vlp.core.config import difference, plain
 from vlp.runtime.workdir import SHARED
 
@@ -135,7 +134,7 @@ def _detected(
 
 @contextlib.contextmanager
 def joined(
-    place: Place | None, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float = SECS
+    place: Place | None, facts: Mapping[str, Any], workdir: paths.Path, secs: float = SECS
 ) -> Iterator[None]:
     """Inside, this process takes part in the run. Does nothing for one process.
 
@@ -208,7 +207,7 @@ def _check_devices() -> None:
 # ---- the roll call
 
 
-def roll_call(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> None:
+def roll_call(place: Place, facts: Mapping[str, Any], workdir: paths.Path, secs: float) -> None:
     """Returns once all processes have come, agree on `facts` and see the workdir of process 0.
 
     Args: as of `joined`.
@@ -237,7 +236,7 @@ class _Guest:
         self.writer.write(json.dumps(message).encode() + b"\n")
 
 
-async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
+async def _lead(place: Place, facts: Mapping[str, Any], workdir: paths.Path, secs: float) -> str:
     """Process 0: waits for the others and sends all of them the problem, which it returns ("": none)."""
     here: dict[int, _Guest] = {}
     guests: list[_Guest] = []  # every connection, also of a process that came twice
@@ -318,15 +317,17 @@ def _verdict(
     return ""
 
 
-async def _shared(workdir: pathlib.Path, here: Mapping[int, _Guest]) -> str:
+async def _shared(workdir: paths.Path, here: Mapping[int, _Guest]) -> str:
     """Writes a token into the workdir and asks every process whether it sees it; returns an error's message or ""."""
-    made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+    made = []  # folders to remove again; a store has none
+    if not paths.is_remote(workdir):
+        made = [p for p in (workdir, *workdir.parents) if not paths.exists(p)]
     token = workdir / f".{secrets.token_hex(8)}{SHARED}"
-    do = "give a --workdir that all hosts share (NFS, a bucket mounted)"
+    do = "give a --workdir that all hosts share (NFS, gs://…, s3://…)"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        token.touch()
-    except OSError as e:
+        paths.make_dir(workdir)
+        paths.write(token, b"")
+    except (OSError, check.Failed) as e:
         do = "choose another --workdir"
         return str(check.error(f"--workdir {workdir}", str(e), "a directory to write to", do))
     try:
@@ -348,14 +349,14 @@ async def _shared(workdir: pathlib.Path, here: Mapping[int, _Guest]) -> str:
                 got = f"not shared: process {number} on {guest.host} does not see what process 0 wrote"
                 return str(check.error(f"--workdir {workdir}", got, "one directory for all", do))
     finally:
-        token.unlink(missing_ok=True)
+        paths.remove(token)
         for path in made:
             with contextlib.suppress(OSError):
-                path.rmdir()
+                os.rmdir(path)
     return ""
 
 
-def _follow(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
+def _follow(place: Place, facts: Mapping[str, Any], workdir: paths.Path, secs: float) -> str:
     """Any other process: reports to process 0 and returns the problem that it answers ("": none)."""
     until = time.monotonic() + secs
     silent = "no answer"
@@ -368,7 +369,7 @@ def _follow(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs:
                 with line.makefile("rb") as answers:
                     message = json.loads(answers.readline(_LINE))
                     if "token" in message:
-                        seen = _sees(workdir / pathlib.Path(message["token"]).name)
+                        seen = _sees(workdir / message["token"].rpartition("/")[2])
                         line.sendall(json.dumps({"seen": seen}).encode() + b"\n")
                         message = json.loads(answers.readline(_LINE))
                     return message["problem"]
@@ -380,13 +381,13 @@ def _follow(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs:
     return str(check.error("hosts", got, "the coordinator", do))
 
 
-def _sees(path: pathlib.Path) -> bool:
+def _sees(path: paths.Path) -> bool:
     until = time.monotonic() + _SEE_SECS
-    while not path.exists():
+    while not paths.exists(path):
         if time.monotonic() > until:
             return False
         with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # makes NFS look again
+            paths.listing(path.parent)  # makes NFS look again
         time.sleep(0.2)
     return True
 

@@ -48,14 +48,15 @@ class Stop:
 
     Attributes:
         grace_secs: seconds between SIGTERM and SIGKILL.
-        finish: waits until the last checkpoint is on disk; the loop sets it.
+        finish: waits until the last checkpoint is on disk, and gives the workdir back; the loop sets it.
         stopped: whether `poll` has returned True.
+        rescuing: whether the thread saves, while the main thread may be computing; no other computation may start.
     """
 
     def __init__(self, grace_secs: float = 30.0) -> None:
         self.grace_secs = grace_secs
         self.finish: Callable[[], None] = lambda: None
-        self.stopped = False
+        self.stopped = self.rescuing = False
         self._reason = ""
         self._tick = 0  # polls so far, equal on all processes
         self._at: int | None = None  # the poll at which all processes stop
@@ -211,6 +212,7 @@ class Stop:
         return None
 
     def _save_and_leave(self, held: _Held) -> NoReturn:
+        self.rescuing = True
         try:
             if held.save is not None:
                 held.save()

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from vlp.core import agree, interrupt
+from vlp.core import agree, check, interrupt
 from vlp.core.types import Apply
 from vlp.evals.io import IO, own_names
 from vlp.runtime import workdir as files
@@ -93,6 +93,11 @@ def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: 
     session.metrics.write(row | {"time/eval_s": round(time.monotonic() - began, 3)})
     text = "  ".join(f"{r.metric} {r.value:.4g}" for r in results)
     log.info("[%d] %s: %s", step, label, text)
+    scores = session.scores.setdefault(step, {})
+    scores |= {f"{label}/{r.metric}": float(r.value) for r in results}
+    metric = session.settings.keep.metric
+    if metric.partition("/")[0] == label and metric not in scores:
+        raise check.unknown("config.keep.metric", metric, scores)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import pathlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vlp.core import check, flags, local, plugins, progress
+from vlp.core import check, flags, local, paths, plugins, progress
 from vlp.core import mesh as meshes
+from vlp.core.appended import Appended
 from vlp.core.config import plain
 from vlp.data.dataset import start_plan
 from vlp.runtime import hosts, notices
@@ -50,7 +51,7 @@ AHEAD = 2  # steps queued on the device while the host prepares the next one
 
 def run(
     config: Mapping[str, Any],
-    directory: str | pathlib.Path,
+    directory: str | os.PathLike,
     profile: tuple[int, int] | None = None,
     extend: bool = False,
 ) -> int:
@@ -72,7 +73,7 @@ def run(
     resolved: dict[str, Any] = plain(config)
     if "plugins" in resolved:
         resolved["plugins"] = plugins.resolve(resolved["plugins"])
-    workdir = pathlib.Path(directory).absolute()
+    workdir = paths.parse("--workdir", directory)
     with hosts.raise_together("start"):
         flags.pin()
         settings, stages = parse(resolved)
@@ -120,10 +121,17 @@ def train_stages(
         The exit code, as of `run`.
     """
     state, stop, last, step = None, session.stop, plans[-1].stage, position["step"]
-    stop.finish = session.checkpoints.wait
+
+    def finish() -> None:
+        session.checkpoints.wait()
+        session.lock.close()
+
+    stop.finish = finish  # where a thread ends the process
     # closes the parts in reverse order, also if one of them fails to close
     with contextlib.ExitStack() as closing:
-        for part in (session.lock, session.checkpoints, session.watchdog, session.metrics):
+        for part in (
+            session.lock, session.checkpoints, session.watchdog, session.metrics, session.quarantine,
+        ):  # fmt: skip
             closing.callback(part.close)
         closing.callback(session.profile.close)
         for plan in plans[position["stage"] :]:
@@ -167,7 +175,7 @@ def train_stage(
     first = saved = int(state.stage_step)
     if first and not make_up(session, plan, state, first):
         return state
-    batches = feed(plan, settings.seed, first, session.mesh, session.workdir)
+    batches = feed(plan, settings.seed, first, session.mesh, session.quarantine)
     clock = Clock(stage.batch, flops_frac(plan, session.mesh))
     pending: collections.deque[Done] = (
         collections.deque()
@@ -222,18 +230,18 @@ def train_stage(
         if due or last or stopping or step % settings.save_every_steps == 0:
             record()
             with clock.paused():
-                if last or stopping or step % settings.save_every_steps == 0:
-                    keep(number + 1)  # is written while the evaluations run
                 stopping |= not evaluate_all(
                     session, plan, state, due, functools.partial(keep, number + 1)
                 )
+                if last or stopping or step % settings.save_every_steps == 0:
+                    keep(number + 1)
         if stopping:
             break
     return state
 
 
 def feed(
-    plan: StagePlan, seed: int, stage_step: int, mesh: Mesh, workdir: pathlib.Path
+    plan: StagePlan, seed: int, stage_step: int, mesh: Mesh, quarantine: Appended
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the global batches of a stage, as arrays on the devices.
 
@@ -244,7 +252,7 @@ def feed(
         seed: of the order and of all draws.
         stage_step: steps of the stage that are already done.
         mesh: the run's mesh.
-        workdir: the work directory, where bad records are listed.
+        quarantine: where bad records are listed.
 
     Yields:
         {leaf: array [B …]}, with the leaves of another stream named "stream/leaf".
@@ -257,13 +265,12 @@ def feed(
         num = stage.num_steps - stage_step
         reading = start_plan(data, batch=batch, samples=num * batch, num_hosts=jax.process_count())
         log.info("%s: %s", f"data of stream {name!r}" if name else "data", reading)
-        bad = workdir / f"quarantine_{jax.process_index()}.jsonl"
         streams[name] = data.train_iter(
             start=start,
             batch=batch,
             num_batches=num,
             seed=seed,
-            quarantine=bad,
+            quarantine=quarantine,
             rows=local.rows(batch, mesh),
         )
     for batches in zip(*streams.values()):
