@@ -88,6 +88,8 @@ class Checkpoints:
             raise check.error(str(self._path), e.strerror, "a directory to write to", do) from e
         self._keep, self._more = keep, more
         self._saving: int | None = None
+        self._began = 0.0
+        self.save_secs: float | None = None  # of the last save, from its start to its last file
         self._shapes: dict[str, list[Any]] = {}
         self._failed = False
         self._saved: int | None = None  # the last step whose checkpoint is known to be whole
@@ -154,13 +156,13 @@ class Checkpoints:
             meta=ocp.args.JsonSave(meta),
         )
         self.wait()
-        self._saving = step
+        self._saving, self._began = step, time.monotonic()
         self._shapes = {"params": orbax_io.shapes(params), "rest": orbax_io.shapes(rest)}
         try:
             saved = self._manager.save(step, args=args)
         except Exception as e:
             raise self._failure(e) from e
-        assert saved, f"step {step} is not after the checkpoints {self.steps()}"
+        assert saved, f"step {step} is not after the checkpoints {steps.listed(self._path)}"
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barrier of all processes in a save. Before the first, each hashes the files that it has written."""
@@ -189,6 +191,7 @@ class Checkpoints:
         digest.write(folder)
         if found := digest.unreadable(folder):
             raise check.error(str(folder / digest.FILE), found, "what was written", "")
+        self.save_secs = time.monotonic() - self._began
 
     def _unsealed(self) -> paths.Path:
         """Returns the folder of the save in progress; its name may have a temporary suffix."""

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import numpy as np
 
 from vlp.ckpt import digest
-from vlp.core import paths
-
-_BYTES = 512  # of a message from one process
+from vlp.core import agree, paths
 
 
 def meet(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+    """Waits for all processes. Raises Failed if some do not come."""
+    agree.share(name, None)
 
 
 def of_first(value: list[int]) -> list[int]:
     """Returns process 0's list of numbers: file systems may show others something older."""
-    if jax.process_count() == 1:
-        return value
-    return json.loads(_gather(json.dumps(value).encode(), size=16 * len(value) + 16)[0])
+    return agree.share("list of checkpoints", value)
 
 
 def problem(folder: paths.Path, items: Sequence[str]) -> str:
@@ -42,16 +32,5 @@ def problem(folder: paths.Path, items: Sequence[str]) -> str:
             found = next(filter(None, digest.check_files(folder, manifest, share)), "")
     except Exception as e:  # all have to learn of it: the others wait below
         found = f"process {jax.process_index()} cannot read it ({e})"
-    told = _gather(found.encode()[:_BYTES])
-    return next((t.decode(errors="replace") for t in told if t), "")
-
-
-def _gather(data: bytes, size: int = _BYTES) -> list[bytes]:
-    """Returns the bytes of every process, which are at most `size` long."""
-    from jax.experimental import multihost_utils
-
-    size = int(np.max(multihost_utils.process_allgather(np.int32(size))))
-    padded = np.zeros(size, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows: Any = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, size)
-    return [row.tobytes().rstrip(b"\0") for row in rows]
+    first = lambda told: next(filter(None, told), "")
+    return agree.decide("files of a checkpoint", found, first)

@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    from vlp.core import check, paths
+    from vlp.core import check, flags, paths
     from vlp.core.config import load
     from vlp.runtime import hosts, profile, restart, workdir
     from vlp.train import loop
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "profile": args.profile,
         "extend": args.extend,
         "versions": workdir.code_versions(),
+        "flags": flags.common(),
     }
     left = secs - (time.monotonic() - began)  # imports may take long
     with hosts.joined(place, facts, directory, max(left, 1.0)):

@@ -20,7 +20,7 @@ import jax
 
 from vlp import __version__
 from vlp.ckpt.manager import check_path
-from vlp.core import appended, check, paths
+from vlp.core import appended, check, flags, paths
 from vlp.core.appended import Appended
 from vlp.core.chips import processor
 from vlp.core.config import difference
@@ -34,11 +34,6 @@ _WRITTEN = {
     "parameters.txt", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
 }  # fmt: skip
 LEASE = ".lease"  # in a store: who writes in the workdir (lock.py)
-_FLAGS = (
-    "XLA_FLAGS",
-    "LIBTPU_INIT_ARGS",
-    "NVIDIA_TF32_OVERRIDE",
-)  # they may change the numbers
 SHARED = ".shared"  # suffix of the file that tests whether hosts share the workdir; caches may show it after its end
 
 
@@ -203,7 +198,7 @@ def check_config(workdir: paths.Path, config: dict[str, Any], extend: bool = Fal
     check_path("--workdir", workdir)
     check_reachable("--workdir", workdir)
     if not os.path.isfile(workdir) and not paths.is_remote(workdir):
-        check.output_dir("--workdir", workdir)
+        check.output_dir("--workdir", os.fspath(workdir))
     check_links(workdir)
     path = workdir / "config.json"
     if not paths.exists(path):
@@ -267,9 +262,7 @@ def versions() -> dict[str, Any]:
         "device": f"CPU ({processor()[0]})" if kind == "cpu" else kind,
         "devices": len(devices),
         "processes": jax.process_count(),
-        "flags": {
-            k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_") or k in _FLAGS
-        },
+        "flags": flags.recorded(),
     }
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp.core import check, local
+from vlp.core import check, interrupt, local
 from vlp.core import mesh as meshes
 from vlp.core.appended import Appended
 from vlp.core.types import Apply, Ctx
@@ -73,6 +73,7 @@ class Embed:
             quarantine=self.quarantine,
             rows=local.rows(batch, self.mesh),
         ):
+            interrupt.poll()
             out = run(self.state.params, self.state.teachers, meshes.to_global(rows, self.mesh))
             found.append(jax.tree.map(meshes.to_host, out))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *found)

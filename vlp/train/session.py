@@ -17,10 +17,11 @@ from vlp.core.appended import Appended
 from vlp.core.config import difference, plain
 from vlp.infer import golden
 from vlp.optim import make as optimisers
-from vlp.runtime import hosts, locks, sinks
+from vlp.runtime import hosts, locks, preflight, sinks
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import Profile
-from vlp.runtime.watchdog import Stop, Watchdog
+from vlp.runtime.stop import Stop
+from vlp.runtime.watchdog import Watchdog
 from vlp.train import summary
 from vlp.train.stages import Run
 from vlp.train.state import State
@@ -52,7 +53,6 @@ class Session:
     profile: Profile
     quarantine: Appended  # bad records that this process met
     scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # by step
-    hurry: bool = False  # compile nothing: the process was asked to stop
 
 
 def open_session(
@@ -61,13 +61,17 @@ def open_session(
     workdir: paths.Path,
     mesh: Mesh,
     stop: Stop,
-    first: StagePlan,
+    plans: Sequence[StagePlan],
     position: Mapping[str, int],
     profile: tuple[int, int] | None = None,
 ) -> Session:
     """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
     with hosts.raise_together("--workdir"):
         lock = locks.lock(workdir)
+    last = plans[-1].stage
+    done = position["step"] == last.start_step + last.num_steps
+    states = [] if done else [saved_part(plan.abstract) for plan in plans]
+    preflight.check_workdir(workdir, states, settings.keep_checkpoints)
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
     checkpoints = Checkpoints(
         workdir / "checkpoints", settings.keep_checkpoints, on_saved=note, more=settings.keep
@@ -75,6 +79,7 @@ def open_session(
     if position["step"]:
         note(position["step"])
     checkpoints.set_aside_after(position["step"])
+    first = plans[0]
     versions = files.versions() | {"data": getattr(first.main.source, "info", {})}
     files.write_json(workdir / "config.json", config)
     files.write_json(workdir / "versions.json", versions)
@@ -158,7 +163,7 @@ def save(
 
     interval: sums of metrics since the last row (`Interval.plain`).
     """
-    session.watchdog.beat("save")
+    session.watchdog.beat("save", plan.stage.start_step + stage_step)
     session.lock.check()
     session.metrics.flush()
     session.quarantine.flush()
@@ -171,8 +176,19 @@ def save(
         "scores": session.scores.get(step, {}),
         "golden": golden_pair(session, plan, state),
     }
-    rest = {k: getattr(state, k) for k in REST}
-    session.checkpoints.save(step, state.params, rest, meta)
+    session.checkpoints.save(step, *saved_part(state), meta)
+
+
+def saved_part(state: State) -> tuple[Any, dict[str, Any]]:
+    """Returns what a checkpoint holds: the parameters, and all the rest."""
+    return state.params, {k: getattr(state, k) for k in REST}
+
+
+def note_save(session: Session) -> None:
+    """Logs how long the last save took, once it is on disk."""
+    if (secs := session.checkpoints.save_secs) is not None:
+        session.checkpoints.save_secs = None
+        session.stop.note_save(secs)
 
 
 def golden_pair(session: Session, plan: StagePlan, state: State) -> dict[str, Any]:
@@ -181,7 +197,8 @@ def golden_pair(session: Session, plan: StagePlan, state: State) -> dict[str, An
     stage, trees = plan.stage, {"student": state.params}
     if stage.eval_params != "student":
         trees[stage.eval_params] = state.teachers[stage.eval_params]
-    if session.hurry and not golden.compiled(stage.model, session.mesh):
+    stop = session.stop
+    if stop.rescuing or (stop.stopped and not golden.compiled(stage.model, session.mesh)):
         return {}
     return golden.describe(stage.model, trees, stage.data, plan.main.tokenizer, session.mesh)
 
