@@ -96,8 +96,8 @@ def read(folder: os.PathLike, metadata: PyTree, wanted: Mapping[str, Any]) -> di
     args = ocp.args.PyTreeRestore(
         tree.map_named(leaf, metadata), tree.map_named(leaf_args, metadata)
     )
-    with ocp.PyTreeCheckpointer() as reader:
-        found = tree.named(reader.restore(path(folder), args=args))
+    # Not by a Checkpointer, which would wait for the other processes: in a save, process 0 alone reads.
+    found = tree.named(ocp.PyTreeCheckpointHandler().restore(path(folder), args=args))
     return {name: found[name] for name in wanted}
 
 
