@@ -99,7 +99,7 @@ def test_only_the_files_of_the_parameters_need_to_be_whole(three, tmp_path, capl
     for item, step in (("rest", 6), ("params", 4)):
         (folder / item / "_METADATA").write_text("{}")
         np.testing.assert_array_equal(load_params(tmp_path / "c")["w"], trees(step)[0]["w"])
-    assert "params/_METADATA was changed; using step_000000004 instead" in caplog.text
+    assert "params/_METADATA was changed; using step 4 instead" in caplog.text
 
 
 PEAK = """

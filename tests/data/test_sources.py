@@ -343,7 +343,7 @@ def test_a_dead_store_and_a_missing_file_are_named(faulty, monkeypatch):
     monkeypatch.setattr(
         stores,
         "POLICY",
-        dataclasses.replace(stores.POLICY, tries=2, patience_secs=0, stall_secs=60.0),
+        dataclasses.replace(stores.POLICY, tries=2, patience_secs=0.0, stall_secs=60.0),
     )
     monkeypatch.setattr(Faulty, "cat_file", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(

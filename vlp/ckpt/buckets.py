@@ -4,7 +4,7 @@ Orbax 0.12.8 writes a checkpoint's metadata to any epath, but its arrays only to
 path should be absolute. Got s3:/…"). TensorStore, which writes them, has an S3 driver. `enable` gives Orbax's three
 private functions that choose the driver a branch for s3://. A test saves and restores through it.
 
-Before Orbax removes a checkpoint from gs://, it asks for the bucket's metadata, which the usual roles of a job
+Before Orbax lists or removes checkpoints on gs://, it asks for the bucket's metadata, which the usual roles of a job
 (Storage Object User, Storage Object Admin) may not read. `enable` takes such an answer as "not hierarchical".
 """
 
@@ -32,7 +32,7 @@ def enable() -> None:
 
     def is_hierarchical(path: Any) -> bool:
         try:
-            return hierarchical(path)
+            return bool(hierarchical(path))
         except Exception as e:  # google.api_core's, or a package that is missing
             log.debug("%s: kind of bucket unknown (%s)", path, e)
             return False

@@ -115,8 +115,7 @@ class Checkpoints:
         known = self.steps()
         step, problems = steps.first_whole(reversed(known), self.problem)
         if step is not None:
-            for other, problem in problems.items():
-                log.warning("%s: %s; using step %d", self._folder(other), problem, step)
+            steps.say(problems, step, self._folder)
             return step
         if problems:
             told = "; ".join(f"{self._folder(s)}: {problem}" for s, problem in problems.items())
@@ -183,11 +182,11 @@ class Checkpoints:
         assert self._saving is not None
         folder = self._unsealed()
         for item, shapes in self._shapes.items():
-            tree = orbax_io.metadata(folder / item)
-            if (found := orbax_io.shapes(tree)) != shapes:
+            metadata = orbax_io.metadata(folder / item)
+            if (found := orbax_io.shapes(metadata)) != shapes:
                 got = f"{len(found)} arrays of {item} that can be read back"
                 raise check.error(str(folder), got, f"the {len(shapes)} that were saved", "")
-            orbax_io.read_smallest(folder / item, tree)
+            orbax_io.read_smallest(folder / item, metadata)
         digest.check_parts(folder, jax.process_count())
         digest.write(folder)
         if found := digest.unreadable(folder):
@@ -278,11 +277,15 @@ class Checkpoints:
             self._pruning.start()
 
     def _delete(self) -> None:
-        for step in steps.not_kept(self._path, self._keep, self._more):
-            try:
-                steps.remove(self._folder(step))
-            except OSError as e:
-                log.warning("%s: not deleted (%s)", self._folder(step), e.strerror or e)
+        folder = self._path
+        try:
+            for step in steps.not_kept(self._path, self._keep, self._more):
+                folder = self._folder(step)
+                steps.remove(folder)
+        except (OSError, check.Failed) as e:  # the next save tries again
+            log.warning(
+                "%s: not deleted (%s)", folder, getattr(e, "strerror", None) or check.line(e)
+            )
 
 
 def check_path(where: str, path: paths.Path) -> None:

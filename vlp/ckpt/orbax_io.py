@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vlp.ckpt import buckets
-from vlp.core import paths
+from vlp.core import paths, tree
 
 PyTree = Any
 # CRC-32C in hardware costs less than any compression, which saves 8 % of float32 weights (benchmarks/checkpoint.py).
@@ -75,35 +75,36 @@ def restore_args(target: PyTree) -> PyTree:
     return ocp.checkpoint_utils.construct_restore_args(target)
 
 
-def read_smallest(folder: os.PathLike, tree: PyTree) -> None:
-    """Reads the smallest array of an item, to prove that it can be read; raises what TensorStore raises if not.
-
-    tree: its `metadata`.
-    """
-    arrays = [(leaf, path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    arrays = [(leaf, path) for leaf, path in arrays if hasattr(leaf, "dtype")]
+def read_smallest(folder: os.PathLike, metadata: PyTree) -> None:
+    """Reads the smallest array of an item, to prove that it can be read; raises what TensorStore raises if not."""
+    arrays = {k: x for k, x in tree.named(metadata).items() if hasattr(x, "dtype")}
     if arrays:
-        smallest = min(arrays, key=lambda a: int(np.prod(a[0].shape)))[1]
-        keep = lambda path, x: x if path == smallest else ocp.PLACEHOLDER
-        read(folder, jax.tree_util.tree_map_with_path(keep, tree))
+        smallest = min(arrays, key=lambda name: int(np.prod(arrays[name].shape)))
+        read(folder, metadata, {smallest: ocp.RestoreArgs(restore_type=np.ndarray)})
 
 
-def read(folder: os.PathLike, tree: PyTree, leaf_args: PyTree = None) -> PyTree:
-    """Reads the arrays of an item that `tree`, its metadata or a part of it, names.
+def read(folder: os.PathLike, metadata: PyTree, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns some arrays of an item by name.
 
-    leaf_args: a tree of Orbax's RestoreArgs; None: NumPy arrays.
+    Args:
+        folder: of the item.
+        metadata: its `metadata`.
+        wanted: Orbax's RestoreArgs of each array to read, by name.
     """
-    if leaf_args is None:
-        leaf_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    with ocp.PyTreeCheckpointer() as reader:
-        args = ocp.args.PyTreeRestore(tree, leaf_args, partial_restore=True)
-        return reader.restore(path(folder), args=args)
+    leaf = lambda name, x: x if name in wanted else ocp.PLACEHOLDER
+    leaf_args = lambda name, x: wanted.get(name, ocp.RestoreArgs())
+    args = ocp.args.PyTreeRestore(
+        tree.map_named(leaf, metadata), tree.map_named(leaf_args, metadata)
+    )
+    # Not by a Checkpointer, which would wait for the other processes: in a save, process 0 alone reads.
+    found = tree.named(ocp.PyTreeCheckpointHandler().restore(path(folder), args=args))
+    return {name: found[name] for name in wanted}
 
 
-def shapes(tree: PyTree) -> list[tuple[Any, str]]:
+def shapes(arrays: PyTree) -> list[tuple[Any, str]]:
     """Returns shape and type of every array, sorted, so that the order of containers does not matter."""
-    arrays = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
-    return sorted((tuple(getattr(x, "shape", ())), np.dtype(x.dtype).name) for x in arrays)
+    found = [x for x in jax.tree.leaves(arrays) if hasattr(x, "dtype")]
+    return sorted((tuple(getattr(x, "shape", ())), np.dtype(x.dtype).name) for x in found)
 
 
 def metadata(folder: os.PathLike) -> PyTree:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 from vlp.ckpt import digest, steps
 from vlp.core import check, paths, tree
 
-log = logging.getLogger(__name__)
 PyTree = Any
 # Arrays are read in groups of this share of all bytes, or one by one: what is read and not yet in place is beyond
 # the result's memory.
@@ -62,24 +60,20 @@ def read_params(
     from vlp.ckpt import orbax_io
 
     item, above = folder / ("rest" if teacher else "params"), ["teachers", teacher] * bool(teacher)
-    found: Any = orbax_io.metadata(item)
+    whole: Any = orbax_io.metadata(item)
+    found = whole
     for key in above:
         if key not in found:
-            known = found if key == teacher else ()
-            raise check.unknown(f"{folder}: teacher", teacher, known)
+            raise check.unknown(f"{folder}: teacher", teacher, found if key == teacher else ())
         found = found[key]
     found = _part(found, prefix, os.fspath(folder))
-    within = above + [p for p in prefix.split("/") if p]
+    within = "/".join([*above, *_keys(prefix)])
     leaf = _leaf_args(dtype, sharding)
     out: dict[str, Any] = {}
     for group in _groups(tree.named(found)):
-        wanted = _nested(group, within)
-        leaf_args = _nested({name: leaf(name, x) for name, x in group.items()}, within)
-        read: Any = orbax_io.read(item, wanted, leaf_args)
-        for key in within:
-            read = read[key]
-        out |= tree.named(read)
-    return _nested(out, [])
+        wanted = {f"{within}/{name}".strip("/"): leaf(name, x) for name, x in group.items()}
+        out |= dict(zip(group, orbax_io.read(item, whole, wanted).values(), strict=True))
+    return _nested(out)
 
 
 def _find(path: str | os.PathLike, step: int | None, item: str) -> paths.Path:
@@ -94,8 +88,7 @@ def _find(path: str | os.PathLike, step: int | None, item: str) -> paths.Path:
     known.reverse()
     chosen, problems = steps.first_whole(range(len(known)), lambda i: _problem(known[i], item))
     if chosen is not None:
-        for other, problem in problems.items():
-            log.warning("%s: %s; using %s", known[other], problem, known[chosen].name)
+        steps.say(problems, chosen, lambda i: known[i])
         return known[chosen]
     got = "; ".join(f"{known[i]}: {problem}" for i, problem in problems.items())
     got = got or ("no checkpoint" if step is None else f"no step {step}")
@@ -112,7 +105,7 @@ def _problem(folder: paths.Path, item: str) -> str:
 
 def _part(found: PyTree, prefix: str, where: str) -> PyTree:
     """Returns the subtree of a name."""
-    for key in (p for p in prefix.split("/") if p):
+    for key in _keys(prefix):
         if not isinstance(found, Mapping):
             raise check.error(f"{where}: prefix", repr(prefix), "a part of the tree", "shorten it")
         if key not in found:
@@ -153,15 +146,19 @@ def _groups(leaves: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield group
 
 
-def _nested(leaves: Mapping[str, Any], within: list[str]) -> PyTree:
-    """Returns nested dicts of leaves by name; `within` names the dicts around them. "" alone is the tree itself."""
+def _nested(leaves: Mapping[str, Any]) -> PyTree:
+    """Returns nested dicts of leaves by name; the leaf itself if its name is ""."""
     out: dict[str, Any] = {}
     for name, x in leaves.items():
-        keys = [*within, *(name.split("/") if name else [])]
-        node = out
-        if not keys:
+        if not name:
             return x
-        for key in keys[:-1]:
+        *folders, last = name.split("/")
+        node = out
+        for key in folders:
             node = node.setdefault(key, {})
-        node[keys[-1]] = x
+        node[last] = x
     return out
+
+
+def _keys(prefix: str) -> list[str]:
+    return [key for key in prefix.split("/") if key]

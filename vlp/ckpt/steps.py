@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from vlp.ckpt import digest
 from vlp.ckpt.keep import Keep
 from vlp.core import check, paths
 
+log = logging.getLogger(__name__)
 ITEMS = ("params", "rest", "meta")
 _STEP = re.compile(r"step_(\d{9,})")
 _UNFINISHED = re.compile(r"step_\d{9,}\.orbax-checkpoint-tmp.*")
@@ -105,6 +107,15 @@ def first_whole(
         problems[step] = found
     unlisted = (step for step, found in problems.items() if found == digest.UNLISTED)
     return next(unlisted, None), problems
+
+
+def say(problems: Mapping[int, str], step: int, folder: Callable[[int], paths.Path]) -> None:
+    """Logs what `first_whole` found wrong before it chose `step`."""
+    for other, problem in problems.items():
+        what = "its files cannot be checked"
+        if other != step:
+            what = f"using step {int(folder(step).name.removeprefix('step_'))} instead"
+        log.warning("%s: %s; %s", folder(other), problem, what)
 
 
 def check_step(checkpoints: paths.Path, step: int) -> None:

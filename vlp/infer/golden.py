@@ -123,7 +123,7 @@ def answers(
 
 @functools.lru_cache(maxsize=16)
 def _compiled(model: Any, mesh: Mesh | None) -> Any:
-    out = {} if mesh is None else {"out_shardings": meshes.replicated(mesh)}
+    out: dict[str, Any] = {} if mesh is None else {"out_shardings": meshes.replicated(mesh)}
     return jax.jit(lambda params, *batch: _ask(Apply(model, params), *batch), **out)
 
 
