@@ -96,8 +96,8 @@ def read(folder: os.PathLike, metadata: PyTree, wanted: Mapping[str, Any]) -> di
     args = ocp.args.PyTreeRestore(
         tree.map_named(leaf, metadata), tree.map_named(leaf_args, metadata)
     )
-    with ocp.PyTreeCheckpointer() as reader:
-        found = tree.named(reader.restore(path(folder), args=args))
+    # Not a Checkpointer, in whose `restore` all processes meet: one alone may read.
+    found = tree.named(ocp.PyTreeCheckpointHandler().restore(path(folder), args=args))
     return {name: found[name] for name in wanted}
 
 
