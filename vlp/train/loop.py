@@ -235,6 +235,7 @@ def train_stage(
                 )
                 if last or stopping or step % settings.save_every_steps == 0:
                     keep(number + 1)
+                    stopping = stopping or (not last and stop.poll())  # asked while it saved
         if stopping:
             break
     return state
