@@ -96,7 +96,7 @@ def read(folder: os.PathLike, metadata: PyTree, wanted: Mapping[str, Any]) -> di
     args = ocp.args.PyTreeRestore(
         tree.map_named(leaf, metadata), tree.map_named(leaf_args, metadata)
     )
-    # Not by a Checkpointer, which would wait for the other processes: in a save, process 0 alone reads.
+    # Not a Checkpointer, in whose `restore` all processes meet: one alone may read.
     found = tree.named(ocp.PyTreeCheckpointHandler().restore(path(folder), args=args))
     return {name: found[name] for name in wanted}
 
