@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from PIL import Image
 
 from helpers import runs
 from helpers.runs import CLIP, COCA, changed
@@ -48,6 +49,7 @@ MISTAKES = {
     "micro-batches": ({"micro_batches": 3}, "multiple of 3"),
     "no micro-batches": ({"micro_batches": 0}, "config.micro_batches: got 0, expected 1 or more"),
     "mesh": ({"mesh": {"data": 3}}, "product of 1 devices"),
+    "operations per image": ({"data.randaugment": 2**31}, "in 0 … 100"),
     "platform": ({"platform": "tpu"}, "got cpu devices, expected tpu"),
     "no decoder": ({"objective.name": "coca"}, "config.model.decoder"),
     "captions of a dual encoder": ({"evals": {"captions": {"batch": 8}}}, "config.model.decoder"),
@@ -177,6 +179,28 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys):
     for argv in ([], ["plan"], ["plan", "--confg=x"], ["trian"], ["eval", "--workdir"]):
         assert runs.vlp(*argv) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1, argv
+
+
+@pytest.mark.parametrize("argv", [
+    ["train", "--config.objective.nan_step"], ["data", "emoji", "--vocab-size"], ["data", "bench", "d", "--workers"],
+    ["data", "tokenizer", "d", "--vocab-size"], ["data", "convert", "photos", "--tokenizer"],
+    ["data", "filter", "photos", "--max-words"], ["data", "filter", "photos", "--min-side-px"],
+    ["data", "filter", "photos", "--num-frequent"],
+    ["plan", "--slices"], ["eval", "--workdir", "photos", "--step"], ["train", "--processes"],
+])  # fmt: skip
+def test_numbers_that_no_machine_holds_are_refused(tmp_path, capsys, argv):
+    """A number of thirty digits, in each place that takes a number."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "a.txt").write_text("a dog")
+    argv = [str(tmp_path / a) if a == "photos" else a for a in argv]
+    if argv[0] in ("train", "plan"):
+        toy = runs.arguments(runs.TOY, tmp_path / "run")
+        argv[1:1] = toy[1:] if argv[0] == "train" else toy[1:-2]
+    if argv[0] == "data" and argv[1] != "bench":
+        argv[2:2] = ["--out", str(tmp_path / "out")]
+    argv[-1] += f"={10**30}"
+    refused(capsys, *argv)
 
 
 def test_a_plan_refuses_what_training_refuses(tmp_path, capsys):

@@ -12,7 +12,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "--image-px", type=_number, default=72, help="side of the images (default 72)"
     )
     emoji.add_argument(
-        "--vocab-size", type=int, default=1500, help="largest vocabulary (default 1500)"
+        "--vocab-size", type=_number, default=1500, help="largest vocabulary (default 1500)"
     )
     convert = actions.add_parser(
         "convert", help="folder, CSV, TSV, JSONL, Parquet, tar shards or TFDS → records"
@@ -78,7 +78,9 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     _add_input(words, optional=True)
     words.add_argument("--from", dest="other", metavar="FILE", help="tokenizer.json or CLIP's BPE")
     words.add_argument("--out", required=True, metavar="FILE", help="a new file")
-    words.add_argument("--vocab-size", type=int, default=32000, help="largest size (default 32000)")
+    words.add_argument(
+        "--vocab-size", type=_number, default=32000, help="largest size (default 32000)"
+    )
     words.add_argument(
         "--model-type", choices=("bpe", "unigram"), default="bpe", help="default bpe (byte pairs)"
     )
@@ -97,7 +99,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     bench.add_argument("--image-px", type=_number, default=224)
     bench.add_argument("--batch", type=_number, default=64)
     bench.add_argument("--read-threads", type=_number, default=2)
-    bench.add_argument("--workers", type=int, default=0)
+    bench.add_argument("--workers", type=_count, default=0)
 
 
 # Flags and defaults of `vlp data filter`: the fields of vlp.data.tools.filter.Rules, with ALIGN's values.
@@ -112,10 +114,15 @@ RULES = {
 }
 
 
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, 1 or more")
+def _number(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or not least <= int(text) < 2**31:
+        limits = f"{least} to 2^31 - 1"
+        raise argparse.ArgumentTypeError(f"got {text!r:.40}, expected a whole number, {limits}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return _number(text, least=0)
 
 
 def _fraction(text: str) -> float:

@@ -112,8 +112,10 @@ def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
     """
     if wanted == AUTO:
         return tokenizers.load(beside) if storage.exists(beside) else None
-    if not wanted or wanted.isdecimal() and int(wanted):
+    if not wanted or wanted.isdecimal() and 0 < int(wanted) < 2**31:
         return None
+    if wanted.isdecimal():
+        raise check.error("--tokenizer", f"{wanted:.40}", "1 to 2^31 - 1 pieces", "give fewer")
     if not storage.exists(wanted):
         do = "train one with `vlp data tokenizer`, or correct the path"
         got = f"{wanted!r}, which is not a file"
