@@ -118,12 +118,13 @@ class Checkpoints:
                 return found or "broken files (see the log of process 0)"
         return found
 
-    def set_aside_after(self, step: int) -> None:
-        """Renames later steps, the broken ones that `newest` skipped, so that they can be saved again."""
+    def set_aside_after(self, step: int, why: str = "broken") -> None:
+        """Renames later steps, so that they can be saved again: the broken ones that `newest` skipped, or those that
+        a run went back over. why: first part of the new name."""
         later = [s for s in self.steps() if s > step]
         if later and jax.process_index() == 0:
             for folder in map(self._folder, later):
-                folder.rename(self._path / f"broken_{int(time.time())}_{folder.name}")
+                folder.rename(self._path / f"{why}_{int(time.time())}_{folder.name}")
         if later:
             if jax.process_count() > 1:
                 from jax.experimental import multihost_utils

@@ -20,7 +20,7 @@ _READING = (
 )
 LOCAL = tuple(f"{where}.{key}" for where in ("data", "streams.*.data") for key in _READING)
 FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "micro_remat", "platform",
-        "hang_secs", "sinks", "plugins", *LOCAL)  # fmt: skip
+        "hang_secs", "max_nonfinite_steps", "spike", "sinks", "plugins", *LOCAL)  # fmt: skip
 
 
 def extendable(config: Mapping[str, Any]) -> dict[str, Any]:

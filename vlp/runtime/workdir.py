@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # What a run writes. None may be a symbolic link, which would lead out of the workdir (checkpoints/ may: large disks).
 _WRITTEN = {
     ".lock", "config.json", "versions.json", "preprocessing.json", "saved.json", "tokenizer.model", "metrics.jsonl",
-    "parameters.txt", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
+    "parameters.txt", "rollbacks.json", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
 }  # fmt: skip
 _FLAGS = (
     "XLA_FLAGS",

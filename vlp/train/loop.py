@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import logging
 import pathlib
 import time
@@ -28,9 +30,19 @@ from vlp.runtime.profile import check_range
 from vlp.runtime.sinks import check_sinks
 from vlp.runtime.watchdog import PREEMPTED, Stop
 from vlp.train import bar as bars
-from vlp.train import refresh
+from vlp.train import nonfinite, refresh, rollback
 from vlp.train.build import StagePlan, in_order, prepare
-from vlp.train.metrics import FINITE, Clock, Interval, Sums, flops_frac, input_metrics, values
+from vlp.train.guard import Guard
+from vlp.train.metrics import (
+    BROKEN,
+    FINE,
+    Clock,
+    Interval,
+    Sums,
+    flops_frac,
+    input_metrics,
+    values,
+)
 from vlp.train.session import (
     Session,
     description_of_data,
@@ -54,7 +66,24 @@ def run(
     profile: tuple[int, int] | None = None,
     extend: bool = False,
 ) -> int:
-    """Starts or continues training.
+    """Starts or continues training. Going back to a checkpoint (`train.rollback`) is a start like any other.
+
+    Args, Returns and Raises: as `start`.
+    """
+    while True:
+        try:
+            return start(config, directory, profile, extend)
+        except rollback.GoBack:
+            profile = None  # its steps may be over
+
+
+def start(
+    config: Mapping[str, Any],
+    directory: str | pathlib.Path,
+    profile: tuple[int, int] | None = None,
+    extend: bool = False,
+) -> int:
+    """Trains from the last checkpoint, or from the start, to the end.
 
     Args:
         config: the whole config.
@@ -67,7 +96,8 @@ def run(
 
     Raises:
         UserError: a mistake in the config or the work directory.
-        Failed: the loss, gradient or parameters of a step are not finite.
+        Failed: loss or gradient are not finite in several steps in a row, or the parameters in one.
+        GoBack: the loss jumped, and the run is to be started again.
     """
     resolved: dict[str, Any] = plain(config)
     if "plugins" in resolved:
@@ -89,7 +119,8 @@ def run(
             for stage in stages:
                 with progress.phase(f"opening the data of stage {stage.name!r}, tracing its step"):
                     plans.append(prepare(stage, settings, mesh))
-            plans = in_order(plans)
+            rollbacks = rollback.read(workdir, meta)
+            plans = in_order(plans, rollbacks)
             check_start(plans, position, meta)
             check_length(plans[-1].stage, position)
             if extend and meta:
@@ -98,7 +129,10 @@ def run(
                     extension(stages, files.latest(workdir, meta["config"]), position),
                 )
             reported |= {plan.stage.name: description_of_data(plan) for plan in plans}
-        session = open_session(resolved, settings, workdir, mesh, stop, plans[0], position, profile)
+        guard = Guard(settings.spike, (meta or {}).get("guard"))
+        session = open_session(
+            resolved, settings, workdir, mesh, stop, plans[0], position, guard, rollbacks, profile
+        )
         say_model(session, plans)
         say_changes(meta, session)
         state = None
@@ -162,6 +196,7 @@ def train_stage(
             write_step(session, plan, pending.popleft(), clock, bar)
 
     for number in range(first, stage.num_steps):
+        rollback.tell(session, plan, number)
         if refresh.due(stage, number):
             record()
             session.watchdog.beat("refresh")
@@ -176,9 +211,11 @@ def train_stage(
             state, metrics = plan.step(state, batch)
         session.stop.work()
         session.profile.after(step, metrics)
-        finite = interval.add(metrics)
+        status = interval.add(metrics)
         logging_due = last or not number or (number + 1) % settings.log_every_steps == 0
-        pending.append(Done(number + 1, metrics, finite, interval.take() if logging_due else None))
+        records = {k: v for k, v in batch.items() if k.rpartition("/")[2] == "record"}
+        sums = interval.take() if logging_due else None
+        pending.append(Done(number + 1, metrics, status, records, sums))
         record(ahead=AHEAD if number else 0)
         session.checkpoints.look()
         bar.update()
@@ -253,18 +290,19 @@ def feed(
     streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
     for name, data in plan.datasets.items():
         batch = stage.streams[name].batch if name else stage.batch
-        start = (stage.streams[name] if name else stage).start_samples + stage_step * batch
-        num = stage.num_steps - stage_step
-        reading = start_plan(data, batch=batch, samples=num * batch, num_hosts=jax.process_count())
+        samples = (stage.num_steps - stage_step) * batch
+        reading = start_plan(data, batch=batch, samples=samples, num_hosts=jax.process_count())
         log.info("%s: %s", f"data of stream {name!r}" if name else "data", reading)
-        bad = workdir / f"quarantine_{jax.process_index()}.jsonl"
-        streams[name] = data.train_iter(
-            start=start,
+        read = functools.partial(
+            data.train_iter,
             batch=batch,
-            num_batches=num,
             seed=seed,
-            quarantine=bad,
+            quarantine=workdir / f"quarantine_{jax.process_index()}.jsonl",
             rows=local.rows(batch, mesh),
+        )
+        parts = rollback.stretches(plan.rollbacks, stage_step, stage.num_steps)
+        streams[name] = itertools.chain.from_iterable(
+            read(start=plan.position(first, name), num_batches=num) for first, num in parts
         )
     for batches in zip(*streams.values()):
         named = {
@@ -277,11 +315,12 @@ def feed(
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A dispatched step: its number in the stage (from 1) and its metrics, still on the device."""
+    """A dispatched step: its number in the stage (from 1), its metrics and status, still on the device."""
 
     number: int
     metrics: dict[str, jax.Array]
-    finite: jax.Array
+    status: jax.Array
+    records: dict[str, jax.Array]  # the record ids of each stream's batch
     sums: Sums | None  # of the metrics since the last row; None if no row is due
 
 
@@ -296,28 +335,20 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
         bar: progress bar.
 
     Raises:
-        Failed: a metric is not finite. The batch is listed in nonfinite_stepN.json.
+        Failed: the parameters are not finite, or too many updates in a row were skipped.
+        GoBack: the loss jumped; the run starts again from a checkpoint.
     """
-    stage, settings = plan.stage, session.settings
+    stage = plan.stage
     clock.count()
     number, step = done.number, stage.start_step + done.number
-    seen = stage.start_samples + number * stage.batch
-    row = {"kind": "train", "step": step, "samples": seen, "stage": stage.name}
-    if not jax.device_get(done.finite):
-        found = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
-        session.metrics.write(row | found)
-        session.metrics.flush()
-        ids = plan.main.record_ids(seen - stage.batch, stage.batch, settings.seed)
-        keys = plan.main.keys(ids[:64])
-        path = session.workdir / f"nonfinite_step{step}.json"
-        files.write_json(
-            path, {"step": step, "metrics": found, "records": ids.tolist(), "keys": keys}
-        )
-        got = ", ".join(f"{k} {found[k]}" for k in FINITE)
-        raise check.Failed(
-            f"step {step}: got {got}, expected finite numbers; see {path} for the batch "
-            f"(keys {', '.join(keys[:4])}, …), lower the learning rate or inspect these records"
-        )
+    row = {"kind": "train", "step": step, "samples": stage.start_samples + number * stage.batch}
+    row["stage"] = stage.name
+    status, loss = jax.device_get((done.status, done.metrics["loss"]))
+    spiked = session.guard.see(float(loss), applied=bool(status == FINE))
+    if status != FINE:
+        nonfinite.refuse(session, plan, done.metrics, done.records, row, bool(status == BROKEN))
+    if spiked:
+        rollback.go_back(session, plan, step, "spike", float(loss))
     if done.sums is None:
         return
     averages, warm = values(done.sums), clock.warm

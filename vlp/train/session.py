@@ -20,6 +20,8 @@ from vlp.runtime import workdir as files
 from vlp.runtime.profile import Profile
 from vlp.runtime.watchdog import Stop, Watchdog
 from vlp.train import summary
+from vlp.train.guard import Guard
+from vlp.train.rollback import Rollback
 from vlp.train.stages import Run
 from vlp.train.state import State
 
@@ -48,6 +50,8 @@ class Session:
     versions: dict[str, Any]
     lock: IO[str]
     profile: Profile
+    guard: Guard
+    rollbacks: tuple[Rollback, ...]
 
 
 def open_session(
@@ -58,6 +62,8 @@ def open_session(
     stop: Stop,
     first: StagePlan,
     position: Mapping[str, int],
+    guard: Guard,
+    rollbacks: tuple[Rollback, ...] = (),
     profile: tuple[int, int] | None = None,
 ) -> Session:
     """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
@@ -89,6 +95,8 @@ def open_session(
         versions,
         lock,
         Profile(workdir / "profile", profile),
+        guard,
+        rollbacks,
     )
 
 
@@ -156,7 +164,9 @@ def save(
     step = stage.start_step + stage_step
     samples = stage.start_samples + stage_step * stage.batch
     position = {"step": step, "stage": stage.index, "stage_step": stage_step, "samples": samples}
-    meta = {"position": position, "interval": interval, **description(session, plan)}
+    meta = {"position": position, "interval": interval, "guard": session.guard.plain()}
+    meta["rollbacks"] = [dataclasses.asdict(r) for r in session.rollbacks if r.step <= step]
+    meta |= description(session, plan)
     rest = {k: getattr(state, k) for k in REST}
     session.checkpoints.save(step, state.params, rest, meta)
 

@@ -26,6 +26,7 @@ from vlp.models.interface import check_fields
 from vlp.objectives import OBJECTIVES
 from vlp.optim.make import Optim
 from vlp.optim.schedules import Schedule
+from vlp.train.guard import Spike
 
 MAX_BATCH = 2**26
 # Settings that apply only to the stage that sets them: later stages do not inherit them from the base config.
@@ -61,7 +62,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What holds for all stages. mesh, platform and how often is logged and saved may change at a restart."""
+    """What holds for all stages. What may change at a restart: `runtime.restart.FREE`."""
 
     name: str
     seed: int = 0
@@ -71,6 +72,8 @@ class Run:
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
     sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard", "wandb", "clu"
+    max_nonfinite_steps: int = 3  # stop after so many in a row whose update was skipped
+    spike: Spike = Spike()
     hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
     plugins: tuple[
         Plugin, ...
@@ -149,7 +152,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
             raise _unknown("", key, RUN_KEYS | STAGE_KEYS | {"stages"})
     run = build(Run, {k: v for k, v in config.items() if k in RUN_KEYS}, "config")
     check.bounds("config", run, {"hang_secs": (0 <= run.hang_secs < math.inf, "at least 0")})
-    for key in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
+    for key in ("log_every_steps", "save_every_steps", "keep_checkpoints", "max_nonfinite_steps"):
         if getattr(run, key) < 1:
             raise check.error(
                 f"config.{key}", getattr(run, key), "1 or more", f"set config.{key} to 1 or more"

@@ -1,4 +1,9 @@
-"""One training step: one `jit`, with the state donated. It names no method and no parameter."""
+"""One training step: one `jit`, with the state donated. It names no method and no parameter.
+
+If the loss, the gradient, a statistic or the objective's state is not finite, the step only counts: parameters,
+optimiser, averages, statistics and the objective's state stay as they were, on all devices. Old and new values are
+selected element by element where the new ones are written, so there is no second copy of the state.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx, Objective, Weight, answer
 from vlp.ops import statistics
 from vlp.optim import ema
 from vlp.optim.make import Updater
-from vlp.train.state import State
+from vlp.train.state import State, check_kept
 
 PyTree = Any
 
@@ -47,7 +53,10 @@ def train_step(
         teachers: Name → (model, decay). With a decay, the teacher is the moving average of the trained parameters.
 
     Returns:
-        The next state and the step's metrics (scalars).
+        The next state and the step's metrics (scalars); "applied", a bool: whether the state was updated.
+
+    Raises:
+        UserError: when traced, if the objective returns a `method_state` of other arrays than it was given.
     """
     teachers = teachers or {}
     moving = jax.tree.map(lambda a, b: a or b, updater.trainable, updater.statistics)
@@ -76,15 +85,20 @@ def train_step(
     (loss, (method_state, metrics)), grads = value_and_grad(tree.where(moving, state.params))
     slots, recorded = (tree.where(updater.statistics, t) for t in (state.params, grads))
     trainable, grads = (tree.where(updater.trainable, t) for t in (state.params, grads))
+    check_kept(f"objective {type(objective).__name__}", state.method_state, method_state)
+    grad_norm = tree.norm(grads)
+    applied = jnp.isfinite(jnp.stack([loss, grad_norm, tree.norm(recorded)])).all()
+    applied &= stays_finite(state.method_state, method_state)
+    select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
     lr = lr_at(state.stage_step)
-    trainable, opt, update_norm = updater.update(grads, state.opt, trainable, lr)
-    slots = statistics.updated(slots, recorded)
-    weights = tree.merge(trainable, frozen)
+    moved, opt, update_norm = updater.update(grads, state.opt, trainable, lr)
+    slots = select(statistics.updated(slots, recorded), slots)
+    weights = tree.merge(select(moved, trainable), frozen)
     params = tree.merge(weights, slots)
     averages = {
         name: state.teachers[name]
         if decay is None
-        else ema.update(state.teachers[name], params, decay, progress)
+        else select(ema.update(state.teachers[name], params, decay, progress), state.teachers[name])
         for name, (_, decay) in teachers.items()
     }
     metrics = {
@@ -92,8 +106,22 @@ def train_step(
         **metrics,
         **statistics.metrics(slots),
         "lr": lr,
-        "grad_norm": tree.norm(grads),
+        "grad_norm": grad_norm,
         "update_norm": update_norm,
+        "param_norm": tree.norm(weights),
+        "applied": applied,
     }
-    metrics["param_norm"] = tree.norm(weights)
+    opt = select(opt, state.opt)
+    method_state = select(method_state, state.method_state)
     return State(state.step + 1, state.stage_step + 1, params, opt, averages, method_state), metrics
+
+
+def stays_finite(old: PyTree, new: PyTree) -> jax.Array:
+    """Returns bool[]: whether every number of `new` is finite where that of `old` is."""
+    floats = [
+        (o, n)
+        for o, n in zip(jax.tree.leaves(old), jax.tree.leaves(new))
+        if jnp.issubdtype(n.dtype, jnp.inexact)
+    ]
+    kept = [(jnp.isfinite(n) | ~jnp.isfinite(o)).all() for o, n in floats]
+    return jnp.stack(kept).all() if kept else jnp.bool_(True)
