@@ -140,9 +140,7 @@ class ToyObjective:
         if not self.fault:
             return Out(terms)
         seen = ctx.method_state["seen"] + zi_BE.shape[0]
-        return Out(
-            terms, {"seen": jnp.where(bad_B.any() & (self.fault == "state"), jnp.nan, seen)}
-        )
+        return Out(terms, {"seen": jnp.where(bad_B.any() & (self.fault == "state"), jnp.nan, seen)})
 
     def encode(self, ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"])

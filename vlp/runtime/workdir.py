@@ -39,6 +39,7 @@ _FLAGS = (
     "LIBTPU_INIT_ARGS",
     "NVIDIA_TF32_OVERRIDE",
 )  # they may change the numbers
+MAX_CHANGES = 4  # of a config that an error names
 SHARED = ".shared"  # suffix of the file that tests whether hosts share the workdir; caches may show it after its end
 
 
@@ -212,7 +213,7 @@ def latest(workdir: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
 def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = False) -> None:
     """Raises UserError if the workdir holds a run of another config, or other files.
 
-    extend: the last stage's length and the evaluators may differ.
+    extend: the last stage's length may differ.
     """
     check_path("--workdir", workdir)
     if not os.path.isfile(workdir):
@@ -248,16 +249,16 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
     if changes and extend:
         changes = difference(restart.extendable(old), restart.extendable(config))
     if changes:
-        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        more = f" and {len(changes) - MAX_CHANGES} more" if len(changes) > MAX_CHANGES else ""
         do = "choose another --workdir, or the run's own config"
         if extend:
-            do += " (--extend allows the last stage's length, evaluators, logging and saving)"
+            do += " (--extend allows another length of the last stage)"
         elif extends:
             do += "; --extend continues with this one"
         raise check.error(
             f"--workdir {workdir}",
-            f"a run with another config ({changes[0]}{more})",
-            "the same",
+            f"a run with another config ({', '.join(changes[:MAX_CHANGES])}{more})",
+            "the same, but for what does not change its numbers (mesh, evaluators, logging, saving, workers …)",
             do,
         )
 

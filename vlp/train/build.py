@@ -48,6 +48,9 @@ class StagePlan:
     step: Any
     starts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # stream → first position
     rollbacks: tuple[Rollback, ...] = ()  # those of the stage
+    renewed: frozenset[str] = (
+        frozenset()
+    )  # evaluators that were added or changed since the last start
 
     @property
     def main(self) -> Dataset:

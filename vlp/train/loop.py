@@ -53,7 +53,7 @@ from vlp.train.session import (
     say_model,
 )
 from vlp.train.stages import parse
-from vlp.train.start import check_length, check_start, extension, start_stage
+from vlp.train.start import changed, check_length, check_start, start_stage
 from vlp.train.state import State
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def start(
         config: the whole config.
         directory: the work directory, which is created.
         profile: first and last step to profile, counted from 1 over the whole run.
-        extend: whether the last stage's length and the evaluators may differ from those of the run's last start.
+        extend: whether the last stage's length may differ from that of the run's last start.
 
     Returns:
         The exit code: 0, or 75 if the run was pre-empted and saved.
@@ -123,11 +123,14 @@ def start(
             plans = in_order(plans, rollbacks)
             check_start(plans, position, meta)
             check_length(plans[-1].stage, position)
-            if extend and meta:
-                log.info(
-                    "--extend: %s",
-                    extension(stages, files.latest(workdir, meta["config"]), position),
-                )
+            if meta:
+                old = files.latest(workdir, meta["config"])
+                own = {"plugins": resolved["plugins"]} if "plugins" in resolved else {}
+                changes = changed(stages, old | own, position)
+                plans = [dataclasses.replace(p, renewed=e) for p, e in zip(plans, changes.evals)]
+                if extend or changes.text:
+                    flag = "--extend" if extend else "since the last start"
+                    log.info("%s: %s", flag, changes.text or "nothing differs")
             reported |= {plan.stage.name: description_of_data(plan) for plan in plans}
         guard = Guard(settings.spike, (meta or {}).get("guard"))
         session = open_session(
@@ -249,10 +252,11 @@ def due_evals(plan: StagePlan, stage_step: int) -> list[str]:
 
 
 def make_up(session: Session, plan: StagePlan, state: State, stage_step: int) -> None:
-    """Runs the evaluations of a restored step that are missing in metrics.jsonl."""
+    """Runs the evaluations of a restored step that are missing in metrics.jsonl, and those changed since."""
     step = plan.stage.start_step + stage_step
     rows = session.metrics.begun if jax.process_index() == 0 else []
     done = {row.get("eval") for row in rows if row["kind"] == "eval" and row["step"] == step}
+    done -= plan.renewed
     due = due_evals(plan, stage_step)
     missing = np.array([name not in done for name in due], bool)
     if due and jax.process_count() > 1:
@@ -260,7 +264,8 @@ def make_up(session: Session, plan: StagePlan, state: State, stage_step: int) ->
 
         missing = multihost_utils.broadcast_one_to_all(missing)
     for name in (n for n, is_missing in zip(due, missing) if is_missing):
-        log.info("[%d] %s: was due when the run stopped; made up for now", step, name)
+        why = "added or changed" if name in plan.renewed else "was due when the run stopped"
+        log.info("[%d] %s: %s; made up for now", step, name, why)
         try:
             evaluate(session, plan, state, name, step)
         except Exception as e:
