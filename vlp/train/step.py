@@ -1,8 +1,7 @@
 """One training step: one `jit`, with the state donated. It names no method and no parameter.
 
 If the loss, the gradient, a statistic or the objective's state is not finite, the step only counts: parameters,
-optimiser, averages, statistics and the objective's state stay as they were, on all devices. Old and new values are
-selected element by element where the new ones are written, so there is no second copy of the state.
+optimiser, averages, statistics and the objective's state stay as they were, on all devices.
 """
 
 from __future__ import annotations
@@ -89,18 +88,25 @@ def train_step(
     grad_norm = tree.norm(grads)
     applied = jnp.isfinite(jnp.stack([loss, grad_norm, tree.norm(recorded)])).all()
     applied &= stays_finite(state.method_state, method_state)
-    select = lambda new, old: jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
     lr = lr_at(state.stage_step)
-    moved, opt, update_norm = updater.update(grads, state.opt, trainable, lr)
-    slots = select(statistics.updated(slots, recorded), slots)
-    weights = tree.merge(select(moved, trainable), frozen)
+
+    def update(old: PyTree) -> PyTree:
+        slots, trainable, opt, averages, _, _ = old
+        slots = statistics.updated(slots, recorded)
+        trainable, opt, norm = updater.update(grads, opt, trainable, lr)
+        params = tree.merge(tree.merge(trainable, frozen), slots)
+        averages = {
+            name: average
+            if teachers[name][1] is None
+            else ema.update(average, params, teachers[name][1], progress)
+            for name, average in averages.items()
+        }
+        return slots, trainable, opt, averages, method_state, norm
+
+    old = (slots, trainable, state.opt, state.teachers, state.method_state, jnp.float32(0))
+    slots, trainable, opt, averages, method_state, update_norm = changed_if(applied, update, old)
+    weights = tree.merge(trainable, frozen)
     params = tree.merge(weights, slots)
-    averages = {
-        name: state.teachers[name]
-        if decay is None
-        else select(ema.update(state.teachers[name], params, decay, progress), state.teachers[name])
-        for name, (_, decay) in teachers.items()
-    }
     metrics = {
         "loss": loss,
         **metrics,
@@ -111,9 +117,17 @@ def train_step(
         "param_norm": tree.norm(weights),
         "applied": applied,
     }
-    opt = select(opt, state.opt)
-    method_state = select(method_state, state.method_state)
     return State(state.step + 1, state.stage_step + 1, params, opt, averages, method_state), metrics
+
+
+def changed_if(wanted: jax.Array, change: Callable[[PyTree], PyTree], x: PyTree) -> PyTree:
+    """Returns change(x) if `wanted` (bool[]), else x.
+
+    A loop of one turn or none, since XLA writes what a loop changes in place. To choose between old and new values by
+    `jnp.where` takes memory for the parameters once more on some machines, and `jax.lax.cond` copies its operands.
+    """
+    turn = lambda carry: (jnp.bool_(False), change(carry[1]))
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, x))[1]
 
 
 def stays_finite(old: PyTree, new: PyTree) -> jax.Array:
