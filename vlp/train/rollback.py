@@ -153,8 +153,9 @@ def go_back(session: Session, plan: StagePlan, found: int, why: str, loss: float
 
 def tell(session: Session, plan: StagePlan, stage_step: int) -> None:
     """Writes a row for the decisions that take effect after `stage_step`, unless metrics.jsonl has it."""
-    have = {(r["step"], r.get("number")) for r in session.metrics.begun if r["kind"] == "rollback"}
-    for r in plan.rollbacks:
-        if r.stage_step == stage_step and (r.step, r.number) not in have:
-            samples = plan.stage.start_samples + stage_step * plan.stage.batch
-            session.metrics.write({"kind": "rollback", "samples": samples} | dataclasses.asdict(r))
+    due = [r for r in plan.rollbacks if r.stage_step == stage_step]
+    rows = session.metrics.begun if due else []
+    have = {(row["step"], row.get("number")) for row in rows if row["kind"] == "rollback"}
+    for r in (r for r in due if (r.step, r.number) not in have):
+        samples = plan.stage.start_samples + stage_step * plan.stage.batch
+        session.metrics.write({"kind": "rollback", "samples": samples} | dataclasses.asdict(r))

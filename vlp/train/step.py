@@ -91,9 +91,9 @@ def train_step(
     lr = lr_at(state.stage_step)
 
     def update(old: PyTree) -> PyTree:
-        slots, trainable, opt, averages, _, _ = old
+        grads, trainable, slots, opt, averages, _ = old
+        trainable, opt, changes = updater.apply(grads, opt, trainable, lr)
         slots = statistics.updated(slots, recorded)
-        trainable, opt, norm = updater.update(grads, opt, trainable, lr)
         params = tree.merge(tree.merge(trainable, frozen), slots)
         averages = {
             name: average
@@ -101,10 +101,12 @@ def train_step(
             else ema.update(average, params, teachers[name][1], progress)
             for name, average in averages.items()
         }
-        return slots, trainable, opt, averages, method_state, norm
+        changes = jax.tree.map(lambda g, c: c.astype(g.dtype), grads, changes)
+        return changes, trainable, slots, opt, averages, method_state
 
-    old = (slots, trainable, state.opt, state.teachers, state.method_state, jnp.float32(0))
-    slots, trainable, opt, averages, method_state, update_norm = changed_if(applied, update, old)
+    # The gradients are clipped before, and the changes take their place: no further array of their size is needed.
+    old = updater.clipped(grads), trainable, slots, state.opt, state.teachers, state.method_state
+    changes, trainable, slots, opt, averages, method_state = changed_if(applied, update, old)
     weights = tree.merge(trainable, frozen)
     params = tree.merge(weights, slots)
     metrics = {
@@ -113,7 +115,7 @@ def train_step(
         **statistics.metrics(slots),
         "lr": lr,
         "grad_norm": grad_norm,
-        "update_norm": update_norm,
+        "update_norm": tree.norm(changes),
         "param_norm": tree.norm(weights),
         "applied": applied,
     }
