@@ -54,9 +54,9 @@ class Session:
     lock: locks.Lock
     profile: Profile
     quarantine: Appended  # bad records that this process met
-    scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # by step
     guard: Guard
     rollbacks: tuple[Rollback, ...]
+    scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # by step
 
 
 def open_session(
