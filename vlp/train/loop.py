@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -297,24 +296,9 @@ def feed(
     Yields:
         {leaf: array [B …]}, with the leaves of another stream named "stream/leaf".
     """
-    stage = plan.stage
-    streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
-    for name, data in plan.datasets.items():
-        batch = stage.streams[name].batch if name else stage.batch
-        samples = (stage.num_steps - stage_step) * batch
-        reading = start_plan(data, batch=batch, samples=samples, num_hosts=jax.process_count())
-        log.info("%s: %s", f"data of stream {name!r}" if name else "data", reading)
-        read = functools.partial(
-            data.train_iter,
-            batch=batch,
-            seed=seed,
-            quarantine=quarantine,
-            rows=local.rows(batch, mesh),
-        )
-        parts = rollback.stretches(plan.rollbacks, stage_step, stage.num_steps)
-        streams[name] = itertools.chain.from_iterable(
-            read(start=plan.position(first, name), num_batches=num) for first, num in parts
-        )
+    streams = {
+        name: _batches(plan, name, seed, stage_step, mesh, quarantine) for name in plan.datasets
+    }
     for batches in zip(*streams.values()):
         named = {
             f"{n}/{k}" if n else k: v
@@ -322,6 +306,26 @@ def feed(
             for k, v in leaves.items()
         }
         yield meshes.to_global(named, mesh)
+
+
+def _batches(
+    plan: StagePlan, name: str, seed: int, stage_step: int, mesh: Mesh, quarantine: Appended
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields this host's batches of one stream ("": the main one). Arguments: as of `feed`."""
+    stage, data = plan.stage, plan.datasets[name]
+    batch = stage.streams[name].batch if name else stage.batch
+    samples = (stage.num_steps - stage_step) * batch
+    reading = start_plan(data, batch=batch, samples=samples, num_hosts=jax.process_count())
+    log.info("%s: %s", f"data of stream {name!r}" if name else "data", reading)
+    for first, num in rollback.stretches(plan.rollbacks, stage_step, stage.num_steps):
+        yield from data.train_iter(
+            start=plan.position(first, name),
+            batch=batch,
+            num_batches=num,
+            seed=seed,
+            quarantine=quarantine,
+            rows=local.rows(batch, mesh),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
