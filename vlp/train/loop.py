@@ -21,7 +21,7 @@ from vlp.core import mesh as meshes
 from vlp.core.config import plain
 from vlp.core.types import Apply
 from vlp.data.dataset import start_plan
-from vlp.evals.io import IO, own_names
+from vlp.evals import io as evals_io
 from vlp.runtime import hosts
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import check_range
@@ -346,8 +346,9 @@ def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: 
     began = time.monotonic()
     params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
     write = lambda name, value: files.write_artefact(session.workdir, name, {"step": step} | value)
-    io = own_names(stage.evals, label, IO(stage.data, plan.main.tokenizer, write))
-    results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
+    io = evals_io.IO(stage.data, plan.main.tokenizer, write)
+    apply = Apply(stage.model, params)
+    results = evals_io.run(stage.evals, label, apply, session.mesh, io)
     samples = stage.start_samples + (step - stage.start_step) * stage.batch
     row: dict[str, Any] = {
         "kind": "eval",
