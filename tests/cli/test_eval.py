@@ -236,7 +236,7 @@ def test_a_split_is_all_that_is_read(toned, toy, tmp_path):
 def test_one_config_evaluates_a_checkpoint_on_other_datasets(
     toned, toy, tmp_path, capsys, monkeypatch
 ):
-    """`--evals FILE.py:ARG`: each evaluator has its own data; the preprocessing is the checkpoint's; a line a result."""
+    """`--evals FILE.py:ARG`: an evaluator has data of its own; preprocessing is the checkpoint's; a line a result."""
     import hashlib
 
     from vlp.data import records

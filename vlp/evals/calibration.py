@@ -83,7 +83,7 @@ def frequencies(path: str, classes: tuple[str, ...], where: str) -> np.ndarray:
 def against_frequency(
     accuracy_C: Float[np.ndarray, "C"], frequency_C: Int[np.ndarray, "C"]
 ) -> dict[str, float]:
-    """Spearman's correlation of accuracy and frequency over classes; mean accuracy of the rarest and commonest third."""
+    """Spearman's correlation of accuracy and frequency; mean accuracy of the rarest and the commonest third."""
     order = np.argsort(frequency_C, kind="stable")
     third = max(1, len(order) // 3)
     a, b = _average_ranks(accuracy_C), _average_ranks(frequency_C)

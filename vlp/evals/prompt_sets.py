@@ -1,8 +1,8 @@
 """Templates and class names of zero-shot classification: sets as files, and the ids of prompts.
 
-A set is a text file of UTF-8, one entry a line. A template has "{}" (or CLIP_benchmark's "{c}") for the class. A class is
-its name, or "value<TAB>name" where records store something else. Ours are in prompts/; OpenAI's are read from an installed
-open_clip. Results carry the digest of the lines (`io.digest`).
+A set is a text file of UTF-8, one entry a line. A template has "{}" (or CLIP_benchmark's "{c}") for the class. A class
+is its name, or "value<TAB>name" where records store something else. Ours are in prompts/; OpenAI's are read from an
+installed open_clip. Results carry the digest of the lines (`io.digest`).
 """
 
 from __future__ import annotations

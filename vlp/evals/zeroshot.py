@@ -36,8 +36,8 @@ class Zeroshot:
 
     class_set, template_set: instead of classes and phrases, and of templates: a file or a named set (`prompt_sets`). Of
     names without values, class k is that of the label k, or of the k-th of the sorted labels. scale: of the cosines in
-    the softmax that ece (expected calibration error) is of; 0: the model's own, 100 if it has none. frequency: a file of
-    "value<TAB>number" lines; adds the correlation of a class's accuracy with its frequency. data: another dataset.
+    the softmax that ece (expected calibration error) is of; 0: the model's own, 100 if it has none. frequency: a file
+    of "value<TAB>number" lines; adds the correlation of a class's accuracy with its frequency. data: another dataset.
     """
 
     reads_captions: ClassVar = False
