@@ -258,7 +258,10 @@ def test_one_config_evaluates_a_checkpoint_on_other_datasets(
     rows = [json.loads(line) for line in pathlib.Path("out.jsonl").read_text().splitlines()]
     assert {(r["eval"], r["num"]) for r in rows} == {("one", 11), ("two", 13)}
     for row in rows:
-        assert row["preprocessing"] == "bicubic, 16 px, 8 tokens" and row["dtype"] == "float32"
+        assert (
+            row["preprocessing"] == "exact crop, bicubic, 16 px, 8 tokens"
+            and row["dtype"] == "float32"
+        )
         assert len(row["checkpoint"]) == 16 and row["fingerprint"]
     (templates,) = {r["templates"] for r in rows if r["eval"] == "two"}
     assert templates == hashlib.sha256(b"a photo of a {}.\n").hexdigest()[:16]

@@ -172,7 +172,7 @@ def on_split(evaluator: Any, split: str) -> Any:
     """The evaluator, reading this split and no other ("": its own)."""
     import dataclasses
 
-    if not split:
+    if not split or not getattr(evaluator, "reads_dataset", True):
         return evaluator
     alone = {"extra_splits": ()} if hasattr(evaluator, "extra_splits") else {}
     return dataclasses.replace(evaluator, split=split, **alone)

@@ -93,7 +93,6 @@ class IO:
     def provenance(self, dataset: Dataset) -> dict[str, Any]:
         """Returns the split, its number of records and its fingerprint, and how images and texts were prepared."""
         data = dataset.data
-        how = f"{data.resize}, {data.image_px} px, {data.text_len} tokens"
         where = {
             "split": data.split,
             "num": dataset.num_records,
@@ -101,7 +100,13 @@ class IO:
         }
         if data.langs:
             where["langs"] = "+".join(data.langs)
-        return where | {"preprocessing": how}
+        return where | {"preprocessing": preprocessing(data)}
+
+
+def preprocessing(data: Data) -> str:
+    """Returns in words how evaluations prepare images and texts."""
+    crop = getattr(data, "eval_crop", "exact")
+    return f"{crop} crop, {data.resize}, {data.image_px} px, {data.text_len} tokens"
 
 
 def run(
@@ -144,26 +149,22 @@ def own(evals: Mapping[str, Evaluator], label: str, io: IO) -> IO:
     return dataclasses.replace(io, write=write)
 
 
+FILES = ("path", "images", "class_set", "template_set", "frequency")  # fields that name a file
+
+
 def located(evaluator: Any, cwd: str) -> Any:
-    """Returns the evaluator; relative paths of its own data start at `cwd`, where such files are."""
-    if not cwd or not isinstance(own := getattr(evaluator, "data", None), Source):
-        return evaluator
+    """Returns the evaluator; relative paths in it start at `cwd`, where such files are."""
 
     def one(path: str) -> str:
         there = os.path.join(cwd, path)
         return there if path and "://" not in path and os.path.exists(there) else path
 
-    own = dataclasses.replace(own, path=one(own.path), ids=one(own.ids))
-    files = {k: one(v) for k in FILES if isinstance(v := getattr(evaluator, k, None), str)}
-    return dataclasses.replace(evaluator, data=own, **files)
-
-
-FILES = (
-    "class_set",
-    "template_set",
-    "frequency",
-    "images",
-)  # fields of evaluators that name a file
+    if not cwd:
+        return evaluator
+    changes = {k: one(v) for k in FILES if isinstance(v := getattr(evaluator, k, None), str)}
+    if isinstance(own := getattr(evaluator, "data", None), Source):
+        changes["data"] = dataclasses.replace(own, path=one(own.path), ids=one(own.ids))
+    return dataclasses.replace(evaluator, **changes) if changes else evaluator
 
 
 def digest(lines: Sequence[str]) -> str:
