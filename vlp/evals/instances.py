@@ -121,7 +121,7 @@ def _rows(data: bytes) -> list[Any]:
 def _instance(row: Any, name: str, folder: str, where: str) -> Instance:
     """Reads one row, of whichever form it is."""
 
-    def image(path: str, box: Sequence[float] | None = None) -> Region:
+    def image(path: str, box: Sequence[Any] | None = None) -> Region:
         full = os.path.join(folder, path)
         there = next((full + end for end in ENDINGS if os.path.isfile(full + end)), "")
         if not there:
