@@ -37,13 +37,15 @@ class Source:
 
     path: a dataset in any format (docs/data.md); "": the run's own. source: one of vlp.data.SOURCES ("": records and
     files, with a path). langs: languages of captions; (): any with a path, else the run's. ids: a file with the key of
-    a record on each line: only these records, in this order. num_records: of source "shapes" (0: the run's).
+    a record on each line: only these records, in this order. lines: each line of a caption is a caption of its own
+    (CLIP_benchmark's retrieval sets). num_records: of source "shapes" (0: the run's).
     """
 
     path: str = ""
     source: str = ""
     langs: tuple[str, ...] = ()
     ids: str = ""
+    lines: bool = False
     num_records: int = 0
 
     def of(self, data: Data) -> Data:
@@ -64,20 +66,20 @@ class Source:
 class IO:
     """data: preprocessing as trained. write(name, dict): keeps an artefact (a gallery) for the report.
 
-    ids: as in `Source`.
+    own: of an evaluator with data of its own.
     """
 
     data: Data
     tokenizer: Tokenizer
     write: Callable[[str, dict[str, Any]], None] = lambda name, artefact: None
-    ids: str = ""
+    own: Source = Source()
 
     def of(self, evaluator: Any) -> IO:
         """Returns the `IO` whose data is the evaluator's own, if it has any."""
         own = getattr(evaluator, "data", None)
         if not isinstance(own, Source):
             return self
-        return dataclasses.replace(self, data=own.of(self.data), ids=own.ids)
+        return dataclasses.replace(self, data=own.of(self.data), own=own)
 
     def open(self, split: str, **more: Any) -> Dataset:
         """Opens a split for evaluation: the first caption, all records (or those of `ids`), in record order.
@@ -88,7 +90,9 @@ class IO:
         changes = {"captions": "first", "num_captions": 1, "skip": "", "group_by": ""} | more
         data = dataclasses.replace(self.data, split=split, mixture=parts, reweight=(), **changes)
         dataset = _open(data, self.tokenizer, os.getcwd())
-        return _with_keys(dataset, self.ids) if self.ids else dataset
+        if self.own.lines:
+            dataset = _in_lines(dataset)
+        return _with_keys(dataset, self.own.ids) if self.own.ids else dataset
 
     def provenance(self, dataset: Dataset) -> dict[str, Any]:
         """Returns the split, its number of records and its fingerprint, and how images and texts were prepared."""
@@ -274,6 +278,33 @@ def subset(dataset: Dataset, ids: Sequence[int], fingerprint: str = "") -> Datas
     data = dataclasses.replace(dataset.data, mixture=())
     source = Chosen(dataset.source, tuple(ids), fingerprint or dataset.fingerprint)
     return Dataset(data, source, dataset.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """A source each line of whose captions is a caption of its own."""
+
+    source: Any
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        record = self.source[i]
+        captions = record.get("captions") or []
+        split = [c | {"text": line} for c in captions for line in c["text"].splitlines()]
+        return record | {"captions": split}
+
+
+@functools.lru_cache(maxsize=8)
+def _in_lines(dataset: Dataset) -> Dataset:
+    """Returns the dataset whose captions are split at line ends."""
+    data = dataclasses.replace(dataset.data, mixture=())
+    return Dataset(data, Lines(dataset.source), dataset.tokenizer)
 
 
 @functools.lru_cache(maxsize=8)
