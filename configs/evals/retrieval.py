@@ -3,8 +3,8 @@
     vlp eval --workdir RUN --evals configs/evals/retrieval.py:path=DATA,ids=fold1.txt+fold2.txt
 
 DATA is COCO's or Flickr30k's images with Karpathy's JSON (or a dataset that `vlp data convert` made of them). Five
-captions an image. ids: files of image keys, one a line, each an evaluation: COCO 1k needs one for each fold; COCO 5k and
-Flickr30k 1k are the whole test split, without ids.
+captions an image. ids: files of image keys, one a line, each an evaluation: COCO 1k needs one for each fold; COCO 5k
+and Flickr30k 1k are the whole test split, without ids.
 
 Arguments: path, split, ids, batch, num_captions.
 """
