@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
+from vlp.data.dataset import Dataset
 from vlp.evals import embed, ranks
 from vlp.evals import io as ios
 
@@ -48,25 +49,11 @@ class Retrieval:
         return embed.image(apply, image), embed.text(apply, text)
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
-        dataset, num_bad = io.open(self.split), 0
-        if self.num_captions == 1:
-            zi_NE, zt_ME = pairs(apply, dataset, self.batch, mesh)
-            owner_M = np.arange(len(zt_ME))
-        else:
-            captions = embed.Captions(dataset, self.num_captions)
-            zi_NE, good_N = embed.images(apply, dataset, self.batch, mesh)
-            owner: list[int] = []
-            ids = captions.ids(np.flatnonzero(good_N).tolist(), owner)
-            zt_ME = embed.texts(apply, ids, self.batch, mesh)
-            kept, owner_M = np.unique(np.array(owner), return_inverse=True)
-            records = np.flatnonzero(good_N)[kept]
-            num_bad = dataset.num_records - len(records)
-            zi_NE = zi_NE[records]
-            if num_bad:
-                dataset = ios.subset(dataset, records.tolist())
+        dataset, zi_NE, zt_ME, owner_M = self.embeddings(apply, mesh, io.open(self.split))
         ranks_N, ranks_M = ranks.ranks(zi_NE, zt_ME, owner_M, mesh, self.tile)
         where = io.provenance(dataset)
         if self.num_captions != 1:
+            num_bad = io.open(self.split).num_records - dataset.num_records
             where |= {"num_captions": len(zt_ME), "num_bad": num_bad}
         for name, found in {"i2t": ranks_N, "t2i": ranks_M}.items():
             for k in (1, 5, 10):
@@ -76,6 +63,22 @@ class Retrieval:
             captions = embed.Captions(dataset, self.num_captions)
             shown = Shown(dataset, captions, zi_NE, zt_ME, owner_M, ranks_N, ranks_M)
             io.write(f"retrieval_{self.split}", gallery(shown, self.gallery))
+
+    def embeddings(
+        self, apply: Apply, mesh: Mesh, dataset: Dataset
+    ) -> tuple[Dataset, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the records that count, the embeddings of their images and captions, and each caption's image."""
+        if self.num_captions == 1:
+            zi_NE, zt_NE = pairs(apply, dataset, self.batch, mesh)
+            return dataset, zi_NE, zt_NE, np.arange(len(zt_NE))
+        captions = embed.Captions(dataset, self.num_captions)
+        zi_NE, good_N = embed.images(apply, dataset, self.batch, mesh)
+        good, owner = np.flatnonzero(good_N), []
+        zt_ME = embed.texts(apply, captions.ids(good.tolist(), owner), self.batch, mesh)
+        kept, owner_M = np.unique(np.array(owner), return_inverse=True)
+        if len(kept) < dataset.num_records:
+            dataset = ios.subset(dataset, good[kept].tolist())
+        return dataset, zi_NE[good[kept]], zt_ME, owner_M
 
 
 def pairs(apply: Apply, dataset: Any, batch: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:

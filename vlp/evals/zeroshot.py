@@ -105,16 +105,19 @@ class Zeroshot:
 
         Of a set, or with data of its own, one class is enough: ImageNet-A has 200 of 1,000.
         """
-        sets, self = bool(self.class_set), self.with_sets(io, where)
+        some = bool(self.class_set) or self.data != ios.Source()
+        self.with_sets(io, where).check_classes(io, where, some)
+
+    def check_classes(self, io: ios.IO, where: str, some: bool) -> None:
+        """As `check`, with the classes known; some: one class is enough."""
         found = {value for split in self.splits for value in chosen(io.open(split), self, where)[1]}
         if self.frequency:
             calibration.frequencies(self.frequency, self.classes, f"{where}.frequency")
         missing = [name for name in self.classes if name not in found]
-        some = sets or self.data != ios.Source()
         if len(missing) == len(self.classes) or (missing and not some):
             got = f"no record of {missing} in {list(self.splits)}"
             raise check.error(f"{where}.classes", got, f"values of {self.label!r}", "correct them")
-        self.check_prompts(io, where, sets)
+        self.check_prompts(io, where, warn=some)
 
     def check_prompts(self, io: ios.IO, where: str, warn: bool = False) -> None:
         """Raises UserError (`warn`: warns) for two classes with the same prompts; warns of prompts that are cut."""
@@ -148,7 +151,10 @@ class Zeroshot:
         return embed.image(apply, image), embed.text(apply, text)
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
-        self = self.with_sets(io)
+        yield from self.with_sets(io).results(apply, mesh, io)
+
+    def results(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
+        """Yields the results, with the classes and templates known."""
         class_CE = embed_classes(apply, mesh, io, self)
         images, truth, shown = [], [], []
         place = {name: c for c, name in enumerate(self.classes)}
