@@ -31,7 +31,7 @@ def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
     assert {label for label, _ in found} == set(last) == {"retrieval", "captions"}
     assert found == {(label, metric): last[label][metric] for label, metric in found}
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(found) == 13
+    assert len(lines) == len(found) == 23
     assert lines[0].split() == [
         "retrieval",
         "test",

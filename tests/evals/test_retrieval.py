@@ -306,3 +306,46 @@ def test_every_caption_is_a_query_of_its_own(tmp_path, num, batch, devices):
     for k, query in zip(range(8), queries):
         assert query["caption"] == texts[order[k]][0]
         assert all(t["right"] == (t["caption"] in texts[order[k]]) for t in query["top_texts"])
+
+
+def test_images_without_a_caption_are_left_out_and_counted(tmp_path):
+    """And those that cannot be read, with bad_records "replace"; else they are an error."""
+    words = tokenizer.train([f"number {i}" for i in range(9)], vocab_size=40)
+    rows = []
+    for i in range(8):
+        image = io.BytesIO()
+        Image.new("RGB", (9, 9), (30 * i, 9, 200 - 9 * i)).save(image, "PNG")
+        captions = [{"text": f"number {i}", "source": "", "lang": "en"}] * (1 + i % 2) * (i != 3)
+        data = image.getvalue() if i != 5 else b"no image"
+        rows.append({"key": f"k{i}", "image": data, "captions": captions, "label": i})
+    files = {"tokenizer.model": words.to_bytes()}
+    records.write(str(tmp_path / "d"), {"test": rows}, name="d", info={}, files=files)
+    rng = np.random.default_rng(0)
+    tables = {"image": rng.normal(size=(3, 4)), "text": rng.normal(size=(64, 4))}
+    apply = Apply(Bag(), {k: jnp.asarray(v, jnp.float32) for k, v in tables.items()})
+    mesh = meshes.make(meshes.MeshShape(), jax.devices()[:1])
+    evaluator = Retrieval(batch=3, num_captions=0, data=ios.Source(path=str(tmp_path / "d")))
+    data = Data(source="shapes", image_px=8, text_len=12, read_threads=0, bad_records="replace")
+    with jax.set_mesh(mesh):
+        results = ios.run({"r": evaluator}, "r", apply, mesh, ios.IO(data, words))
+        where = results[0].provenance
+        assert (where["num"], where["num_bad"], where["num_captions"]) == (6, 2, 8)
+        strict = ios.IO(dataclasses.replace(data, bad_records="error"), words)
+        with pytest.raises(check.UserError, match="k[35]"):
+            ios.run({"r": evaluator}, "r", apply, mesh, strict)
+
+
+def test_a_list_of_ids_must_fit_the_split(tmp_path):
+    data = Data(source="shapes", num_records=9, image_px=8, text_len=16)
+    given = ios.IO(data, open_dataset(data).tokenizer)
+    keys = [open_dataset(dataclasses.replace(data, split="test")).key(i) for i in range(9)]
+    file = tmp_path / "ids.txt"
+    own = given.of(Retrieval(data=ios.Source(ids=str(file))))
+    for text, message in (
+        (f"{keys[0]}\nnone\n", "1 of 2 keys"),
+        (f"{keys[0]}\n{keys[0]}\n", "twice"),
+        ("\n", "empty file"),
+    ):
+        file.write_text(text)
+        with pytest.raises(check.UserError, match=message):
+            own.open("test")
