@@ -31,6 +31,16 @@ class Pixels:
     image = text = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Unpooled:
+    """A model of tokens alone."""
+
+    def apply(self, variables, x, method) -> Any:
+        return {"pooled": None, "embed": x}
+
+    image = text = None
+
+
 def features(split, step):
     dataset = open_dataset(dataclasses.replace(DATA, split=split))
     rows = dataset.eval_batch(0, 60)["image"].reshape(60, -1) / np.float32(255)
@@ -158,6 +168,9 @@ def test_mistakes_are_found_before_training():
     ):
         with pytest.raises(check.UserError, match=message):
             evaluate(evaluator)
+    apply = Apply(Unpooled(), {})
+    with pytest.raises(check.UserError, match="got no 'pooled' of images"):
+        ios.check_asks(probes.Knn("shape"), apply, DATA, "config.evals.probe")
     for options, message in (
         ({"features": "poled"}, "did you mean 'pooled'"),
         ({"train_split": "test"}, "another split"),

@@ -56,8 +56,12 @@ def texts(
 
 
 def image(apply: Apply, image: jax.Array, *, output: str = "embed") -> jax.Array:
-    """One batch of images."""
-    return apply("image", image)[output].astype(np.float32)
+    """One batch of images. Raises UserError for a model that does not pool them."""
+    found = apply("image", image)[output]
+    if found is None:
+        do = "set config.model.image_tower.pool to 'cls' or 'mean', or use features='embed'"
+        raise check.error("config.model", f"no {output!r} of images", "a pooled output", do)
+    return found.astype(np.float32)
 
 
 def text(apply: Apply, text: jax.Array) -> jax.Array:

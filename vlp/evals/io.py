@@ -56,8 +56,6 @@ class Source:
         if self.path or self.source:
             own: dict[str, Any] = {"source": "records", "mixture": (), "reweight": (), "langs": ()}
             own |= {"skip": "", "caption_sources": ()}  # of the run's own records
-            if data.captions == "weighted":
-                own["captions"] = "uniform"  # no source to weigh; evaluations draw none
             given = own | given
         return dataclasses.replace(data, **given)
 
@@ -81,14 +79,16 @@ class IO:
             return self
         return dataclasses.replace(self, data=own.of(self.data), own=own)
 
-    def open(self, split: str, **more: Any) -> Dataset:
+    def open(self, split: str) -> Dataset:
         """Opens a split for evaluation: the first caption, all records (or those of `ids`), in record order.
 
-        Of a mixture, those parts that have the split; raises UserError if none has. more: further fields of `Data`.
+        Of a mixture, those parts that have the split; raises UserError if none has.
         """
         parts = tuple(dataclasses.replace(p, split="", skip="") for p in self.data.mixture)
-        changes = {"captions": "first", "num_captions": 1, "skip": "", "group_by": ""} | more
-        data = dataclasses.replace(self.data, split=split, mixture=parts, reweight=(), **changes)
+        data = dataclasses.replace(
+            self.data, split=split, captions="first", num_captions=1, skip="", group_by="",
+            mixture=parts, reweight=(),
+        )  # fmt: skip
         dataset = _open(data, self.tokenizer, os.getcwd())
         if self.own.lines:
             dataset = _in_lines(dataset)
