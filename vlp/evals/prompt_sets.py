@@ -7,10 +7,10 @@ installed open_clip. Results carry the digest of the lines (`io.digest`).
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pathlib
+import runpy
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -61,12 +61,17 @@ def _lines(name: str, where: str) -> list[str]:
 
 
 def _open_clip(name: str, where: str) -> list[str]:
+    """Returns a set of open_clip's zero_shot_metadata.py, which is run alone: open_clip itself would import torch."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        do = "pip install open_clip_torch"
+        raise check.error(where, f"{name!r}, and no open_clip", "open_clip, which has this set", do)
+    file = pathlib.Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
     try:
-        module: Any = importlib.import_module("open_clip")
-    except ImportError as e:
-        got, do = f"{name!r}, and no open_clip ({e!s:.60})", "pip install open_clip_torch"
-        raise check.error(where, got, "open_clip, which has this set", do) from None
-    found = getattr(module, OPEN_CLIP[name])
+        found = runpy.run_path(str(file))[OPEN_CLIP[name]]
+    except (OSError, KeyError, ImportError) as e:
+        got, do = f"{file} ({type(e).__name__}: {e!s:.60})", "install open_clip_torch 3"
+        raise check.error(where, got, f"{OPEN_CLIP[name]} in it", do) from None
     return [entry("{}") if callable(entry) else entry for entry in found]
 
 
