@@ -206,6 +206,9 @@ def test_retrieval_of_clips(tmp_path, devices):
     t2i = [1 + sum(s[i, j] >= s[owner[j], j] for i in range(3) if i != owner[j]) for j in range(4)]
     assert found["t2i/R@1"] == pytest.approx(np.mean([r == 1 for r in t2i]))
     assert found["t2i/median_rank"] == pytest.approx(np.median(t2i))
+    (tmp_path / "c.gif").write_bytes(b"GIF89a")
+    with pytest.raises(check.UserError, match="clip 'c.gif': got a bad image"):
+        evaluate(Video(str(tmp_path), batch=2))
     (tmp_path / "b.txt").unlink()
     with pytest.raises(check.UserError, match="clip 'b' without b.txt"):
         evaluate(Video(str(tmp_path), batch=2))

@@ -165,6 +165,7 @@ def test_mistakes_are_found_before_training():
     for evaluator, message in (
         (probes.Knn("shpae"), "did you mean 'shape'"),
         (probes.FewShot("shape", batch=12), "got 12, expected a multiple"),
+        (probes.FewShot("key"), "those of 'train'"),
     ):
         with pytest.raises(check.UserError, match=message):
             evaluate(evaluator)

@@ -45,6 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import dataclasses
+
     import jax
 
     from vlp.cli.main import start_jax
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     write = lambda name, value: workdir.write_artefact(
         directory, name, {"step": loaded.step} | value
     )
-    io = ios.IO(loaded.data, loaded.tokenizer, **({"write": write} if args.write else {}))
+    io = ios.IO(loaded.data, loaded.tokenizer)
+    io = dataclasses.replace(io, write=write) if args.write else io
     device_mesh = mesh.make(mesh.MeshShape())
     chosen = ready(chosen, args, loaded, device_mesh, io)
     known = {"step": loaded.step, "checkpoint": ios.digest_params(loaded.apply.params)}

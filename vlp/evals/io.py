@@ -165,7 +165,9 @@ def located(evaluator: Any, cwd: str) -> Any:
 
     if not cwd:
         return evaluator
-    changes = {k: one(v) for k in FILES if isinstance(v := getattr(evaluator, k, None), str)}
+    changes: dict[str, Any] = {
+        k: one(v) for k in FILES if isinstance(v := getattr(evaluator, k, None), str)
+    }
     if isinstance(own := getattr(evaluator, "data", None), Source):
         changes["data"] = dataclasses.replace(own, path=one(own.path), ids=one(own.ids))
     return dataclasses.replace(evaluator, **changes) if changes else evaluator

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -56,12 +57,15 @@ class Probe:
         return {}
 
     def check(self, io: ios.IO, where: str) -> None:
-        """Raises UserError unless both splits have labels, of two classes or more."""
+        """Raises UserError unless both splits have labels, of two classes or more, and share some."""
         classes = Labels.of(io.open(self.train_split), self.label, where).classes
         if len(classes) < 2:
             do = "name another field"
             raise check.error(f"{where}.label", f"values {classes}", "two classes or more", do)
-        Labels.of(io.open(self.split), self.label, where)
+        asked = Labels.of(io.open(self.split), self.label, where).classes
+        if not set(asked) & set(classes):
+            got, do = f"values {asked[:8]} of {self.label!r}", f"those of {self.train_split!r}"
+            raise check.error(f"{where}.split", got, f"some of {classes[:8]}", f"use {do}")
 
     def asks(self, apply: Apply, image: jax.Array, text: jax.Array) -> Any:
         """What is asked of the model for one batch."""
@@ -132,8 +136,8 @@ class FewShot(Probe):
         """Returns further rules of the fields."""
         return {
             "shots": (bool(self.shots) and min(self.shots) >= 1, "numbers from 1 on"),
-            "seeds": (self.seeds >= 1, "1 or more"),
-            "l2": (self.l2 > 0, "above 0"),
+            "seeds": (1 <= self.seeds <= 1000, "in 1 … 1,000"),
+            "l2": (0 < self.l2 < math.inf, "above 0"),
         }
 
     def predictions(
@@ -166,7 +170,12 @@ class LinearProbe(Probe):
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """Returns further rules of the fields."""
-        return {"l2": (bool(self.l2) and min(self.l2) >= 0, "numbers from 0 on")}
+        return {
+            "l2": (
+                bool(self.l2) and 0 <= min(self.l2) <= max(self.l2) < math.inf,
+                "numbers from 0 on",
+            )
+        }
 
     def predictions(
         self, features_of: Any, y_N: np.ndarray, test_MD: np.ndarray, num_classes: int
@@ -186,7 +195,10 @@ class Knn(Probe):
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """Returns further rules of the fields."""
-        return {"k": (self.k >= 1, "1 or more"), "temperature": (self.temperature > 0, "above 0")}
+        return {
+            "k": (self.k >= 1, "1 or more"),
+            "temperature": (1e-3 <= self.temperature < math.inf, "at least 0.001"),
+        }
 
     def predictions(
         self, features_of: Any, y_N: np.ndarray, test_MD: np.ndarray, num_classes: int

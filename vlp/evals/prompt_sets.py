@@ -72,7 +72,7 @@ def _open_clip(name: str, where: str) -> list[str]:
     except (OSError, KeyError, ImportError) as e:
         got, do = f"{file} ({type(e).__name__}: {e!s:.60})", "install open_clip_torch 3"
         raise check.error(where, got, f"{OPEN_CLIP[name]} in it", do) from None
-    return [entry("{}") if callable(entry) else entry for entry in found]
+    return [str(entry("{}") if callable(entry) else entry) for entry in found]
 
 
 def prompts(phrase: str, given: Sequence[str]) -> list[str]:

@@ -62,6 +62,11 @@ def ranks(
     return sides[0].count + 1, sides[1].count + 1
 
 
+def rule(tile: int) -> tuple[bool, str]:
+    """Returns whether a tile's side is allowed, and what is (`check.bounds`)."""
+    return 1 <= tile <= 2**15, "in 1 … 32,768 (12 · tile² bytes)"
+
+
 class _Side:
     """The images or the texts: the best match's score (f64), its bounds in float32, and the count of better ones."""
 

@@ -40,7 +40,7 @@ class Retrieval:
         bounds = {
             "gallery": (self.gallery >= 0, "at least 0"),
             "num_captions": (0 <= self.num_captions <= embed.MOST, f"in 0 … {embed.MOST:,}"),
-            "tile": (self.tile >= 1, "1 or more"),
+            "tile": ranks.rule(self.tile),
         }
         check.bounds("config.evals: retrieval", self, bounds)
 

@@ -50,7 +50,7 @@ class Video:
         if self.pool not in POOLS:
             raise check.unknown(f"{where}.pool", self.pool, POOLS)
         rules = {"frames": (1 <= self.frames <= 2**10, "in 1 … 1,024")}
-        check.bounds(where, self, rules | {"tile": (self.tile >= 1, "1 or more")})
+        check.bounds(where, self, rules | {"tile": ranks.rule(self.tile)})
 
     def check(self, io: ios.IO, where: str) -> None:
         """Raises UserError for a folder without clips, or a clip without captions."""
@@ -104,7 +104,17 @@ class Clip:
     captions: tuple[str, ...]
 
     def frames(self, num: int) -> list[np.ndarray]:
-        """Returns `num` frames, u8[H W 3]."""
+        """Returns `num` frames, u8[H W 3]. Raises UserError for a file that cannot be decoded."""
+        try:
+            return self._frames(num)
+        except (pictures.BadImage, OSError, SyntaxError, EOFError) as e:  # as Pillow has it
+            got, do = (
+                f"a bad image ({type(e).__name__}: {e!s:.80})",
+                "remove the clip, or repair it",
+            )
+            raise check.error(f"clip {self.name!r}", got, "frames", do) from e
+
+    def _frames(self, num: int) -> list[np.ndarray]:
         if len(self.files) > 1:
             return [self._file(self.files[k]) for k in places(len(self.files), num)]
         with Image.open(self.files[0]) as image:
@@ -130,6 +140,7 @@ def clips(path: str, where: str) -> list[Clip]:
     root = pathlib.Path(path)
     out = []
     for entry in sorted(root.iterdir()) if root.is_dir() else ():
+        files: tuple[str, ...]
         if entry.is_dir():
             files = tuple(str(f) for f in sorted(entry.iterdir()) if f.suffix.lower() in IMAGES)
         else:

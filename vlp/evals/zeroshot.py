@@ -73,7 +73,7 @@ class Zeroshot:
             raise check.error(f"{where}.extra_splits", self.splits, expected, do)
         bounds = {
             "items": (self.items >= 0, "at least 0"),
-            "scale": (self.scale >= 0, "at least 0"),
+            "scale": (0 <= self.scale <= 1e6, "in 0 … 1e6"),
         }
         check.bounds(where, self, bounds)
 
