@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
-from vlp.core import check, local
+from vlp.core import check, interrupt, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply
 from vlp.data import draws, order, text_ops
@@ -49,6 +49,7 @@ def texts(
     run, found, rows = apply.jit(text), [], iter(ids)
     mine_b = np.concatenate([np.arange(b.start, b.stop) for b in local.rows(batch, mesh)])
     while some := list(itertools.islice(rows, batch)):
+        interrupt.poll()
         mine_bL = np.stack(some)[np.minimum(mine_b, len(some) - 1)].astype(np.int32)
         zt_BE = meshes.to_host(run(meshes.to_global({"text": mine_bL}, mesh)["text"]))
         found.append(zt_BE[: len(some)])

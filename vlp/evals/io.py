@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp.core import check, local, tree
+from vlp.core import check, interrupt, local, tree
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Evaluator, Result
 from vlp.data.config import Data
@@ -234,6 +234,8 @@ def check_asks(evaluator: Evaluator, apply: Apply, data: Data, where: str) -> No
         jax.eval_shape(ask, apply.params, image, text)
     except check.UserError as e:
         raise check.UserError(f"{where}: {e}, or drop this evaluation") from None
+    except Exception as e:
+        raise check.bug(f"{where}: {type(evaluator).__name__}.asks", e) from e
 
 
 def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:
@@ -353,6 +355,7 @@ def batches(
     meshes.check_batch(batch, mesh, where="config.evals: batch")
     mine = local.rows(batch, mesh)
     for i, leaves in enumerate(dataset.eval_iter(batch, mine, reads=reads)):
+        interrupt.poll()
         mask_B = np.arange(i * batch, (i + 1) * batch) < dataset.num_records
         yield meshes.to_global(leaves, mesh), mask_B
 

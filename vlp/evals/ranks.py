@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from vlp.core import local
+from vlp.core import interrupt, local
 from vlp.core import mesh as meshes
 
 TIE = 1e-12  # × the norms of both rows: scores that are closer are equal
@@ -57,6 +57,7 @@ def ranks(
     for top in range(0, len(images_NE), rows):
         image = _placed(sides[0], np.arange(len(images_NE)), top, rows, mesh, shared=True)
         for left in range(0, len(texts_ME), columns):
+            interrupt.poll()
             text = _placed(sides[1], owner_M, left, columns, mesh, shared=False)
             _count(sides, (top, left), _tile(image, text))
     return sides[0].count + 1, sides[1].count + 1

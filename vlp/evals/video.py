@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from vlp.core import check, local
+from vlp.core import check, interrupt, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
 from vlp.data import pictures
@@ -70,6 +70,7 @@ class Video:
         mine_b = np.concatenate([np.arange(b.start, b.stop) for b in local.rows(self.batch, mesh)])
         parts = []
         for start in range(0, len(found), self.batch):
+            interrupt.poll()
             places_b = np.minimum(start + mine_b, len(found) - 1).tolist()
             rows = np.concatenate([self.pixels(found[k], io) for k in places_b])
             image = meshes.to_global({"image": rows}, mesh)["image"]

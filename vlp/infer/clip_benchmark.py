@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +55,7 @@ def load_model(
         UserError: the workdir holds no such checkpoint.
     """
     torch: Any = importlib.import_module("torch")
-    loaded = load(pathlib.Path(model_name), int(pretrained) if pretrained else None)
+    loaded = load(model_name, int(pretrained) if pretrained else None)
     draws = Draws(loaded.data, loaded.tokenizer, 0, 0, 0, training=False)
     unused = np.random.default_rng(0)  # evaluations draw nothing
 

@@ -1,14 +1,13 @@
-"""Sources made of others: several one after the other, and one less the records of a quarantine file."""
+"""Sources made of other sources: a concatenation, and a source without the records of a quarantine file."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from vlp.core import check
+from vlp.core import appended, check, paths
 from vlp.data import order
 from vlp.data import tokenizer as tokenizers
 
@@ -49,7 +48,7 @@ class Concatenated:
 
 
 class Without:
-    """A source less the records `skipped` (sorted ids)."""
+    """A source without the records `skipped` (sorted ids)."""
 
     def __init__(self, source: Any, skipped: np.ndarray):
         self.source, self.skipped = source, skipped
@@ -82,17 +81,20 @@ class Without:
 
 
 def without(source: Any, path: str) -> Without:
-    """Returns the source less the records that a quarantine file lists for it.
+    """Returns the source without the records that a quarantine file lists for it.
 
     Raises: `UserError` if there is no such file, or it lists none of this source's.
     """
-    if not os.path.isfile(path):
+    if not paths.is_file(path):
         raise check.error(
-            "config.data.skip", f"{path!r}, which is not a file", "a quarantine file", "correct it"
+            "config.data.skip",
+            f"{path!r}, which is not a file",
+            "a quarantine file",
+            "name a run's quarantine_0.jsonl, or write ''",
         )
     try:
-        with open(path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f if line.strip()]
+        lines = appended.read(paths.of(path)).decode().splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
         mine = sorted({int(r["record"]) for r in rows if r["fingerprint"] == source.fingerprint})
     except (ValueError, TypeError, KeyError) as e:
         got, do = f"{type(e).__name__} ({e!s:.60})", "give a run's quarantine_0.jsonl"
