@@ -116,9 +116,10 @@ class Clip:
             raise check.error(f"clip {self.name!r}", got, "frames", do) from e
 
     def _frames(self, num: int) -> list[np.ndarray]:
-        if len(self.files) > 1:
+        first, *more = self.files
+        if more:
             return [self._file(self.files[k]) for k in places(len(self.files), num)]
-        with Image.open(self.files[0]) as image:
+        with Image.open(first) as image:
             total = getattr(image, "n_frames", 1)
             out = []
             for k in places(total, num):
