@@ -81,7 +81,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlp", "vlp.*"]),
-    package_data={"": ["templates/*"]},  # of pages: .html.j2, .css, .js
+    package_data={"": ["templates/*", "prompts/*.txt"]},  # of pages; of zero-shot evaluation
     install_requires=core,
     extras_require=extras,
     entry_points={"console_scripts": ["vlp = vlp.__main__:main"]},

@@ -31,7 +31,7 @@ def test_same_numbers_as_the_run(coca_run, last, tmp_path, capsys):
     assert {label for label, _ in found} == set(last) == {"retrieval", "captions"}
     assert found == {(label, metric): last[label][metric] for label, metric in found}
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(found) == 13
+    assert len(lines) == len(found) == 23
     assert lines[0].split() == [
         "retrieval",
         "test",
@@ -231,3 +231,70 @@ def test_a_split_is_all_that_is_read(toned, toy, tmp_path):
     ):
         assert runs.vlp(*argv, *extra) == 0
         assert {(r["split"], r["num"]) for r in json.loads(out.read_text())} == {(split, num)}
+
+
+def test_one_config_evaluates_a_checkpoint_on_other_datasets(
+    toned, toy, tmp_path, capsys, monkeypatch
+):
+    """`--evals FILE.py:ARG`: an evaluator has data of its own; preprocessing is the checkpoint's; a line a result."""
+    import hashlib
+
+    from vlp.data import records
+
+    monkeypatch.chdir(tmp_path)
+    for name, num in (("one", 11), ("two", 13)):
+        splits = {"test": labelled(num, "light", "dark")}
+        records.write(str(tmp_path / name), splits, name=name, info={})
+    pathlib.Path("suite.py").write_text(
+        "def get_config(arg):\n"
+        "    data = lambda name: dict(path=f'{arg}/{name}')\n"
+        "    tone = dict(name='zeroshot', label='tone', classes=['light', 'dark'], batch=8)\n"
+        "    return {'one': dict(name='retrieval', batch=8, data=data('one')),\n"
+        "            'two': dict(tone, data=data('two'))}\n"
+    )
+    before = runs.contents(toned)
+    argv = ["eval", "--workdir", toned, "--evals", "suite.py:."]
+    assert runs.vlp(*argv, "--json", "out.jsonl") == 0
+    rows = [json.loads(line) for line in pathlib.Path("out.jsonl").read_text().splitlines()]
+    assert {(r["eval"], r["num"]) for r in rows} == {("one", 11), ("two", 13)}
+    for row in rows:
+        assert (
+            row["preprocessing"] == "exact crop, bicubic, 16 px, 8 tokens"
+            and row["dtype"] == "float32"
+        )
+        assert len(row["checkpoint"]) == 16 and row["fingerprint"]
+    (templates,) = {r["templates"] for r in rows if r["eval"] == "two"}
+    assert templates == hashlib.sha256(b"a photo of a {}.\n").hexdigest()[:16]
+    assert runs.contents(toned) == before
+    assert runs.vlp(*argv, "--json", "all.json", "--config.evals.two.batch=4") == 0
+    assert [dict(r) for r in json.loads(pathlib.Path("all.json").read_text())] == rows
+    capsys.readouterr()
+    for evals, message in (
+        ("suite.py:nowhere", "nowhere/one"),
+        ("siute.py:.", "did you mean 'suite.py'?"),
+    ):
+        assert runs.vlp("eval", "--workdir", toned, "--evals", evals) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and len(captured.err.splitlines()) == 1
+
+
+def test_a_run_evaluates_on_data_of_an_evaluators_own(toy, tmp_path, monkeypatch):
+    """The same numbers in training and afterwards, from another directory: relative paths mean what they meant."""
+    from vlp.data import records, tokenizer
+
+    words = tokenizer.train([f"number {i}" for i in range(30)], vocab_size=64)
+    files = {"tokenizer.model": words.to_bytes()}
+    splits = {"train": labelled(8, "dark")}
+    records.write(str(tmp_path / "mine"), splits, name="m", info={}, files=files)
+    records.write(str(tmp_path / "other"), {"val": labelled(9, "dark")}, name="o", info={})
+    monkeypatch.chdir(tmp_path)
+    data = {"path": "mine", "image_px": 16, "text_len": 8}
+    evals = {"far": {"name": "retrieval", "split": "val", "batch": 8, "data": {"path": "other"}}}
+    assert runs.train(runs.TOY | {"steps": 2, "data": data, "evals": evals}, tmp_path / "run") == 0
+    (last,) = (row for row in runs.rows(tmp_path / "run") if row["kind"] == "eval")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert runs.vlp("eval", "--workdir", tmp_path / "run", "--json", "out.json") == 0
+    found = results(pathlib.Path("out.json"))
+    assert found == {(label, metric): last[metric] for label, metric in found}
+    assert last["num"] == 9

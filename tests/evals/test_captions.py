@@ -13,6 +13,7 @@ from vlp.core.types import Apply
 from vlp.data.config import Data
 from vlp.data.dataset import open_dataset
 from vlp.data.tokenizer import EOS, PAD
+from vlp.evals import caption_metrics
 from vlp.evals import io as ios
 from vlp.evals.captions import Captions
 
@@ -169,3 +170,17 @@ def test_a_model_of_more_ids_than_pieces():
     logits[..., dataset.tokenizer.vocab_size :] = 99
     _, kept = evaluate(logits)
     assert all(item["generated"] == item["caption"] for item in kept["items"])
+
+
+def test_captions_are_scored_against_all_references():
+    """Of a model that says each record's first caption: the metrics of those texts, by `caption_metrics`."""
+    dataset, rows = open_data()
+    values, _ = evaluate(said(rows["text"]))
+    captions = [dataset.tokenizer.decode(row) for row in rows["text"]]
+    references = [[c["text"] for c in dataset.source[i]["captions"]] for i in range(NUM)]
+    assert len(references[0]) == 2
+    expected = caption_metrics.score(captions, references)
+    assert {k: values[k] for k in expected} == pytest.approx(expected)
+    assert values["bleu_4"] > 0.99 and values["cider_d"] > 3 and values["eos_rate"] == 1
+    ids = np.full((NUM, 16), int(rows["text"][0, 1]))
+    assert evaluate(said(ids))[0]["eos_rate"] == 0

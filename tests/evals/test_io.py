@@ -25,7 +25,7 @@ def test_two_evaluations_of_one_kind_keep_their_artefacts():
     words = tokenizers.train(["number one"], vocab_size=40)
     given = io.IO(Data(), words, lambda *artefact: written.append(artefact))
     for label in evals:
-        io.own_names(evals, label, given).write("x", {})
+        io.own(evals, label, given).write("x", {})
     assert written == [("x_a", {"eval": "a"}), ("x_b", {"eval": "b"}), ("x", {}), ("x", {})]
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib.util
 import io as io_lib
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlp.core.types import Apply
 from vlp.data import emoji, records, toy_shapes
 from vlp.data.config import Data, Part, Reweight
 from vlp.data.dataset import Dataset, open_dataset
+from vlp.evals import calibration, prompt_sets
 from vlp.evals import io as ios
 from vlp.evals import zeroshot as zs
 
@@ -113,13 +115,18 @@ def test_class_vectors_are_normalised_means_of_their_prompts(batch, num_devices)
 
 
 def test_broken_model_is_never_right():
-    np.testing.assert_array_equal(zs.rank_of_class(np.full((2, 3), np.nan), np.array([0, 2])), 3)
-    np.testing.assert_array_equal(zs.rank_of_class(np.zeros((2, 3)), np.array([0, 2])), 3)
+    np.testing.assert_array_equal(
+        calibration.rank_of_class(np.full((2, 3), np.nan), np.array([0, 2])), 3
+    )
+    np.testing.assert_array_equal(calibration.rank_of_class(np.zeros((2, 3)), np.array([0, 2])), 3)
 
 
 def test_an_empty_phrase_leaves_no_blank_in_the_prompt():
-    assert zs.prompts("", ("person {} walking", "{}, a hand")) == ["person walking", ", a hand"]
-    assert zs.prompts("dark {}", ("a {}",)) == ["a dark {}"]
+    assert prompt_sets.prompts("", ("person {} walking", "{}, a hand")) == [
+        "person walking",
+        ", a hand",
+    ]
+    assert prompt_sets.prompts("dark {}", ("a {}",)) == ["a dark {}"]
 
 
 def test_long_prompts_keep_the_class():
@@ -127,7 +134,7 @@ def test_long_prompts_keep_the_class():
     small_tokenizer = toy_shapes.Shapes(8).tokenizer()
     ids = lambda text, length=8: small_tokenizer.encode(text, length).tolist()
     encoded = lambda *args: (lambda ids_L, cut: (ids_L.tolist(), cut))(
-        *zs.encoded(small_tokenizer, *args)
+        *prompt_sets.encoded(small_tokenizer, *args)
     )
     assert encoded("red", "a big {}", 8) == (ids("a big red"), False)
     long = "red red red red red red {} red"
@@ -319,3 +326,97 @@ def test_what_is_of_training_alone():
         dataset.eval_batch(0, 7)["image"], open_dataset(part).eval_batch(0, 7)["image"]
     )
     assert dataset.eval_batch(0, 7)["text"].shape == (7, 16)
+
+
+def test_sets_are_files_and_their_digests_are_kept(tmp_path):
+    """Names without values belong to the sorted labels; CLIP_benchmark's {c} is our {}. Numbers equal inline ones."""
+    names = sorted(CLASSES)
+    (tmp_path / "names.txt").write_text("".join(f"{n}\n" for n in names))
+    rows = "".join(f"{n}\t{n} shape\n" for n in reversed(names))
+    (tmp_path / "rows.txt").write_text(rows)
+    (tmp_path / "templates.txt").write_text("a {c}\na big {c}\n\n{} on blue\n")
+    own = {"items": 0, "batch": 8, "template_set": str(tmp_path / "templates.txt")}
+    io = ios.IO(DATA, open_dataset(DATA).tokenizer)
+    mesh = meshes.make(meshes.MeshShape(), jax.devices()[:1])
+    found = {}
+    for name in ("names", "rows"):
+        evaluator = zs.Zeroshot("shape", class_set=str(tmp_path / f"{name}.txt"), **own)
+        with jax.set_mesh(mesh):
+            evaluator.check(io, "config.evals.shapes")
+            found[name] = list(evaluator(Apply(Random(), params()), mesh, io))
+    values, _, where = evaluate(num_devices=1)
+    assert {r.metric: r.value for r in found["names"]} == pytest.approx(values)
+    assert found["names"][0].provenance["templates"] == where["templates"]
+    assert found["names"][0].provenance["classes"] != where["classes"]  # another order
+    assert {r.metric: r.value for r in found["rows"]} != values  # "ring shape"
+    with pytest.raises(check.UserError, match="6 names for 7 values"):
+        (tmp_path / "names.txt").write_text("".join(f"{n}\n" for n in names[1:]))
+        zs.Zeroshot("shape", class_set=str(tmp_path / "names.txt")).check(io, "x")
+    with pytest.raises(check.UserError, match="or one of .*'digits'.*'openai'"):
+        zs.Zeroshot("shape", CLASSES, template_set="opnai").check(io, "x")
+
+
+def test_every_shipped_set_can_be_read():
+    assert prompt_sets.templates("photo", "x") == ("a photo of a {}.",)
+    assert len(prompt_sets.templates("short", "x")) == 7
+    assert len(prompt_sets.classes("digits", "x")[1]) == 10
+    for path in prompt_sets.SHIPPED.glob("*.txt"):
+        assert prompt_sets._lines(path.stem, "x")
+
+
+def test_openais_sets_are_those_of_open_clip():
+    if importlib.util.find_spec("open_clip") is None:
+        with pytest.raises(check.UserError, match="pip install open_clip_torch"):
+            prompt_sets.templates("openai", "x")
+        return
+    found = prompt_sets.templates("openai", "x")
+    assert len(found) == 80
+    assert found[0] == "a bad photo of a {}." and len(set(found)) == 80
+    assert len(prompt_sets.templates("openai_simple", "x")) == 7
+    names = prompt_sets.classes("imagenet", "x")[1]
+    assert len(names) == 1000 and names[0] == "tench" and len(set(names)) == 998
+
+
+def test_calibration_error_equals_a_count_by_bins():
+    rng = np.random.default_rng(0)
+    confidence = np.concatenate([rng.random(500), [1.0, 0.2, 1 / 15, 0.0]])
+    right = rng.random(504) < confidence**2
+    total = 0.0
+    for b in range(15):
+        inside = [
+            k for k, c in enumerate(confidence) if b / 15 < c <= (b + 1) / 15 or (b == c == 0)
+        ]
+        if inside:
+            gap = np.mean([right[k] for k in inside]) - np.mean([confidence[k] for k in inside])
+            total += abs(gap) * len(inside) / 504
+    assert calibration.ece(confidence, right) == pytest.approx(total, abs=1e-12)
+    assert calibration.ece(np.ones(4), np.array([True, True, True, False])) == pytest.approx(0.25)
+
+
+def test_confidence_is_the_softmax_at_the_models_scale():
+    rng = np.random.default_rng(0)
+    z, c = (np.asarray(x) for x in (rng.normal(size=(9, 4)), rng.normal(size=(5, 4))))
+    found = calibration.answers(z, c, np.zeros(9, int), 7.0)
+    odds = np.exp(7 * z @ c.T)
+    expected = (odds / odds.sum(1, keepdims=True)).max(1)
+    np.testing.assert_allclose(found.confidence_N, expected, rtol=1e-9)
+
+
+def test_accuracy_against_frequency(tmp_path):
+    """Spearman's correlation against scipy's, with ties; the rarest and the commonest third."""
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    accuracy, often = rng.integers(0, 5, 12) / 4, rng.integers(0, 6, 12)
+    found = calibration.against_frequency(accuracy, often)
+    expected = stats.spearmanr(accuracy, often).statistic
+    assert found["frequency_spearman"] == pytest.approx(expected, abs=1e-12)
+    by = sorted(range(12), key=lambda k: often[k])
+    assert found["accuracy_rare"] == pytest.approx(np.mean([accuracy[k] for k in by[:4]]))
+    assert found["accuracy_common"] == pytest.approx(np.mean([accuracy[k] for k in by[-4:]]))
+    file = tmp_path / "counts.tsv"
+    file.write_text("".join(f"{name}\t{k}\n" for k, name in enumerate(CLASSES)))
+    values, _, _ = evaluate(num_devices=1, frequency=str(file))
+    assert set(found) <= set(values)
+    file.write_text("circle\t3\n")
+    with pytest.raises(check.UserError, match="6 classes missing"):
+        evaluate(num_devices=1, frequency=str(file))

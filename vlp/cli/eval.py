@@ -20,7 +20,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run of `vlp train`")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument(
-        "--evals", default="", metavar="A,B", help="labels of config.evals (default: all)"
+        "--evals",
+        default="",
+        metavar="A,B|FILE.py:ARG",
+        help="labels of config.evals (default: all), or a config file of evaluators instead",
     )
     parser.add_argument(
         "--data", default="", metavar="PATH", help="evaluate on this dataset instead of the run's"
@@ -30,7 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="",
         help="evaluate on this split only; skip evaluators that cannot use it",
     )
-    parser.add_argument("--json", default="", metavar="FILE", help="write the results as JSON")
+    about = "write the results as JSON; FILE.jsonl: one line a result, as soon as it is known"
+    parser.add_argument("--json", default="", metavar="FILE", help=about)
     parser.add_argument(
         "--write", action="store_true", help="write galleries into DIR/evals for `vlp report`"
     )
@@ -44,11 +48,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import dataclasses
+
     import jax
 
     from vlp.cli.main import start_jax
     from vlp.core import check, mesh, paths, progress
-    from vlp.evals.io import IO, own_names
+    from vlp.evals import io as ios
     from vlp.infer.load import load
     from vlp.runtime import workdir
 
@@ -65,21 +71,25 @@ def run(args: argparse.Namespace) -> int:
     write = lambda name, value: workdir.write_artefact(
         directory, name, {"step": loaded.step} | value
     )
-    io = IO(loaded.data, loaded.tokenizer, **({"write": write} if args.write else {}))
+    io = ios.IO(loaded.data, loaded.tokenizer)
+    io = dataclasses.replace(io, write=write) if args.write else io
     device_mesh = mesh.make(mesh.MeshShape())
     chosen = ready(chosen, args, loaded, device_mesh, io)
-    rows = []
+    known = {"step": loaded.step, "checkpoint": ios.digest_params(loaded.apply.params)}
+    rows, in_lines = [], args.json.endswith(".jsonl")
     with jax.set_mesh(device_mesh):
-        for label, evaluator in chosen.items():
+        for label in chosen:
             with progress.phase(f"vlp eval: {label}"):
-                own = own_names(chosen, label, io)
-                results = list(evaluator(loaded.apply, device_mesh, own))
+                results = ios.run(chosen, label, loaded.apply, device_mesh, io)
             for r in results:
-                row = {"eval": label, "step": loaded.step, "metric": r.metric, "value": r.value}
+                row = {"eval": label, "metric": r.metric, "value": r.value} | known
                 rows.append(row | dict(r.provenance))
                 split = r.provenance.get("split", "")
                 print(f"{label:12s} {split:10s} {r.metric:24s} {r.value:.4f}")
-    if args.json:
+            if in_lines:
+                text = "".join(workdir.dump(row) + "\n" for row in rows)
+                pathlib.Path(args.json).write_text(text)
+    if args.json and not in_lines:
         pathlib.Path(args.json).write_text(workdir.dump(rows, indent=1) + "\n")
     return 0
 
@@ -90,7 +100,9 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
 
     from vlp.core import check, paths
     from vlp.core.config import build, override, plain
+    from vlp.core.config import load as load_config
     from vlp.data.config import Data
+    from vlp.evals.io import located
     from vlp.infer.load import load, plugins_of, stage_config
     from vlp.runtime import workdir
     from vlp.train import stages
@@ -109,12 +121,20 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
     if args.data:
         section["data"] |= {"source": "records", "path": args.data, "mixture": [], "reweight": []}
         section["data"]["skip"] = ""  # it lists records of the run's own data
+    own_file = args.evals.partition(":")[0].endswith(".py")
+    if own_file:
+        found = load_config(args.evals)
+        section["plugins"] = [*section.get("plugins", []), *found.pop("plugins", [])]
+        section["evals"] = found.get("evals", found)
     override(section, args.overrides)
     if section.get("eval_params") != before:
         own = section["eval_params"]
         loaded = load(args.workdir, loaded.step, own, golden=not args.no_golden)
     loaded = dataclasses.replace(loaded, data=build(Data, section["data"], "config.data"))
     evals = stages.evaluators(section["evals"], plugins_of(section))
+    if own_file:
+        return loaded, evals
+    evals = {k: located(e, loaded.meta.get("cwd", "")) for k, e in evals.items()}
     for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):
         if label not in evals:
             raise check.unknown("--evals", label, evals)
@@ -160,7 +180,7 @@ def on_split(evaluator: Any, split: str) -> Any:
     """The evaluator, reading this split and no other ("": its own)."""
     import dataclasses
 
-    if not split:
+    if not split or not getattr(evaluator, "reads_dataset", True):
         return evaluator
     alone = {"extra_splits": ()} if hasattr(evaluator, "extra_splits") else {}
     return dataclasses.replace(evaluator, split=split, **alone)

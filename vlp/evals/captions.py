@@ -1,4 +1,4 @@
-"""Captioning over a split: loss with the true image and with another one, and greedy captions."""
+"""Captioning over a split: loss with the true image and with another one, and greedy captions with their scores."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
+from vlp.data import order
+from vlp.evals import caption_metrics, embed
 from vlp.evals import io as ios
 from vlp.losses import caption
 from vlp.ops import decoding
@@ -25,17 +27,35 @@ class Captions:
 
     If the two are alike, the decoder ignores the image; caption_gap_se is the standard error of their difference.
     exact_match: greedy captions that equal the reference; distinct: share of different captions among those
-    generated. items: how many the report shows.
+    generated; eos_rate: share of those that end before the row is full. BLEU-1 … 4, ROUGE-L, CIDEr-D, words a caption
+    and distinct-1, 2 are those of `caption_metrics`, against the first `num_references` captions of a record (0: all),
+    which are not cut as the model's own are. items: how many the report shows.
+
+    java: adds METEOR, and the same metrics on the tokens of Java's tokenizer, where pycocoevalcap and Java are
+    installed ("java/…"); spice: SPICE too, which downloads its parser. data: another dataset.
     """
 
     split: str = "test"
     batch: int = 64
     every_steps: int = 0
     items: int = 24
+    num_references: int = 0
+    java: bool = False
+    spice: bool = False
+    data: ios.Source = ios.Source()
 
     def __post_init__(self) -> None:
-        bounds = {"items": (self.items >= 0, "at least 0")}
+        bounds = {
+            "items": (self.items >= 0, "at least 0"),
+            "num_references": (0 <= self.num_references <= embed.MOST, f"in 0 … {embed.MOST:,}"),
+            "spice": (self.java or not self.spice, "False without java"),
+        }
         check.bounds("config.evals: captions", self, bounds)
+
+    def check(self, io: ios.IO, where: str) -> None:
+        """Raises UserError if Java's metrics are asked for and cannot run."""
+        if self.java:
+            caption_metrics.check_java(f"{where}.java")
 
     def asks(self, apply: Apply, image: jax.Array, text: jax.Array) -> Any:
         """What is asked of the model for one batch."""
@@ -48,6 +68,8 @@ class Captions:
         generate = apply.jit(decoding.captions, length=length, vocab_size=vocab_size)
         found: dict[str, list[np.ndarray]] = {"true": [], "shuffled": [], "count": []}
         generated: list[str] = []
+        used: list[int] = []  # the record of each row, or its substitute's
+        num_ended = 0
         for i, (rows, mask_B) in enumerate(ios.batches(dataset, self.batch, mesh)):
             after = (
                 i + 1
@@ -58,10 +80,12 @@ class Captions:
             out = losses(rows["image"], rows["text"], after_1RRC, other_B)
             for name, parts in found.items():
                 parts.append(meshes.to_host(out[name])[mask_B].astype(np.float64))
+            used += order.join_words(meshes.to_host(rows["record"]))[mask_B].tolist()
             tokens = meshes.to_host(generate(rows["image"]))[mask_B]
+            num_ended += int((tokens == dataset.tokenizer.eos_id).any(axis=1).sum())
             generated += [dataset.tokenizer.decode(row) for row in tokens]
         where = io.provenance(dataset)
-        truth = [normal(dataset, i) for i in range(dataset.num_records)]
+        truth = [normal(dataset, i) for i in used]
         exact = np.mean([a == b for a, b in zip(generated, truth, strict=True)])
         true_N, shuffled_N, count_N = (np.concatenate(parts) for parts in found.values())
         yield Result("caption_loss", float(true_N.sum() / count_N.sum()), where)
@@ -70,8 +94,17 @@ class Captions:
             yield Result("caption_gap_se", ratio_error(shuffled_N - true_N, count_N), where)
         yield Result("exact_match", float(exact), where)
         yield Result("distinct", len(set(generated)) / len(generated), where)
+        yield Result("eos_rate", num_ended / len(generated), where)
+        captions = embed.Captions(dataset, self.num_references)
+        references = [captions.of(i) for i in used]
+        scores = caption_metrics.score(generated, references)
+        if self.java:
+            scores |= caption_metrics.with_java(generated, references, self.spice)
+        num = {"num_references": sum(map(len, references))}
+        for name, value in scores.items():
+            yield Result(name, value, where | num)
         if self.items:
-            io.write(f"captions_{self.split}", _items(dataset, generated, truth, self.items))
+            io.write(f"captions_{self.split}", _items(dataset, used, generated, truth, self.items))
 
 
 def ratio_error(total_N: np.ndarray, count_N: np.ndarray) -> float:
@@ -102,14 +135,16 @@ def _losses(
     return {"true": true["total"], "shuffled": shuffled["total"], "count": true["count"]}
 
 
-def _items(dataset: Any, generated: list[str], truth: list[str], num: int) -> dict[str, Any]:
+def _items(
+    dataset: Any, used: list[int], generated: list[str], truth: list[str], num: int
+) -> dict[str, Any]:
     shown = np.linspace(0, len(truth) - 1, min(num, len(truth))).astype(int).tolist()
     items = [
         {
-            "image": ios.data_uri(dataset.eval_batch(i, 1)["image"][0]),
+            "image": ios.data_uri(dataset.eval_batch(used[i], 1)["image"][0]),
             "caption": truth[i],
             "generated": generated[i],
-            "key": dataset.keys([i])[0],
+            "key": dataset.keys([used[i]])[0],
         }
         for i in shown
     ]

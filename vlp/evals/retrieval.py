@@ -9,48 +9,81 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
 
 from vlp.core import check
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
+from vlp.data.dataset import Dataset
+from vlp.evals import embed, ranks
 from vlp.evals import io as ios
 
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """Every image against every text of `split`. gallery: how many queries the report shows."""
+    """Every image against every caption of `split`.
+
+    num_captions: captions of an image that count, each a query of its own; 1: the first, 0: all. An image finds its
+    text if any of its captions is among the first k (Karpathy's protocol: 5). A tie counts against the model. Omitted
+    and counted with bad_records "replace": images that cannot be read or have no caption (num_bad). gallery: how many
+    queries the report shows. tile: see `ranks.ranks`. data: another dataset, or some records of it by `data.ids`.
+    """
 
     split: str = "test"
     batch: int = 64
     every_steps: int = 0
     gallery: int = 12
+    num_captions: int = 1
+    tile: int = 4096
+    data: ios.Source = ios.Source()
 
     def __post_init__(self) -> None:
-        bounds = {"gallery": (self.gallery >= 0, "at least 0")}
+        bounds = {
+            "gallery": (self.gallery >= 0, "at least 0"),
+            "num_captions": (0 <= self.num_captions <= embed.MOST, f"in 0 … {embed.MOST:,}"),
+            "tile": ranks.rule(self.tile),
+        }
         check.bounds("config.evals: retrieval", self, bounds)
 
     def asks(self, apply: Apply, image: jax.Array, text: jax.Array) -> Any:
         """What is asked of the model for one batch."""
-        return _embed(apply, image, text)
+        return embed.image(apply, image), embed.text(apply, text)
 
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
-        dataset = io.open(self.split)
-        zi_NE, zt_NE = embed(apply, dataset, self.batch, mesh)
-        scores_NN = zi_NE.astype(np.float64) @ zt_NE.T.astype(np.float64)
+        dataset, zi_NE, zt_ME, owner_M = self.embeddings(apply, mesh, io.open(self.split))
+        ranks_N, ranks_M = ranks.ranks(zi_NE, zt_ME, owner_M, mesh, self.tile)
         where = io.provenance(dataset)
-        ranks = {"i2t": rank_of_pair(scores_NN), "t2i": rank_of_pair(scores_NN.T)}
-        for name, ranks_N in ranks.items():
+        if self.num_captions != 1:
+            num_bad = io.open(self.split).num_records - dataset.num_records
+            where |= {"num_captions": len(zt_ME), "num_bad": num_bad}
+        for name, found in {"i2t": ranks_N, "t2i": ranks_M}.items():
             for k in (1, 5, 10):
-                yield Result(f"{name}/R@{k}", float((ranks_N <= k).mean()), where)
-            yield Result(f"{name}/median_rank", float(np.median(ranks_N)), where)
+                yield Result(f"{name}/R@{k}", float((found <= k).mean()), where)
+            yield Result(f"{name}/median_rank", float(np.median(found)), where)
         if self.gallery:
-            io.write(f"retrieval_{self.split}", _gallery(dataset, scores_NN, ranks, self.gallery))
+            captions = embed.Captions(dataset, self.num_captions)
+            shown = Shown(dataset, captions, zi_NE, zt_ME, owner_M, ranks_N, ranks_M)
+            io.write(f"retrieval_{self.split}", gallery(shown, self.gallery))
+
+    def embeddings(
+        self, apply: Apply, mesh: Mesh, dataset: Dataset
+    ) -> tuple[Dataset, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the records that count, the embeddings of their images and captions, and each caption's image."""
+        if self.num_captions == 1:
+            zi_NE, zt_NE = pairs(apply, dataset, self.batch, mesh)
+            return dataset, zi_NE, zt_NE, np.arange(len(zt_NE))
+        captions = embed.Captions(dataset, self.num_captions)
+        zi_NE, good_N = embed.images(apply, dataset, self.batch, mesh)
+        good, owner = np.flatnonzero(good_N), []
+        zt_ME = embed.texts(apply, captions.ids(good.tolist(), owner), self.batch, mesh)
+        kept, owner_M = np.unique(np.array(owner), return_inverse=True)
+        if len(kept) < dataset.num_records:
+            dataset = ios.subset(dataset, good[kept].tolist())
+        return dataset, zi_NE[good[kept]], zt_ME, owner_M
 
 
-def embed(apply: Apply, dataset: Any, batch: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Image and text embeddings of all records, in record order."""
-    run = apply.jit(_embed)
+def pairs(apply: Apply, dataset: Any, batch: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of all images and of the first caption of each, in record order."""
+    run = apply.jit(_pair)
     images, texts = [], []
     for rows, mask_B in ios.batches(dataset, batch, mesh):
         zi_BE, zt_BE = run(rows["image"], rows["text"])
@@ -59,50 +92,68 @@ def embed(apply: Apply, dataset: Any, batch: int, mesh: Mesh) -> tuple[np.ndarra
     return np.concatenate(images), np.concatenate(texts)
 
 
-def _embed(apply: Apply, image: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return apply("image", image)["embed"], apply("text", text)["embed"]
+def _pair(apply: Apply, image: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return embed.image(apply, image), embed.text(apply, text)
 
 
-def rank_of_pair(scores_NN: Float[np.ndarray, "N N"]) -> Int[np.ndarray, "N"]:
-    """Rank (1 is best) of entry (k, k) in row k; a tie counts against it, and so does NaN: a constant or broken
-    model has rank N."""
-    return (~(scores_NN < np.diagonal(scores_NN)[:, None])).sum(axis=1)
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What a gallery shows: the split, its embeddings, and the ranks."""
+
+    dataset: Any
+    captions: embed.Captions
+    images_NE: np.ndarray
+    texts_ME: np.ndarray
+    owner_M: np.ndarray
+    ranks_N: np.ndarray
+    ranks_M: np.ndarray
+
+    def image(self, i: int) -> str:
+        """Image i as a data URI."""
+        return ios.data_uri(self.dataset.eval_batch(i, 1, reads=("image",))["image"][0])
+
+    def caption(self, j: int) -> str:
+        """Text j."""
+        record = int(self.owner_M[j])
+        if self.captions.num == 1:
+            return self.dataset.reference(record)
+        return self.captions.of(record)[j - int(np.searchsorted(self.owner_M, record))]
 
 
-def _gallery(
-    dataset: Any, scores_NN: np.ndarray, ranks: dict[str, np.ndarray], num: int
-) -> dict[str, Any]:
-    shown = np.linspace(0, len(scores_NN) - 1, min(num, len(scores_NN))).astype(int).tolist()
-
-    def image(i: int) -> str:
-        return ios.data_uri(dataset.eval_batch(i, 1)["image"][0])
-
-    def caption(i: int) -> str:
-        return dataset.reference(i)
-
+def gallery(shown: Shown, num: int) -> dict[str, Any]:
+    """The artefact: `num` images and the first caption of each, with the best answers to both."""
+    total = len(shown.images_NE)
+    chosen = np.linspace(0, total - 1, min(num, total)).astype(int).tolist()
+    firsts = [int(np.searchsorted(shown.owner_M, i)) for i in chosen]
     queries = []
-    for i in shown:
-        texts, images = (np.argsort(-row)[:5].tolist() for row in (scores_NN[i], scores_NN[:, i]))
+    for i, j in zip(chosen, firsts):
+        texts = ranks.top(shown.images_NE[i], shown.texts_ME, 5)
+        images = ranks.top(shown.texts_ME[j], shown.images_NE, 5)
         queries.append({
-            "image": image(i),
-            "caption": caption(i),
-            "key": dataset.keys([i])[0],
-            "rank_i2t": int(ranks["i2t"][i]),
-            "rank_t2i": int(ranks["t2i"][i]),
+            "image": shown.image(i),
+            "caption": shown.caption(j),
+            "key": shown.dataset.keys([i])[0],
+            "rank_i2t": int(shown.ranks_N[i]),
+            "rank_t2i": int(shown.ranks_M[j]),
             "top_texts": [
-                {"caption": caption(j), "score": float(scores_NN[i, j]), "right": bool(i == j)} for j in texts
+                {"caption": shown.caption(m), "score": s, "right": int(shown.owner_M[m]) == i}
+                for m, s in zip(*texts)
             ],
             "top_images": [
-                {"image": image(j), "caption": caption(j), "score": float(scores_NN[j, i]), "right": bool(i == j)}
-                for j in images
+                {
+                    "image": shown.image(n),
+                    "caption": shown.caption(int(np.searchsorted(shown.owner_M, n))),
+                    "score": s,
+                    "right": n == i,
+                }
+                for n, s in zip(*images)
             ],
         })  # fmt: skip
+    similarity = shown.images_NE[chosen].astype(np.float64) @ shown.texts_ME[firsts].T
     return {
         "kind": "retrieval",
-        "split": dataset.data.split,
-        "num": len(scores_NN),
+        "split": shown.dataset.data.split,
+        "num": total,
         "queries": queries,
-        "similarity": scores_NN[np.ix_(shown, shown)]
-        .round(4)
-        .tolist(),  # image × caption, of the queries
+        "similarity": similarity.round(4).tolist(),  # image × caption, of the queries
     }

@@ -114,14 +114,19 @@ class TwoTower(nn.Module):
         keys: Key[Array, "B"] | None = None,
         kept: Int[Array, "B M"] | None = None,
         layers: bool = False,
+        frames: int = 1,
     ) -> dict[str, Any]:
         """Encodes images; arguments as of the image tower.
+
+        frames: that many rows in turn are one clip: the poolers read the tokens of all, and `pooled` of a tower of its
+        own is their mean. What is returned is then of clips.
 
         Returns:
             What the image tower returns. With a joint space also embed [B E]: unit vectors; with a decoder also
             feats [B S C]: what `decode` reads. With poolers `pooled` is what the contrastive pooler returns.
         """
         out = self.image_tower(image, keep_ratio=keep_ratio, keys=keys, kept=kept, layers=layers)
+        out = out if frames == 1 else _clips(out, frames)
         feats = out["tokens"]
         if self.poolers and self.poolers.queries:
             feats = self.pool_caption(feats)
@@ -219,3 +224,12 @@ class TwoTower(nn.Module):
             got = f"a {type(text).__name__}, which has no method decode"
             do = "set config.model.decoder.depth"
             raise check.error("config.model.text_tower", got, "a tower that decodes", do)
+
+
+def _clips(out: Mapping[str, Any], frames: int) -> dict[str, Any]:
+    """The image tower's answer for clips: the tokens of all frames [B T·N D], and the mean of what is pooled."""
+    tokens = out["tokens"]
+    clips = {"tokens": tokens.reshape(-1, frames * tokens.shape[1], tokens.shape[2])}
+    if (pooled := out["pooled"]) is not None:
+        clips["pooled"] = pooled.reshape(-1, frames, pooled.shape[-1]).mean(axis=1)
+    return clips

@@ -13,7 +13,7 @@ import jax
 
 from vlp.core import agree, check, interrupt
 from vlp.core.types import Apply
-from vlp.evals.io import IO, own_names
+from vlp.evals import io as evals_io
 from vlp.runtime import workdir as files
 from vlp.train.build import StagePlan
 from vlp.train.session import Session
@@ -82,8 +82,9 @@ def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: 
     began = time.monotonic()
     params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
     write = lambda name, value: files.write_artefact(session.workdir, name, {"step": step} | value)
-    io = own_names(stage.evals, label, IO(stage.data, plan.main.tokenizer, write))
-    results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
+    io = evals_io.IO(stage.data, plan.main.tokenizer, write)
+    apply = Apply(stage.model, params)
+    results = evals_io.run(stage.evals, label, apply, session.mesh, io)
     samples = stage.start_samples + (step - stage.start_step) * stage.batch
     row: dict[str, Any] = {
         "kind": "eval",
