@@ -30,7 +30,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
     [
         (
             image(pool="max"),
-            "model.image.pool: got 'max', expected one of ['cls', 'map', 'mean', 'none']; did you mean",
+            "model.image.pool: got 'max', expected one of ['cls', 'map', 'mean', 'mean_patches', 'none']; did you mean",
         ),
         (
             image(pos="learnt"),
