@@ -19,7 +19,7 @@ from typing import NoReturn
 from vlp import __version__
 from vlp.core import check, progress
 
-COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "report")
+COMMANDS = ("train", "eval", "caption", "average", "ckpt", "plan", "data", "report")
 
 
 class Parser(argparse.ArgumentParser):
