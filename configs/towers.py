@@ -90,9 +90,7 @@ TEXT["clipa"] = {size: TEXT["clip"][size] for size in ("B/16", "L/16", "L/14", "
 COMPUTE = dict(dtype="bfloat16", remat="dots_no_batch")
 # CLIP's and OpenCLIP's: PyTorch's epsilon of LayerNorm; mean and deviation of OpenAI's pixels (its `clip.load`).
 NORM = dict(eps=1e-5)
-PIXELS = dict(
-    mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
-)
+PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 CLIP_VOCAB = 49_410  # CLIP's 49,408 and, as `vlp data tokenizer` numbers them, a pad and an unknown
 
 

@@ -34,7 +34,7 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
         ),
         (
             image(pos="learnt"),
-            "got 'learnt', expected one of ['learned', 'sincos']; did you mean 'learned'?",
+            "got 'learnt', expected one of ['learned', 'sincos', 'sincos_big_vision']; did you mean 'learned'?",
         ),
         (
             image(patch=5),

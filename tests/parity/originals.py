@@ -31,7 +31,11 @@ def trained_like(model, seed=0):
         for name, p in model.named_parameters():
             if name in ("logit_scale", "logit_bias"):
                 continue
-            p += 0.05 * torch.randn(p.shape, generator=generator) * (p.std() if p.numel() > 1 and p.std() > 0 else 1)
+            p += (
+                0.05
+                * torch.randn(p.shape, generator=generator)
+                * (p.std() if p.numel() > 1 and p.std() > 0 else 1)
+            )
     return model.eval()
 
 
@@ -89,7 +93,10 @@ def open_clip_folder(cfg, model, folder, preprocess=None):
     preprocess = preprocess or {}
     config = dict(model_cfg=cfg, preprocess_cfg=preprocess)
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     return folder
 
 

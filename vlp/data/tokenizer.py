@@ -1,8 +1,9 @@
 """Text to fixed-length ids and back: a SentencePiece model or a tokenizer.json behind a contract.
 
 The contract: pad 0, bos 1, eos 2, unk 3, all distinct; a row is [bos] pieces [eos] pads, and
-truncation keeps eos. A `Row` changes this where a model of others was trained otherwise. `mask_id` is the mask token of masked language modelling: the model's own, else the
-first id after the vocabulary. A text never yields pad, bos, eos or mask, even if it spells such a token.
+truncation keeps eos. A `Row` changes this where another library's model was trained otherwise.
+`mask_id` is the mask token of masked language modelling: the model's own, else the first id after
+the vocabulary. A text never yields pad, bos, eos or mask, even if it spells such a token.
 Lower-casing and Unicode normalisation are part of the model, so that its bytes define everything.
 """
 

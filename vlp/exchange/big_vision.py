@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from vlp.core import check
 from vlp.exchange import tensors as t
 from vlp.exchange.open_clip import Foreign
 
@@ -24,7 +23,7 @@ _NUMBERED = re.compile(r".*/encoderblock_(\d+)/.*")
 
 
 def unscanned(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays of the parameters by name, without ROOT; scanned blocks (one, with a layer axis) as numbered."""
+    """Returns the arrays by name, without ROOT; scanned blocks (one, with a layer axis) are numbered."""
     if any(name.startswith(ROOT) for name in arrays):
         arrays = {n.removeprefix(ROOT): x for n, x in arrays.items() if n.startswith(ROOT)}
     out: dict[str, np.ndarray] = {}
@@ -44,22 +43,11 @@ def config(
     Raises:
         Foreign: a text tower that is not big_vision's own (LiT's BERT), or an image tower with other parts.
     """
-    if "img/embedding/kernel" not in arrays:
-        raise Foreign(where, "no img/embedding/kernel")
-    patch, width = arrays["img/embedding/kernel"].shape[0], arrays["img/embedding/kernel"].shape[-1]
-    num, cls = arrays["img/pos_embedding"].shape[1], "img/cls" in arrays
-    image = dict(patch=patch, pool="cls" if cls else "map", **_sizes(arrays, "img/Transformer/", width))
-    if "img/head/kernel" in arrays and not cls:
-        raise Foreign(where, "a projection of the image")
-    # with class token its position table has, or has not, a row for it
-    row = cls and math.isqrt(num) ** 2 != num
-    image |= dict(cls_pos=True) if row else {}
-    side = math.isqrt(num - row)
-    data = dict(image_px=side * patch, eval_crop="squash", resize="bilinear")
+    image, data = image_config(arrays, where)
+    if "img/head/kernel" in arrays:
+        raise Foreign(where, "a projection of the image with a bias (try --only image)")
     if "txt/Embed_0/embedding" not in arrays:
-        if any(n.startswith("txt/") for n in arrays):
-            raise Foreign(where, "a text tower that is not big_vision's (LiT's BERT)")
-        raise Foreign(where, "an image tower alone")
+        raise Foreign(where, "no text tower of big_vision's own (LiT's is BERT; try --only image)")
     vocab, text_width = arrays["txt/Embed_0/embedding"].shape
     embed = arrays["txt/head/kernel"].shape[1]
     text = dict(vocab=vocab, causal=False, pool="last", attend_padding=True, eos_id=1, pad_id=-1)
@@ -67,10 +55,27 @@ def config(
     bias = "b" in arrays
     model = dict(
         name="two_tower", image_tower=image, text_tower=text, embed=embed, scale=10.0,
-        bias=-10.0 if bias else None, project_image="img/head/kernel" in arrays, text_bias=True,
+        bias=-10.0 if bias else None, project_image=False, text_bias=True,
     )  # fmt: skip
     data |= dict(text_len=arrays["txt/pos_embedding"].shape[1])
     return model, "siglip" if bias else "clip", data
+
+
+def image_config(
+    arrays: Mapping[str, np.ndarray], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the section `image_tower`, and the fields of `data` that follow from it. Raises Foreign, as `config`."""
+    if "img/embedding/kernel" not in arrays:
+        raise Foreign(where, "no img/embedding/kernel")
+    patch, width = arrays["img/embedding/kernel"].shape[0], arrays["img/embedding/kernel"].shape[-1]
+    num, cls = arrays["img/pos_embedding"].shape[1], "img/cls" in arrays
+    pool = "cls" if cls else "map" if "img/MAPHead_0/probe" in arrays else "mean"
+    image = dict(patch=patch, pool=pool, **_sizes(arrays, "img/Transformer/", width))
+    # with class token the position table has, or has not, a row for it
+    row = cls and math.isqrt(num) ** 2 != num
+    image |= dict(cls_pos=True) if row else {}
+    side = math.isqrt(num - row)
+    return image, dict(image_px=side * patch, eval_crop="squash", resize="bilinear")
 
 
 def _sizes(arrays: Mapping[str, np.ndarray], at: str, width: int) -> dict[str, Any]:
@@ -78,7 +83,9 @@ def _sizes(arrays: Mapping[str, np.ndarray], at: str, width: int) -> dict[str, A
     depth = 1 + max(int(m[1]) for m in found if m)
     kernel = arrays[f"{at}encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"]
     mlp = arrays[f"{at}encoderblock_0/MlpBlock_0/Dense_0/kernel"].shape[1]
-    return dict(width=width, depth=depth, heads=kernel.shape[1], mlp=mlp, activation="gelu", eps=1e-6)
+    return dict(
+        width=width, depth=depth, heads=kernel.shape[1], mlp=mlp, activation="gelu", eps=1e-6
+    )
 
 
 def rules(model: Mapping[str, Any]) -> list[t.Rule]:
@@ -96,20 +103,21 @@ def rules(model: Mapping[str, Any]) -> list[t.Rule]:
     ]
     if model.get("bias") is not None:
         out.append(t.rule("temperature/logit_bias", "b", t.ONE))
-    if image["pool"] == "map":
+    if image["pool"] != "cls":
         out.append(t.rule("image_tower/pos", "img/pos_embedding", t.LEADING))
-        out += _map_pool()
+        out += _map_pool() if image["pool"] == "map" else []
     else:
         first = t.Form(
-            lambda p: (p[0, 0], p[0, 1:]), lambda row, rest: (np.concatenate([row[None], rest])[None],)
+            lambda p: (p[0, 0], p[0, 1:]),
+            lambda row, rest: (np.concatenate([row[None], rest])[None],),
         )
         table = ("image_tower/cls_pos", "image_tower/pos")
         row = bool(image.get("cls_pos"))
-        out.append(t.rule(table if row else table[1], "img/pos_embedding", first if row else t.LEADING))
+        out.append(
+            t.rule(table if row else table[1], "img/pos_embedding", first if row else t.LEADING)
+        )
         cls = t.Form(lambda c: (c.reshape(-1),), lambda c: (c[None, None],))
         out.append(t.rule("image_tower/cls", "img/cls", cls))
-    if model["project_image"]:
-        out += _linear("joint_image/proj", "img/head")
     for tower, ours, theirs in (
         (image, "image_tower", "img/Transformer"),
         (text, "text_tower", "txt/Encoder_0"),
@@ -121,7 +129,7 @@ def rules(model: Mapping[str, Any]) -> list[t.Rule]:
 
 def image_rules(image: Mapping[str, Any]) -> list[t.Rule]:
     """Returns the table of an image tower alone (LiT's files)."""
-    model = dict(image_tower=image, text_tower=dict(depth=0), project_image=False)
+    model = dict(image_tower=image, text_tower=dict(depth=0))
     return [r for r in rules(model) if r.ours[0].startswith("image_tower/")]
 
 
@@ -167,8 +175,12 @@ def _map_pool() -> list[t.Rule]:
     return [
         t.rule(f"{ours}/query", f"{theirs}/probe", t.LEADING),
         *_linear(f"{ours}/attention/q", f"{at}/query"),
-        t.rule(f"{ours}/attention/kv/kernel", [f"{at}/{x}/kernel" for x in ("key", "value")], _stack(1)),
-        t.rule(f"{ours}/attention/kv/bias", [f"{at}/{x}/bias" for x in ("key", "value")], _stack(0)),
+        t.rule(
+            f"{ours}/attention/kv/kernel", [f"{at}/{x}/kernel" for x in ("key", "value")], _stack(1)
+        ),
+        t.rule(
+            f"{ours}/attention/kv/bias", [f"{at}/{x}/bias" for x in ("key", "value")], _stack(0)
+        ),
         *_linear(f"{ours}/attention/out", f"{at}/out"),
         *_norm(f"{ours}/norm", f"{theirs}/LayerNorm_0"),
         *_linear(f"{ours}/mlp/up", f"{theirs}/MlpBlock_0/Dense_0"),

@@ -43,7 +43,11 @@ def inputs(exchanged: Exchanged) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     px, length = data["image_px"], data["text_len"]
     image = rng.integers(0, 256, (NUM, px, px, 3)).astype(np.uint8)
-    rows = rng.integers(min(5, text.vocab // 2), max(6, min(text.eos_id, text.vocab) - 1 if text.eos_id > 5 else text.vocab - 1), (NUM, length))
+    rows = rng.integers(
+        min(5, text.vocab // 2),
+        max(6, min(text.eos_id, text.vocab) - 1 if text.eos_id > 5 else text.vocab - 1),
+        (NUM, length),
+    )
     rows[0, length // 2 :] = max(text.pad_id, 0)
     rows[0, length // 2] = rows[1, -1] = text.eos_id
     return image, rows.astype(np.int32)

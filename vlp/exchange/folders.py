@@ -41,19 +41,23 @@ def system_of(path: pathlib.Path) -> str:
     raise check.error(str(path), got, expected, "correct the path")
 
 
-def read(path: pathlib.Path, tokenizer: str = "") -> Exchanged:
+def read(path: pathlib.Path, tokenizer: str = "", only: str = "") -> Exchanged:
     """Reads a model of another library.
 
     Args:
         path: a folder, or a .npz.
         tokenizer: a file, where the folder has none or another is wanted.
+        only: "image": the image tower alone, of a .npz.
 
     Raises:
         UserError: an architecture that is not ours, or tensors that do not fit it; names them in one line.
     """
     system = system_of(path)
+    if only not in ("", "image") or (only and system != "big_vision"):
+        do = "leave --only out, or give a .npz of big_vision and --only image"
+        raise check.error("--only", only, "'image', for a .npz", do)
     if system == "big_vision":
-        return _read_npz(path, tokenizer)
+        return _read_npz(path, tokenizer, only)
     if system == "open_clip":
         return _read_open_clip(path, tokenizer)
     cfg, preprocessor = _json(path / HUGGING_FACE), _json(path / "preprocessor_config.json", {})
@@ -100,7 +104,7 @@ def _is_custom(cfg: Mapping[str, Any]) -> bool:
     return bool(cfg.get("custom_text") or cfg.get("multimodal_cfg"))
 
 
-def _read_npz(path: pathlib.Path, tokenizer: str) -> Exchanged:
+def _read_npz(path: pathlib.Path, tokenizer: str, only: str) -> Exchanged:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = big_vision.unscanned({name: file[name] for name in file.files})
@@ -109,6 +113,16 @@ def _read_npz(path: pathlib.Path, tokenizer: str) -> Exchanged:
         got = f"{type(e).__name__} ({e!s:.80})"
         raise check.error(str(path), got, "big_vision's .npz", do) from None
     words = tokenizers.of_file(tokenizer) if tokenizer else None
+    if only:
+        image, data = big_vision.image_config(arrays, str(path))
+        mine = {n: x for n, x in arrays.items() if n.startswith("img/") and "/head/" not in n}
+        leaves = tensors.read(big_vision.image_rules(image), mine, str(path))
+        size = dict(width=image["width"], depth=1, heads=image["heads"])
+        text = dict(vocab=words.vocab_size if words else 8, pool="none", **size)
+        model = dict(name="two_tower", image_tower=image, text_tower=text, embed=0)
+        source = f"{path} (the image tower; {len(arrays) - len(mine)} other arrays left out)"
+        data |= dict(text_len=16)
+        return Exchanged(model, "clip", data, words, leaves, "big_vision", source)
     model, objective, data = big_vision.config(arrays, str(path))
     leaves = tensors.read(big_vision.rules(model), arrays, str(path))
     model = model if words is None else tokenizers.fitted(model, words, str(path))
@@ -127,15 +141,26 @@ def write(exchanged: Exchanged, out: pathlib.Path, system: str) -> list[str]:
     if system not in SYSTEMS:
         raise check.unknown("--to", system, SYSTEMS)
     exchanged = _in_own_numbering(_with_cls_row(exchanged))
+    try:
+        return _write(exchanged, out, system)
+    except open_clip.Foreign as e:
+        do = "train one with a size that it has"
+        raise check.error(exchanged.source, e.part, f"a model of {system}", do) from None
+
+
+def _write(exchanged: Exchanged, out: pathlib.Path, system: str) -> list[str]:
     model, words, data = exchanged.build(), exchanged.tokenizer, exchanged.data
     if system == "big_vision":
-        _same(exchanged, big_vision.config, None)
+        _check_siglip(exchanged)
         arrays = tensors.write(big_vision.rules(_plain(model)), exchanged.leaves, exchanged.source)
         np.savez(out, **{big_vision.ROOT + n: x for n, x in arrays.items()})
         return []
     remarks = []
     if system == "hugging_face":
-        cfg, preprocessor = hugging_face.to_config(model, data), hugging_face.to_preprocessor(model, data)
+        cfg, preprocessor = (
+            hugging_face.to_config(model, data),
+            hugging_face.to_preprocessor(model, data),
+        )
         found = hugging_face.config(cfg, preprocessor, exchanged.source)[0]
         _compare(exchanged, found, "Hugging Face")
         rules = hugging_face.rules(found)
@@ -158,7 +183,11 @@ def write(exchanged: Exchanged, out: pathlib.Path, system: str) -> list[str]:
         remark = tokenizers.write(words, out, data["text_len"])
         remarks += [remark] if remark else []
         if system == "open_clip" and not remark:
-            clean = words.row.clean if words.row.clean in ("whitespace", "lower", "canonicalize") else "whitespace"
+            clean = (
+                words.row.clean
+                if words.row.clean in ("whitespace", "lower", "canonicalize")
+                else "whitespace"
+            )
             kwargs = dict(clean=clean) | ({} if words.row.eos else dict(strip_sep_token=True))
             cfg["text_cfg"] |= dict(hf_tokenizer_name=str(out.name), tokenizer_kwargs=kwargs)
     if system == "hugging_face":
@@ -202,7 +231,7 @@ def _described(model: Any) -> dict[str, Any]:
     return out
 
 
-# Fields that a trained model does not need: the temperature is a parameter, and masks of what changes no result.
+# The temperature's start; a trained model has it as a parameter.
 START = ("scale", "bias")
 
 
@@ -231,16 +260,30 @@ def _compare(exchanged: Exchanged, found: Mapping[str, Any], library: str) -> No
         raise check.error(exchanged.source, shown, f"{want} for {library}", do)
 
 
-def _same(exchanged: Exchanged, config: Any, _: None) -> None:
+def _check_siglip(exchanged: Exchanged) -> None:
     """For big_vision, whose config is its arrays: the towers must be those that its table has."""
     model = exchanged.build()
     image, text = model.image_tower, model.text_tower
     want = dict(pool="last", causal=False, attend_padding=True, eps=1e-6, activation="gelu")
-    wrong = [f"text_tower.{k}={getattr(text, k)!r}" for k, v in want.items() if getattr(text, k) != v]
-    want = dict(patch_bias=True, pre_norm=False, pool_first=False, pos="learned", eps=1e-6, activation="gelu", registers=0)
-    wrong += [f"image_tower.{k}={getattr(image, k)!r}" for k, v in want.items() if getattr(image, k) != v]
+    wrong = [
+        f"text_tower.{k}={getattr(text, k)!r}" for k, v in want.items() if getattr(text, k) != v
+    ]
+    want = dict(
+        patch_bias=True,
+        pre_norm=False,
+        pool_first=False,
+        pos="learned",
+        eps=1e-6,
+        activation="gelu",
+        registers=0,
+    )
+    wrong += [
+        f"image_tower.{k}={getattr(image, k)!r}" for k, v in want.items() if getattr(image, k) != v
+    ]
     wrong += [] if image.pool == "map" else [f"image_tower.pool={image.pool!r}"]
-    wrong += [] if model.text_bias and not model.project_image else ["another projection than SigLIP's"]
+    wrong += (
+        [] if model.text_bias and not model.project_image else ["another projection than SigLIP's"]
+    )
     wrong += ["a decoder"] if model.decoder else []
     if wrong:
         do = "big_vision has no such model"

@@ -1,4 +1,6 @@
-"""Hugging Face transformers: CLIPModel and SiglipModel (SigLIP 2 at fixed resolution is one), config ↔ ours, tensors ↔ ours.
+"""Hugging Face transformers: config and tensors of CLIPModel and SiglipModel ↔ ours.
+
+SigLIP 2 at fixed resolution is a SiglipModel with another tokenizer.
 
 Source: transformers 5.24.0, `modeling_clip.py`, `modeling_siglip.py` and their configurations.
 """
@@ -68,7 +70,10 @@ def config(
         scale, bias = cfg.get("logit_scale_init_value", 2.6592), None
     else:
         embed, scale, bias = vision["hidden_size"], math.log(10), -10.0
-        if not vision["vision_use_head"] or (text["projection_size"] or text["hidden_size"]) != embed:
+        if (
+            not vision["vision_use_head"]
+            or (text["projection_size"] or text["hidden_size"]) != embed
+        ):
             raise Foreign(where, "a SigLIP without head, or with towers of different width")
         image |= dict(pool="map")
         lower |= dict(pool="last", causal=False, eos_id=1, pad_id=-1)
@@ -99,7 +104,9 @@ def to_config(model: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     def section(tower: Any) -> dict[str, Any]:
         sizes = tower.width, tower.mlp or 4 * tower.width, tower.depth, tower.heads
         act = acts.get(tower.activation, tower.activation)
-        return dict(zip(_SIZES, sizes), hidden_act=act, layer_norm_eps=tower.eps, model_type=f"{kind}_")
+        return dict(
+            zip(_SIZES, sizes), hidden_act=act, layer_norm_eps=tower.eps, model_type=f"{kind}_"
+        )
 
     text, vision = section(model.text_tower), section(model.image_tower)
     text |= dict(vocab_size=model.text_tower.vocab, max_position_embeddings=data["text_len"])
@@ -138,7 +145,11 @@ def rules(model: Mapping[str, Any]) -> list[t.Rule]:
     image, text = model["image_tower"], model["text_tower"]
     siglip = image["pool"] == "map"
     at, to = "vision_model.embeddings", "text_model.embeddings"
-    out = [t.rule("image_tower/patch/kernel", f"{at}.patch_embedding.weight", t.patches(image["patch"]))]
+    out = [
+        t.rule(
+            "image_tower/patch/kernel", f"{at}.patch_embedding.weight", t.patches(image["patch"])
+        )
+    ]
     if siglip:
         out.append(t.rule("image_tower/patch/bias", f"{at}.patch_embedding.bias"))
         out.append(t.rule("image_tower/pos", f"{at}.position_embedding.weight"))

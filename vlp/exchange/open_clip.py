@@ -133,7 +133,10 @@ def _eps(section: Mapping[str, Any], where: str) -> float:
 def _image_tower(v: Mapping[str, Any], quick: bool, embed: int, where: str) -> dict[str, Any]:
     if name := v.get("timm_model_name"):
         found = TIMM_NAME.fullmatch(name)
-        if not found or (v.get("timm_pool"), v.get("timm_proj")) not in (("map", "none"), ("map", "")):
+        if not found or (v.get("timm_pool"), v.get("timm_proj")) not in (
+            ("map", "none"),
+            ("map", ""),
+        ):
             raise Foreign(where, f"timm's {name}")
         width, depth, heads, mlp = TIMM[found[1]]
         patch, px = int(found[2]), int(found[3])
@@ -168,13 +171,19 @@ def _image_tower(v: Mapping[str, Any], quick: bool, embed: int, where: str) -> d
 
 
 def _text_tower(x: Mapping[str, Any], quick: bool, where: str) -> dict[str, Any]:
-    width, vocab, causal = x.get("width", 512), x.get("vocab_size", 49408), not x.get("no_causal_mask")
+    width, vocab, causal = (
+        x.get("width", 512),
+        x.get("vocab_size", 49408),
+        not x.get("no_causal_mask"),
+    )
     sizes = dict(
         vocab=vocab, width=width, depth=x.get("layers", 12), heads=x.get("heads", 8),
         mlp=int(width * x.get("mlp_ratio", 4.0)),
     )  # fmt: skip
     kind = x.get("pool_type", "argmax")
-    ids = dict(pad_id=x.get("pad_id", 0), eos_id=vocab - 1 if kind == "argmax" else x.get("eos_id", 2))
+    ids = dict(
+        pad_id=x.get("pad_id", 0), eos_id=vocab - 1 if kind == "argmax" else x.get("eos_id", 2)
+    )
     if x.get("embed_cls"):
         if not causal:
             raise Foreign(where, "a CLS in a text tower that is not causal")
@@ -198,7 +207,9 @@ def _coca(
         if u.get(key, default) != x.get(key, default):
             raise Foreign(where, f"a decoder whose {key} is not the text tower's")
     if u.get("width", 512) != embed:
-        raise Foreign(where, f"a decoder of width {u.get('width', 512)} for image tokens of {embed}")
+        raise Foreign(
+            where, f"a decoder of width {u.get('width', 512)} for image tokens of {embed}"
+        )
     mlp = int(u.get("width", 512) * u.get("mlp_ratio", 4))
     return dict(
         decoder=dict(depth=u.get("layers", 12), mlp=mlp, norm_image=True, mlp_self=True),
@@ -232,17 +243,24 @@ def rules(model: Mapping[str, Any], custom: bool, same_width: bool = False) -> l
     out.append(t.rule(table, f"{at}positional_embedding", t.LAST_ROW if cls else t.SAME))
     out += [t.rule("text_tower/cls", f"{at}cls_emb")] if cls else []
     block = _block(text["heads"])
-    out += t.stacked(block, "text_tower/encoder/blocks/", f"{at}transformer.resblocks.{{i}}.", text["depth"])
+    out += t.stacked(
+        block, "text_tower/encoder/blocks/", f"{at}transformer.resblocks.{{i}}.", text["depth"]
+    )
     out += t.norm("text_tower/norm", f"{at}ln_final")
     if model["text_bias"]:
         out += t.linear("joint_text/proj", f"{at}text_projection")
     else:
         out.append(t.rule("joint_text/proj/kernel", f"{at}text_projection"))
     if decoder := model.get("decoder"):
-        upper = [*_block(text["heads"], mlp="mlp_self"), ]
+        upper = [
+            *_block(text["heads"], mlp="mlp_self"),
+        ]
         upper = [*t.stacked(upper, "", "text_decoder.resblocks.{i}.", decoder["depth"]),
                  *t.stacked(_cross(text["heads"]), "", "text_decoder.cross_attn.{i}.", decoder["depth"])]  # fmt: skip
-        out += [t.Rule(tuple(f"decoder/blocks/{n}" for n in r.ours), r.theirs, r.form, r.layers) for r in upper]
+        out += [
+            t.Rule(tuple(f"decoder/blocks/{n}" for n in r.ours), r.theirs, r.form, r.layers)
+            for r in upper
+        ]
         out += t.norm("decoder_norm", "text_decoder.ln_final")
         out.append(t.rule("unembedding", "text_decoder.text_projection"))
     out.append(t.rule("temperature/logit_scale", "logit_scale", t.SCALAR))
@@ -294,7 +312,11 @@ def _pooler(poolers: Mapping[str, Any], same_width: bool) -> list[t.Rule]:
     heads, at = poolers["heads"], "pool_shared/attention"
     if same_width:
         kernels = [
-            t.rule((f"{at}/q/kernel", f"{at}/kv/kernel"), "visual.attn_pool.attn.in_proj_weight", t.q_and_kv(heads))
+            t.rule(
+                (f"{at}/q/kernel", f"{at}/kv/kernel"),
+                "visual.attn_pool.attn.in_proj_weight",
+                t.q_and_kv(heads),
+            )
         ]
     else:
         names = [f"visual.attn_pool.attn.{x}_proj_weight" for x in "qkv"]
@@ -307,7 +329,11 @@ def _pooler(poolers: Mapping[str, Any], same_width: bool) -> list[t.Rule]:
         t.rule("pool_shared/query", "visual.attn_pool.query"),
         *t.norm("pool_shared/norm_query", "visual.attn_pool.ln_q"),
         *kernels,
-        t.rule((f"{at}/q/bias", f"{at}/kv/bias"), "visual.attn_pool.attn.in_proj_bias", t.q_and_kv(heads)),
+        t.rule(
+            (f"{at}/q/bias", f"{at}/kv/bias"),
+            "visual.attn_pool.attn.in_proj_bias",
+            t.q_and_kv(heads),
+        ),
         *t.head_out(f"{at}/out", "visual.attn_pool.attn.out_proj", heads),
         *t.norm("pool_shared/norm", "visual.ln_post"),
     ]
@@ -326,7 +352,11 @@ def _timm(image: Mapping[str, Any]) -> list[t.Rule]:
         *t.linear("mlp/down", "mlp.fc2"),
     ]
     return [
-        t.rule("image_tower/patch/kernel", f"{trunk}.patch_embed.proj.weight", t.patches(image["patch"])),
+        t.rule(
+            "image_tower/patch/kernel",
+            f"{trunk}.patch_embed.proj.weight",
+            t.patches(image["patch"]),
+        ),
         t.rule("image_tower/patch/bias", f"{trunk}.patch_embed.proj.bias"),
         t.rule("image_tower/pos", f"{trunk}.pos_embed", t.LEADING),
         *t.stacked(block, "image_tower/encoder/blocks/", f"{trunk}.blocks.{{i}}.", image["depth"]),
@@ -353,7 +383,9 @@ def to_config(model: Any, data: Mapping[str, Any]) -> dict[str, Any]:
             (image.width, image.depth, image.heads, image.mlp or 4 * image.width), "base"
         )
         name = f"vit_{size}_patch{image.patch}_siglip_{data['image_px']}"
-        v |= dict(timm_model_name=name, timm_model_pretrained=False, timm_pool="map", timm_proj="none")
+        v |= dict(
+            timm_model_name=name, timm_model_pretrained=False, timm_pool="map", timm_proj="none"
+        )
     else:
         heads = image.width // image.heads
         v |= dict(layers=image.depth, width=image.width, patch_size=image.patch, head_width=heads)

@@ -76,7 +76,7 @@ def patches(side: int) -> Form:
 
 
 def heads_in(heads: int, parts: int, tensors: int = 1) -> Form:
-    """W[parts · H · K, D] ↔ kernel[D, parts, H, K] (without the axis if parts is 1), from as many tensors, concatenated."""
+    """W[parts · H · K, D] ↔ kernel[D, parts, H, K] (for 1 part [D, H, K]); W in as many tensors as `tensors`."""
 
     def read(*ws: np.ndarray) -> Arrays:
         w = np.concatenate(ws)

@@ -109,7 +109,7 @@ def _json(data: bytes, folder: pathlib.Path, where: str, clean: str) -> Tokenize
 
 
 def _sentencepiece(data: bytes, where: str, clean: str) -> Tokenizer:
-    """A SentencePiece model: T5's layout (SigLIP) fills rows with eos, Gemma's (SigLIP 2) with its pad; neither has bos."""
+    """A SentencePiece model. Rows have no bos; T5's layout (SigLIP) fills them with eos, Gemma's with its pad."""
     import sentencepiece
 
     try:
@@ -163,7 +163,9 @@ def write(tokenizer: Tokenizer, folder: pathlib.Path, length: int) -> str:
         (folder / ("tokenizer.model" if ours else "spiece.model")).write_bytes(plain)
         if ours:
             return "its tokenizer is a SentencePiece model of vlp, written as tokenizer.model"
-        config |= dict(tokenizer_class="SiglipTokenizer", eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+        config |= dict(
+            tokenizer_class="SiglipTokenizer", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+        )
     else:
         spec = json.loads(plain)
         if is_clip(tokenizer):
@@ -174,14 +176,22 @@ def write(tokenizer: Tokenizer, folder: pathlib.Path, length: int) -> str:
             (folder / "vocab.json").write_text(text, encoding="utf-8")
             merged = "\n".join(["#version: 0.2", *lines]) + "\n"
             (folder / "merges.txt").write_text(merged, encoding="utf-8")
-            config |= dict(tokenizer_class="CLIPTokenizer", bos_token=START, eos_token=END, pad_token=END, unk_token=END)
+            config |= dict(
+                tokenizer_class="CLIPTokenizer",
+                bos_token=START,
+                eos_token=END,
+                pad_token=END,
+                unk_token=END,
+            )
         else:
             config |= dict(tokenizer_class="PreTrainedTokenizerFast")
             tokens = {i: token for token, i in tokenizer_formats.ids_of(plain).items()}
             pad = tokenizer.eos_id if row.fill == "eos" else tokenizer.pad_id
             named = dict(pad_token=pad, bos_token=tokenizer.bos_id, eos_token=tokenizer.eos_id)
             config |= {k: tokens[i] for k, i in named.items() if i in tokens}
-        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(
+            json.dumps(spec, ensure_ascii=False), encoding="utf-8"
+        )
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return ""
 

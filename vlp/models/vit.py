@@ -25,10 +25,9 @@ class ViT(nn.Module):
     pos: positions, "learned", "sincos" or "sincos_big_vision" (fixed; `ops.posembed.sincos_2d`). pool: how an image
     becomes one vector: "cls" (a learned token, put in front after masking), "mean" over all tokens, "mean_patches"
     over all but the CLS (CLIPA), "map" (attention pooling, SigLIP) or "none". cls: adds the token for the other pools
-    too; "mean" counts it (FLIP). cls_pos: the CLS has a learned position (CLIP). registers: number of learned tokens that take part in the blocks and
-    are not returned (Darcet et al. 2024, arXiv:2309.16588). pre_norm: LayerNorm before the blocks (CLIP). pool_first:
-    the image is pooled before the final norm (CLIPA); "map" reads normalised tokens all the same. eps: of the norms.
-    patch_bias: CLIP's patch embedding has none. mean, std: pixels in [0, 1] are normalised by them.
+    too; "mean" counts it (FLIP). cls_pos: the CLS has a learned position (CLIP). registers: number of learned tokens
+    that take part in the blocks and are not returned (Darcet et al. 2024, arXiv:2309.16588). pre_norm: LayerNorm before
+    the blocks (CLIP). pool_first: the image is pooled before the final norm (CLIPA). eps: of the norms. patch_bias: CLIP's patch embedding has none. mean, std: pixels in [0, 1] are normalised by them.
     """
 
     kind: ClassVar[str] = "image"
