@@ -132,7 +132,7 @@ def merges(num: int) -> bytes:
         level = [(x, y) for x in level[:300] for y in letters]
         lines += [f"{x} {y}" for x, y in level]
         level = [x + y for x, y in level]
-    return ("#version\n" + "\n".join([*lines[: num - 1], "q z"]) + "\n").encode()
+    return ("#version\n" + "\n".join([*lines[: num - 1], "q z"])).encode()
 
 
 def test_clip_keeps_48_894_merges():

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
@@ -113,8 +114,8 @@ def test_an_imported_model_is_a_checkpoint(words, tmp_path, capsys):
     assert "from hugging_face" in capsys.readouterr().out
     loaded = load(workdir)
     assert loaded.tokenizer == words and loaded.data.eval_crop == "squash"
-    image = np.zeros((2, 8, 8, 3), np.uint8)
-    text = np.stack([loaded.tokenizer.encode(t, 6) for t in ("a cat", "a dog")])
+    image = jnp.zeros((2, 8, 8, 3), jnp.uint8)
+    text = jnp.stack([loaded.tokenizer.encode(t, 6) for t in ("a cat", "a dog")])
     assert loaded.apply("image", image)["embed"].shape == (2, 16)
     assert loaded.apply("text", text)["embed"].shape == (2, 16)
     out = tmp_path / "out"
@@ -126,6 +127,34 @@ def test_an_imported_model_is_a_checkpoint(words, tmp_path, capsys):
     assert (out / "config.json").read_text() == (theirs / "config.json").read_text()
     assert runs.vlp("ckpt", "import", theirs, "--out", workdir) == 2
     assert "got something that exists" in capsys.readouterr().err
+
+
+def test_training_starts_from_an_imported_model_and_evaluation_takes_it(words, tmp_path, capsys):
+    """CLIP at the size of `smoke`: every parameter comes from the import."""
+    sizes = dict(width=32, depth=1, heads=2, mlp=64)
+    image = dict(CLIP["image_tower"], **sizes, patch=8)
+    section = dict(CLIP, embed=16, image_tower=image)
+    section["text_tower"] = dict(CLIP["text_tower"], **sizes, vocab=128, eos_id=127)
+    ends = words.with_row(ids=(-1, -1, 127, 2))  # only the ids matter here
+    first = made(section, ends, image_px=16, text_len=12)
+    checkpoint.write(first, tmp_path / "run")
+    given = ("--workdir", tmp_path / "run", "--config.evals.retrieval.split=test")
+    more = (
+        "--config.evals.retrieval.batch=8",
+        "--config.data.source=shapes",
+        "--config.data.num_records=16",
+    )
+    assert runs.vlp("eval", *given, *more) == 0
+    assert "i2t" in capsys.readouterr().out
+    init = f"--config.init={tmp_path / 'run'}"
+    assert (
+        runs.vlp(
+            "train", "--config", "configs/clip.py:smoke", "--workdir", tmp_path / "tuned", init
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "new, initialised" not in out and "not used" not in out
 
 
 def test_what_another_library_does_not_have_is_named(words, tmp_path):

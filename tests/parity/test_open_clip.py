@@ -8,16 +8,13 @@ import os
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("safetensors")
-
-import torch
-
 from parity import originals
 from vlp.exchange import compare, folders
 from vlp.exchange import open_clip as ours
 
+torch = pytest.importorskip("torch")
+open_clip = pytest.importorskip("open_clip")
+pytest.importorskip("safetensors")
 pytestmark = pytest.mark.parity
 EMBED, LOGITS = 1e-6, 1e-4  # the largest differences that are accepted
 

@@ -2,17 +2,14 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("open_clip")
-
 from PIL import Image
 
 from parity import originals
 from vlp.data import image_ops
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 assert originals  # defines the operators that torchvision may lack
+pytest.importorskip("open_clip")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 SIZES = [
     (480, 640),
     (640, 427),

@@ -6,22 +6,23 @@ import pathlib
 
 import numpy as np
 import pytest
+import sentencepiece
 
+from parity import originals
+from vlp.data.tokenizer import Row
+from vlp.exchange import tokenizers
+
+assert originals  # defines the operators that torchvision may lack
 pytest.importorskip("ftfy")
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("tokenizers")
-
-import sentencepiece
-
-from vlp.data.tokenizer import Row
-from vlp.exchange import tokenizers
-
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-WORDS = """a photo of the cat dog's house I'm they'll don't TREE Red BLUE green 2023 3.14 42nd C++ e-mail naïve café Straße
-ÇELIK Łódź Привет мир 東京タワー 你好 مرحبا नमस्ते 한국어 😀 👩‍👩‍👧 ½ ﬁne x² ™ © … “quoted” ‘single’ – — &amp; &lt;b&gt; &amp;amp;
-cafÃ© donâ€™t #hash @user http://a.b/c?d=e&f=g $9.99 100% under_score (paren) [brack] a/b\\c tab\there new\nline ñandú ﷺ
-\u3000wide ǅ İstanbul ß ﬀ 1st 2nd !!! ??? ... --- ~tilde~ ^ ` | ; : , .""".split(" ")
+WORDS = """a photo of the cat dog's house I'm they'll don't TREE Red BLUE green 2023 3.14 42nd C++
+e-mail naïve café Straße ÇELIK Łódź Привет мир 東京タワー 你好 مرحبا नमस्ते 한국어 😀 👩‍👩‍👧 ½ ﬁne
+x² ™ © … “quoted” ‘single’ – — &amp; &lt;b&gt; &amp;amp; cafÃ© donâ€™t #hash @user
+http://a.b/c?d=e&f=g $9.99 100% under_score (paren) [brack] a/b\\c tab\there new\nline
+ñandú ﷺ \u3000wide ǅ İstanbul ß ﬀ 1st 2nd !!! ??? ... --- ~tilde~ ^ ` | ; : , .""".split()
 
 
 def strings(num=500, seed=0):

@@ -2,15 +2,10 @@
 
 import functools
 
-import numpy as np
-import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("open_clip")
-
 import jax
 import jax.numpy as jnp
-import torch
+import numpy as np
+import pytest
 from flax import traverse_util
 
 from parity import originals
@@ -22,6 +17,8 @@ from vlp.optim.make import DEFAULT_RULES, Optim, Rule, make
 from vlp.train import state as states
 from vlp.train.step import train_step
 
+torch = pytest.importorskip("torch")
+pytest.importorskip("open_clip")
 pytestmark = pytest.mark.parity
 
 STEPS, LR = 3, 1e-3

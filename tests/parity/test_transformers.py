@@ -6,18 +6,15 @@ import pathlib
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("safetensors")
-sentencepiece = pytest.importorskip("sentencepiece")
-
-import torch
+import sentencepiece
 
 from helpers import runs
 from parity import originals
 from vlp.exchange import compare, folders
 
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
 pytestmark = pytest.mark.parity
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 IMAGE = dict(SIZES, image_size=32, patch_size=8)
@@ -49,7 +46,8 @@ def siglip(folder):
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a red cat on a mat", "a blue dog and a fox"] * 20), model_writer=out,
-        model_type="unigram", vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+        model_type="unigram", vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     (folder / "spiece.model").write_bytes(out.getvalue())
     return transformers.SiglipModel(config)

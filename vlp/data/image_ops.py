@@ -97,7 +97,7 @@ def eval_crop(size: tuple[int, ...], size_px: int = 0, how: str = "exact") -> Cr
     """
     height, width = size
     if how == "squash":
-        return Crop((0, 0, width, height))
+        return Crop((0.0, 0.0, float(width), float(height)))
     side = min(height, width)
     if how == "torchvision":
         new_h, new_w = (int(size_px * edge / side) for edge in (height, width))
@@ -239,10 +239,10 @@ def _torchvision_box(
         crop_w, crop_h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < crop_w <= width and 0 < crop_h <= height:
             left, top = int(draws[2] * (width - crop_w + 1)), int(draws[3] * (height - crop_h + 1))
-            return left, top, left + crop_w, top + crop_h
+            return float(left), float(top), float(left + crop_w), float(top + crop_h)
     crop_w = round(min(width, height * max_aspect))
     crop_h = round(min(height, width * max_aspect))
-    left, top = (width - crop_w) // 2, (height - crop_h) // 2
+    left, top = float((width - crop_w) // 2), float((height - crop_h) // 2)
     return left, top, left + crop_w, top + crop_h
 
 

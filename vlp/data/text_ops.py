@@ -145,9 +145,9 @@ def clean(text: str, how: str) -> str:
     """Returns a text as it is cleaned before tokenizing.
 
     "whitespace": ftfy's repair of mis-encoded text, `html.unescape` twice, single spaces. "lower": and lower case
-    (CLIP, Radford et al. 2021, its `simple_tokenizer.py`). "canonicalize": without ASCII punctuation, "_" a space, lower case
-    (big_vision's `prompt_engineering.py`; after the same repair, as in OpenCLIP). "siglip": without ASCII punctuation,
-    lower case, no repair (transformers' SiglipTokenizer). "none": as it is.
+    (CLIP, Radford et al. 2021, its `simple_tokenizer.py`). "canonicalize": without ASCII punctuation, "_" a space,
+    lower case (big_vision's `prompt_engineering.py`; after the same repair, as in OpenCLIP). "siglip": without ASCII
+    punctuation, lower case, no repair (transformers' SiglipTokenizer). "none": as it is.
     """
     if how == "none":
         return text

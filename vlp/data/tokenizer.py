@@ -182,8 +182,9 @@ def _unwrapped(model: bytes, where: str) -> tuple[Row, bytes]:
         return Row(), model
     try:
         found = json.loads(model)
-        row, plain = Row(**found["vlp_row"]), base64.b64decode(found["model"])
-        row = dataclasses.replace(row, ids=row.ids and tuple(map(int, row.ids)))
+        fields = dict(found["vlp_row"])
+        fields["ids"] = None if fields.get("ids") is None else tuple(map(int, fields["ids"]))
+        row, plain = Row(**fields), base64.b64decode(found["model"])
     except (ValueError, KeyError, TypeError) as e:
         got = f"a broken file ({type(e).__name__})"
         raise check.error(where, got, "a tokenizer of vlp", "restore a copy of it") from None

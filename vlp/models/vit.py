@@ -27,7 +27,8 @@ class ViT(nn.Module):
     over all but the CLS (CLIPA), "map" (attention pooling, SigLIP) or "none". cls: adds the token for the other pools
     too; "mean" counts it (FLIP). cls_pos: the CLS has a learned position (CLIP). registers: number of learned tokens
     that take part in the blocks and are not returned (Darcet et al. 2024, arXiv:2309.16588). pre_norm: LayerNorm before
-    the blocks (CLIP). pool_first: the image is pooled before the final norm (CLIPA). eps: of the norms. patch_bias: CLIP's patch embedding has none. mean, std: pixels in [0, 1] are normalised by them.
+    the blocks (CLIP). pool_first: the image is pooled before the final norm (CLIPA). eps: of the norms. patch_bias:
+    CLIP's patch embedding has none. mean, std: pixels in [0, 1] are normalised by them.
     """
 
     kind: ClassVar[str] = "image"
