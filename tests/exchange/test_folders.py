@@ -48,6 +48,8 @@ CLIPA = dict(
     image_tower=dict(CLIP["image_tower"], pool="mean_patches", pre_norm=False, pool_first=True),
     text_tower=SIGLIP_TEXT,
 )
+RESNET = dict(name="resnet", depths=(2, 1), width=16, heads=4, out=8, **PIXELS)
+RN = dict(CLIP, image_tower=RESNET, project_image=False)
 DATA = dict(image_px=8, text_len=6, eval_crop="torchvision", resize="bicubic")
 
 
@@ -69,9 +71,10 @@ def made(section, words, **data) -> Exchanged:
     data = DATA | data
     rng = np.random.default_rng(0)
     leaves = {
-        name: np.asarray(rng.normal(size=x.shape), np.float32)
+        name: np.ones(()) if name.endswith("stat_share") else rng.normal(size=x.shape)
         for name, x in checkpoint.shapes(model, data["image_px"], data["text_len"]).items()
     }
+    leaves = {name: np.asarray(x, np.float32) for name, x in leaves.items()}
     return Exchanged(section, "clip", data, words, leaves, "vlp", "here")
 
 
@@ -83,7 +86,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize(
     ("section", "system"),
-    [(CLIP, "open_clip"), (CLIPA, "open_clip"), (COCA, "open_clip"), (CLIP, "hugging_face"),
+    [(CLIP, "open_clip"), (CLIPA, "open_clip"), (RN, "open_clip"), (COCA, "open_clip"), (CLIP, "hugging_face"),
      (SIGLIP, "hugging_face"), (SIGLIP, "big_vision")],
 )  # fmt: skip
 def test_export_and_import_give_every_leaf_back(section, system, words, tmp_path, monkeypatch):
@@ -225,7 +228,7 @@ def test_scanned_blocks_of_big_vision_are_read(words, tmp_path):
     ("change", "message"),
     [
         (dict(vision_cfg=dict(timm_model_name="swin_base")), "timm's swin_base"),
-        (dict(vision_cfg=dict(layers=[3, 4, 6, 3])), "a ResNet"),
+        (dict(vision_cfg=dict(layers=[3, 4, 6, 3], image_size=100)), "no multiple of the patch 32"),
         (dict(text_cfg=dict(hf_model_name="roberta-base")), "hf_model_name='roberta-base'"),
         (dict(vision_cfg=dict(image_size=100, patch_size=16)), "no multiple of the patch 16"),
         (dict(vision_cfg=dict(ls_init_value=1e-4)), "ls_init_value=0.0001"),

@@ -36,6 +36,9 @@ def trained_like(model, seed=0):
                 * torch.randn(p.shape, generator=generator)
                 * (p.std() if p.numel() > 1 and p.std() > 0 else 1)
             )
+        for name, b in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                b += 0.2 * torch.rand(b.shape, generator=generator)
     return model.eval()
 
 
@@ -44,6 +47,9 @@ TEXT = dict(context_length=12, vocab_size=49408, width=32, heads=4, layers=2)
 OPEN_CLIP = {
     "ViT-B-32": dict(embed_dim=24, vision_cfg=SMALL, text_cfg=TEXT),
     "ViT-B-32-quickgelu": dict(embed_dim=24, quick_gelu=True, vision_cfg=SMALL, text_cfg=TEXT),
+    "RN50": dict(
+        embed_dim=24, vision_cfg=dict(image_size=64, layers=[2, 1, 2, 1], width=16, head_width=128), text_cfg=TEXT
+    ),
     "ViT-B-16-CLIPA": dict(
         embed_dim=24,
         vision_cfg=dict(**SMALL, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True),

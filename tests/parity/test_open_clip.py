@@ -64,7 +64,7 @@ PREPROCESS = {"ViT-B-16-SigLIP": HALF}
 
 
 def test_its_model_jsons_are_read_or_named():
-    """Of open_clip 3.3.0's, 70 are ours; every other one says what it has that we have not."""
+    """Of open_clip 3.3.0's, 80 are ours; every other one says what it has that we have not."""
     files = sorted(
         glob.glob(os.path.join(os.path.dirname(open_clip.__file__), "model_configs", "*.json"))
     )
@@ -85,6 +85,6 @@ def test_its_model_jsons_are_read_or_named():
         "ViT-H-14-CLIPA",
         "coca_ViT-B-32",
     } <= {*read}
-    assert all(named.values()) and len(read) >= 70
+    assert all(named.values()) and len(read) >= 80
     if open_clip.__version__ == "3.3.0":
-        assert (len(read), len(named)) == (70, 74)
+        assert (len(read), len(named)) == (80, 64)

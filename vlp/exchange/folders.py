@@ -140,6 +140,7 @@ def write(exchanged: Exchanged, out: pathlib.Path, system: str) -> list[str]:
     """
     if system not in SYSTEMS:
         raise check.unknown("--to", system, SYSTEMS)
+    _check_towers(exchanged, system)
     exchanged = _in_own_numbering(_with_cls_row(exchanged))
     try:
         return _write(exchanged, out, system)
@@ -220,7 +221,8 @@ def _described(model: Any) -> dict[str, Any]:
         elif key not in COMPUTE and key != "heads":
             out[key] = value
     for tower in ("image_tower", "text_tower"):
-        out[f"{tower}.mlp"] = out[f"{tower}.mlp"] or 4 * out[f"{tower}.width"]
+        if out.get(f"{tower}.mlp") == 0:
+            out[f"{tower}.mlp"] = 4 * out[f"{tower}.width"]
     if out.get("image_tower.pool") == "cls":
         out["image_tower.cls"] = True
     if "decoder.mlp" in out:
@@ -260,34 +262,43 @@ def _compare(exchanged: Exchanged, found: Mapping[str, Any], library: str) -> No
         raise check.error(exchanged.source, shown, f"{want} for {library}", do)
 
 
+SHARED = dict(eps=1e-6, activation="gelu")
+BIG_VISION = {  # what its files do not say, since its code has nothing else
+    "text_tower": dict(pool="last", causal=False, attend_padding=True, **SHARED),
+    "image_tower": dict(
+        pool="map", patch_bias=True, pre_norm=False, pool_first=False, pos="learned", registers=0, **SHARED
+    ),
+}  # fmt: skip
+
+
 def _check_siglip(exchanged: Exchanged) -> None:
-    """For big_vision, whose config is its arrays: the towers must be those that its table has."""
+    """Raises UserError unless a model is SigLIP's two towers, as big_vision has them."""
     model = exchanged.build()
-    image, text = model.image_tower, model.text_tower
-    want = dict(pool="last", causal=False, attend_padding=True, eps=1e-6, activation="gelu")
     wrong = [
-        f"text_tower.{k}={getattr(text, k)!r}" for k, v in want.items() if getattr(text, k) != v
+        f"{part}.{k}={getattr(getattr(model, part), k)!r}"
+        for part, want in BIG_VISION.items()
+        for k, v in want.items()
+        if getattr(getattr(model, part), k) != v
     ]
-    want = dict(
-        patch_bias=True,
-        pre_norm=False,
-        pool_first=False,
-        pos="learned",
-        eps=1e-6,
-        activation="gelu",
-        registers=0,
-    )
-    wrong += [
-        f"image_tower.{k}={getattr(image, k)!r}" for k, v in want.items() if getattr(image, k) != v
-    ]
-    wrong += [] if image.pool == "map" else [f"image_tower.pool={image.pool!r}"]
-    wrong += (
-        [] if model.text_bias and not model.project_image else ["another projection than SigLIP's"]
-    )
+    wrong += ["project_image=True"] if model.project_image else []
+    wrong += [] if model.text_bias else ["text_bias=False"]
     wrong += ["a decoder"] if model.decoder else []
     if wrong:
-        do = "big_vision has no such model"
+        do = "export it to another library"
         raise check.error(exchanged.source, ", ".join(wrong), "SigLIP's two towers", do)
+
+
+def _check_towers(exchanged: Exchanged, system: str) -> None:
+    """Raises UserError for towers that no table has."""
+    model = exchanged.build()
+    images = ("ViT", "ResNet") if system == "open_clip" else ("ViT",)
+    for part, known in (("image_tower", images), ("text_tower", ("Text",))):
+        if (name := type(getattr(model, part)).__name__) not in known:
+            do = "export it to another library, or leave it"
+            raise check.error(exchanged.source, f"{part} {name}", f"one of {known}", do)
+    if not model.embed:
+        do = "train a joint space first"
+        raise check.error(exchanged.source, "no joint space", "one: embed", do)
 
 
 def _with_cls_row(exchanged: Exchanged) -> Exchanged:

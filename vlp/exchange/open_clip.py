@@ -87,15 +87,16 @@ def config(
         raise Foreign(where, f"images of {image_px} pixels, not square")
     embed = cfg["embed_dim"]
     image = _image_tower(vision, quick, embed, where)
-    if image_px % image["patch"]:
-        raise Foreign(where, f"image_size {image_px}, no multiple of the patch {image['patch']}")
+    stride = image.get("patch", 4 * 2 ** (len(image.get("depths", ())) - 1))
+    if image_px % stride:
+        raise Foreign(where, f"image_size {image_px}, no multiple of the patch {stride}")
     image |= {k: tuple(preprocess.get(k, OPENAI[k])) for k in OPENAI}
     lower = _text_tower(text, quick, where)
     model: dict[str, Any] = dict(
         name="two_tower", image_tower=image, text_tower=lower, embed=embed,
         scale=math.exp(cfg.get("init_logit_scale", math.log(1 / 0.07))),
         bias=cfg.get("init_logit_bias"), text_bias=bool(text.get("proj_bias")),
-        project_image=not vision.get("timm_model_name"),
+        project_image="patch" in image and not vision.get("timm_model_name"),
     )  # fmt: skip
     if bool(vision.get("attentional_pool")) != bool(upper):
         raise Foreign(where, "an attentional pool without a decoder, or the reverse")
@@ -150,7 +151,9 @@ def _image_tower(v: Mapping[str, Any], quick: bool, embed: int, where: str) -> d
         return dict(**sizes, pool="map", activation="gelu_exact", eps=1e-6)
     layers, width, patch = v.get("layers", 12), v.get("width", 768), v.get("patch_size", 16)
     if not isinstance(layers, int):
-        raise Foreign(where, "a ResNet")
+        heads = width * 32 // v.get("head_width", 64)
+        sizes = dict(depths=tuple(layers), width=v.get("width", 64), heads=heads, out=embed)
+        return dict(name="resnet", **sizes)
     if not isinstance(patch, int):
         raise Foreign(where, f"patches of {patch} pixels, not square")
     pools = {("tok", False): "cls", ("avg", False): "mean_patches", ("avg", True): "mean_patches",
@@ -230,12 +233,18 @@ def rules(model: Mapping[str, Any], custom: bool, same_width: bool = False) -> l
     """
     image, text = model["image_tower"], model["text_tower"]
     at = "text." if custom else ""
-    out = _timm(image) if image["pool"] == "map" else _vit(image)
-    if model.get("poolers"):
-        out += _pooler(model["poolers"], same_width)
-    elif image["pool"] != "map":
-        out += t.norm("image_tower/norm", "visual.ln_post")
-    if model["project_image"]:
+    if "depths" in image:
+        out = _resnet(image)
+    elif image["pool"] == "map":
+        out = _timm(image)
+    else:
+        out = _vit(image)
+        poolers = model.get("poolers")
+        out += (
+            _pooler(poolers, same_width)
+            if poolers
+            else t.norm("image_tower/norm", "visual.ln_post")
+        )
         out.append(t.rule("joint_image/proj/kernel", "visual.proj"))
     out.append(t.rule("text_tower/embedding", f"{at}token_embedding.weight"))
     cls = text["pool"] == "cls"
@@ -267,6 +276,32 @@ def rules(model: Mapping[str, Any], custom: bool, same_width: bool = False) -> l
     if model.get("bias") is not None:
         out.append(t.rule("temperature/logit_bias", "logit_bias", t.SCALAR))
     return out
+
+
+def _resnet(image: Mapping[str, Any]) -> list[t.Rule]:
+    """ModifiedResNet; the first block of a stage is not stacked with the others."""
+    out, at, pool = [], "image_tower", "visual.attnpool"
+    for i in range(3):
+        out.append(t.rule(f"{at}/stem{i}/kernel", f"visual.conv{i + 1}.weight", t.CONV))
+        out += t.batch_norm(f"{at}/stem{i}_norm", f"visual.bn{i + 1}")
+    block = []
+    for i, form in enumerate((t.CONV_1, t.CONV, t.CONV_1)):
+        block.append(t.rule(f"conv{i}/kernel", f"conv{i + 1}.weight", form))
+        block += t.batch_norm(f"conv{i}_norm", f"bn{i + 1}")
+    project = [t.rule("project/kernel", "downsample.0.weight", t.CONV_1)]
+    project += t.batch_norm("project_norm", "downsample.1")
+    for i, depth in enumerate(image["depths"]):
+        ours, theirs = f"{at}/stage{i}", f"visual.layer{i + 1}"
+        out += t.stacked([*block, *project], f"{ours}/first/", f"{theirs}.0.", 0)
+        if depth > 1:
+            out += t.stacked(block, f"{ours}/blocks/", f"{theirs}.{{i}}.", depth - 1, start=1)
+    out.append(t.rule(f"{at}/pool/pos", f"{pool}.positional_embedding"))
+    for ours, names in (("q", ["q_proj"]), ("kv", ["k_proj", "v_proj"])):
+        form = t.heads_in(image["heads"], len(names), tensors=len(names))
+        for ours_, theirs in (("kernel", "weight"), ("bias", "bias")):
+            tensors = [f"{pool}.{n}.{theirs}" for n in names]
+            out.append(t.rule(f"{at}/pool/{ours}/{ours_}", tensors, form))
+    return out + t.head_out(f"{at}/pool/out", f"{pool}.c_proj", image["heads"])
 
 
 def _block(heads: int, mlp: str = "mlp") -> list[t.Rule]:
@@ -376,9 +411,12 @@ def _timm(image: Mapping[str, Any]) -> list[t.Rule]:
 def to_config(model: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """Returns OpenCLIP's JSON of a built model; whether it says everything, `config` tells."""
     image, text = model.image_tower, model.text_tower
-    quick = "quick_gelu" in (image.activation, text.activation)
+    quick = "quick_gelu" in (getattr(image, "activation", ""), text.activation)
     v: dict[str, Any] = dict(image_size=data["image_px"])
-    if image.pool == "map":
+    if hasattr(image, "depths"):
+        heads = image.width * 32 // image.heads
+        v |= dict(layers=list(image.depths), width=image.width, head_width=heads)
+    elif image.pool == "map":
         size = {s: name for name, s in TIMM.items()}.get(
             (image.width, image.depth, image.heads, image.mlp or 4 * image.width), "base"
         )
@@ -409,7 +447,8 @@ def to_config(model: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = dict(embed_dim=model.embed, vision_cfg=v, text_cfg=x)
     out |= dict(quick_gelu=True) if quick else {}
     out |= dict(init_logit_bias=model.bias) if model.bias is not None else {}
-    out |= dict(custom_text=True) if image.pool == "map" or model.decoder else {}
+    timm = getattr(image, "pool", "") == "map"
+    out |= dict(custom_text=True) if timm or model.decoder else {}
     if model.decoder and model.poolers:
         heads = model.poolers.heads or text.heads
         v |= dict(attentional_pool=True, attn_pooler_heads=heads, output_tokens=True)

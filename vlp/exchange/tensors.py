@@ -27,18 +27,26 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """ours ↔ theirs. With `layers`, our leaves have a leading axis of layers and their names the number of one."""
+    """ours ↔ theirs. With `layers`, our leaves have a leading axis of layers and their names the number of one.
+
+    start: the number of the first layer.
+    """
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     form: Form = Form()
     layers: int = 0
+    start: int = 0
+
+    @property
+    def numbers(self) -> list[str]:
+        return [str(self.start + i) for i in range(self.layers)]
 
     def names(self) -> list[str]:
         """Their names, of all layers."""
         if not self.layers:
             return list(self.theirs)
-        return [n.replace(LAYER, str(i)) for i in range(self.layers) for n in self.theirs]
+        return [n.replace(LAYER, i) for i in self.numbers for n in self.theirs]
 
 
 def rule(ours: str | Sequence[str], theirs: str | Sequence[str], form: Form = Form()) -> Rule:
@@ -47,14 +55,20 @@ def rule(ours: str | Sequence[str], theirs: str | Sequence[str], form: Form = Fo
     return Rule(one(ours), one(theirs), form)
 
 
-def stacked(rules: Iterable[Rule], ours: str, theirs: str, layers: int) -> list[Rule]:
+def stacked(
+    rules: Iterable[Rule], ours: str, theirs: str, layers: int, start: int = 0
+) -> list[Rule]:
     """The rules of one layer as those of a stack, with prefixes before both sides' names."""
     return [
         Rule(
-            tuple(ours + n for n in r.ours), tuple(theirs + n for n in r.theirs), r.form, layers
+            tuple(ours + n for n in r.ours),
+            tuple(theirs + n for n in r.theirs),
+            r.form,
+            layers,
+            start,
         )
         for r in rules
-    ]  # fmt: skip
+    ]
 
 
 # Forms of PyTorch's layouts. W[out, in] → kernel[in, out]; heads × head size may be two axes of it.
@@ -64,6 +78,10 @@ FIRST_ROW = Form(lambda t: (t[0], t[1:]), lambda row, rest: (np.concatenate([row
 LAST_ROW = Form(lambda t: (t[:-1], t[-1]), lambda rest, row: (np.concatenate([rest, row[None]]),))
 SCALAR = Form(lambda t: (t.reshape(()),), lambda t: (t,))
 ONE = Form(lambda t: (t.reshape(()),), lambda t: (t.reshape(1),))
+CONV = Form(lambda w: (w.transpose(2, 3, 1, 0),), lambda k: (k.transpose(3, 2, 0, 1),))
+CONV_1 = Form(lambda w: (w[:, :, 0, 0].T,), lambda k: (k.T[:, :, None, None],))
+# A count of batches that nothing reads, and our share of a pass, which is 1 (`ops.statistics`).
+COUNT = Form(lambda _: (np.float32(1),), lambda _: (np.int64(0),))
 LEADING = Form(lambda t: (t[0],), lambda t: (t[None],))
 
 
@@ -123,6 +141,16 @@ def norm(ours: str, theirs: str) -> list[Rule]:
     return [rule(f"{ours}/scale", f"{theirs}.weight"), rule(f"{ours}/bias", f"{theirs}.bias")]
 
 
+def batch_norm(ours: str, theirs: str) -> list[Rule]:
+    """A PyTorch BatchNorm with its running statistics."""
+    slots = dict(running_mean="stat_mean", running_var="stat_var")
+    return [
+        *norm(ours, theirs),
+        *(rule(f"{ours}/{mine}", f"{theirs}.{name}") for name, mine in slots.items()),
+        rule(f"{ours}/stat_share", f"{theirs}.num_batches_tracked", COUNT),
+    ]
+
+
 def head_out(ours: str, theirs: str, heads: int) -> list[Rule]:
     """The output map of an attention."""
     return [
@@ -158,9 +186,7 @@ def read(rules: Sequence[Rule], theirs: Mapping[str, np.ndarray], where: str) ->
 def _read(r: Rule, theirs: Mapping[str, np.ndarray]) -> Arrays:
     if not r.layers:
         return r.form.read(*(theirs[n] for n in r.theirs))
-    layers = [
-        r.form.read(*(theirs[n.replace(LAYER, str(i))] for n in r.theirs)) for i in range(r.layers)
-    ]
+    layers = [r.form.read(*(theirs[n.replace(LAYER, i)] for n in r.theirs)) for i in r.numbers]
     return tuple(np.stack(leaves) for leaves in zip(*layers))
 
 
@@ -177,8 +203,8 @@ def write(rules: Sequence[Rule], ours: Mapping[str, np.ndarray], where: str) -> 
         if not r.layers:
             theirs |= zip(r.theirs, r.form.write(*leaves))
             continue
-        for i in range(r.layers):
-            names = (n.replace(LAYER, str(i)) for n in r.theirs)
+        for i, number in enumerate(r.numbers):
+            names = (n.replace(LAYER, number) for n in r.theirs)
             theirs |= zip(names, r.form.write(*(x[i] for x in leaves)))
     return {name: np.asarray(x, order="C") for name, x in theirs.items()}
 
