@@ -37,30 +37,16 @@ def _no_mesh_left_behind():
 
 @pytest.fixture(scope="session")
 def random_params():
-    """The function (model, image_px, text_len, seed=0, heads=()) → parameters drawn by NumPy, none of them zero.
+    """The function (model, image_px, text_len, seed=0, heads=()) → parameters (`everything.random_like`).
 
     heads: name and input width of each of the model's heads that is wanted.
-
-    Costs no compilation, which `init` does; biases and norms are not at their special starting points.
     """
     import flax.linen as nn
-    import numpy as np
 
-    from helpers.everything import abstract
-    from vlp.core import tree
+    from helpers.everything import abstract, random_like
 
     def draw(model, image_px: int, text_len: int, seed: int = 0, heads=()):
-        rng = np.random.default_rng(seed)
-
-        def one(name: str, leaf):
-            noise = rng.normal(size=leaf.shape).astype(np.float32)
-            if name.endswith("/scale"):
-                return 1 + 0.1 * noise
-            if name.endswith(("/stat_share", "/stat_var")):
-                return np.abs(0.5 * noise * name.endswith("var")) + 1
-            return 0.25 * noise if leaf.ndim else np.float32(2.0)
-
-        return tree.map_named(one, nn.unbox(abstract(model, image_px, text_len, heads)))
+        return random_like(nn.unbox(abstract(model, image_px, text_len, heads)), seed)
 
     return draw
 

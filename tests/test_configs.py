@@ -5,8 +5,10 @@ import pathlib
 import shutil
 
 import flax.linen as nn
+import ml_collections
 import pytest
 
+from configs import common
 from helpers import runs
 from helpers.everything import pairs
 from vlp.core import check, tree
@@ -30,10 +32,11 @@ def test_all_shipped_configs_are_tested():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_trains_evaluates_and_saves_at_smoke_size(name, tmp_path):
-    """Two steps, or one per stage, through `vlp train`."""
+def test_every_config_trains_evaluates_saves_and_resumes_at_smoke_size(name, tmp_path):
+    """Two steps, or one per stage, through `vlp train`; without its last checkpoint it trains to the same numbers."""
     directory = tmp_path / "run"
     argv = ["train", "--config", f"{FOLDER / name}.py:smoke", "--workdir", directory]
+    argv += ["--config.save_every_steps=1"]
     assert runs.vlp(*argv, devices=2) == 0
     rows = workdir.read(directory / "metrics.jsonl")
     config = json.loads((directory / "config.json").read_text())
@@ -41,7 +44,26 @@ def test_every_config_trains_evaluates_and_saves_at_smoke_size(name, tmp_path):
     assert num_steps == max(2, len(config["stages"]))
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, num_steps + 1))
     assert {r["eval"] for r in rows if r["kind"] == "eval"} == set(config["evals"])
-    assert list((directory / "checkpoints").glob("step_*"))
+    *_, last = sorted((directory / "checkpoints").glob("step_?????????"))
+    shutil.copytree(directory, tmp_path / "whole")
+    shutil.rmtree(last)
+    assert runs.vlp(*argv, devices=2) == 0
+    runs.assert_same_run(tmp_path / "whole", directory)
+
+
+def test_smoke_leaves_the_sizes_of_a_plugins_towers_alone():
+    """Their keys are not those of a ViT. A shipped tower beside it is made tiny."""
+
+    def towers(image, text):
+        model = {"name": "two_tower", "image_tower": image, "text_tower": text}
+        found = common.smoke(ml_collections.ConfigDict(runs.CLIP | {"model": model})).model
+        return found.image_tower.to_dict(), found.text_tower.to_dict()
+
+    mine = {"name": "mine", "stages": 2}
+    image, text = towers(mine, {"vocab": 99, "width": 512})
+    assert image == mine and text["width"] == 32
+    image, text = towers({"patch": 16}, mine)
+    assert image["patch"] == 8 and text == mine | {"vocab": 128}
 
 
 @pytest.mark.parametrize("name", NAMES)

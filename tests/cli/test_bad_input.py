@@ -49,6 +49,7 @@ MISTAKES = {
     "micro-batches": ({"micro_batches": 3}, "multiple of 3"),
     "no micro-batches": ({"micro_batches": 0}, "config.micro_batches: got 0, expected 1 or more"),
     "mesh": ({"mesh": {"data": 3}}, "product of 1 devices"),
+    "operations per image": ({"data.randaugment": 2**31}, "in 0 … 100"),
     "platform": ({"platform": "tpu"}, "got cpu devices, expected tpu"),
     "no decoder": ({"objective.name": "coca"}, "config.model.decoder"),
     "captions of a dual encoder": ({"evals": {"captions": {"batch": 8}}}, "config.model.decoder"),

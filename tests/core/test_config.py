@@ -191,7 +191,7 @@ def test_build_converts_plain_data():
     [
         ({"widht": 1}, r"^tower: got 'widht', expected one of \[.*\]; did you mean 'width'\?$"),
         ({}, "^tower: got no value, expected width: int; set tower.width$"),
-        ({"width": "8"}, "^tower.width: got '8', expected int; correct the value$"),
+        ({"width": "8"}, "^tower.width: got '8', expected int; write a whole number, as 8$"),
         ({"width": True}, "tower.width: got True, expected int"),
         ({"width": 8.0}, "tower.width: got 8.0, expected int"),
         ({"width": 1, "rate": "fast"}, "tower.rate: got 'fast', expected float"),

@@ -123,6 +123,15 @@ def words(tokenizer, ids_L):
     return tokenizer.decode(ids_L)
 
 
+def test_each_leaf_is_tested():
+    missing = sorted(leaves.LEAVES.keys() - READS.keys())
+    assert not missing, (
+        f"leaves {missing} of vlp/data/leaves.py are not tested. Add here: in READS, what an objective reads of "
+        f"each ({missing[0]!r}: ({missing[0]!r},)); in DATA, the config that makes it; in `record`, its "
+        "field; in FIELD, if a record may lack it, a wrong value and the error."
+    )
+
+
 @pytest.mark.parametrize("reads", [*READS.values(), ALL], ids=[*READS, "all"])
 def test_what_is_not_read_is_not_made(small_tokenizer, batch, reads):
     """And a leaf is the same whatever else is read, but for the image, which stored crops change."""
@@ -358,7 +367,7 @@ def test_stored_arrays_without_their_crops_are_refused(small_tokenizer):
         ("views.lokal", "set in config.data: views"),
         ("text.caption", "slots"),
         ("stored.dino", "set in config.data: stored"),
-        ("pictures", "correct the name in the objective's reads"),
+        ("pictures", "name one of them in the objective's reads"),
     ],
 )
 def test_a_leaf_that_no_config_makes_is_one_line(name, words):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlp.core.types import Ctx, Out
+from vlp.core import tree
+from vlp.core.types import Ctx, Out, Term
 from vlp.train import state as states
 
 
@@ -27,7 +28,7 @@ class Everything:
             ctx.student("scale_bias")
         for name, width in self.heads:
             ctx.head(name, jnp.zeros((ctx.batch["text"].shape[0], width)))
-        return Out({})
+        return Out({"nothing": Term(jnp.float32(0), 1)})
 
 
 def shapes(batch: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -49,3 +50,21 @@ def abstract(
 ) -> Any:
     """Shapes of the model's parameters with the names of their axes."""
     return states.abstract_params(model, Everything(heads), pairs(image_px, text_len))
+
+
+def random_like(abstract: Any, seed: int = 0) -> Any:
+    """Parameters of these shapes, drawn by NumPy, none of them zero.
+
+    Costs no compilation, which `init` does; biases and norms are not at their special starting points.
+    """
+    rng = np.random.default_rng(seed)
+
+    def one(name: str, leaf: Any) -> Any:
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if name.endswith("/scale"):
+            return 1 + 0.1 * noise
+        if name.endswith(("/stat_share", "/stat_var")):
+            return np.abs(0.5 * noise * name.endswith("var")) + 1
+        return 0.25 * noise if leaf.ndim else np.float32(2.0)
+
+    return tree.map_named(one, abstract)

@@ -1,4 +1,4 @@
-"""ALBEF: values worked by hand, exactness over micro-batches and meshes, and that it learns."""
+"""ALBEF: values worked by hand, exactness over four micro-batches, queues, and that it learns."""
 
 import dataclasses
 
@@ -11,7 +11,6 @@ import pytest
 from helpers import runs
 from helpers.everything import shapes
 from vlp.core import config as configs
-from vlp.core import tree
 from vlp.core.types import Apply, Ctx
 from vlp.models.text import Text
 from vlp.models.two_tower import TwoTower
@@ -96,22 +95,10 @@ def test_without_queue_and_soft_targets_it_contrasts_as_clip_does(case, make_bat
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_micro", [2, 4])
-def test_micro_batches_change_nothing(num_micro, case, reference, make_batch, error):
-    loss, grads = case.value(make_batch(), num_micro=num_micro, grads=True)
+def test_four_micro_batches_change_nothing(case, reference, make_batch, error):
+    loss, grads = case.value(make_batch(), num_micro=4, grads=True)
     np.testing.assert_allclose(loss, reference[0], rtol=1e-6)
     assert error(grads, reference[1]) < 1e-5
-
-
-def test_a_mesh_of_three_axes_changes_nothing(case, reference, make_batch, error):
-    loss, grads = case.value(make_batch(), (2, 2, 2), grads=True)
-    np.testing.assert_allclose(loss, reference[0], rtol=1e-5)
-    assert error(grads, reference[1]) < 1e-5
-
-
-def test_gradients_reach_every_parameter(reference):
-    for leaf, g in tree.named(reference[1]).items():
-        assert np.isfinite(g).all() and np.abs(g).max() > 0, leaf
 
 
 def test_the_queues_hold_the_teachers_last_embeddings(case, make_batch):

@@ -1,6 +1,7 @@
-"""Every objective with the model of its config: gradients, micro-batches, meshes, masks and golden losses.
+"""Five objectives with five kinds of model: gradients, micro-batches, masks, layout of parameters, golden losses.
 
-Masks, dropout and drop path are on, so equality means that they too are the same everywhere.
+Masks, dropout and drop path are on, so equality means that they too are the same everywhere. What holds for every
+objective: test_every_objective.py; MODELS need not grow.
 """
 
 import functools
@@ -64,10 +65,6 @@ def reference(cases, make_batch):
     return functools.cache(lambda name: cases[name].value(make_batch(), grads=True))
 
 
-def test_each_objective_is_tested():
-    assert set(MODELS) == set(OBJECTIVES) - {"albef"}  # test_albef.py
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_reach_every_parameter(name, reference):
     loss, grads = reference(name)
@@ -87,10 +84,9 @@ def test_golden_losses(name, cases, make_batch):
     np.testing.assert_allclose(losses, GOLDEN[name], rtol=1e-4, err_msg=f"now {losses}")
 
 
-@pytest.mark.parametrize("num_micro", [2, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_micro_batches_change_nothing(name, num_micro, cases, reference, make_batch, error):
-    loss, grads = cases[name].value(make_batch(), num_micro=num_micro, grads=True)
+def test_four_micro_batches_change_nothing(name, cases, reference, make_batch, error):
+    loss, grads = cases[name].value(make_batch(), num_micro=4, grads=True)
     np.testing.assert_allclose(loss, reference(name)[0], rtol=1e-5)
     assert error(grads, reference(name)[1]) < 1e-5
 
@@ -114,20 +110,6 @@ def test_all_captions_of_an_image(name, cases, make_batch):
         for got, k in ((total, 0), (count, 1)):
             want = (float(first[term][k]) + float(second[term][k])) / divide
             np.testing.assert_allclose(got, want, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
-def test_meshes_change_nothing(shape, cases, reference, make_batch, error):
-    loss, grads = cases["coca"].value(make_batch(), shape, grads=True)
-    np.testing.assert_allclose(loss, reference("coca")[0], rtol=1e-5)
-    assert error(grads, reference("coca")[1]) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["cap", "clip", "mammut", "siglip"])
-def test_a_mesh_of_three_axes_changes_nothing(name, cases, reference, make_batch, error):
-    loss, grads = cases[name].value(make_batch(), (2, 2, 2), grads=True)
-    np.testing.assert_allclose(loss, reference(name)[0], rtol=1e-5)
-    assert error(grads, reference(name)[1]) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (4, 1, 1)], ids=str)

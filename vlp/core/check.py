@@ -12,7 +12,9 @@ import pathlib
 import re
 import resource
 import sys
+import sysconfig
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
@@ -65,7 +67,12 @@ def line(text: object) -> str:
 
 
 def answer(e: BaseException) -> tuple[str, int] | None:
-    """Returns the line to print for an error and its exit code (2: user error, 1: failure); None for a crash."""
+    """Returns the line to print for an error and its exit code (2: user error, 1: failure); None for a crash.
+
+    The frames of a `Bug` follow its line.
+    """
+    if isinstance(e, Bug):
+        return f"{line(e)}\n{e.frames}".rstrip(), 1
     if isinstance(e, UserError):
         return line(e), 1 if isinstance(e, Failed) else 2
     error: BaseException | None = e
@@ -153,10 +160,57 @@ def error(where: str, got: object, expected: object, do: str) -> UserError:
 def unknown(where: str, got: str, known: Iterable[str]) -> UserError:
     """Returns the error for a name that is not in `known`; it suggests the closest match."""
     known = sorted(known)
+    hint = did_you_mean(got, known) or "use one of them"
+    return error(where, repr(got), f"one of {known}", hint)
+
+
+def did_you_mean(got: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Returns "did you mean 'x'?" for the name in `known` that is closest to `got`, else `otherwise`.
+
+    If there is both: "did you mean 'x'? else …".
+    """
+    known = sorted(known)
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
     near = near or [k for k in known if len(got) > 2 and k[:2] == got[:2]][:1]
-    hint = f"did you mean {near[0]!r}?" if near else "use one of them"
-    return error(where, repr(got), f"one of {known}", hint)
+    hint = f"did you mean {near[0]!r}?" if near else ""
+    return f"{hint} else {otherwise}" if hint and otherwise else hint or otherwise
+
+
+class Bug(Failed):
+    """An exception in the code of a method, model or evaluation. `frames`: its calls, without those of libraries."""
+
+    frames = ""
+
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_LIBRARIES = ("beartype", "flax", "jax", "jaxlib", "jaxtyping", "numpy", "optax")
+_MACHINERY = ("cli", "core", "evals/io.py", "plan", "runtime", "train")  # of vlp: calls the others
+
+
+def bug(where: str, e: BaseException, expected: str = "code that JAX can trace") -> Bug:
+    """Returns the error for an exception of code that `vlp` calls: a line with its place, then its own frames.
+
+    The place is the innermost line outside of `vlp`, or else of `vlp`. The whole traceback is that of `__cause__`.
+    """
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if not _of_library(f.filename)]
+    theirs = [f for f in frames if not f.filename.startswith(_HERE + os.sep)]
+    place = "".join(f", {f.filename}:{f.lineno}" for f in (theirs or frames)[-1:])
+    got = f"{type(e).__name__} ({' '.join(str(e).split())[:300]})"
+    do = "correct the code; these calls led there:" if frames else "correct the code"
+    found = Bug(str(error(f"{where}{place}", got, expected, do)))
+    found.frames = "".join(traceback.format_list(frames)).rstrip()
+    return found
+
+
+def _of_library(file: str) -> bool:
+    """Whether a frame's file belongs to Python, to a library that runs others' code, or to vlp's own machinery."""
+    if file.startswith(_HERE + os.sep):
+        return file[len(_HERE) + 1 :].startswith(_MACHINERY)
+    parts = file.split(os.sep)
+    for folder in ("site-packages", "dist-packages"):
+        if folder in parts:
+            return parts[parts.index(folder) + 1].startswith(_LIBRARIES)
+    return file.startswith(("<", sysconfig.get_path("stdlib") + os.sep))
 
 
 def pattern(where: str, text: str) -> None:
@@ -165,7 +219,10 @@ def pattern(where: str, text: str) -> None:
         re.compile(text)
     except re.error as e:
         raise error(
-            where, repr(text), f"a regular expression ({e})", "correct the expression"
+            where,
+            repr(text),
+            f"a regular expression ({e})",
+            "escape special characters with \\, or write '.*' for all",
         ) from None
 
 

@@ -101,7 +101,7 @@ def _returned(path: str, arg: str) -> tuple[Any, bool]:
     """
     where, package = f"--config {path}", f"vlp_config_{next(_loads)}"
     try:
-        with plugins.blamed(where, path, "a config"), plugins.beside(path):
+        with plugins.blamed(where, path, "a config"), plugins.importing_from(path):
             module = plugins.execute(path, package)
             function = getattr(module, "get_config", None)
             if not callable(function):
@@ -136,7 +136,7 @@ def plain(value: Any) -> Any:
         try:
             value.encode()
         except UnicodeEncodeError:
-            do = "rename or correct it"
+            do = "write it in UTF-8"
             raise check.error("config", ascii(value), "text that UTF-8 can hold", do) from None
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -282,7 +282,12 @@ def _override(config: dict[str, Any], item: str) -> None:
         raise check.error(f"--config.{key}", "no value", f"--config.{key}=value", do)
     *parents, last = key.split(".")
     if not all((*parents, last)):
-        raise check.error(f"--config.{key}", "an empty name", "section.key", "correct it")
+        raise check.error(
+            f"--config.{key}",
+            "an empty name",
+            "section.key",
+            "write names with one dot between them",
+        )
     node: Any = config
     for i, part in enumerate(parents):
         where = "config" + "".join(f".{p}" for p in parents[:i])
@@ -328,6 +333,17 @@ def _name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
+def _example(hint: Any) -> str:
+    """Returns a value of a type, to show how one is written."""
+    known = {
+        bool: "True or False",
+        int: "a whole number, as 8",
+        float: "a number, as 0.1",
+        str: "a text in quotes",
+    }
+    return known.get(hint, "a value of that type")
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Checks a plain value against a type hint; lists become tuples, sections become their dataclass."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -358,14 +374,14 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     elif type(value) is int and hint in (int, float) and abs(value) >= 2**53:
         raise check.error(where, value, "a number of less than 53 bits", "write a smaller one")
     elif hint is float and value != value:
-        raise check.error(where, value, "a number", "correct the value")
+        raise check.error(where, value, "a number", "write a finite number")
     elif hint is float and type(value) is float and _FLOAT32_MAX < abs(value) < math.inf:
         raise check.error(where, value, "a number that float32 holds", "write one below 3.4e38")
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
-    do = "correct the value"
+    do = f"write {_example(hint)}"
     if isinstance(value, str) and value[:1] in ("(", "[", "{"):
         do = """on the command line write only literals, {"key": 1} for dict(key=1)"""
     raise check.error(where, repr(value), _name(hint) if origin is None else str(hint), do)

@@ -51,13 +51,13 @@ SHIPPED = str(pathlib.Path(__file__).parents[2] / "configs")  # there in a check
 _plain: set[str] = (
     set()
 )  # names in sys.modules that a user's file imported from beside it, without a dot
-_open: list[str] = []  # the folders that `beside` is in, innermost last
+_open: list[str] = []  # the folders that `importing_from` is in, innermost last
 _PACKAGE = r"vlp_(?:config|plugin)_\w+"  # what `execute` is given as package
 _digests: dict[str, tuple[str, str]] = {}  # of plugins' files that ran: path and SHA-256, by module
 
 
 def execute(path: str, package: str) -> types.ModuleType:
-    """Runs a Python file with any ending as a module of `package`; call it within `beside(path)`.
+    """Runs a Python file with any ending as a module of `package`; call it within `importing_from(path)`.
 
     In it, `from .common import x` imports common.py from its folder, or else from `vlp`'s configs/.
     """
@@ -91,7 +91,7 @@ def forget(package: str) -> None:
 
 
 @contextlib.contextmanager
-def beside(path: str) -> Iterator[None]:
+def importing_from(path: str) -> Iterator[None]:
     """Inside, `import common` finds common.py in the folder of a file, even if another common.py was imported."""
     folder = os.path.dirname(os.path.realpath(path))
     others = {name: sys.modules.pop(name) for name in _plain & sys.modules.keys()}
@@ -173,7 +173,12 @@ def _resolve(entry: Any, folder: pathlib.Path, where: str) -> dict[str, str]:
     if is_file:
         raise check.error(where, repr(entry), "a file in the config's folder", "check the path")
     if not all(part.isidentifier() for part in entry.split(".")):
-        raise check.error(where, repr(entry), "a module's name or a .py file", "correct it")
+        raise check.error(
+            where,
+            repr(entry),
+            "a module's name or a .py file",
+            "write it as an import does, as 'my_parts'",
+        )
     return {"module": entry}
 
 
@@ -212,7 +217,12 @@ def extended(
                 raise check.error(where, got, "a name that is new", "rename it")
             if not (isinstance(name, str) and isinstance(part, type)):
                 where, got = f"plugin {plugin.file or plugin.module}", f"{which}[{name!r}]"
-                raise check.error(where, f"{got} = {part!r:.60}", "a class by its name", "mend it")
+                raise check.error(
+                    where,
+                    f"{got} = {part!r:.60}",
+                    "a class by its name",
+                    "give the class itself, as {'foo': Foo}",
+                )
             if not dataclasses.is_dataclass(part):
                 where, got = f"plugin {plugin.file or plugin.module}", f"{which}[{name!r}]"
                 do = "decorate it with @dataclasses.dataclass(frozen=True)"
@@ -250,7 +260,7 @@ def _of_file(path: str, sha256: str) -> types.ModuleType:
     if name in sys.modules and _digests.setdefault(name, (path, sha256)) == (path, sha256):
         return sys.modules[name]
     _digests[name] = path, sha256
-    with blamed(f"plugin {path}", path, "a module"), beside(path):
+    with blamed(f"plugin {path}", path, "a module"), importing_from(path):
         return execute(path, package)
 
 

@@ -94,7 +94,7 @@ def at(weight: Weight, progress: jax.Array | float) -> jax.Array | float:
 class Named(dict):
     """A dict of arrays. A key that is missing is a UserError of one line, not a KeyError.
 
-    where, do: of that line. made_by: what to do for some keys instead of `do`.
+    where, do: of that line. made_by: what to do for some keys instead of `do`. used: the keys that were looked up.
     """
 
     def __init__(
@@ -106,16 +106,32 @@ class Named(dict):
     ):
         super().__init__(values)
         self.where, self.do, self.made_by = where, do, dict(made_by or {})
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.used.add(name)
+        return super().get(name, default)
 
     def __missing__(self, name: str) -> Any:
-        do = self.made_by.get(name, self.do)
+        do = self.made_by.get(name) or check.did_you_mean(str(name), self, self.do)
         raise check.error(self.where, f"no {name!r}", f"one of {sorted(self)}", do)
+
+
+def _like(named: Any, values: Mapping[str, Any]) -> Named:
+    """Returns other values with the same messages; `used` is shared."""
+    out = Named(values, named.where, named.do, named.made_by)
+    out.used = named.used
+    return out
 
 
 jax.tree_util.register_pytree_with_keys(
     Named,
     lambda x: (
-        [(jax.tree_util.DictKey(k), x[k]) for k in sorted(x)],
+        [(jax.tree_util.DictKey(k), dict.__getitem__(x, k)) for k in sorted(x)],
         (tuple(sorted(x)), x.where, x.do, tuple(x.made_by.items())),
     ),
     lambda aux, leaves: Named(dict(zip(aux[0], leaves)), aux[1], aux[2], dict(aux[3])),
@@ -128,6 +144,9 @@ def answer(objective: Any, ctx: Any) -> Out:
     if not isinstance(out, Out):
         do = 'return Out({"name": Term(total, count)})'
         raise check.error(where, f"a {type(out).__name__}", "an Out", do)
+    if not out.terms:
+        do = 'return Out({"name": Term.mean_of(loss_B)})'
+        raise check.error(where, "an Out without terms", "one term or more, to minimise", do)
     for name, term in (out.terms | out.metrics).items():
         if not isinstance(term, Term):
             do = f"write Term({name}.sum(), number of examples)"
@@ -159,7 +178,9 @@ class Apply:
         """
         kind = type(self.model).__name__
         if not hasattr(self.model, method):
-            got, do = f"a {kind} without a method {method!r}", "use a model that has it"
+            got = f"a {kind} without a method {method!r}"
+            own = [k for k, f in vars(type(self.model)).items() if k[0] != "_" and callable(f)]
+            do = check.did_you_mean(method, set(own) - {"setup"}, "use a model that has it")
             raise check.error("config.model", got, f"a model with {method!r}", do)
         if self.bound:
             out = getattr(self.model, method)(*args, **kwargs)
@@ -297,7 +318,7 @@ class Ctx:
         """
         rows = {name: x for name, x in self.batch.items() if "/" not in name}
         if self.batch["text"].ndim == 2:
-            out = f(dataclasses.replace(self, batch=rows), *arrays)
+            out = f(dataclasses.replace(self, batch=_like(self.batch, rows)), *arrays)
             check_rows("ctx.captions: what f returns", out, self.batch["text"].shape[0])
             return jax.tree.map(lambda x: x[:, None], out)
         num, k = self.batch["text"].shape[:2]
@@ -312,7 +333,7 @@ class Ctx:
             return join(jnp.broadcast_to(x[:, None], (num, k, *x.shape[1:])))
 
         batch = {name: (join if name in OF_CAPTIONS else repeat)(x) for name, x in rows.items()}
-        ctx = dataclasses.replace(self, batch=batch, num_captions=k)
+        ctx = dataclasses.replace(self, batch=_like(self.batch, batch), num_captions=k)
         out = f(ctx, *jax.tree.map(repeat, arrays))
         check_rows("ctx.captions: what f returns", out, num * k)
         return jax.tree.map(lambda x: pin(x.reshape(num, k, *x.shape[1:])), out)

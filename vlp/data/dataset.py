@@ -80,7 +80,7 @@ def _look(data: Data, source: Any, found: Sequence[leaves.Leaf], num: int = 64) 
     Warns of a name in `caption_sources` that no inspected record has, since it may be mistyped. Raises UserError if all
     inspected records lack a leaf's field.
     """
-    optional: list[Any] = [leaf for leaf in found if hasattr(leaf, "lacks")]
+    optional: list[Any] = [leaf for leaf in found if hasattr(leaf, "is_missing")]
     if not (data.caption_sources or optional) or not len(source):
         return
     rows = []
@@ -93,7 +93,7 @@ def _look(data: Data, source: Any, found: Sequence[leaves.Leaf], num: int = 64) 
         text = "config.data.caption_sources: got %s, in none of %d records looked at, which have %s"
         log.warning(text, missing, len(rows), have)
     for leaf in optional:
-        if rows and all(leaf.lacks(row, data) for row in rows):
+        if rows and all(leaf.is_missing(row, data) for row in rows):
             names = " and ".join(leaf.spec(data, 1))
             got = f"nothing for {names} in {len(rows)} records looked at (fields {sorted(rows[0])})"
             do = "convert the data with that field, or change config.objective"

@@ -19,13 +19,13 @@ class Label:
     def spec(self, data: Data, batch: int) -> Spec:
         return {"label": ((batch,), np.int32), "label.mask": ((batch,), np.bool_)}
 
-    def lacks(self, record: dict, data: Data) -> bool:
+    def is_missing(self, record: dict, data: Data) -> bool:
         return record.get("label") is None
 
     def fill(self, record: dict, draws: Draws, row: Row) -> None:
-        lacks = self.lacks(record, draws.data)
-        row["label"][...] = -1 if lacks else _class_of(record, draws.data.classes)
-        row["label.mask"][...] = not lacks
+        missing = self.is_missing(record, draws.data)
+        row["label"][...] = -1 if missing else _class_of(record, draws.data.classes)
+        row["label.mask"][...] = not missing
 
 
 def _class_of(record: dict, classes: tuple[str, ...]) -> int:
@@ -49,7 +49,7 @@ class Weight:
     def spec(self, data: Data, batch: int) -> Spec:
         return {"weight": ((batch,), np.float32)}
 
-    def lacks(self, record: dict, data: Data) -> bool:
+    def is_missing(self, record: dict, data: Data) -> bool:
         return record.get("weight") is None
 
     def fill(self, record: dict, draws: Draws, row: Row) -> None:
@@ -80,16 +80,16 @@ class Stored:
         leaf, shape = f"stored.{self.name}", data.stored[self.name].shape
         return {leaf: ((batch, *shape), np.float32), f"{leaf}.mask": ((batch,), np.bool_)}
 
-    def lacks(self, record: dict, data: Data) -> bool:
+    def is_missing(self, record: dict, data: Data) -> bool:
         found = record.get("embeddings")
         return not isinstance(found, dict) or self.name not in found
 
     def fill(self, record: dict, draws: Draws, row: Row) -> None:
         given, leaf = draws.data.stored[self.name], f"stored.{self.name}"
-        lacks = self.lacks(record, draws.data)
-        row[f"{leaf}.mask"][...] = not lacks
+        missing = self.is_missing(record, draws.data)
+        row[f"{leaf}.mask"][...] = not missing
         row[leaf][...] = 0
-        if lacks:
+        if missing:
             return
         array, shape = np.asarray(record["embeddings"][self.name]), given.shape
         if given.of == "crop":

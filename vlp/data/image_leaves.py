@@ -117,7 +117,7 @@ class Boxes:
             "boxes.mask": (shape, np.bool_),
         }
 
-    def lacks(self, record: dict, data: Data) -> bool:
+    def is_missing(self, record: dict, data: Data) -> bool:
         return not record.get("boxes")
 
     def fill(self, record: dict, draws: Draws, row: Row) -> None:
@@ -160,7 +160,7 @@ class NegativeImages:
         shape, px, leaf = (batch, data.num_negative_images), data.image_px, "negatives.image"
         return {leaf: ((*shape, px, px, 3), np.uint8), f"{leaf}.mask": (shape, np.bool_)}
 
-    def lacks(self, record: dict, data: Data) -> bool:
+    def is_missing(self, record: dict, data: Data) -> bool:
         return not record.get("negative_images")
 
     def fill(self, record: dict, draws: Draws, row: Row) -> None:

@@ -1,8 +1,9 @@
 """Compact indices: named arrays in one file of the cache, which all processes map.
 
-A file is a line of JSON (what each array is, and what the builder says of the whole) and the arrays behind it. It is
-written in streams, so memory does not grow with it; opening maps it and reads only this line. Files are trusted only in
-a directory that only this user can write, and hold no code (no pickles). Not here: what the arrays mean (sources/).
+A file is a line of JSON (type, length and place of each array; the builder's facts) followed by the arrays. It is
+written in streams, so memory does not grow with its size. Opening it reads only this line and maps the rest. Files hold
+no code (no pickles), and are read only from a directory that no other user can write. Not here: the arrays' meaning
+(sources/).
 """
 
 import contextlib
@@ -24,7 +25,9 @@ from vlp.data import storage
 MAGIC = "vlp-index-1"
 _ALIGN = 64  # bytes
 _HEADER_BYTES = 2**24  # no header is longer
-_LOOKS = 2**13  # look-ups after which mapped pages are released; else they count as used memory
+_LOOKS = (
+    2**13
+)  # look-ups after which mapped pages are released: they count as this process's memory
 log = logging.getLogger(__name__)
 
 
@@ -67,14 +70,14 @@ class Index:
         return dict(self._arrays)
 
     def part(self, name: str, i: int) -> slice:
-        """Returns where item i of a list lies, by the array of the ends of all items."""
+        """Returns the slice of item i of a list; `name`: the array of the ends of all items."""
         if next(self._looks) % _LOOKS == 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)  # they stay in the system's own cache
         ends = self[name]
         return slice(int(ends[i - 1]) if i else 0, int(ends[i]))
 
     def text(self, name: str, i: int) -> str:
-        """Returns text i of the list `name`; bytes that are no UTF-8 as \\xff."""
+        """Returns text i of the list `name`; bytes that are not UTF-8 as \\xff."""
         here = self.part(f"{name}_ends", i)
         return self[name][here].tobytes().decode("utf-8", "backslashreplace")
 
@@ -84,7 +87,7 @@ class Index:
 
 
 class Writer:
-    """Writes the file of an `Index`, array by array, each in as many pieces as one likes."""
+    """Writes the file of an `Index`. Each array may be written in any number of pieces."""
 
     def __init__(self, path: str, kinds: Mapping[str, str], *, lists: Sequence[str] = ()):
         """kinds: dtype by array name; lists: names of lists of texts."""
@@ -128,10 +131,10 @@ class Writer:
         self.add(f"{name}_ends", other[f"{name}_ends"] + begin)
 
     def finish(self, meta: Mapping[str, Any]) -> None:
-        """Puts the arrays together under their final name, on the disk for good."""
+        """Writes the arrays into one file, syncs it to the disk, and gives it its final name."""
         header: dict[str, Any] = {"magic": MAGIC, "meta": dict(meta), "arrays": {}, "bytes": 0}
         text = json.dumps(header).encode()
-        room = len(text) + 200 + sum(len(k) + 80 for k in self._kinds)  # the numbers to come
+        room = len(text) + 200 + sum(len(k) + 80 for k in self._kinds)  # for the numbers below
         at = room = -(-room // _ALIGN) * _ALIGN
         for name, kind in self._kinds.items():
             header["arrays"][name] = [kind.str, self._sizes[name], at]
@@ -158,10 +161,10 @@ class Writer:
 
 
 def cached(kind: str, stamp: str, build: Callable[[str], None]) -> Index:
-    """Returns the index that `build(path)` writes, kept in the cache of that kind while `stamp` is the same.
+    """Returns the index that `build(path)` writes, from the cache if it has one with this `stamp`.
 
-    Processes that start at once may each build it: all write the same bytes, each to a file of its own that is then
-    renamed, so whoever is last changes nothing for those that have it open.
+    Processes that start together may each build it. Each writes the same bytes to its own file and renames it; a
+    process that has the file open keeps its copy.
     """
     file = place(kind, stamp)
     directory = os.path.dirname(file)
@@ -190,9 +193,9 @@ def place(kind: str, stamp: str) -> str:
 
 
 def own_dir(kind: str) -> str:
-    """Returns the cache directory of that kind: this user's own, closed to all others.
+    """Returns the cache directory of that kind, which only this user can read and write.
 
-    Raises: `UserError` if it is somebody else's: what lies there could be anything.
+    Raises: `UserError` if it belongs to another user: its content cannot be trusted.
     """
     path = storage.cache_dir(kind)
     os.makedirs(path, mode=0o700, exist_ok=True)

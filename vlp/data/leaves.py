@@ -5,10 +5,10 @@
     spec(data, batch) → {name: (shape, dtype)}     the leaf, and the companions that come with it (its mask, its boxes)
     fill(record, draws, row)                       writes one row of each: row[name] is a view of the batch's array
 
-and optionally `each(data)` (its instances, one for every name in the config), `lacks(record, data)` (whether a record
-has nothing for it), `config` (the fields of `config.data` that make it) and `stage` ("text": made before the image is
-decoded). `fill` writes its whole row, also where the record lacks the field. What it draws comes from `draws`, under
-names of its own, so that no leaf changes another's. Not here: the leaves themselves
+and optionally `each(data)` (its instances, one for every name in the config), `is_missing(record, data)` (whether a
+record has nothing for it), `config` (the fields of `config.data` that make it) and `stage` ("text": made before the
+image is decoded). `fill` writes its whole row, also where the record lacks the field. It draws from `draws`, under
+names of its own, so that no leaf changes another's draws. Not here: the leaves themselves
 (image_leaves.py, text_leaves.py, field_leaves.py), reading records (samples.py), batches (dataset.py).
 """
 
@@ -103,7 +103,8 @@ def unknown(
     table = plugins.extended("LEAVES", LEAVES, added)
     near = [cls for key, cls in table.items() if key.split(".")[0] == name.split(".")[0]]
     fields = ", ".join(dict.fromkeys(x.config for x in near if getattr(x, "config", "")))
-    do = f"set in config.data: {fields}" if fields else "correct the name in the objective's reads"
+    do = f"set in config.data: {fields}" if fields else "name one of them in the objective's reads"
+    do = check.did_you_mean(name, known, do)
     return check.error(f"batch leaf {name!r}", "no such leaf", f"one of {sorted(known)}", do)
 
 

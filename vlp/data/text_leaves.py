@@ -82,7 +82,7 @@ class TextSlot:
         leaf = f"text.{self.name}"
         return {leaf: ((batch, data.text_len), np.int32), f"{leaf}.mask": ((batch,), np.bool_)}
 
-    def lacks(self, record: dict, data: Data) -> bool:
+    def is_missing(self, record: dict, data: Data) -> bool:
         tags = data.slots[self.name].sources or (self.name,)
         captions = record.get("captions") or ()
         return not any(isinstance(c, dict) and c.get("source") in tags for c in captions)
@@ -152,7 +152,7 @@ class NegativeTexts:
         shape, leaf = (batch, data.num_negatives), "negatives.text"
         return {leaf: ((*shape, data.text_len), np.int32), f"{leaf}.mask": (shape, np.bool_)}
 
-    def lacks(self, record: dict, data: Data) -> bool:
+    def is_missing(self, record: dict, data: Data) -> bool:
         return not record.get("negatives")
 
     def fill(self, record: dict, draws: Draws, row: Row) -> None:

@@ -263,9 +263,11 @@ def model_bytes(path: str) -> bytes:
     data = storage.whole(path)
     if data[:1] != b"{" or data.startswith(_WRAPPED):
         return data
-    names = {name: os.path.join(os.path.dirname(path), name) for name in tokenizer_formats.BESIDE}
-    beside = {name: storage.whole(at) for name, at in names.items() if storage.exists(at)}
-    return tokenizer_formats.with_roles(data, beside, path)
+    names = {
+        name: os.path.join(os.path.dirname(path), name) for name in tokenizer_formats.CONFIG_FILES
+    }
+    config_files = {name: storage.whole(at) for name, at in names.items() if storage.exists(at)}
+    return tokenizer_formats.with_roles(data, config_files, path)
 
 
 def load(path: str | os.PathLike) -> Tokenizer:

@@ -1,7 +1,7 @@
-"""Tokenizers of others behind our contract: Hugging Face `tokenizer.json`, CLIP's BPE merges.
+"""Other projects' tokenizers as ours: Hugging Face's `tokenizer.json`, CLIP's BPE merges.
 
-Their ids move: pad, bos, eos, unk become 0 … 3 and every other piece follows from 4 on in its old
-order (`old_ids` says from where, for porting an embedding table). Needs the package `tokenizers`.
+Ids are renumbered: pad, bos, eos, unk become 0 … 3, and the other pieces follow from 4 on in their old
+order (`old_ids` has the old ids, for porting an embedding table). Needs the package `tokenizers`.
 """
 
 import functools
@@ -23,7 +23,7 @@ NAMES = {
 }
 MASKS = ("[MASK]", "<mask>", "<|mask|>")  # usual names of the mask token
 # Hugging Face's files in the folder of a tokenizer.json, and their keys of each role
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _KEYS = {
     "pad": ("pad_token",),
     "bos": ("bos_token", "cls_token"),
@@ -40,10 +40,10 @@ CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 class Pieces:
     """What `Tokenizer` asks of a model: text → ids and back, in our numbering.
 
-    Control tokens (the four roles' and all that the file calls special) have ids and no text: the
-    library gets the file without them, and so a caption that spells one is split like any other.
-    `old_ids` are the file's ids of ours; -1: the file has none. `roles`: its tokens for pad, bos,
-    eos, unk, where it has them. `mask_id`: the id of its token that hides a word, or None.
+    Control tokens (those of the four roles, and all that the file calls special) have ids but no text. The
+    library gets the file without them, so a caption that spells one is split as any other text is.
+    old_ids: the file's id of each of our ids; -1 where it has none. roles: its tokens for pad, bos,
+    eos, unk, where it has them. mask_id: the id of its mask token, or None.
     """
 
     def __init__(self, model: bytes, where: str):
@@ -100,23 +100,23 @@ class OwnIds:
         return 1 + max(self.old_ids)
 
 
-def with_roles(model: bytes, beside: Mapping[str, bytes], where: str) -> bytes:
+def with_roles(model: bytes, config_files: Mapping[str, bytes], where: str) -> bytes:
     """Returns the tokenizer.json with the roles of special tokens from the other files of its folder.
 
     Roles are written as Hugging Face does, as post-processor and padding. Roles that the file assigns
     itself are kept. Raises: `UserError` for a token that is not a piece.
     """
     spec = _spec(model, where)
-    found = _told(spec, where)
-    for name in BESIDE:
-        if name in beside:
-            for role, token in _named(beside[name], f"{where}: {name}").items():
+    found = _assigned(spec, where)
+    for name in CONFIG_FILES:
+        if name in config_files:
+            for role, token in _named(config_files[name], f"{where}: {name}").items():
                 if token not in _old_ids(spec):
                     got = f"{role} = {token!r}, which is not a piece of the tokenizer"
-                    do = "correct the file, or move it away"
+                    do = "name a piece there, or remove the file"
                     raise check.error(f"{where}: {name}", got, "one of its pieces", do)
                 found.setdefault(role, token)
-    if found == _told(spec, where):
+    if found == _assigned(spec, where):
         return model
     old = _old_ids(spec)
     around = [[{"SpecialToken": {"id": found[r], "type_id": 0}}] if r in found else []
@@ -146,9 +146,9 @@ def told(model: bytes, where: str) -> dict[str, str]:
 
 
 def named(beside: Mapping[str, bytes], where: str) -> dict[str, str]:
-    """Returns role → token, as the files `BESIDE` of its folder name them; the first file counts."""
+    """Returns role → token, as the files `CONFIG_FILES` of its folder name them; the first file counts."""
     out: dict[str, str] = {}
-    for name in BESIDE:
+    for name in CONFIG_FILES:
         if name in beside:
             out = _named(beside[name], f"{where}: {name}") | out
     return out
@@ -167,7 +167,7 @@ def _spec(model: bytes, where: str) -> dict:
     """The file as JSON, if its parts are those of a tokenizer.json."""
     try:
         spec = json.loads(model)
-        for part in (_old_ids, _special, functools.partial(_told, where=where)):
+        for part in (_old_ids, _special, functools.partial(_assigned, where=where)):
             part(spec)  # raises where something is not as expected
     except check.UserError:
         raise
@@ -197,8 +197,8 @@ def _model_unk(spec: dict) -> str | None:
     return model.get("unk_token")
 
 
-def _told(spec: dict, where: str) -> dict[str, str]:
-    """The roles that the file itself tells: by its post-processor, its padding, its model.
+def _assigned(spec: dict, where: str) -> dict[str, str]:
+    """Returns role → token, as the file assigns them: by its post-processor, its padding, its model.
 
     Raises: `UserError` if it puts several tokens before or after a text, which would be lost.
     """
@@ -208,13 +208,13 @@ def _told(spec: dict, where: str) -> dict[str, str]:
         if len(set(tokens) - pads) > 1:
             do = "keep one in its post-processor, or train a tokenizer (vlp data tokenizer)"
             raise check.error(where, f"{tokens} {side} a text", "one special token at most", do)
-    told = {
+    assigned = {
         "pad": (spec.get("padding") or {}).get("pad_token"),
         "bos": before[0] if before else None,
         "eos": after[0] if after else None,
         "unk": _model_unk(spec),
     }
-    return {role: token for role, token in told.items() if token}
+    return {role: token for role, token in assigned.items() if token}
 
 
 def _bracket(processor: dict | None) -> tuple[list[str], list[str]]:
@@ -241,7 +241,7 @@ def _bracket(processor: dict | None) -> tuple[list[str], list[str]]:
 
 
 def _named(data: bytes, where: str) -> dict[str, str]:
-    """Returns the roles in one of the files `BESIDE`."""
+    """Returns the roles in one of the files `CONFIG_FILES`."""
     try:
         config = json.loads(data)
         found = {}
@@ -253,14 +253,17 @@ def _named(data: bytes, where: str) -> dict[str, str]:
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         got = f"{type(e).__name__} ({e!s:.60})"
-        raise check.error(where, got, "names of special tokens", "correct it") from None
+        raise check.error(
+            where, got, "names of special tokens", 'write each as a string, or {"content": …}'
+        ) from None
 
 
 def _roles(spec: dict, where: str) -> dict[str, str]:
     """Returns role → token, as the file assigns them, else by name; without roles that need a new id."""
-    old, special, roles = _old_ids(spec), _special(spec), _told(spec, where)
+    old, special, roles = _old_ids(spec), _special(spec), _assigned(spec, where)
     if strange := {r: t for r, t in roles.items() if t not in old}:
-        got, do = f"{strange}, which are not pieces of it", "correct the file"
+        got = f"{strange}, which are not pieces of it"
+        do = "add them to its vocabulary, or name other tokens there"
         raise check.error(where, got, "special tokens among the pieces", do)
     for role, names in NAMES.items():
         if role not in roles and (known := [n for n in names if n in (special or old)]):
@@ -268,7 +271,7 @@ def _roles(spec: dict, where: str) -> dict[str, str]:
     rest = sorted(set(special) - set(roles.values()))
     if rest and not {"bos", "eos"} & set(roles):
         got = f"special tokens {rest[:8]} and no post-processor that assigns their roles"
-        do = f"put its {BESIDE[0]} into the same folder"
+        do = f"put its {CONFIG_FILES[0]} into the same folder"
         raise check.error(where, got, "which of them begin and end a text", do)
     others = lambda role: {t for r, t in roles.items() if r != role}
     for role in ("pad", "unk"):  # pad and unk must differ from bos and eos

@@ -102,6 +102,8 @@ def check_asks(evaluator: Evaluator, apply: Apply, data: Data, where: str) -> No
         jax.eval_shape(ask, apply.params, image, text)
     except check.UserError as e:
         raise check.UserError(f"{where}: {e}, or drop this evaluation") from None
+    except Exception as e:
+        raise check.bug(f"{where}: {type(evaluator).__name__}.asks", e) from e
 
 
 def check_captions(dataset: Dataset, where: str, num: int = 64) -> None:

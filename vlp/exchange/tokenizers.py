@@ -87,7 +87,9 @@ def of_folder(folder: pathlib.Path, clean: str | None = None, strip_sep: bool = 
 def _json(data: bytes, folder: pathlib.Path, where: str, clean: str) -> Tokenizer:
     """A tokenizer.json: special tokens before and after a text as its post-processor says."""
     beside = {
-        n: (folder / n).read_bytes() for n in tokenizer_formats.BESIDE if (folder / n).is_file()
+        n: (folder / n).read_bytes()
+        for n in tokenizer_formats.CONFIG_FILES
+        if (folder / n).is_file()
     }
     told = tokenizer_formats.told(data, where)
     try:

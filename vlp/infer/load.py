@@ -18,6 +18,8 @@ from vlp.core.types import Apply
 from vlp.data.config import Data
 from vlp.data.tokenizer import Tokenizer
 from vlp.models import MODELS, TOWERS
+from vlp.models.heads import HEADS
+from vlp.models.heads import build as build_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,10 @@ def _load(workdir: str, step: int, eval_params: str | None) -> Loaded:
     models = plugins.extended("MODELS", MODELS, added, [named])
     towers = plugins.extended("TOWERS", TOWERS, added, parts)
     model = build_named(models, section["model"], "config.model", more=towers)
+    if declared := meta.get("heads"):
+        names = [spec.get("name", "") for spec in declared.values()]
+        table = plugins.extended("HEADS", HEADS, added, names)
+        model = model.clone(heads=build_heads(declared, "the checkpoint's heads", table))
     tokenizer = Tokenizer.from_bytes(base64.b64decode(meta["tokenizer"]))
     data = located(build(Data, meta["preprocessing"], "preprocessing"), meta.get("cwd", ""))
     which = eval_params or section.get("eval_params", "student")

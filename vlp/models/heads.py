@@ -381,6 +381,7 @@ def call(model: Any, name: str, *x: Any, **kwargs: Any) -> Any:
     heads = model.heads or {}
     if name not in heads:
         do = f"declare heads = {{{name!r}: {{'name': …}}}} in the objective"
+        do = check.did_you_mean(name, heads, do)
         raise check.error("objective: head", repr(name), f"one of {sorted(heads)}", do)
     if isinstance(heads[name], WordsHead):
         kwargs["embedding"] = model.text_tower.embedding

@@ -123,7 +123,10 @@ class Albef:
         """
         image_B = sampling.negatives(ctx.keys("image"), scale * own["text"] @ ema["image"].T)
         text_B = sampling.negatives(ctx.keys("text"), scale * own["image"] @ ema["text"].T)
-        return {"patches": own["patches"][image_B]}, {k: own[k][text_B] for k in ("words", "mask")}
+        take = lambda name, ids_B: sampling.take(own[name], ids_B)
+        return {"patches": take("patches", image_B)}, {
+            k: take(k, text_B) for k in ("words", "mask")
+        }
 
     def match(self, ctx: Ctx, own: Any, *negatives: Any) -> dict[str, jax.Array]:
         """Matching loss of each pair, of its text with a negative image, and of its image with a negative text.

@@ -27,3 +27,10 @@ def negatives(keys_B: jax.Array | None, logits_BB: jax.Array) -> jax.Array:
     if keys_B is None:
         return logits_BB.argmax(axis=1)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BB)
+
+
+def take(x: jax.Array, ids_B: jax.Array) -> jax.Array:
+    """Returns rows of `x`; the gradients of a row that is taken several times are summed in float32."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x[ids_B]
+    return x.astype(jnp.float32)[ids_B].astype(x.dtype)

@@ -46,7 +46,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a report knows of one workdir; `train` and `evals` are in order of step."""
+    """The content of one workdir; `train` and `evals` are in order of step."""
 
     name: str
     path: Path

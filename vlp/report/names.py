@@ -54,7 +54,7 @@ HEADS = {"i2t": "image → text", "t2i": "text → image", "time": ""}
 
 @functools.lru_cache(maxsize=4096)
 def metric(key: str) -> Metric:
-    """Returns what is known about a metric, by its key: "i2t/R@5"."""
+    """Returns the entry of METRICS for a key: "i2t/R@5"."""
     tail = key.rpartition("/")[2]
     for pattern, known in METRICS:
         if match := re.fullmatch(pattern, tail, re.ASCII):

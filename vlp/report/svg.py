@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, with what the page's script needs to answer a pointer.
+"""Line charts as inline SVG, with data for the hover labels of the page's script.
 
 A chart is data (`Chart`); `figure` draws it. Colours, line styles and fonts are classes in
 templates/report.css: one drawing serves light, dark and paper. Series have a legend and differ in

@@ -171,7 +171,7 @@ def points(charts: Sequence[svg.Chart], columns: int = 3) -> list[Table]:
 
 
 def versions(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns (name, text) of what the run ran with, without the attribution, which has its own section."""
+    """Returns (name, text) of the run's software and hardware, without the attribution, which has its own section."""
     return [
         (pages.title(pages.words(str(key))), _as_text(value))
         for key, value in values.items()

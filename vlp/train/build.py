@@ -124,7 +124,8 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
         micro_remat=stage.micro_remat,
         teachers=teachers,
     )
-    state = abstract_state(stage, boxed, nets, updater, mesh)
+    with traced(stage, batch):
+        state = abstract_state(stage, boxed, nets, updater, mesh)
     check_sharded(state, settings, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = keeping_state(step, f"objective {type(stage.objective).__name__}")
@@ -173,7 +174,8 @@ def traced(stage: Stage, batch: Mapping[str, Any]) -> Iterator[None]:
     """Inside `with`, the model and the objective are traced.
 
     Raises:
-        UserError: tracing fails because an integer of theirs needs more than 32 bits, or on texts [B K L].
+        UserError: an integer of theirs needs more than 32 bits.
+        Bug: any other exception of their code, with the place in it.
     """
     try:
         yield
@@ -182,17 +184,18 @@ def traced(stage: Stage, batch: Mapping[str, Any]) -> Iterator[None]:
     except OverflowError as e:
         found = large_integers(stage)
         if not found:
-            raise
+            raise check.bug(f"objective {type(stage.objective).__name__}", e) from e
         name, number = next(iter(found.items()))
         do = f"set {name} to a number below 2^31"
         raise check.error(name, number, "an integer of 32 bits, as in compiled programs", do) from e
-    except (TypeError, ValueError, AssertionError, IndexError) as e:
-        if stage.data.captions != "all":
-            raise
-        got = f"'all' (text {list(batch['text'].shape)}) with {type(stage.objective).__name__}"
-        expected = f"an objective that reads several captions ({type(e).__name__})"
-        do = "set it to 'uniform', or call the text tower in ctx.captions"
-        raise check.error("config.data.captions", got, expected, do) from e
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:
+        expected = "code that JAX can trace"
+        if stage.data.captions == "all" and "text" in batch:
+            shape = list(batch["text"].shape)
+            expected += f" for text {shape}, of config.data.captions='all': the text tower is called in ctx.captions"
+        raise check.bug(f"objective {type(stage.objective).__name__}", e, expected) from e
 
 
 def large_integers(stage: Stage) -> dict[str, int]:

@@ -97,7 +97,8 @@ def say_model(session: Session, plans: Sequence[StagePlan]) -> None:
     first = plans[0]
     params = first.abstract.params
     log.info("%s", summary.table([summary.row(plan) for plan in plans]))
-    num, devices = tree.size(params), session.versions["devices"]
+    num = summary.parameters(first.stage.model, params)["total"]
+    devices = session.versions["devices"]
     device = session.versions["device"]
     log.info("%s: %s parameters on %s × %s", session.config["name"], f"{num:,}", devices, device)
     where = first.stage.data.path or first.stage.data.source
@@ -178,10 +179,17 @@ def description(session: Session, plan: StagePlan) -> dict[str, Any]:
         "stage": plan.stage.index,
         "tokenizer": files.encode_bytes(tokenizer.to_bytes()),
         "preprocessing": plain(plan.stage.data),
+        "heads": specifications(plan.stage.objective),
         "versions": session.versions,
         "cwd": os.getcwd(),  # what relative paths of the config mean
         **description_of_data(plan),
     }
+
+
+def specifications(objective: Any) -> dict[str, Any]:
+    """Returns the objective's heads as plain data; one that is given as a module is left out."""
+    declared = getattr(objective, "heads", None) or {}
+    return {name: plain(spec) for name, spec in declared.items() if isinstance(spec, Mapping)}
 
 
 def description_of_data(plan: StagePlan) -> dict[str, Any]:

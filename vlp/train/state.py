@@ -7,6 +7,7 @@ each parameter where it is first used. What no call of the objective reads does 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Ctx, Objective, answer
 from vlp.optim.make import Updater
 
+log = logging.getLogger(__name__)
 PyTree = Any
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Nets = Mapping[
@@ -101,6 +103,7 @@ def _maker(
             frozen=frozen,
         )
         answer(objective, ctx)
+        warn_of_masks(objective, ctx)
 
     def init(key: jax.Array) -> PyTree:
         try:
@@ -112,6 +115,21 @@ def _maker(
             raise check.error(where, got, "calls that make parameters", do) from e
 
     return init
+
+
+def warn_of_masks(objective: Objective, ctx: Ctx) -> None:
+    """Logs a warning if the objective read the texts [B K L] of a step and not which of them exist.
+
+    No error: the first caption of a record always exists.
+    """
+    used = getattr(ctx.batch, "used", ())
+    if "text" in used and "text.mask" in ctx.batch and "text.mask" not in used:
+        log.warning(
+            "objective %s: reads texts %s without text.mask [B K]: where a record has fewer captions the rest are "
+            "empty texts; weigh by ctx.batch['text.mask'], or set config.data.captions='uniform'",
+            type(objective).__name__,
+            list(ctx.batch["text"].shape),
+        )
 
 
 def _shapes(batch: Shapes) -> tuple[tuple[str, tuple[int, ...], str], ...]:

@@ -1,4 +1,4 @@
-"""Opens whatever `config.data.path` holds: our records, tar shards, Parquet, a TFDS dataset,
+"""Opens the dataset at `config.data.path`: our records, tar shards, Parquet, a TFDS dataset,
 a CSV, TSV, JSONL or JSON table, or a folder of images."""
 
 import collections
@@ -36,7 +36,7 @@ def open_data(data) -> records.Source:
 
 
 def grouped(source: Any) -> str:
-    """Says how many rows became how many records; "" if each is its own."""
+    """Returns how many rows became how many records, as text; "" if the numbers are equal."""
     num_rows = getattr(source, "num_rows", len(source))
     if num_rows == len(source):
         return ""
@@ -241,7 +241,7 @@ def held(path: str) -> tuple[str, ...]:
 
 
 def _find_file(path: str, split: str) -> tuple[str, list[str]]:
-    """What a single file is taken for."""
+    """Returns the format of a single file."""
     kind = _kind(path)
     if not storage.exists(path):
         got = "no file" if kind or storage.is_remote(path) else "no such file or directory"
@@ -262,7 +262,7 @@ def _find_file(path: str, split: str) -> tuple[str, list[str]]:
 def _in_directory(
     where: str, entries: list[str], split: str, *, named: bool
 ) -> tuple[str, list[str]]:
-    """What the directory of a split (`named`), or of all, is taken for."""
+    """Returns the format of a directory, of one split (`named`) or of all."""
     for kind, found in _kinds(where, entries, split):
         if not named:
             found = _of_split(where, kind, found, split)
@@ -292,7 +292,7 @@ def _in_directory(
 
 
 def _of_split(where: str, kind: str, found: list[str], split: str) -> list[str]:
-    """Those of the files that are of a split by their names."""
+    """Returns the files whose names contain the split."""
     mine = [f for f in found if kind != "folder" and _is_named(_name(f), split)]
     if starting := [f for f in mine if _is_named(_name(f), split, anywhere=False)]:
         mine = starting
@@ -326,7 +326,7 @@ def _check_local(path: str) -> None:
 
 
 def _kind(path: str) -> str:
-    """What a file is taken for by its ending; "" if for nothing."""
+    """Returns the format of a file by its extension; "" if unknown."""
     name = path.lower()
     endings = {"tar": (".tar",), "parquet": (".parquet",), "table": tables.ENDINGS}
     return next((k for k, ends in endings.items() if name.endswith(ends)), "")
@@ -335,7 +335,7 @@ def _kind(path: str) -> str:
 def _kinds(
     where: str, entries: list[str], split: str, *, images: bool = True
 ) -> Iterator[tuple[str, list[str]]]:
-    """What a directory may be taken for, most telling first, with its files (a folder: itself)."""
+    """Returns the possible formats of a directory, most specific first, each with its files."""
     local = not storage.is_remote(where)
     # only by name in a store; a FIFO is never opened, since that would block
     entries = [e for e in entries if not _name(e).startswith(".") and (not local or _is_file(e))]
@@ -387,7 +387,7 @@ def _unread(path: str) -> tuple[str, str, str]:
 
 
 def _nothing(where: str, entries: list[str]) -> check.UserError:
-    """The error for a directory in which nothing can be read: says what it holds."""
+    """Returns the error for a directory without readable data; it lists the content."""
     found = collections.Counter(
         "directories" if _is_directory(e) else os.path.splitext(e)[1].lower() or "no ending"
         for e in entries

@@ -1,4 +1,4 @@
-"""Sources made of others: several one after the other, and one less the records of a quarantine file."""
+"""Sources made of other sources: a concatenation, and a source without the records of a quarantine file."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ class Concatenated:
 
 
 class Without:
-    """A source less the records `skipped` (sorted ids)."""
+    """A source without the records `skipped` (sorted ids)."""
 
     def __init__(self, source: Any, skipped: np.ndarray):
         self.source, self.skipped = source, skipped
@@ -82,13 +82,16 @@ class Without:
 
 
 def without(source: Any, path: str) -> Without:
-    """Returns the source less the records that a quarantine file lists for it.
+    """Returns the source without the records that a quarantine file lists for it.
 
     Raises: `UserError` if there is no such file, or it lists none of this source's.
     """
     if not os.path.isfile(path):
         raise check.error(
-            "config.data.skip", f"{path!r}, which is not a file", "a quarantine file", "correct it"
+            "config.data.skip",
+            f"{path!r}, which is not a file",
+            "a quarantine file",
+            "name a run's quarantine_0.jsonl, or write ''",
         )
     try:
         with open(path, encoding="utf-8") as f:

@@ -1,4 +1,4 @@
-"""Finds the rows of a CSV, TSV or JSONL by byte offset, and how a CSV or TSV is to be read: separator and quotes."""
+"""Finds the byte offsets of the rows of a CSV, TSV or JSONL, and the separator and quoting of a CSV or TSV."""
 
 import array
 import csv
@@ -55,7 +55,7 @@ def index(file: str, path: str) -> rows.Index:
 
 
 def stem_ending(path: str) -> str:
-    """Returns the ending of a table in lower case, of a packed one without its .gz."""
+    """Returns the extension of a table in lower case, without .gz."""
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
@@ -87,7 +87,7 @@ class _Reading:
 
 
 def _delimited(file: str, path: str, separator: str) -> tuple[dict, array.array, array.array]:
-    """Reads a CSV or TSV in one pass in two ways, with quoting and without, and takes what fits."""
+    """Reads a CSV or TSV once, both with quoting and without, and returns the reading that fits."""
     quoted, plain = _Reading(), _Reading()
     digest, at, number = hashlib.sha256(), 0, 0
     # number of lines with a quote, with "", with a quoted cell, with "" in a quoted cell
@@ -202,7 +202,7 @@ def _is_quoted(cell: str) -> bool:
 
 
 def _jsonl(file: str, path: str) -> tuple[dict, array.array, array.array]:
-    """Finds the rows of a JSONL and the keys of all of them, in the order in which they come."""
+    """Finds the rows of a JSONL, and all their keys in order of first appearance."""
     columns: dict[str, None] = {}
     offsets, numbers = array.array("q"), array.array("q")
     digest, at, first = hashlib.sha256(), 0, ""

@@ -1,4 +1,4 @@
-"""Which columns of a foreign table are key, image, captions, language and label; rows → records.
+"""Finds the columns of a table that are key, image, captions, language and label, and turns rows into records.
 
 The guess is by column name and is always shown; every part of it can be set by hand or switched
 off. A wrong value in a guessed column never loses a pair: it is dropped and reported. In a column named
@@ -35,7 +35,7 @@ GUESSED = ("key", "captions", "lang", "label")
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """How a row becomes a record: column names ("" = guess), and what else was asked for.
+    """Options for turning rows into records: column names ("": guess), and others.
 
     A name may be a path into a column, joined by "." or "/" ("sentences.raw"); lists are entered.
     """
@@ -58,14 +58,14 @@ class Fields:
 
 @dataclasses.dataclass
 class Notes:
-    """What of a record was left out: parts as (reason, detail), rows as entries of left_out.jsonl."""
+    """Omitted data of a record: parts as (reason, detail), rows as entries of left_out.jsonl."""
 
     parts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     rows: list[dict] = dataclasses.field(default_factory=list)
 
 
 def names_of(split: str) -> tuple[str, ...]:
-    """Returns a split's name and what else it may be called: "val" and "validation" are one."""
+    """Returns a split's name and its synonyms: "val" and "validation" are the same."""
     group = next(((s, *more) for s, more in SPLITS.items() if split in (s, *more)), ())
     return (split, *(n for n in group if n != split))
 
@@ -108,7 +108,7 @@ def value(found: Any, path: str) -> Any:
 def sniff(
     columns: Iterable[str], given: Fields = Fields(), *, where: str, nested: Iterable[str] = ()
 ) -> Fields:
-    """Fills what `given` leaves open from column names.
+    """Fills the empty fields of `given` by guessing from column names.
 
     nested: the known paths into columns, if all are known. Raises: `UserError` on unknown columns,
     and if there are neither captions nor a label.
@@ -235,7 +235,7 @@ def _no_text(name: str, found: Any) -> str:
 
 
 def _leaves(found: Any) -> Iterator[Any]:
-    """Yields the values of (nested) lists that are there."""
+    """Yields the values of nested lists that are not None."""
     if isinstance(found, (list, tuple)):
         for element in found:
             yield from _leaves(element)

@@ -23,7 +23,7 @@ EXTENSIONS = tuple(
     sorted(e for e, kind in Image.registered_extensions().items() if kind in pictures.FORMATS)
 )
 TEXTS = ("txt", "caption", "text")
-BESIDE = ("json", *TEXTS, "cls")
+SIDECARS = ("json", *TEXTS, "cls")
 CACHED_FILES = (
     10_000  # smaller folders are not cached: reading them again is fast and keeps the cache small
 )
@@ -93,7 +93,7 @@ class FolderSource:
             image = os.path.join(self.path, name)
             size = os.path.getsize(image) if os.path.isfile(image) else -1
             digest.update(os.fsencode(name) + f"\0{size}\0".encode())
-            for file in self._beside(i):
+            for file in self._sidecars(i):
                 try:
                     digest.update(hashlib.sha256(self._read(file)).digest())
                 except check.UserError:
@@ -144,13 +144,13 @@ class FolderSource:
         return bool(stem) and os.path.isdir(os.path.join(self.path, name.removesuffix(stem)))
 
     def _endings(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*BESIDE, *self.fields.captions)))
+        return tuple(dict.fromkeys((*SIDECARS, *self.fields.captions)))
 
     def _stem(self, name: str) -> str:
         ending = self.fields.image
         return name[: -len(ending) - 1] if ending else os.path.splitext(name)[0]
 
-    def _beside(self, i: int) -> dict[str, str]:
+    def _sidecars(self, i: int) -> dict[str, str]:
         """Returns the text files of an image, {path: ending}."""
         stem, out = os.path.join(self.path, self._stem(self.files[i])), {}
         for ending in self._endings():
@@ -170,12 +170,12 @@ class FolderSource:
 
     @property
     def how(self) -> str:
-        """What the labels are, where they are not in a file."""
+        """The origin of the labels, if it is not a file."""
         return "classes=folders" if self._classes >= 0 else ""
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many files are not read, by reason."""
+        """Number of unread files, by reason."""
         return dict(sorted(collections.Counter(x["reason"] for x in self.left_out).items()))
 
     @property
@@ -190,19 +190,19 @@ class FolderSource:
         return len(self.files)
 
     def place(self, i: int) -> dict:
-        """Says what record i is: {row, file}."""
+        """Returns the place of record i: {row, file}."""
         return {"row": i, "file": as_text(self.files[i])}
 
     def __getitem__(self, i: int) -> dict:
         return self.read(i)[0]
 
     def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
-        """Returns record i, and what of it was left out."""
+        """Returns record i, and its omitted data."""
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         notes, given, name = fields_lib.Notes(), self.fields, self.files[i]
         row: dict = {}
-        for file, ending in self._beside(i).items():
+        for file, ending in self._sidecars(i).items():
             what = as_text(os.path.basename(file))
             text = fields_lib.text(self._read(file), what).removeprefix("\ufeff")
             if ending == "json":
@@ -243,7 +243,7 @@ class FolderSource:
     def inputs(self) -> Iterator[str]:
         """Yields the paths of all files behind it."""
         for i, name in enumerate(self.files):
-            yield from (os.path.join(self.path, name), *self._beside(i))
+            yield from (os.path.join(self.path, name), *self._sidecars(i))
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that lies in the folder."""
@@ -251,7 +251,7 @@ class FolderSource:
 
 
 class Names(Sequence):
-    """File names as an index, or as two arrays: a tenth of what as many strings take."""
+    """File names in an index or in two arrays, a tenth of the memory of a list of strings."""
 
     def __init__(self, found: index.Index | dict[str, np.ndarray]):
         self._found = found
@@ -326,7 +326,7 @@ def _walk(
 
 
 def _class_level(names: Sequence[str]) -> int:
-    """Returns at which level folders are classes: where paths part, or the last if all are in one."""
+    """Returns the level at which folders are classes: the first where paths differ, or the last."""
     common = os.path.dirname(names[0]).split(os.sep) if os.sep in names[0] else []
     for name in names:
         folders = name.split(os.sep)[:-1]

@@ -1,4 +1,4 @@
-"""Parquet files with images or their paths as random access.
+"""Random access to Parquet files with images or paths of images.
 
 A read loads a whole row group, and a few groups stay in memory. Files with a few hundred images per group are
 fast; convert files with one huge group to records. Rows of the same image
@@ -223,7 +223,7 @@ class ParquetSource:
         return self._groups.rows(i) if self._groups else [i]
 
     def place(self, i: int) -> dict:
-        """Says where record i begins: {row, file, row_of_file}, both from 0 on."""
+        """Returns the place of record i: {row, file, row_of_file}; rows count from 0."""
         return self._place(self._row_numbers(i)[0])
 
     def _place(self, row: int) -> dict:
@@ -234,7 +234,7 @@ class ParquetSource:
         return self.read(i)[0]
 
     def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
-        """Returns record i, and what of its rows was left out."""
+        """Returns record i, and the omitted data of its rows."""
         notes, numbers = fields_lib.Notes(), self._row_numbers(i)
         rows = {number: self._row(number, with_image=number == numbers[0]) for number in numbers}
         image = fields_lib.value(rows[numbers[0]], self.fields.image)

@@ -1,4 +1,4 @@
-"""What sources of rows share: arrays kept in the cache, rows of one image as a group, safe files."""
+"""Shared by sources of rows: cached arrays, groups of rows with the same image, safe paths."""
 
 import functools
 import hashlib

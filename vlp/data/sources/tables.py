@@ -138,7 +138,7 @@ class TableSource:
         return dict(zip(self.columns, cells))
 
     def place(self, i: int) -> dict:
-        """Says where record i begins: {row, file, line}, the row from 0 on, the line from 1 on."""
+        """Returns the place of record i: {row, file, line}; rows count from 0, lines from 1."""
         return self._place(self._row_numbers(i)[0])
 
     def _place(self, row: int) -> dict:
@@ -154,7 +154,7 @@ class TableSource:
         return self.read(i)[0]
 
     def read(self, i: int) -> tuple[dict, fields_lib.Notes]:
-        """Returns record i, and what of its rows was left out."""
+        """Returns record i, and the omitted data of its rows."""
         notes, numbers = fields_lib.Notes(), self._row_numbers(i)
         make = lambda number: self._record(self.row(number), number, notes)
         record = fields_lib.of_rows(numbers, make, self._place, notes)

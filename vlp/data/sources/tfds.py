@@ -139,7 +139,9 @@ def check_files(path: str) -> None:
         for one in names:
             if not (isinstance(one, str) and _NAME.fullmatch(one)):
                 expected = "letters, digits and any of _ . + -"
-                raise check.error(file, f"the name {one!r:.100}", expected, "correct it")
+                raise check.error(
+                    file, f"the name {one!r:.100}", expected, "rename it there, or prepare it again"
+                )
         for kind, value in _named(found):
             own = {"class": _CLASS, "message": _PROTO}.get(kind)
             if own and not (isinstance(value, str) and own.fullmatch(value)):
@@ -150,7 +152,8 @@ def check_files(path: str) -> None:
                 not isinstance(value, str) or ".." in re.split(r"[/\\]", value) or value[:1] == "/"
             ):
                 expected = "names within the dataset"
-                raise check.error(file, f"the path {value!r:.100}", expected, "correct it")
+                do = "write a path without '..' and without a leading '/'"
+                raise check.error(file, f"the path {value!r:.100}", expected, do)
 
 
 def _check_paths(path: str, splits: Any) -> None:

@@ -46,7 +46,9 @@ def run(job: Job, *, workers: int = 1, runner: str = "", runner_args: Sequence[s
     if job.max_px < 0:
         raise check.error("max_px", job.max_px, "0 or more", "set it to 0 to keep all sizes")
     if not 0 <= job.val_frac < 1:
-        raise check.error("val_frac", job.val_frac, "in [0, 1)", "correct it")
+        raise check.error(
+            "val_frac", job.val_frac, "in [0, 1)", "write a fraction, for instance 0.1"
+        )
     if job.val_frac and ("train" not in job.splits or "val" in job.splits):
         got = f"{job.val_frac} together with the splits {list(job.splits)}"
         raise check.error("val_frac", got, "'train' and no 'val'", "set it to 0")
