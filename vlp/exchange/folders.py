@@ -246,14 +246,14 @@ def _compare(exchanged: Exchanged, found: Mapping[str, Any], library: str) -> No
         ours[key] = theirs[key] = 0
         if not same:
             ours[key], theirs[key] = "set", "none"
-    if ours.get("text_tower.pool") == "eos" and ours["text_tower.causal"]:
+    if ours["text_tower.pool"] == "eos" and ours["text_tower.causal"]:
         # what stands behind the end of text is not read
         for key in ("text_tower.pad_id", "text_tower.attend_padding"):
             ours[key] = theirs[key]
-    if ours.get("text_tower.attend_padding"):
-        ours["text_tower.pad_id"] = theirs.get("text_tower.pad_id")
-        if ours["text_tower.pool"] in ("last", "first"):
-            ours["text_tower.eos_id"] = theirs.get("text_tower.eos_id")
+    if ours["text_tower.attend_padding"]:
+        ours["text_tower.pad_id"] = theirs["text_tower.pad_id"]
+    if ours["text_tower.pool"] != "eos":  # the tower does not look for it
+        ours["text_tower.eos_id"] = theirs["text_tower.eos_id"]
     different = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
     if different:
         shown = ", ".join(f"{k}={ours.get(k, 'none')}" for k in different[:6])
