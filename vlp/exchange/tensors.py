@@ -81,7 +81,7 @@ ONE = Form(lambda t: (t.reshape(()),), lambda t: (t.reshape(1),))
 CONV = Form(lambda w: (w.transpose(2, 3, 1, 0),), lambda k: (k.transpose(3, 2, 0, 1),))
 CONV_1 = Form(lambda w: (w[:, :, 0, 0].T,), lambda k: (k.T[:, :, None, None],))
 # A count of batches that nothing reads, and our share of a pass, which is 1 (`ops.statistics`).
-COUNT = Form(lambda _: (np.float32(1),), lambda _: (np.int64(0),))
+COUNT = Form(lambda _: (np.ones((), np.float32),), lambda _: (np.zeros((), np.int64),))
 LEADING = Form(lambda t: (t[0],), lambda t: (t[None],))
 
 
