@@ -89,7 +89,7 @@ def test_its_files_give_its_embeddings(scanned, tmp_path):
     arrays = {f"params/{n}": x for n, x in flat.items()}
     if scanned:
         for name in [n for n in arrays if "encoderblock_0" in n]:
-            layers = [arrays.pop(name.replace("_0/", f"_{i}/", 1)) for i in range(DEPTH)]
+            layers = [arrays.pop(name.replace("block_0/", f"block_{i}/")) for i in range(DEPTH)]
             arrays[name.replace("encoderblock_0", "encoderblock")] = np.stack(layers)
     np.savez(tmp_path / "model.npz", **arrays)
     exchanged = folders.read(tmp_path / "model.npz")

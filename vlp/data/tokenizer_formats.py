@@ -140,17 +140,17 @@ def with_roles(model: bytes, config_files: Mapping[str, bytes], where: str) -> b
     return json.dumps(spec, ensure_ascii=False, sort_keys=True).encode()
 
 
-def told(model: bytes, where: str) -> dict[str, str]:
+def assigned(model: bytes, where: str) -> dict[str, str]:
     """Returns role → token, as a tokenizer.json itself assigns them."""
-    return _told(_spec(model, where), where)
+    return _assigned(_spec(model, where), where)
 
 
-def named(beside: Mapping[str, bytes], where: str) -> dict[str, str]:
+def named(config_files: Mapping[str, bytes], where: str) -> dict[str, str]:
     """Returns role → token, as the files `CONFIG_FILES` of its folder name them; the first file counts."""
     out: dict[str, str] = {}
     for name in CONFIG_FILES:
-        if name in beside:
-            out = _named(beside[name], f"{where}: {name}") | out
+        if name in config_files:
+            out = _named(config_files[name], f"{where}: {name}") | out
     return out
 
 

@@ -91,7 +91,7 @@ def _json(data: bytes, folder: pathlib.Path, where: str, clean: str) -> Tokenize
         for n in tokenizer_formats.CONFIG_FILES
         if (folder / n).is_file()
     }
-    told = tokenizer_formats.told(data, where)
+    told = tokenizer_formats.assigned(data, where)
     try:
         pieces = tokenizer_formats.Pieces(data, where)
     except check.UserError:  # roles that only the files beside it tell
