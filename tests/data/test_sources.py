@@ -19,7 +19,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from helpers import formats, runs
-from vlp.core import check
+from vlp.core import check, stores
 from vlp.data import records, sources, storage
 from vlp.data.config import CaptionSource, Data, Part
 from vlp.data.dataset import Dataset, open_dataset
@@ -268,8 +268,8 @@ def faulty(monkeypatch):
     Faulty.store.clear()
     Faulty.draws = random.Random(0)
     Faulty.log.update(errors=0, stalls=0, short=0)
-    policy = storage.Policy(pause_secs=0.001, stall_secs=0.3, block_bytes=2048, cache_blocks=8)
-    monkeypatch.setattr(storage, "POLICY", policy)
+    policy = stores.Policy(pause_secs=0.001, stall_secs=0.3, block_bytes=2048, cache_blocks=8)
+    monkeypatch.setattr(stores, "POLICY", policy)
     return fsspec.filesystem("faulty")
 
 
@@ -312,7 +312,7 @@ def test_a_run_on_a_failing_store_is_the_same_run(tmp_path, faulty, small_tokeni
     assert told["read_errors"] == Faulty.log["errors"] and told["read_short"] == Faulty.log["short"]
     assert told["read_stalls"] >= Faulty.log["stalls"] and told["read_cached"] > 0
     # everything was read through the cache's blocks, each asked for anew once it had been dropped
-    assert told["read_bytes"] <= told["read_reads"] * storage.POLICY.block_bytes
+    assert told["read_bytes"] <= told["read_reads"] * stores.POLICY.block_bytes
 
 
 def test_few_shards_of_a_store_are_open_and_on_disk(tmp_path, faulty, monkeypatch, make_records):
@@ -341,10 +341,14 @@ def test_few_shards_of_a_store_are_open_and_on_disk(tmp_path, faulty, monkeypatc
 def test_a_dead_store_and_a_missing_file_are_named(faulty, monkeypatch):
     faulty.pipe_file("/bucket/a.tar", b"x" * 3000)
     monkeypatch.setattr(
-        storage, "POLICY", dataclasses.replace(storage.POLICY, tries=2, stall_secs=60.0)
+        stores,
+        "POLICY",
+        dataclasses.replace(stores.POLICY, tries=2, patience_secs=0.0, stall_secs=60.0),
     )
     monkeypatch.setattr(Faulty, "cat_file", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
-    with pytest.raises(check.UserError, match=r"a\.tar: got 2 failed reads \(last: OSError gone"):
+    with pytest.raises(
+        check.UserError, match=r"a\.tar: got 2 failed requests \(last: OSError gone"
+    ):
         storage.whole("faulty://bucket/a.tar")
     with pytest.raises(check.UserError, match="FileNotFoundError"):
         storage.whole("faulty://bucket/none")

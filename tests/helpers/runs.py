@@ -24,7 +24,7 @@ import numpy as np
 
 from vlp.cli import main as cli
 from vlp.core import mesh as meshes
-from vlp.core import tree
+from vlp.core import paths, tree
 from vlp.core.mesh import logical
 from vlp.core.types import Out, Term
 from vlp.models import MODELS
@@ -142,9 +142,9 @@ def changed(config, **changes):
     return config
 
 
-def arguments(config, directory):
-    """The command line that trains `config` in `directory`."""
-    file = pathlib.Path(f"{directory}.config.json")
+def arguments(config, directory, file=None):
+    """The command line that trains `config` in `directory`. file: where the config is written, for one in a bucket."""
+    file = pathlib.Path(file or f"{directory}.config.json")
     file.write_text(json.dumps(config))
     return ["train", "--config", f"{__file__}:{file}", "--workdir", str(directory)]
 
@@ -197,7 +197,7 @@ def command(*argv, program=(__file__,), path=()):
 
 def rows(directory):
     """Returns the rows of metrics.jsonl without their times."""
-    out = workdir.read(pathlib.Path(directory) / "metrics.jsonl")
+    out = workdir.read(paths.of(directory) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in out]
 
 
@@ -205,7 +205,9 @@ def saved(directory, step=None):
     """Returns every array of a checkpoint by name, and its step as ""."""
     import orbax.checkpoint as ocp
 
-    folders = sorted((pathlib.Path(directory) / "checkpoints").glob("step_?????????"))
+    folders = [
+        p for p in paths.listing(paths.of(directory) / "checkpoints") if p.name.startswith("step_")
+    ]
     folder = folders[-1] if step is None else folders[0].with_name(f"step_{step:09d}")
     out = {"": np.int64(folder.name.removeprefix("step_"))}
     with ocp.PyTreeCheckpointer() as reader:

@@ -15,7 +15,7 @@ from vlp.core import mesh as meshes
 from vlp.core.mesh import MeshShape
 from vlp.report import html
 from vlp.runtime import hosts
-from vlp.runtime.watchdog import PREEMPTED
+from vlp.runtime.stop import PREEMPTED
 from vlp.train import loop
 
 FACTS = {"config": {"batch": 8, "optim": {"b2": 0.99}}, "versions": {"git": "abc"}}
@@ -194,10 +194,6 @@ def test_a_process_finds_its_place_under_slurm(monkeypatch):
     assert (place.num, place.process, place.local) == (4, 2, (0,))
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert hosts.find() is None
-
-
-def test_numbers_are_written_as_ranges():
-    assert hosts.numbers([1, 3, 4, 5, 9, 10]) == "1, 3-5, 9-10"
 
 
 # ---- rows

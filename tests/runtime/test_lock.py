@@ -4,21 +4,21 @@ import pytest
 
 from helpers import runs
 from vlp.core import check
-from vlp.runtime import workdir
+from vlp.runtime import locks, workdir
 
 
 def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path):
-    first = workdir.lock(tmp_path / "run")
+    first = locks.lock(tmp_path / "run")
     with pytest.raises(check.UserError, match="a run that is going on"):
-        workdir.lock(tmp_path / "run")
+        locks.lock(tmp_path / "run")
     first.close()
-    workdir.lock(tmp_path / "run").close()
+    locks.lock(tmp_path / "run").close()
 
 
 def test_a_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(check.UserError, match="a directory to write to"):
-        workdir.lock(tmp_path / "file" / "run")
+        locks.lock(tmp_path / "file" / "run")
 
 
 def test_broken_lines_are_left_out_and_told(tmp_path, caplog):

@@ -1,19 +1,15 @@
-"""Runs that are stopped, killed or hang, as processes: exit codes, and resuming by the same command."""
+"""Runs that are stopped or killed: exit codes, and resuming by the same command. Each phase: test_stop.py."""
 
 import os
 import random
 import signal
-import socket
-import textwrap
-import time
 from unittest import mock
 
-import jax
 import pytest
 
 from helpers import runs
 from vlp.core import mesh as meshes
-from vlp.runtime.watchdog import HANG, PREEMPTED, Watchdog
+from vlp.runtime.stop import PREEMPTED
 
 LONG = runs.changed(runs.TOY, steps=600, save_every_steps=50)
 
@@ -72,57 +68,3 @@ def test_signals_at_any_time_lose_no_step(toy, tmp_path):
     assert finish(start()) == 0
     assert runs.train(LONG, tmp_path / "whole") == 0
     runs.assert_same_run(run, tmp_path / "whole")
-
-
-STUCK = """
-    import sys, time
-    sys.path.insert(0, "tests")
-    from helpers import runs
-    from vlp.data.dataset import Dataset
-    runs.register_toy()
-    def stuck(self, **_):
-        time.sleep(600)
-        yield
-    Dataset.train_iter = stuck
-    sys.exit(runs.cli.main())
-"""
-
-
-def test_a_hang_ends_with_code_76_and_all_stacks(tmp_path):
-    argv = runs.arguments(runs.changed(runs.TOY, hang_secs=6.0), tmp_path / "run")
-    process = runs.command(*argv, program=("-c", textwrap.dedent(STUCK)))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == HANG == 76, errors
-    message, stacks = errors.split("\n", 1)
-    assert message.startswith("run: got no progress for ") and "in phase 'data'" in message
-    assert "in stuck" in stacks and "Thread 0x" in stacks
-
-
-def test_a_beating_heart_is_left_alone(monkeypatch):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    watchdog = Watchdog(0.4)
-    for _ in range(10):
-        time.sleep(0.08)
-        watchdog.beat("step")
-    watchdog.close()
-    time.sleep(0.6)
-    assert not ended
-
-
-def test_those_behind_are_named(tmp_path, monkeypatch):
-    """Process 1 stopped one beat before process 0."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    dogs = [Watchdog(0.0, tmp_path / "heartbeats") for _ in range(2)]
-    for dog, beats in zip(dogs, (["data", "step"], ["data"])):
-        for phase in beats:
-            dog.beat(phase)
-    host = socket.gethostname()
-    tell = []
-    for process in (1, 0):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        tell.append(dogs[process]._tell())
-    assert tell == [
-        f" (process 1 on {host}; no process is behind)",
-        f" (process 0 on {host}; behind: process 1 on {host} in 'data')",
-    ]

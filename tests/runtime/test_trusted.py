@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import pytest
 
 from helpers import runs
-from vlp.core import check
+from vlp.core import check, flags
 from vlp.core.types import Out, Term
 from vlp.data.config import Data
 from vlp.evals.retrieval import Retrieval
 from vlp.infer.load import load
 from vlp.objectives import OBJECTIVES
-from vlp.train import stages
+from vlp.train import loop, stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,8 @@ def test_the_largest_seeds_differ():
 SHELL = {
     "JAX_ENABLE_X64": "1", "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16", "JAX_RANDOM_SEED_OFFSET": "3",
     "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": "1", "JAX_ALLOW_F16_REDUCTIONS": "0", "JAX_DISABLE_JIT": "1",
+    "JAX_DEBUG_NANS": "1", "JAX_DEBUG_INFS": "1", "JAX_NO_EXECUTION": "1",
 }  # fmt: skip
 
 
@@ -124,6 +126,38 @@ def test_flags_of_the_shell_change_no_number_and_are_recorded(toy, tmp_path):
     )
     assert runs.train(config, tmp_path / "plain") == 0
     runs.assert_same_run(tmp_path / "shell", tmp_path / "plain")
+
+
+def test_flags_that_a_plugin_sets_are_set_back(toy, tmp_path, monkeypatch, caplog):
+    """Also where the run is started from Python, without the command line."""
+    plugin = tmp_path / "wide.py"
+    text = "import dataclasses\nimport jax\njax.config.update('jax_enable_x64', True)\n"
+    plugin.write_text(f"{text}OBJECTIVES = {{}}\n")
+    config = runs.changed(runs.TOY, steps=1, plugins=[str(plugin)], **{"model.name": "none"})
+    try:
+        with pytest.raises(check.UserError, match="got 'none', expected one of"):
+            stages.parse(config)
+        assert not jax.config.jax_enable_x64 and "JAX_ENABLE_X64=True is ignored" in caplog.text
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
+        assert loop.run(runs.changed(runs.TOY, steps=1), tmp_path / "run") == 0
+        assert jax.config.jax_numpy_dtype_promotion == "standard"
+    finally:
+        jax.config.update("jax_enable_x64", False)
+        jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+def test_hosts_must_share_the_flags_that_change_programs(monkeypatch):
+    """Not what differs between processes, what is pinned, nor where XLA writes its dumps."""
+    for name in [k for k in runs.os.environ if k.startswith("JAX_") or k == "XLA_FLAGS"]:
+        monkeypatch.delenv(name)
+    own = {"JAX_PROCESS_ID": "3", "JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": "/tmp/3"}
+    ours = {
+        "XLA_FLAGS": "--xla_dump_to=/tmp/3 --xla_allow_excess_precision=false",
+        "JAX_OPTIMIZATION_LEVEL": "O1",
+    }
+    with mock.patch.dict(runs.os.environ, own | ours):
+        found = flags.common()
+    assert found == ours | {"XLA_FLAGS": "--xla_allow_excess_precision=false"}
 
 
 @pytest.mark.parametrize("flag", ["--xla_cpu_enable_fast_math=true", "--xla_cpu_enable_fast_math"])

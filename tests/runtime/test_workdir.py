@@ -9,6 +9,7 @@ import pytest
 from helpers import runs
 from vlp.ckpt.manager import Checkpoints, check_path
 from vlp.core import check
+from vlp.core.appended import open_text
 from vlp.runtime import workdir
 
 NAMES = [
@@ -155,7 +156,7 @@ def test_opening_follows_no_link(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError) as e:
-        workdir.open_text(tmp_path / "link", "w")
+        open_text(tmp_path / "link", "w")
     assert "link" in (check.answer(e.value) or [""])[0]
     assert (tmp_path / "mine").read_text() == "mine"
     os.symlink(tmp_path, tmp_path / "evals")

@@ -8,7 +8,7 @@ import pytest
 from helpers import runs
 from vlp.core import mesh as meshes
 from vlp.data import order
-from vlp.train import loop
+from vlp.train import evaluation, loop
 
 
 def before(number):
@@ -52,7 +52,7 @@ DEATHS = [
     ("after the save at the boundary", loop, "save", after(1), ("eval", 5)),
     ("before entering stage 2", loop, "start_stage", before(2), ("eval", 5)),
     ("after entering stage 2", loop, "start_stage", after(2), ("eval", 5)),
-    ("after the first step of stage 2", loop, "evaluate", before(1), ("train", 6)),
+    ("after the first step of stage 2", evaluation, "evaluate", before(1), ("train", 6)),
     ("before the last save", loop, "save", before(3), ("eval", 9)),
 ]
 

@@ -15,7 +15,7 @@ from vlp.data import order
 from vlp.infer.load import load
 from vlp.ops import posembed
 from vlp.optim.schedules import Schedule
-from vlp.train import loop, stages
+from vlp.train import evaluation, loop, stages
 from vlp.train.build import abstract_batch
 
 AT_ENTRY = [{"name": "one", "steps": 3}, {"name": "two", "steps": 2}]
@@ -380,7 +380,7 @@ def test_what_is_frozen_must_be_given(clip_run, tmp_path, capsys):
 
 def test_a_broken_evaluation_costs_no_training(toy, tmp_path):
     config = runs.changed(runs.TOY, evals={"retrieval": {"every_steps": 3, "batch": 8}})
-    with mock.patch.object(loop, "evaluate", side_effect=ZeroDivisionError):
+    with mock.patch.object(evaluation, "evaluate", side_effect=ZeroDivisionError):
         with pytest.raises(ZeroDivisionError):
             runs.train(config, tmp_path / "run")
     assert runs.saved(tmp_path / "run")["rest/step"] == 3

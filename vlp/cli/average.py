@@ -1,7 +1,7 @@
 """`vlp average`: averages the parameters of checkpoints, as a workdir to evaluate or to start a run from."""
 
 import argparse
-import pathlib
+import os
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -21,14 +21,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vlp.cli.main import start_jax
+    from vlp.core import paths
     from vlp.infer import average
     from vlp.infer.load import load
 
-    average.check_out(pathlib.Path(args.out))
+    out = paths.parse("--out", args.out)
+    average.check_out(out)
     start_jax()
     weights = parse_weights(args.weights, len(args.models))
     models = [load(*parse_model(text)) for text in args.models]
-    average.write(pathlib.Path(args.out), models, weights)
+    average.write(out, models, weights)
     plan = (f"{w:.3g} × {text}" for w, text in zip(weights, args.models))
     print(f"{args.out}: {' + '.join(plan)}")
     return 0
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 def parse_model(text: str) -> tuple[str, int | None]:
     """Splits "DIR@STEP" into both; an existing directory whose name has an @ is taken whole."""
     directory, at, step = text.rpartition("@")
-    if not at or pathlib.Path(text).is_dir() or not step.isdecimal():
+    if not at or os.path.isdir(text) or not step.isdecimal():
         return text, None
     return directory, int(step)
 

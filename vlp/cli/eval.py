@@ -34,6 +34,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--write", action="store_true", help="write galleries into DIR/evals for `vlp report`"
     )
+    parser.add_argument(
+        "--no-golden", action="store_true", help="do not compare the golden pair with training's"
+    )
     parser.epilog = (
         "Also: --config.evals.LABEL.key=value (which may add a label) and --config.data.key=value"
     )
@@ -44,18 +47,19 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from vlp.cli.main import start_jax
-    from vlp.core import check, mesh, progress
+    from vlp.core import check, mesh, paths, progress
     from vlp.evals.io import IO, own_names
     from vlp.infer.load import load
     from vlp.runtime import workdir
 
     start_jax()
-    directory = pathlib.Path(args.workdir)
+    directory = paths.parse("--workdir", args.workdir)
     check.output_file("--json", args.json)
-    if args.write and directory.is_dir():
+    if args.write and not paths.is_remote(directory) and paths.is_dir(directory):
         workdir.check_links(directory)
         check.output_dir("--write", directory / "evals")
-    loaded, chosen = configured(load(directory, args.step), args)
+    loaded = load(args.workdir, args.step, golden=not args.no_golden)
+    loaded, chosen = configured(loaded, args)
     if not chosen:
         print(f"{args.workdir}: config.evals is empty: nothing to evaluate")
     write = lambda name, value: workdir.write_artefact(
@@ -84,14 +88,14 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
     """Returns the run with the data and parameters that the command asks for, and the chosen evaluators by label."""
     import dataclasses
 
-    from vlp.core import check
+    from vlp.core import check, paths
     from vlp.core.config import build, override, plain
     from vlp.data.config import Data
     from vlp.infer.load import load, plugins_of, stage_config
     from vlp.runtime import workdir
     from vlp.train import stages
 
-    config = workdir.latest(pathlib.Path(args.workdir), loaded.meta["config"])
+    config = workdir.latest(paths.parse("--workdir", args.workdir), loaded.meta["config"])
     section = stage_config(config, loaded.meta["stage"])
     for item in args.overrides:
         key = item.partition("=")[0]
@@ -107,7 +111,8 @@ def configured(loaded: Loaded, args: argparse.Namespace) -> tuple[Loaded, dict[s
         section["data"]["skip"] = ""  # it lists records of the run's own data
     override(section, args.overrides)
     if section.get("eval_params") != before:
-        loaded = load(args.workdir, loaded.step, section["eval_params"])
+        own = section["eval_params"]
+        loaded = load(args.workdir, loaded.step, own, golden=not args.no_golden)
     loaded = dataclasses.replace(loaded, data=build(Data, section["data"], "config.data"))
     evals = stages.evaluators(section["evals"], plugins_of(section))
     for label in (labels := [a for a in args.evals.split(",") if a] or list(evals)):

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vlp import __version__
-from vlp.core import check, progress
+from vlp.core import check, flags, progress
 
-COMMANDS = ("train", "eval", "caption", "average", "ckpt", "plan", "data", "report")
+COMMANDS = ("train", "eval", "caption", "average", "plan", "data", "ckpt", "report")
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,47 +82,15 @@ def _check_text(argument: str) -> None:
         raise check.error("vlp", got, "a text that paths can have", do)
 
 
-# JAX flags that change the numbers of a run. These values override environment variables and jax.config.
-PINNED = {
-    "jax_enable_x64": False,
-    "jax_default_matmul_precision": None,
-    "jax_default_prng_impl": "threefry2x32",
-    "jax_threefry_partitionable": True,
-    "jax_random_seed_offset": 0,
-    "jax_numpy_dtype_promotion": "standard",
-    "jax_softmax_custom_jvp": False,
-}
-_FAST = r"--xla_\w*fast_(math|min_max)(=(true|1))?(?=\s|$)"
-
-
 def start_jax() -> None:
-    """Pins the JAX flags of `PINNED` and turns on JAX's persistent compilation cache.
+    """Pins the JAX flags that change numbers (`vlp.core.flags`) and turns on JAX's persistent compilation cache.
 
     The environment variable VLP_CACHE is the cache folder (default ~/.cache/vlp; empty: no cache).
     """
     import jax
 
-    pin_flags()
+    flags.pin()
     root = os.environ.get("VLP_CACHE", str(pathlib.Path.home() / ".cache" / "vlp"))
     if root and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore  # made at run time
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def pin_flags() -> None:
-    """Sets the JAX flags of `PINNED`, and warns about each flag that had another value.
-
-    Raises:
-        UserError: XLA_FLAGS turns on fast math, which may ignore NaN and reorder sums.
-    """
-    import jax
-
-    log = logging.getLogger(__name__)
-    for name, value in PINNED.items():
-        found = getattr(jax.config, name, value)
-        if found != value:
-            text = "%s=%s is ignored (it stays %s): the numbers of a run depend only on its config"
-            log.warning(text, name.upper(), found, value)
-            jax.config.update(name, value)
-    if fast := re.search(_FAST, os.environ.get("XLA_FLAGS", "")):
-        raise check.error("XLA_FLAGS", fast.group(), "no fast math", "remove it from XLA_FLAGS")

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.gpu != "":  # plan on the CPU, whatever this machine has
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("PJRT_NPROC", "32")
-    from vlp.cli.main import pin_flags
+    from vlp.core import flags
 
-    pin_flags()
+    flags.pin()
     gc.disable()  # traces keep millions of small objects, and collecting takes a quarter of the time
     try:
         return _plan(args)

@@ -1,8 +1,9 @@
 """`vlp report WORKDIR… [--out FILE]`: writes one HTML file about one run, or one that compares several."""
 
 import argparse
-from pathlib import Path
+import functools
 
+from vlp.core import paths
 from vlp.report import html
 
 
@@ -10,12 +11,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Adds the subcommand to the parser of `vlp`."""
     text = "write one self-contained HTML file about a run, or a comparison of several"
     parser = subparsers.add_parser("report", help=text, description=text)
-    parser.add_argument(
-        "workdirs", type=Path, nargs="+", metavar="WORKDIR", help="work directories of runs"
-    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="work directories of runs")
     parser.add_argument(
         "--out",
-        type=Path,
         metavar="FILE",
         help="the file to write (default: WORKDIR/report.html; for several runs ./compare.html)",
     )
@@ -24,9 +22,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report and prints its path."""
-    html.check_out(args.workdirs, args.out)
-    if len(args.workdirs) == 1:
-        print(html.write(args.workdirs[0], args.out))
-    else:
-        print(html.write_comparison(args.workdirs, args.out))
+    parse = functools.partial(paths.parse, absolute=False)
+    workdirs = [parse("report.workdir", text) for text in args.workdirs]
+    out = parse("report.out", args.out) if args.out else None
+    html.check_out(workdirs, out)
+    print(
+        html.write(workdirs[0], out) if len(workdirs) == 1 else html.write_comparison(workdirs, out)
+    )
     return 0

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import pathlib
 import time
 
 from vlp.cli.main import start_jax
@@ -19,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE.py[:ARG]", help="config file and its argument"
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="folder of the run, or gs://… or s3://…"
+    )
     parser.add_argument(
         "--profile", default="", metavar="A:B", help="trace steps A to B into DIR/profile (XProf)"
     )
@@ -41,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    from vlp.core import check
+    from vlp.core import check, flags, paths
     from vlp.core.config import load
     from vlp.runtime import hosts, profile, restart, workdir
     from vlp.train import loop
@@ -53,16 +54,18 @@ def run(args: argparse.Namespace) -> int:
         )
     config = load(args.config, args.overrides)
     steps = profile.parse(args.profile) if args.profile else None
+    directory = paths.parse("--workdir", args.workdir)
     start_jax()
     place = hosts.find(args.coordinator, args.processes, args.process)
     if place is None:
-        return loop.run(config, args.workdir, steps, args.extend)
+        return loop.run(config, directory, steps, args.extend)
     facts = {
         "config": restart.fixed(config, restart.LOCAL),
         "profile": args.profile,
         "extend": args.extend,
         "versions": workdir.code_versions(),
+        "flags": flags.common(),
     }
     left = secs - (time.monotonic() - began)  # imports may take long
-    with hosts.joined(place, facts, pathlib.Path(args.workdir).absolute(), max(left, 1.0)):
-        return loop.run(config, args.workdir, steps, args.extend)
+    with hosts.joined(place, facts, directory, max(left, 1.0)):
+        return loop.run(config, directory, steps, args.extend)

@@ -61,6 +61,11 @@ def machine(where: object, e: BaseException) -> Failed | None:
     return Failed(f"{where}: got {got}, expected room for more; {_FAULTS[code]}")
 
 
+def advice(e: OSError, otherwise: str) -> str:
+    """Returns what to do about an error of the machine; `otherwise` if nothing is known."""
+    return _FAULTS.get(e.errno or 0, otherwise)
+
+
 def line(text: object) -> str:
     """Returns a message as one line: characters that a terminal would not show (a line break in a name) are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

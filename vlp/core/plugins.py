@@ -25,7 +25,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlp.core import check
+from vlp.core import check, flags
 
 log = logging.getLogger(__name__)
 TABLES = {
@@ -232,6 +232,14 @@ def extended(
 
 
 def _module(plugin: Plugin) -> types.ModuleType:
+    """Imports a plugin; flags of JAX that it changes are set back."""
+    module = _imported(plugin)
+    if "jax" in sys.modules:  # workers that read data need none
+        flags.pin()
+    return module
+
+
+def _imported(plugin: Plugin) -> types.ModuleType:
     where = "config.plugins"
     if plugin.file:
         if not os.path.isfile(plugin.file):

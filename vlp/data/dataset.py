@@ -12,13 +12,13 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlp.core import check
+from vlp.core.appended import Appended
 from vlp.core.plugins import Plugin
 from vlp.data import SOURCES, groups, leaves, order, pipeline, samples, storage, text_ops
 from vlp.data import quarantine as quarantine_lib
@@ -251,7 +251,7 @@ class Dataset:
         num_batches: int,
         seed: int,
         rows: Sequence[range] | None = None,
-        quarantine: str | os.PathLike | None = None,
+        quarantine: Appended | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this host's rows of `num_batches` global batches.
 

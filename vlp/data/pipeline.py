@@ -41,7 +41,7 @@ def iterate(make: Callable[[int], dict], num_batches: int, data: Data) -> Iterat
         workers = grain.MultiprocessingOptions(
             num_workers=num, per_worker_buffer_size=data.prefetch
         )
-        start = batches(first).mp_prefetch(workers, worker_init_fn=processes.end_with_parent)
+        start = batches(first).mp_prefetch(workers, worker_init_fn=processes.serve_run)
         return _copies(start)
 
     return _restarted(made_by_workers)

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
@@ -25,6 +26,13 @@ def without_main() -> Iterator[None]:
             yield
     finally:
         sys.modules["__main__"] = main
+
+
+def serve_run(*_: object) -> None:
+    """In a worker of a run: ends with its parent, and only so. Slurm sends SIGTERM to all processes of a job, and a
+    run needs its batches until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
 
 
 def end_with_parent(*_: object) -> None:

@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from vlp.core import check
+from vlp.core.appended import Appended
 from vlp.data import order
 from vlp.data.draws import REASONS
 from vlp.data.loader_stats import BAD, STATS
@@ -19,7 +19,7 @@ MIN_SEEN = 1000  # max_bad_frac is a share of the samples seen, or of this many 
 
 
 def watched(
-    batches: Iterator[dict], dataset: Any, seed: int, path: str | os.PathLike | None = None
+    batches: Iterator[dict], dataset: Any, seed: int, file: Appended | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the batches without the workers' counters, which are added to `dataset.loader_stats`.
 
@@ -27,7 +27,7 @@ def watched(
       batches: as made by workers, with the leaves `BAD` and `STATS`.
       dataset: the `Dataset` that they come from.
       seed: of the order, to find the original record at a position.
-      path: file to which a line is added for every replaced record (default: no file).
+      file: to which a line is added for every replaced record (default: no file).
 
     Raises: `UserError` once more than `max_bad_frac` of the samples were replaced.
     """
@@ -45,20 +45,22 @@ def watched(
                 if len(worst := stats.worst.setdefault(reason, [])) < 3:
                     worst.append(key)
                 log.warning("record %d (%s) replaced: %s", record, key, reason)
-                if path is not None:
-                    _append(path, dataset.source, record, {"key": key, "reason": reason})
+                if file is not None:
+                    _append(file, dataset.source, record, {"key": key, "reason": reason})
         num, most = stats.bad.total(), dataset.data.max_bad_frac
         if num > most * max(stats.seen, MIN_SEEN):
+            if file is not None:
+                file.flush()
             raise check.error(
                 "data",
                 f"{num} bad records of {stats.seen}: {stats.text()}",
                 f"at most config.data.max_bad_frac = {most}",
-                f"repair the data{f' (see {path})' if path else ''} or raise it",
+                f"repair the data{f' (see {file.path})' if file else ''} or raise it",
             )
         yield batch
 
 
-def _append(path: str | os.PathLike, source: Any, record: int, row: dict) -> None:
+def _append(file: Appended, source: Any, record: int, row: dict) -> None:
     """Appends a line: the record as the innermost source counts it, with that source's fingerprint."""
     if isinstance(source, Concatenated):
         k = int(np.searchsorted(np.cumsum(source.sizes), record, side="right"))
@@ -66,6 +68,5 @@ def _append(path: str | os.PathLike, source: Any, record: int, row: dict) -> Non
     if isinstance(source, Without):
         record = int(order.skipping(np.array([record]), source.skipped)[0])
         source = source.source
-    with open(path, "a") as f:
-        line = {"record": record, **row, "fingerprint": source.fingerprint}
-        f.write(json.dumps(line) + "\n")
+    line = {"record": record, **row, "fingerprint": source.fingerprint}
+    file.write(json.dumps(line) + "\n")

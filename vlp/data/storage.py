@@ -5,35 +5,19 @@ growing pauses and counted; a missing file fails at once. Not here: what the byt
 """
 
 import collections
-import dataclasses
 import functools
 import hashlib
 import io
 import os
-import queue
-import random
 import stat as stat_lib
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
-from vlp.core import check
+from vlp.core import check, stores
+from vlp.core.stores import is_remote
 
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """How remote reads are repeated and cached, per process."""
-
-    tries: int = 8
-    pause_secs: float = 0.1  # doubles from try to try, up to 10 s, with random jitter
-    stall_secs: float = 60.0  # an answer that takes longer is given up and asked for again
-    block_bytes: int = 2**20
-    cache_blocks: int = 256
-
-
-POLICY = Policy()
 COUNTS = ("reads", "bytes", "cached", "errors", "stalls", "short")  # bytes: from disk or the store
 _counts: collections.Counter = collections.Counter()
 _told: collections.Counter = collections.Counter()
@@ -71,18 +55,13 @@ def reset() -> None:
     _remote_size.cache_clear()
 
 
-def is_remote(path: str) -> bool:
-    """True for what fsspec opens: "gs://…", "s3://…", "memory://…"."""
-    return "://" in path
-
-
 def listing(path: str) -> list[str]:
     """Returns the sorted paths of the entries in a directory; [] if it is no directory."""
     if not is_remote(path):
         return (
             sorted(os.path.join(path, f) for f in os.listdir(path)) if os.path.isdir(path) else []
         )
-    fs, inner = _open(path)
+    fs, inner = stores.open_fs(path)
     if not _retried(path, lambda: fs.isdir(inner)):
         return []
     names = _retried(path, lambda: fs.ls(inner, detail=False))
@@ -93,7 +72,7 @@ def exists(path: str) -> bool:
     """True for a file."""
     if not is_remote(path):
         return os.path.isfile(path)
-    fs, inner = _open(path)
+    fs, inner = stores.open_fs(path)
     return _retried(path, lambda: fs.isfile(inner))
 
 
@@ -104,7 +83,7 @@ def size(path: str) -> int:
 
 @functools.lru_cache(maxsize=65536)
 def _remote_size(path: str) -> int:
-    fs, inner = _open(path)
+    fs, inner = stores.open_fs(path)
     return int(_retried(path, lambda: fs.size(inner)))
 
 
@@ -113,7 +92,7 @@ def stamp(path: str) -> str:
     if not is_remote(path):
         found = os.stat(path)
         return f"{found.st_size}:{found.st_mtime_ns}"
-    fs, inner = _open(path)
+    fs, inner = stores.open_fs(path)
     info = _retried(path, lambda: fs.info(inner))
     tags = [str(info.get(k, "")) for k in ("size", "etag", "ETag", "md5Hash", "mtime", "created")]
     return ":".join(tags)
@@ -132,7 +111,7 @@ def read(path: str, offset: int, num_bytes: int) -> bytes:
             raise check.machine(path, e) or e from None
         note(len(data))
     else:
-        step, stop = POLICY.block_bytes, min(offset + num_bytes, size(path))
+        step, stop = stores.POLICY.block_bytes, min(offset + num_bytes, size(path))
         blocks = range(offset // step, -(-stop // step))
         joined = b"".join(_block(path, i) for i in blocks)
         begin = offset - offset // step * step
@@ -159,23 +138,23 @@ def _block(path: str, number: int) -> bytes:
             _blocks.move_to_end(key)
             _counts["cached"] += 1
             return _blocks[key]
-    begin = number * POLICY.block_bytes
-    data = fetch(path, begin, min(begin + POLICY.block_bytes, size(path)))
+    begin = number * stores.POLICY.block_bytes
+    data = fetch(path, begin, min(begin + stores.POLICY.block_bytes, size(path)))
     with _lock:
         _blocks[key] = data
-        while len(_blocks) > POLICY.cache_blocks:
+        while len(_blocks) > stores.POLICY.cache_blocks:
             _blocks.popitem(last=False)
     return data
 
 
 def fetch(path: str, begin: int, stop: int) -> bytes:
     """Returns bytes begin … stop - 1 of a remote file, past the cache."""
-    fs, inner = _open(path)
+    fs, inner = stores.open_fs(path)
 
     def once() -> bytes:
         data = fs.cat_file(inner, start=begin, end=stop)
         if len(data) != stop - begin:
-            raise _ShortRead(f"{len(data)} of {stop - begin} bytes")
+            raise stores.ShortRead(f"{len(data)} of {stop - begin} bytes")
         return data
 
     data = _retried(path, once)
@@ -183,63 +162,18 @@ def fetch(path: str, begin: int, stop: int) -> bytes:
     return data
 
 
-class _ShortRead(OSError):
-    pass
-
-
-def _open(path: str) -> tuple[Any, str]:
-    import fsspec  # here, because reading from a disk does not need it
-
-    try:
-        fs, inner = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as e:
-        raise check.error(
-            path, f"a store that cannot be opened ({e})", "a known protocol", "install its package"
-        ) from None
-    return fs, inner
-
-
 def _retried(path: str, ask: Callable[[], Any]) -> Any:
-    for attempt in range(POLICY.tries):
-        try:
-            return _within(ask, POLICY.stall_secs)
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
-            raise check.error(
-                path, f"{type(e).__name__} ({e!s:.80})", "a readable file", "check the path"
-            ) from None
-        except Exception as e:  # every store has its own exceptions
-            if fault := check.machine(path, e):
-                raise fault from None
-            kind = {TimeoutError: "stalls", _ShortRead: "short"}.get(type(e), "errors")
-            with _lock:
-                _counts[kind] += 1
-            last = e
-        if attempt + 1 < POLICY.tries:
-            time.sleep(min(10.0, POLICY.pause_secs * 2**attempt) * random.uniform(0.5, 1.5))
-    raise check.Failed(
-        f"{path}: got {POLICY.tries} failed reads (last: {type(last).__name__} {last!s:.80}), "
-        "expected an answer; check the store and the network, then start again"
-    )
+    def failed(e: Exception) -> None:
+        kind = {TimeoutError: "stalls", stores.ShortRead: "short"}.get(type(e), "errors")
+        with _lock:
+            _counts[kind] += 1
 
-
-def _within(ask: Callable[[], Any], secs: float) -> Any:
-    """Returns ask(), or raises TimeoutError: a stalled thread is left behind, never waited for."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((ask(), None))
-        except BaseException as e:
-            answers.put((None, e))
-
-    threading.Thread(target=run, daemon=True).start()
     try:
-        value, error = answers.get(timeout=secs)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {secs} s") from None
-    if error is not None:
-        raise error
-    return value
+        return stores.retried(path, ask, failed)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+        raise check.error(
+            path, f"{type(e).__name__} ({e!s:.80})", "a readable file", "check the path"
+        ) from None
 
 
 class File(io.RawIOBase):
@@ -285,7 +219,7 @@ def shard_limit() -> int:
 
 def bounds() -> str:
     """What reading from a store may take: memory of a process, disk of the machine."""
-    blocks = POLICY.cache_blocks * POLICY.block_bytes / 1e6
+    blocks = stores.POLICY.cache_blocks * stores.POLICY.block_bytes / 1e6
     return f"{blocks:.0f} MB of blocks, {shard_limit() / 1e9:.1f} GB of shards in {cache_dir('shards')}"
 
 
@@ -308,7 +242,7 @@ def local_copy(
     if not os.path.isfile(target):
         _make_room(directory, limit_bytes - size(path))
         part = f"{target}.{os.getpid()}.{threading.get_ident()}.part"
-        step, digest = 16 * POLICY.block_bytes, hashlib.sha256()
+        step, digest = 16 * stores.POLICY.block_bytes, hashlib.sha256()
         try:
             with open(part, "wb") as f:
                 for begin in range(0, size(path), step):

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp.core import check, local
+from vlp.core import check, interrupt, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Evaluator
 from vlp.data.config import Data
@@ -151,6 +151,7 @@ def batches(
     meshes.check_batch(batch, mesh, where="config.evals: batch")
     mine = local.rows(batch, mesh)
     for i, leaves in enumerate(dataset.eval_iter(batch, mine, reads=reads)):
+        interrupt.poll()
         mask_B = np.arange(i * batch, (i + 1) * batch) < dataset.num_records
         yield meshes.to_global(leaves, mesh), mask_B
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from vlp.core import check, local
+from vlp.core import check, interrupt, local
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Result
 from vlp.data import order
@@ -223,6 +223,7 @@ def embed_classes(
     run, found = apply.jit(_text), []
     mine_b = np.concatenate([np.arange(b.start, b.stop) for b in local.rows(zeroshot.batch, mesh)])
     for start in range(0, len(ids_NL), zeroshot.batch):
+        interrupt.poll()
         mine = ids_NL[np.minimum(start + mine_b, len(ids_NL) - 1)].astype(np.int32)
         zt_BE = meshes.to_host(run(meshes.to_global({"text": mine}, mesh)["text"]))
         found.append(zt_BE[: len(ids_NL) - start])

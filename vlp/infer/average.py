@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vlp.ckpt.manager import Checkpoints
-from vlp.core import check, tree
+from vlp.core import check, paths, tree
+from vlp.infer import golden
 from vlp.infer.load import Loaded
 
 PyTree = Any
@@ -43,16 +42,17 @@ def mean(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
     return tree.map_named(one, trees[0])
 
 
-def check_out(out: pathlib.Path) -> None:
+def check_out(out: paths.Path) -> None:
     """Raises UserError unless `out` can become a new workdir. Call it before models are loaded."""
-    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
+    if paths.exists(out) and (not paths.is_dir(out) or paths.listing(out)):
         raise check.error(
             f"--out {out}", "something that exists", "a new directory", "give --out another path"
         )
-    check.output_dir("--out", out)
+    if not paths.is_remote(out):
+        check.output_dir("--out", out)
 
 
-def write(out: pathlib.Path, models: Sequence[Loaded], weights: Sequence[float]) -> None:
+def write(out: paths.Path, models: Sequence[Loaded], weights: Sequence[float]) -> None:
     """Writes the mean as the checkpoint of a new workdir, with the config, tokenizer and data of the first model.
 
     Averages the parameters that each run evaluates (its `eval_params`). The checkpoint has no optimiser state: a run
@@ -71,6 +71,11 @@ def write(out: pathlib.Path, models: Sequence[Loaded], weights: Sequence[float])
     meta = copy.deepcopy(dict(models[0].meta))
     for section in (meta["config"], *meta["config"].get("stages", [])):
         section.pop("eval_params", None)
+    first = models[0]
+    meta["golden"] = golden.describe(
+        first.apply.model, {"student": params}, first.data, first.tokenizer, None
+    )
+    meta.pop("scores", None)  # of the first model
     checkpoints = Checkpoints(out / "checkpoints")
     checkpoints.save(models[0].step, params, {"step": np.int32(models[0].step)}, meta)
     checkpoints.close()

@@ -6,17 +6,17 @@ import base64
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from vlp.ckpt.manager import Checkpoints, select
-from vlp.core import check, plugins
+from vlp.core import check, paths, plugins
 from vlp.core.config import build, build_named, overlay
 from vlp.core.plugins import Plugin
 from vlp.core.types import Apply
 from vlp.data.config import Data
 from vlp.data.tokenizer import Tokenizer
+from vlp.infer import golden as golden_pair
 from vlp.models import MODELS, TOWERS
 from vlp.models.heads import HEADS
 from vlp.models.heads import build as build_heads
@@ -38,7 +38,10 @@ class Loaded:
 
 
 def load(
-    workdir: str | pathlib.Path, step: int | None = None, eval_params: str | None = None
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    eval_params: str | None = None,
+    golden: bool = True,
 ) -> Loaded:
     """Loads a checkpoint on any machine; needs neither the optimiser, nor the objective, nor the data.
 
@@ -46,18 +49,36 @@ def load(
         workdir: of the run.
         step: of the checkpoint; None: the newest whole one.
         eval_params: "student" or the name of an averaging teacher, instead of the run's own choice.
+        golden: compute the golden pair of the checkpoint again (`infer.golden`).
 
     Raises:
-        UserError: the workdir holds no such checkpoint, or the plugin that defines the model is missing.
+        UserError: the workdir holds no such checkpoint, the plugin that defines the model is missing, or the golden
+            pair gives other numbers than in training.
     """
-    checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", create=False)
+    where = paths.parse("workdir", workdir)
+    checkpoints = Checkpoints(where / "checkpoints", create=False)
     step = select(checkpoints, workdir, step)
-    return _load(str(pathlib.Path(workdir).absolute()), step, eval_params)
+    loaded = _load(os.fspath(where), step, eval_params)
+    if golden:
+        _verify(os.fspath(where), step, eval_params)
+    return loaded
+
+
+@functools.lru_cache(maxsize=4)
+def _verify(workdir: str, step: int, eval_params: str | None) -> None:
+    """Raises the UserError of a golden pair; once per checkpoint."""
+    loaded = _load(workdir, step, eval_params)
+    section = stage_config(loaded.meta["config"], loaded.meta["stage"])
+    which = eval_params or section.get("eval_params", "student")
+    golden_pair.verify(
+        f"{workdir}, step {step}", loaded.meta.get("golden", {}), loaded.apply, loaded.data,
+        loaded.tokenizer, which,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4)
 def _load(workdir: str, step: int, eval_params: str | None) -> Loaded:
-    checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", create=False)
+    checkpoints = Checkpoints(paths.of(workdir) / "checkpoints", create=False)
     meta = checkpoints.meta(step)
     section = stage_config(meta["config"], meta["stage"])
     named = section["model"].get("name", "")

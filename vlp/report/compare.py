@@ -18,7 +18,7 @@ def labels(runs: Sequence[load.Run]) -> list[str]:
     found = [run.name for run in runs]
     if len(set(found)) == len(found):
         return found
-    folders = [run.path.resolve().name for run in runs]
+    folders = [load.folder_name(run.path) for run in runs]
     if len(set(folders)) == len(folders):
         return folders
     return [str(run.path) for run in runs]

@@ -3,17 +3,15 @@
 A page is one file and needs nothing from the network. Its layout is in templates/run.html.j2 and comparison.html.j2.
 """
 
-import contextlib
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlp.core import check, pages
+from vlp.core import check, pages, paths
 from vlp.report import compare, curves, gallery, load, names, summary, svg, tables
 
 
-def write(workdir: Path, out: Path | None = None) -> Path:
+def write(workdir: paths.Path, out: paths.Path | None = None) -> paths.Path:
     """Writes the report of one workdir, by default to workdir/report.html, and returns its path.
 
     The file appears whole or not at all.
@@ -21,46 +19,41 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     Raises:
         UserError: there is no workdir, no metrics.jsonl with a readable row, or `out` cannot be written.
     """
-    run = load.load(Path(workdir))
-    return _publish(page(run), Path(out) if out is not None else run.path / "report.html")
+    run = load.load(workdir)
+    return _publish(page(run), out if out is not None else run.path / "report.html")
 
 
-def write_comparison(workdirs: Sequence[Path], out: Path | None = None) -> Path:
+def write_comparison(workdirs: Sequence[paths.Path], out: paths.Path | None = None) -> paths.Path:
     """Writes one page about several runs, by default to ./compare.html, and returns its path. Raises as `write`."""
-    runs = [load.load(Path(workdir)) for workdir in workdirs]
-    return _publish(comparison(runs), Path(out) if out is not None else Path("compare.html"))
+    runs = [load.load(workdir) for workdir in workdirs]
+    return _publish(comparison(runs), out if out is not None else Path("compare.html"))
 
 
-def check_out(workdirs: Sequence[Path], out: Path | None = None) -> None:
+def check_out(workdirs: Sequence[paths.Path], out: paths.Path | None = None) -> None:
     """Raises UserError if the page of these runs cannot be written at `out` (default: as `write`). Reads no run."""
-    if out is None and not all(workdir.is_dir() for workdir in workdirs):
+    if out is None and not all(map(paths.is_dir, workdirs)):
         return  # the answer is about the workdir
     out = out or (workdirs[0] / "report.html" if len(workdirs) == 1 else Path("compare.html"))
-    if os.path.isdir(out):
+    if paths.is_dir(out):
         do = f"give {str(out / 'report.html')!r}"
         raise check.error("report.out", f"the folder {str(out)!r}", "a file", do)
-    place = check.output_file if os.path.isdir(out.parent) else check.output_dir  # which is made
-    place("report.out", out)
-    if out.exists() and out.suffix.lower() not in (".html", ".htm"):
+    if not paths.is_remote(out):
+        place = check.output_file if os.path.isdir(out.parent) else check.output_dir  # is made
+        place("report.out", out)
+    if paths.exists(out) and out.suffix.lower() not in (".html", ".htm"):
         got = f"{str(out)!r}, which exists and is not a page"
         raise check.error("report.out", got, "a new file or an .html file", "name a new file")
 
 
-def _publish(text: str, out: Path) -> Path:
+def _publish(text: str, out: paths.Path) -> paths.Path:
     check_out([], out)
     # A captioner may emit lone surrogates, which no encoding can hold.
     data = text.encode("utf-8", "replace")
-    part = out.with_name(f".{out.name}.{uuid.uuid4().hex}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, out)
+        paths.write(out, data)
     except OSError as e:
         do = "give --out a file in a folder that you may write to"
         raise check.error("report.out", f"{str(out)!r} ({e})", "a path to write", do) from e
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
     return out
 
 

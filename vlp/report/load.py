@@ -6,13 +6,15 @@ leaves the workdir is not followed.
 """
 
 import dataclasses
+import io
 import json
 import math
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vlp.core import check
+from vlp.core import appended, check, paths
 from vlp.report import numbers
 
 # Far more than runs write. What exceeds a limit is left out, and one line of the report says so.
@@ -49,7 +51,7 @@ class Run:
     """The content of one workdir; `train` and `evals` are in order of step."""
 
     name: str
-    path: Path
+    path: paths.Path
     train: tuple[Row, ...]
     evals: tuple[Row, ...]
     artefacts: dict[str, dict[str, Any]]
@@ -64,14 +66,13 @@ class Run:
         return dict(sorted(last.items(), key=lambda item: item[0][1] == "train"))
 
 
-def load(workdir: Path) -> Run:
+def load(workdir: paths.Path) -> Run:
     """Reads one workdir.
 
     Raises:
         UserError: the folder or a readable row of metrics is missing.
     """
-    workdir = Path(workdir)
-    if not workdir.is_dir():
+    if not paths.is_dir(workdir):
         do = "give the folder that `vlp train --workdir` wrote"
         raise check.error("report.workdir", f"{str(workdir)!r}", "an existing folder", do)
     notes: list[str] = []
@@ -79,7 +80,7 @@ def load(workdir: Path) -> Run:
     config = _json(workdir, "config.json", MAX_JSON_BYTES, notes)
     versions = _json(workdir, "versions.json", MAX_JSON_BYTES, notes)
     return Run(
-        name=str(config.get("name") or workdir.resolve().name),
+        name=str(config.get("name") or folder_name(workdir)),
         path=workdir,
         train=tuple(row for row in rows if not row.eval),
         evals=tuple(row for row in rows if row.eval),
@@ -91,7 +92,12 @@ def load(workdir: Path) -> Run:
     )
 
 
-def _unreadable(workdir: Path, name: str, most: int) -> str:
+def folder_name(workdir: paths.Path) -> str:
+    """Returns the name of a workdir's folder, also for "." and for a link."""
+    return (workdir if paths.is_remote(workdir) else Path(workdir).resolve()).name
+
+
+def _unreadable(workdir: paths.Path, name: str, most: int) -> str:
     """Returns why a file of the workdir must not be read, "" if it may be.
 
     A workdir may come from another person: a link in it must not bring a private file of the reader onto the page.
@@ -104,9 +110,12 @@ def _unreadable(workdir: Path, name: str, most: int) -> str:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    path = workdir / name
+    if paths.is_remote(workdir):  # a store has no links
+        size = paths.size(workdir / name)
+        return "" if size <= most else f"a file of {numbers.si(float(size))} bytes"
+    path = Path(workdir) / name
     try:
-        if not path.resolve().is_relative_to(workdir.resolve()):
+        if not path.resolve().is_relative_to(Path(workdir).resolve()):
             return "a link to outside the workdir"
         info = path.stat()
     except RuntimeError:  # Python 3.11 on links in a circle
@@ -131,7 +140,7 @@ class _Line:
     cut: bool
 
 
-def _rows(workdir: Path, notes: list[str]) -> list[Row]:
+def _rows(workdir: paths.Path, notes: list[str]) -> list[Row]:
     """Reads metrics.jsonl. Of several rows about one step the last wins: a resumed run repeats some.
 
     A damaged row never replaces a good one; its readable values are used only if there is no other row.
@@ -139,7 +148,10 @@ def _rows(workdir: Path, notes: list[str]) -> list[Row]:
     where, do = "report.workdir", "train first, or give another folder"
     path = workdir / "metrics.jsonl"
     try:
-        if problem := _unreadable(workdir, path.name, MAX_METRICS_BYTES):
+        for part in appended.parts(path):
+            problem = _unreadable(workdir, part.name, MAX_METRICS_BYTES)
+            if not problem:
+                continue
             got = f"{str(path)!r}, {problem}"
             expected = (
                 f"a file in the workdir of up to {numbers.si(float(MAX_METRICS_BYTES))} bytes"
@@ -178,32 +190,39 @@ def _rows(workdir: Path, notes: list[str]) -> list[Row]:
     return sorted(shown, key=lambda row: row.step)
 
 
-def _lines(path: Path) -> tuple[int, list[_Line], bool]:
+def _lines(path: paths.Path) -> tuple[int, list[_Line], bool]:
     """Returns the number of lines that are not empty, the rows, and whether metrics were left out."""
     total, size, found = 0, 0, []
     names: dict[str, str] = {}
     cut = False
-    with path.open("rb") as file:
-        while data := file.readline(MAX_LINE_BYTES):
-            whole = data.endswith(b"\n") or len(data) < MAX_LINE_BYTES
-            while not whole:
-                rest = file.readline(MAX_LINE_BYTES)
-                whole = rest.endswith(b"\n") or len(rest) < MAX_LINE_BYTES
-                data = b"[]"  # too long to be a row
-            if not data.strip():
-                continue
-            total += 1
-            line = _line(data, names)
-            if line is None:
-                continue
-            cut = cut or line.cut
-            found.append(line)
-            size += 10 + len(line.row.values)
-            if size > MAX_NUMBERS:
-                got = f"more than {numbers.si(float(MAX_NUMBERS))} numbers"
-                do = "copy the workdir and keep, for instance, every tenth line"
-                raise check.error(str(path), got, "fewer", do)
+    for data in _texts_of_lines(path):
+        if not data.strip():
+            continue
+        total += 1
+        line = _line(data, names)
+        if line is None:
+            continue
+        cut = cut or line.cut
+        found.append(line)
+        size += 10 + len(line.row.values)
+        if size > MAX_NUMBERS:
+            got = f"more than {numbers.si(float(MAX_NUMBERS))} numbers"
+            do = "copy the workdir and keep, for instance, every tenth line"
+            raise check.error(str(path), got, "fewer", do)
     return total, found, cut
+
+
+def _texts_of_lines(path: paths.Path) -> Iterator[bytes]:
+    """Yields the lines of all parts of the file; b"[]" for one that is too long to be a row."""
+    for part in appended.parts(path):
+        with io.BytesIO(paths.read(part)) if paths.is_remote(part) else open(part, "rb") as file:
+            while data := file.readline(MAX_LINE_BYTES):
+                whole = data.endswith(b"\n") or len(data) < MAX_LINE_BYTES
+                while not whole:
+                    rest = file.readline(MAX_LINE_BYTES)
+                    whole = rest.endswith(b"\n") or len(rest) < MAX_LINE_BYTES
+                    data = b"[]"
+                yield data
 
 
 _TEXTS = ("stage", "eval", "split", "fingerprint")
@@ -280,23 +299,24 @@ def number(value: object) -> float | None:
 # --- the other files
 
 
-def _artefacts(workdir: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+def _artefacts(workdir: paths.Path, notes: list[str]) -> dict[str, dict[str, Any]]:
     """Reads evals/<name>_<split>.json, keyed by the file's stem."""
-    names = sorted(path.name for path in (workdir / "evals").glob("*.json"))
+    entries = paths.listing(workdir / "evals")
+    names = [p.name for p in entries if p.suffix == ".json" and not p.name.startswith(".")]
     if len(names) > MAX_ARTEFACTS:
         notes.append(f"evals: only the first {MAX_ARTEFACTS} of {len(names)} files are shown")
     found, left = {}, MAX_ARTEFACT_BYTES
     for name in names[:MAX_ARTEFACTS]:
         if artefact := _json(workdir, f"evals/{name}", left, notes):
             found[name.removesuffix(".json")] = artefact
-            left -= (workdir / "evals" / name).stat().st_size
+            left -= paths.size(workdir / "evals" / name)
     return found
 
 
-def _json(workdir: Path, name: str, most: int, notes: list[str]) -> dict[str, Any]:
+def _json(workdir: paths.Path, name: str, most: int, notes: list[str]) -> dict[str, Any]:
     try:
         problem = _unreadable(workdir, name, most)
-        value = {} if problem else json.loads((workdir / name).read_text("utf-8", "replace"))
+        value = {} if problem else json.loads(paths.read(workdir / name).decode("utf-8", "replace"))
     except FileNotFoundError:
         return {}
     except (ValueError, OSError, RecursionError) as e:

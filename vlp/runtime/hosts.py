@@ -4,7 +4,7 @@ If a process is missing, `jax.distributed.initialize(initialization_timeout=…)
 "DEADLINE_EXCEEDED" and a C++ stack trace. Python cannot catch it, and no process is named (JAX 0.10.2).
 So the processes first connect to the coordinator's port by TCP, and JAX starts when all are connected. If that fails
 within `secs`, every process prints one line that names the processes that are missing, differ from process 0 in config
-or code, or do not see its workdir. Later decisions use JAX's `multihost_utils`.
+or code, or do not see its workdir. Later decisions: core/agree.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
-import pathlib
+import re
 import secrets
 import socket
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlp.core import check
+from vlp.core import agree, check, paths
 from vlp.core.config import difference, plain
 from vlp.runtime.workdir import SHARED
 
@@ -133,7 +134,7 @@ def _detected(
 
 @contextlib.contextmanager
 def joined(
-    place: Place | None, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float = SECS
+    place: Place | None, facts: Mapping[str, Any], workdir: paths.Path, secs: float = SECS
 ) -> Iterator[None]:
     """Inside, this process takes part in the run. Does nothing for one process.
 
@@ -153,6 +154,7 @@ def joined(
         yield
         return
     roll_call(place, facts, workdir, secs)
+    jax.config.update("jax_enable_preemption_service", False)  # runtime/stop.py takes SIGTERM
     jax.distributed.initialize(
         place.coordinator,
         place.num,
@@ -168,15 +170,29 @@ def joined(
             logging.getLogger().setLevel(logging.WARNING)
         yield
     except BaseException as error:
-        known = check.answer(error)
-        if known:
-            print(f"vlp: {known[0]}", file=sys.stderr)
+        where = f"process {place.process} on {_host()}"
+        text, code = check.answer(error) or _lost(error) or ("", 1)
+        if text:
+            print(f"vlp: {text}", file=sys.stderr)
         else:
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(known[1] if known else 1)
+            text = f"{type(error).__name__}: {error}"
+        agree.announce("failed", text if text.startswith("process ") else f"{where}: {text}")
+        agree.leave(code)
     jax.distributed.shutdown()
+
+
+def _lost(error: BaseException) -> tuple[str, int] | None:
+    """Returns the line and exit code for an error whose cause is another process; None if it is this one's own."""
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    if said := agree.announced().get("failed"):
+        return said, 1
+    reason = check.line((str(error).splitlines() or [""])[0])[:160]
+    if re.search("gloo|closed by peer|connection reset|unavailable|heartbeat", reason.lower()):
+        do = "look at the output of the others, and start all again"
+        return f"hosts: got {reason}, expected all processes to go on; {do}", 1
+    return None
 
 
 def _check_devices() -> None:
@@ -191,7 +207,7 @@ def _check_devices() -> None:
 # ---- the roll call
 
 
-def roll_call(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> None:
+def roll_call(place: Place, facts: Mapping[str, Any], workdir: paths.Path, secs: float) -> None:
     """Returns once all processes have come, agree on `facts` and see the workdir of process 0.
 
     Args: as of `joined`.
@@ -220,7 +236,7 @@ class _Guest:
         self.writer.write(json.dumps(message).encode() + b"\n")
 
 
-async def _lead(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
+async def _lead(place: Place, facts: Mapping[str, Any], workdir: paths.Path, secs: float) -> str:
     """Process 0: waits for the others and sends all of them the problem, which it returns ("": none)."""
     here: dict[int, _Guest] = {}
     guests: list[_Guest] = []  # every connection, also of a process that came twice
@@ -295,23 +311,23 @@ def _verdict(
     if missing:
         seen = {0: _host(), **{n: guest.host for n, guest in sorted(here.items())}}
         known = ", ".join(f"{n} on {host}" for n, host in list(seen.items())[:8])
-        got = (
-            f"{len(seen)} of {place.num} processes within {secs:.0f} s; missing: {numbers(missing)}"
-        )
+        got = f"{len(seen)} of {place.num} processes within {secs:.0f} s; missing: {agree.numbers(missing)}"
         do = "start the missing ones, or look at their output"
         return str(check.error("hosts", got, f"all (here: {known})", do))
     return ""
 
 
-async def _shared(workdir: pathlib.Path, here: Mapping[int, _Guest]) -> str:
+async def _shared(workdir: paths.Path, here: Mapping[int, _Guest]) -> str:
     """Writes a token into the workdir and asks every process whether it sees it; returns an error's message or ""."""
-    made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+    made = []  # folders to remove again; a store has none
+    if not paths.is_remote(workdir):
+        made = [p for p in (workdir, *workdir.parents) if not paths.exists(p)]
     token = workdir / f".{secrets.token_hex(8)}{SHARED}"
-    do = "give a --workdir that all hosts share (NFS, a bucket mounted)"
+    do = "give a --workdir that all hosts share (NFS, gs://…, s3://…)"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        token.touch()
-    except OSError as e:
+        paths.make_dir(workdir)
+        paths.write(token, b"")
+    except (OSError, check.Failed) as e:
         do = "choose another --workdir"
         return str(check.error(f"--workdir {workdir}", str(e), "a directory to write to", do))
     try:
@@ -333,14 +349,14 @@ async def _shared(workdir: pathlib.Path, here: Mapping[int, _Guest]) -> str:
                 got = f"not shared: process {number} on {guest.host} does not see what process 0 wrote"
                 return str(check.error(f"--workdir {workdir}", got, "one directory for all", do))
     finally:
-        token.unlink(missing_ok=True)
+        paths.remove(token)
         for path in made:
             with contextlib.suppress(OSError):
-                path.rmdir()
+                os.rmdir(path)
     return ""
 
 
-def _follow(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs: float) -> str:
+def _follow(place: Place, facts: Mapping[str, Any], workdir: paths.Path, secs: float) -> str:
     """Any other process: reports to process 0 and returns the problem that it answers ("": none)."""
     until = time.monotonic() + secs
     silent = "no answer"
@@ -353,7 +369,7 @@ def _follow(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs:
                 with line.makefile("rb") as answers:
                     message = json.loads(answers.readline(_LINE))
                     if "token" in message:
-                        seen = _sees(workdir / pathlib.Path(message["token"]).name)
+                        seen = _sees(workdir / message["token"].rpartition("/")[2])
                         line.sendall(json.dumps({"seen": seen}).encode() + b"\n")
                         message = json.loads(answers.readline(_LINE))
                     return message["problem"]
@@ -365,30 +381,19 @@ def _follow(place: Place, facts: Mapping[str, Any], workdir: pathlib.Path, secs:
     return str(check.error("hosts", got, "the coordinator", do))
 
 
-def _sees(path: pathlib.Path) -> bool:
+def _sees(path: paths.Path) -> bool:
     until = time.monotonic() + _SEE_SECS
-    while not path.exists():
+    while not paths.exists(path):
         if time.monotonic() > until:
             return False
         with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # makes NFS look again
+            paths.listing(path.parent)  # makes NFS look again
         time.sleep(0.2)
     return True
 
 
 def _host() -> str:
     return socket.gethostname()
-
-
-def numbers(values: list[int]) -> str:
-    """[2, 3, 4, 9] → "2-4, 9"."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 # ---- joint decisions
@@ -416,26 +421,22 @@ def raise_together(where: str) -> Iterator[dict[str, Any]]:
     except Exception as e:
         error = e
     problem = "" if error is None else str(error) or repr(error)
-    answers = _gather({"host": _host(), "problem": problem, "reported": plain(reported)})
+    mine = {"host": _host(), "problem": problem, "reported": plain(reported)}
+    found = agree.decide(where, mine, functools.partial(_first_problem, where))
     if error is not None:
         raise error
+    if found:
+        raise check.UserError(found)
+
+
+def _first_problem(where: str, answers: list[dict[str, Any]]) -> str:
+    """Returns the error of the first process that raised, or whose facts differ from those of process 0; or ""."""
     for number, answer in enumerate(answers):
         if answer["problem"]:
-            raise check.UserError(f"process {number} on {answer['host']}: {answer['problem']}")
+            return f"process {number} on {answer['host']}: {answer['problem']}"
     for number, answer in enumerate(answers):
         if changes := difference(answers[0]["reported"], answer["reported"]):
             got, do = f"another {changes[0]}", "make them equal"
-            where = f"{where}: process {number} on {answer['host']}"
-            raise check.error(where, got, "what process 0 has", do)
-
-
-def _gather(value: Any) -> list[Any]:
-    """Returns the value (plain data) of every process, in order."""
-    from jax.experimental import multihost_utils
-
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.process_allgather(np.int32(len(data))).max())
-    rows = multihost_utils.process_allgather(
-        np.pad(data, (0, size - len(data)), constant_values=32)
-    )
-    return [json.loads(bytes(row)) for row in np.asarray(rows)]
+            place = f"{where}: process {number} on {answer['host']}"
+            return str(check.error(place, got, "what process 0 has", do))
+    return ""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import jax
 
-from vlp.core import check
+from vlp.core import check, paths
+from vlp.runtime.mirror import Mirror
 
 
 class Profile:
     """Traces steps (first, last) of the run, counted from 1 and both included. steps None: no-op."""
 
-    def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
+    def __init__(self, folder: paths.Path, steps: tuple[int, int] | None):
         self._folder, self._steps, self._on = folder, steps, False
 
     def before(self, step: int) -> None:
         if self._steps is not None and step == self._steps[0]:
-            jax.profiler.start_trace(str(self._folder))
+            self._mirror = Mirror(self._folder)
+            jax.profiler.start_trace(str(self._mirror.local))
             self._on = True
 
     def after(self, step: int, results: Any) -> None:
@@ -30,6 +31,7 @@ class Profile:
     def close(self) -> None:
         if self._on:
             jax.profiler.stop_trace()
+            self._mirror.close()
             self._on = False
 
 

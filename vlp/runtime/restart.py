@@ -19,8 +19,8 @@ _READING = (
     "mixture.*.path",
 )
 LOCAL = tuple(f"{where}.{key}" for where in ("data", "streams.*.data") for key in _READING)
-FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "micro_batches", "micro_remat", "platform",
-        "hang_secs", "sinks", "plugins", *LOCAL)  # fmt: skip
+FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "keep", "micro_batches", "micro_remat",
+        "platform", "hang_secs", "grace_secs", "sinks", "plugins", *LOCAL)  # fmt: skip
 
 
 def extendable(config: Mapping[str, Any]) -> dict[str, Any]:

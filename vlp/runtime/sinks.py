@@ -11,12 +11,12 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from vlp.core import check
+from vlp.core import check, paths
+from vlp.runtime.mirror import Mirror
 
 
 @runtime_checkable
@@ -34,14 +34,15 @@ class Sink(Protocol):
 class TensorBoard:
     """Event files in workdir/tensorboard, by tensorboardX (no TensorFlow). Each start rewrites them."""
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+    def __init__(self, workdir: paths.Path, config: Mapping[str, Any]):
         self._folder = workdir / "tensorboard"
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
         from tensorboardX import SummaryWriter
 
         _remove_events(self._folder)
-        self._writer = SummaryWriter(str(self._folder))
+        self._mirror = Mirror(self._folder)
+        self._writer = SummaryWriter(str(self._mirror.local))
         for row in rows:
             self.write(row)
         self.flush()
@@ -52,22 +53,25 @@ class TensorBoard:
 
     def flush(self) -> None:
         self._writer.flush()
+        self._mirror.push()
 
     def close(self) -> None:
         self._writer.close()
+        self._mirror.close()
 
 
 class Clu:
     """clu.metric_writers' default writer in workdir/clu: event files, by TensorFlow. Each start rewrites them."""
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+    def __init__(self, workdir: paths.Path, config: Mapping[str, Any]):
         self._folder = workdir / "clu"
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
         from clu import metric_writers
 
         _remove_events(self._folder)
-        self._writer = metric_writers.create_default_writer(str(self._folder))
+        self._mirror = Mirror(self._folder)
+        self._writer = metric_writers.create_default_writer(str(self._mirror.local))
         for row in rows:
             self.write(row)
         self.flush()
@@ -77,9 +81,11 @@ class Clu:
 
     def flush(self) -> None:
         self._writer.flush()
+        self._mirror.push()
 
     def close(self) -> None:
         self._writer.close()
+        self._mirror.close()
 
 
 class WandB:
@@ -89,22 +95,22 @@ class WandB:
     restarts do not change the numbers. With WANDB_MODE=offline each start rewrites the whole run for `wandb sync`.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any]):
+    def __init__(self, workdir: paths.Path, config: Mapping[str, Any]):
         self._workdir, self._config = workdir, config
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb
 
         folder = self._workdir / "wandb"
-        folder.mkdir(exist_ok=True)
-        if not (folder / "id").exists():
-            (folder / "id").write_text(uuid.uuid4().hex[:12])
-        name = (folder / "id").read_text()
+        if not paths.exists(folder / "id"):
+            paths.write(folder / "id", uuid.uuid4().hex[:12].encode())
+        name = paths.read(folder / "id").decode()
+        self._mirror = Mirror(folder)  # wandb writes into a folder "wandb" of the one it is given
         settings = wandb.Settings(console="off")
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "vlp"), name=self._config["name"],
-                id=name, resume="allow", dir=str(self._workdir), config=dict(self._config),
+                id=name, resume="allow", dir=str(self._mirror.local.parent), config=dict(self._config),
                 settings=settings,
             )  # fmt: skip
         except wandb.Error as error:
@@ -113,9 +119,10 @@ class WandB:
                 "config.sinks", f"wandb: {got}", "a server that answers", do
             ) from None
         if self._run.offline:
-            for old in folder.glob(f"offline-run-*-{name}"):
-                if old != pathlib.Path(self._run.dir).parent:
-                    shutil.rmtree(old)
+            now = pathlib.Path(self._run.dir).parent.name
+            for old in paths.listing(folder):
+                if re.fullmatch(rf"offline-run-.*-{name}", old.name) and old.name != now:
+                    paths.remove_tree(old)
         self._first = self._run.step
         for row in rows:
             self.write(row)
@@ -125,10 +132,12 @@ class WandB:
             self._run.log(scalars(row), step=row["step"])
 
     def flush(self) -> None:
-        """No-op: wandb's own process writes continuously."""
+        """Wandb's own process writes continuously."""
+        self._mirror.push()
 
     def close(self) -> None:
         self._run.finish()
+        self._mirror.close()
 
 
 SINKS = {  # name → class, the packages it needs, the extra that installs them
@@ -138,9 +147,10 @@ SINKS = {  # name → class, the packages it needs, the extra that installs them
 }
 
 
-def _remove_events(folder: pathlib.Path) -> None:
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
+def _remove_events(folder: paths.Path) -> None:
+    for old in paths.listing(folder):
+        if old.name.startswith("events.out.tfevents."):
+            paths.remove(old)
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
@@ -169,5 +179,5 @@ def check_sinks(names: Sequence[str]) -> None:
                 raise check.error("config.sinks", f"{name!r} without {package}", "the package", do)
 
 
-def make(names: Sequence[str], workdir: pathlib.Path, config: Mapping[str, Any]) -> list[Sink]:
+def make(names: Sequence[str], workdir: paths.Path, config: Mapping[str, Any]) -> list[Sink]:
     return [SINKS[name][0](workdir, config) for name in names]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -15,14 +13,15 @@ import pathlib
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from vlp import __version__
 from vlp.ckpt.manager import check_path
-from vlp.core import check
+from vlp.core import appended, check, flags, paths
+from vlp.core.appended import Appended
 from vlp.core.chips import processor
 from vlp.core.config import difference
 from vlp.runtime import restart
@@ -34,11 +33,7 @@ _WRITTEN = {
     ".lock", "config.json", "versions.json", "preprocessing.json", "saved.json", "tokenizer.model", "metrics.jsonl",
     "parameters.txt", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
 }  # fmt: skip
-_FLAGS = (
-    "XLA_FLAGS",
-    "LIBTPU_INIT_ARGS",
-    "NVIDIA_TF32_OVERRIDE",
-)  # they may change the numbers
+LEASE = ".lease"  # in a store: who writes in the workdir (lock.py)
 SHARED = ".shared"  # suffix of the file that tests whether hosts share the workdir; caches may show it after its end
 
 
@@ -48,42 +43,34 @@ class Metrics:
     A start drops the rows after the restored step. sinks: each is given every row as it is written.
     """
 
-    def __init__(self, path: pathlib.Path, restored_step: int | None, sinks: Sequence[Sink] = ()):
-        self._path = path
+    def __init__(self, path: paths.Path, restored_step: int | None, sinks: Sequence[Sink] = ()):
         self._active = jax.process_index() == 0
         self.begun: list[dict[str, Any]] = []  # rows from before this start
         if not self._active:
             return
-        if restored_step and not path.exists():
-            log.warning("%s is missing; a new one begins at step %d", path, restored_step)
         rows = read(path)
+        if restored_step and not rows:
+            log.warning("%s is missing; a new one begins at step %d", path, restored_step)
         kept = [r for r in rows if r["step"] <= (restored_step or 0)]
         if rows and not restored_step:  # from a start that saved no checkpoint
             aside = _unused(path)
-            os.replace(path, aside)
+            appended.rename(path, aside)
             log.warning("%s: from a start that saved no checkpoint; kept as %s", path, aside.name)
-        partial = path.with_suffix(".partial")
-        with named(partial), open_text(partial, "w") as f:
-            f.write("".join(dump(row) + "\n" for row in kept))
-        os.replace(partial, path)
-        self._file = open_text(path, "a")
+        self._file = Appended(path, "".join(dump(row) + "\n" for row in kept).encode())
         self._sinks, self.begun = sinks, kept
         for sink in sinks:
             sink.begin(kept)
 
     def write(self, row: dict[str, Any]) -> None:
         if self._active:
-            with named(self._path):
-                self._file.write(dump(row) + "\n")
+            self._file.write(dump(row) + "\n")
             for sink in self._sinks:
                 sink.write(row)
 
     def flush(self) -> None:
         """Writes every row to disk; called before a checkpoint, which counts on them."""
         if self._active:
-            with named(self._path):
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            self._file.flush()
             for sink in self._sinks:
                 sink.flush()
 
@@ -108,12 +95,11 @@ def dump(value: Any, indent: int | None = None) -> str:
     return json.dumps(safe(value), indent=indent, ensure_ascii=False)
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
+def read(path: paths.Path) -> list[dict[str, Any]]:
     """Returns the rows of a metrics file, without incomplete lines (logged, unless it is the last line)."""
-    if not path.exists():
-        return []
     rows = []
-    lines = path.read_text(errors="replace").split("\n")  # names may hold other line separators
+    text = appended.read(path).decode(errors="replace")
+    lines = text.split("\n")  # names may hold other line separators
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line else {}
@@ -126,114 +112,111 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: paths.Path, value: Any) -> None:
     """Writes atomically, on process 0."""
     write_bytes(path, (dump(value, indent=1) + "\n").encode())
 
 
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
+def write_bytes(path: paths.Path, data: bytes) -> None:
     """Writes atomically, on process 0."""
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with named(path):
-            partial.unlink(missing_ok=True)  # which might be a link
-            partial.write_bytes(data)
-        os.replace(partial, path)
+        paths.write(path, data)
 
 
-def write_artefact(workdir: pathlib.Path, name: str, value: Any) -> None:
+def write_artefact(workdir: paths.Path, name: str, value: Any) -> None:
     """Writes evals/NAME.json. Names come from data (splits, labels): characters that could leave it are replaced."""
     safe = re.sub(r"[^\w.+-]", "_", name).lstrip(".")[:100]
     if safe != name:
         safe += "-" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     folder = workdir / "evals"
-    if folder.is_symlink():
+    if os.path.islink(folder):
         raise check.error(str(folder), "a symbolic link", "a directory of the run", "remove it")
     write_json(folder / f"{safe}.json", value)
 
 
-@contextlib.contextmanager
-def named(path: pathlib.Path) -> Iterator[None]:
-    """Adds the file's name to errors of writing inside (a full disk's lacks it)."""
-    try:
-        yield
-    except OSError as e:
-        e.filename = e.filename or str(path)
-        raise
-
-
-def open_text(path: pathlib.Path, mode: str) -> IO[str]:
-    """Opens a file of the run for writing; fails if it is a symbolic link."""
-    opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)
-    return open(path, mode, encoding="utf-8", opener=opener)
-
-
-def _unused(path: pathlib.Path) -> pathlib.Path:
+def _unused(path: paths.Path) -> paths.Path:
     """Returns an unused name in the file's folder: metrics_aside_1.jsonl."""
+    there = {p.name for p in paths.listing(path.parent)}
     number = 1
-    while os.path.lexists(other := path.with_stem(f"{path.stem}_aside_{number}")):
+    while (other := path.with_stem(f"{path.stem}_aside_{number}")).name in there:
         number += 1
     return other
 
 
-def begun(workdir: pathlib.Path) -> bool:
+def begun(workdir: paths.Path) -> bool:
     """Returns whether a run recorded a step or saved a checkpoint."""
-    return bool(read(workdir / "metrics.jsonl")) or any((workdir / "checkpoints").glob("*step_*"))
+    return bool(read(workdir / "metrics.jsonl")) or any(
+        "step_" in p.name for p in paths.listing(workdir / "checkpoints")
+    )
 
 
-def check_links(workdir: pathlib.Path) -> None:
-    """Raises UserError if something that a run writes is a symbolic link."""
+def check_links(workdir: paths.Path) -> None:
+    """Raises UserError if something that a run writes is a symbolic link. A store has none."""
+    if paths.is_remote(workdir):
+        return
     folders = (workdir, workdir / "evals", workdir / "heartbeats")
-    for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
+    for path in (p for folder in folders for p in paths.listing(folder)):
         ours = path.name in _WRITTEN or path.suffix == ".partial" or path.parent != workdir
-        if path.is_symlink() and (ours or path.name.startswith(("quarantine_", "nonfinite_"))):
+        if os.path.islink(path) and (ours or path.name.startswith(("quarantine_", "nonfinite_"))):
             raise check.error(str(path), "a symbolic link", "a file of the run", "remove it")
 
 
-def check_saved(workdir: pathlib.Path) -> None:
+def check_saved(workdir: paths.Path) -> None:
     """Raises UserError if a run saved checkpoints here. Call it if there are none now."""
-    if (workdir / "saved.json").exists():
+    if paths.is_file(workdir / "saved.json"):
         do = "bring the checkpoints back, or choose another --workdir to begin again"
         got = "no checkpoint of a run that saved some (see saved.json)"
         raise check.error(f"--workdir {workdir}", got, "its checkpoints", do)
 
 
-def latest(workdir: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
+def latest(workdir: paths.Path, config: dict[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's config, or the workdir's if the run was extended since (evaluators, length)."""
     try:
-        later = json.loads((workdir / "config.json").read_text())
+        later = json.loads(paths.read(workdir / "config.json"))
         same = not difference(restart.extendable(config), restart.extendable(later))
     except (OSError, ValueError, AttributeError, TypeError):
         return config
     return later if same else config
 
 
-def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = False) -> None:
+def check_reachable(where: str, workdir: paths.Path) -> None:
+    """Raises UserError if a store's bucket does not exist or may not be read. Local folders are checked elsewhere."""
+    if not paths.is_remote(workdir):
+        return
+    try:
+        paths.check_bucket(workdir)
+    except OSError as e:
+        do = "create the bucket, or correct its name and the credentials"
+        raise check.error(where, f"{str(workdir)!r} ({e.strerror})", "a bucket", do) from None
+
+
+def check_config(workdir: paths.Path, config: dict[str, Any], extend: bool = False) -> None:
     """Raises UserError if the workdir holds a run of another config, or other files.
 
     extend: the last stage's length and the evaluators may differ.
     """
     check_path("--workdir", workdir)
-    if not os.path.isfile(workdir):
-        check.output_dir("--workdir", workdir)
+    check_reachable("--workdir", workdir)
+    if not os.path.isfile(workdir) and not paths.is_remote(workdir):
+        check.output_dir("--workdir", os.fspath(workdir))
     check_links(workdir)
     path = workdir / "config.json"
-    if not path.exists():
-        if workdir.exists() and not workdir.is_dir():
+    if not paths.exists(path):
+        if os.path.exists(workdir) and not os.path.isdir(workdir):
             do = "choose another --workdir"
             raise check.error(f"--workdir {workdir}", "a file", "a directory", do)
-        if (workdir / "checkpoints").is_dir():
+        if paths.is_dir(workdir / "checkpoints"):
             do = "bring it back (each checkpoint's meta holds the config), or choose another --workdir"
             raise check.error(f"--workdir {workdir}", "a run without config.json", "its config", do)
-        if workdir.is_dir() and any(p for p in workdir.iterdir() if p.suffix != SHARED):
+        ours = lambda p: p.suffix == SHARED or p.name == LEASE
+        if not all(map(ours, paths.listing(workdir))):
             do = "choose an empty or new directory"
             raise check.error(
                 f"--workdir {workdir}", "a directory with other files", "a run or nothing", do
             )
         return
     try:
-        old = json.loads(path.read_text())
+        old = json.loads(paths.read(path))
         if not isinstance(old, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError):
@@ -262,34 +245,6 @@ def check_config(workdir: pathlib.Path, config: dict[str, Any], extend: bool = F
         )
 
 
-def lock(workdir: pathlib.Path) -> IO[str]:
-    """Makes the workdir and locks it. Keep the returned file open as long as the run writes.
-
-    Raises UserError if another process holds the lock: both would write the same metrics and checkpoints.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open_text(workdir / ".lock", "a")
-    except OSError as e:
-        do = "choose another --workdir"
-        raise check.error(f"--workdir {workdir}", str(e), "a directory to write to", do) from None
-    if jax.process_index() == 0:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            do = "wait for it, stop it, or choose another --workdir"
-            raise check.error(
-                f"--workdir {workdir}",
-                "a run that is going on",
-                "a free workdir",
-                do,
-            ) from None
-        except OSError:  # a file system without locks
-            log.warning("%s cannot be locked; do not start a second run in it", workdir)
-    return file
-
-
 def code_versions() -> dict[str, Any]:
     """Returns the versions of packages and the git commit. Starts no device."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -307,9 +262,7 @@ def versions() -> dict[str, Any]:
         "device": f"CPU ({processor()[0]})" if kind == "cpu" else kind,
         "devices": len(devices),
         "processes": jax.process_count(),
-        "flags": {
-            k: v for k, v in sorted(os.environ.items()) if k.startswith("JAX_") or k in _FLAGS
-        },
+        "flags": flags.recorded(),
     }
 
 

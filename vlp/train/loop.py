@@ -5,10 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
-import pathlib
-import time
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,25 +16,26 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vlp.core import check, local, plugins, progress
+from vlp.core import check, flags, local, paths, plugins, progress
 from vlp.core import mesh as meshes
+from vlp.core.appended import Appended
 from vlp.core.config import plain
-from vlp.core.types import Apply
 from vlp.data.dataset import start_plan
-from vlp.evals.io import IO, own_names
-from vlp.runtime import hosts
+from vlp.runtime import hosts, notices
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import check_range
 from vlp.runtime.sinks import check_sinks
-from vlp.runtime.watchdog import PREEMPTED, Stop
+from vlp.runtime.stop import PREEMPTED, Stop
 from vlp.train import bar as bars
 from vlp.train import refresh
 from vlp.train.build import StagePlan, in_order, prepare
+from vlp.train.evaluation import between, due_evals, evaluate_all, make_up
 from vlp.train.metrics import FINITE, Clock, Interval, Sums, flops_frac, input_metrics, values
 from vlp.train.session import (
     Session,
     description_of_data,
     last_meta,
+    note_save,
     open_session,
     save,
     say_changes,
@@ -50,7 +51,7 @@ AHEAD = 2  # steps queued on the device while the host prepares the next one
 
 def run(
     config: Mapping[str, Any],
-    directory: str | pathlib.Path,
+    directory: str | os.PathLike,
     profile: tuple[int, int] | None = None,
     extend: bool = False,
 ) -> int:
@@ -72,14 +73,15 @@ def run(
     resolved: dict[str, Any] = plain(config)
     if "plugins" in resolved:
         resolved["plugins"] = plugins.resolve(resolved["plugins"])
-    workdir = pathlib.Path(directory).absolute()
+    workdir = paths.parse("--workdir", directory)
     with hosts.raise_together("start"):
+        flags.pin()
         settings, stages = parse(resolved)
         files.check_config(workdir, resolved, extend)
         check_sinks(settings.sinks)
         check_platform(settings.platform)
         mesh = meshes.make(settings.mesh)
-    with jax.set_mesh(mesh), Stop() as stop:
+    with jax.set_mesh(mesh), Stop(settings.grace_secs) as stop, notices.watched(stop.ask):
         meta = last_meta(workdir)
         position = meta["position"] if meta else {"step": 0, "stage": 0, "stage_step": 0}
         total = stages[-1].start_step + stages[-1].num_steps
@@ -98,37 +100,60 @@ def run(
                     extension(stages, files.latest(workdir, meta["config"]), position),
                 )
             reported |= {plan.stage.name: description_of_data(plan) for plan in plans}
-        session = open_session(resolved, settings, workdir, mesh, stop, plans[0], position, profile)
+        session = open_session(resolved, settings, workdir, mesh, stop, plans, position, profile)
         say_model(session, plans)
         say_changes(meta, session)
-        state = None
-        interval = Interval((meta or {}).get("interval"))
-        # closes the parts in reverse order, also if one of them fails to close
-        with contextlib.ExitStack() as closing:
-            for part in (session.lock, session.checkpoints, session.watchdog, session.metrics):
-                closing.callback(part.close)
-            closing.callback(session.profile.close)
-            for plan in plans[position["stage"] :]:
-                with progress.phase(f"entering stage {plan.stage.name!r}"):
-                    state = start_stage(session, plan, state, position if state is None else None)
-                first, num = int(state.stage_step), plan.stage.num_steps
-                with (
-                    progress.phase(
-                        lambda: f"training: {session.watchdog.phase}",
-                        since=lambda: session.watchdog.last,
-                    ),
-                    bars.shown(plan.stage.name, first, num) as bar,
-                ):
-                    state = train_stage(session, plan, state, interval, bar)
-                if int(state.step) < total and stop.asked(int(state.step)):
-                    session.checkpoints.wait()  # the line below is true only after this
-                    log.info(
-                        "stopped at step %d and saved; the same command continues", int(state.step)
-                    )
-                    return PREEMPTED
+        return train_stages(session, plans, position, Interval((meta or {}).get("interval")))
+
+
+def train_stages(
+    session: Session, plans: Sequence[StagePlan], position: dict[str, int], interval: Interval
+) -> int:
+    """Trains from `position` to the end of the run, or until it is asked to stop; closes the session.
+
+    Args:
+        session: the run's open files, mesh, watchdog and profiler.
+        plans: all stages.
+        position: of the checkpoint to continue from.
+        interval: sums of metrics since the last logged row.
+
+    Returns:
+        The exit code, as of `run`.
+    """
+    state, stop, last, step = None, session.stop, plans[-1].stage, position["step"]
+
+    def finish() -> None:
+        session.checkpoints.wait()
+        session.lock.close()
+
+    stop.finish = finish  # where a thread ends the process
+    # closes the parts in reverse order, also if one of them fails to close
+    with contextlib.ExitStack() as closing:
+        for part in (
+            session.lock, session.checkpoints, session.watchdog, session.metrics, session.quarantine,
+        ):  # fmt: skip
+            closing.callback(part.close)
+        closing.callback(session.profile.close)
+        for plan in plans[position["stage"] :]:
+            with progress.phase(f"entering stage {plan.stage.name!r}"), stop.holding(step):
+                state = start_stage(session, plan, state, position if state is None else None)
+            first, num = int(state.stage_step), plan.stage.num_steps
+            phase = lambda: f"training: {session.watchdog.phase}"
+            with (
+                progress.phase(phase, since=lambda: session.watchdog.last),
+                bars.shown(plan.stage.name, first, num) as bar,
+            ):
+                state = train_stage(session, plan, state, interval, bar)
+            step, left = int(state.step), due_evals(plan, int(state.stage_step))
+            if stop.stopped and (step < last.start_step + last.num_steps or left):
+                session.checkpoints.wait()  # the line below is true only after this
+                log.info("stopped at step %d and saved; the same command continues", step)
+                return PREEMPTED
+        with stop.holding(step):  # asked to stop, it waits for nothing else
             session.checkpoints.wait()
-            log.info("done: %s", workdir)
-            return 0
+        note_save(session)
+        log.info("done: %s", session.workdir)
+        return 0
 
 
 def train_stage(
@@ -146,11 +171,11 @@ def train_stage(
     Returns:
         The last state, which is also saved.
     """
-    stage, settings = plan.stage, session.settings
-    first = int(state.stage_step)
-    if first:
-        make_up(session, plan, state, first)
-    batches = feed(plan, settings.seed, first, session.mesh, session.workdir)
+    stage, settings, stop = plan.stage, session.settings, session.stop
+    first = saved = int(state.stage_step)
+    if first and not make_up(session, plan, state, first):
+        return state
+    batches = feed(plan, settings.seed, first, session.mesh, session.quarantine)
     clock = Clock(stage.batch, flops_frac(plan, session.mesh))
     pending: collections.deque[Done] = (
         collections.deque()
@@ -161,79 +186,62 @@ def train_stage(
         while len(pending) > ahead:
             write_step(session, plan, pending.popleft(), clock, bar)
 
+    def keep(done: int) -> None:
+        """Saves the state, of `done` steps, unless its checkpoint exists."""
+        nonlocal saved
+        if done != saved:
+            record()
+            save(session, plan, state, done, interval.plain())
+            saved = done
+
     for number in range(first, stage.num_steps):
+        step, last = stage.start_step + number + 1, number + 1 == stage.num_steps
+        held = functools.partial(keep, number)
         if refresh.due(stage, number):
             record()
-            session.watchdog.beat("refresh")
-            with clock.paused():
+            with clock.paused(), between(session, "refresh", step - 1, held) as going:
                 state = refresh.refreshed(session, plan, state, number)
-        session.watchdog.beat("data")
-        batch = clock.wait(lambda: next(batches))
-        session.watchdog.beat(f"step {number + 1}" if number > first else "compiling the step")
-        step, last = stage.start_step + number + 1, number + 1 == stage.num_steps
+            if not going:
+                held()
+                break
+        session.watchdog.beat("data", step - 1)
+        with stop.holding(step - 1, held):
+            batch = clock.wait(lambda: next(batches))
+        session.watchdog.beat(
+            f"step {number + 1}" if number > first else "compiling the step", step
+        )
         session.profile.before(step)
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        compiling = stop.holding(step - 1, held) if number == first else contextlib.nullcontext()
+        with compiling, jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = plan.step(state, batch)
-        session.stop.work()
+        stop.work()
         session.profile.after(step, metrics)
         finite = interval.add(metrics)
         logging_due = last or not number or (number + 1) % settings.log_every_steps == 0
         pending.append(Done(number + 1, metrics, finite, interval.take() if logging_due else None))
         record(ahead=AHEAD if number else 0)
         session.checkpoints.look()
+        note_save(session)
         bar.update()
         if not bar.disable:
             progress.said()
-        stopping = session.stop.asked(step)
-        due = due_evals(plan, number + 1)
-        saving = last or stopping or step % settings.save_every_steps == 0
-        if due or saving:
+        stopping = stop.poll()
+        due = [] if stopping else due_evals(plan, number + 1)  # made up for at the next start
+        if due or last or stopping or step % settings.save_every_steps == 0:
             record()
             with clock.paused():
-                try:
-                    for label in due:
-                        evaluate(session, plan, state, label, step)
-                except Exception:  # saves first, so that a failed evaluation loses no training
-                    save(session, plan, state, number + 1, interval.plain())
-                    raise
-                if saving:
-                    save(session, plan, state, number + 1, interval.plain())
+                stopping |= not evaluate_all(
+                    session, plan, state, due, functools.partial(keep, number + 1)
+                )
+                if last or stopping or step % settings.save_every_steps == 0:
+                    keep(number + 1)
         if stopping:
             break
     return state
 
 
-def due_evals(plan: StagePlan, stage_step: int) -> list[str]:
-    """Returns the labels of the evaluators to run after step `stage_step` of the stage (from 1)."""
-    stage = plan.stage
-    step, last = stage.start_step + stage_step, stage_step == stage.num_steps
-    every = lambda e: e.every_steps and step % e.every_steps == 0
-    return [name for name, e in stage.evals.items() if last or every(e)]
-
-
-def make_up(session: Session, plan: StagePlan, state: State, stage_step: int) -> None:
-    """Runs the evaluations of a restored step that are missing in metrics.jsonl."""
-    step = plan.stage.start_step + stage_step
-    rows = session.metrics.begun if jax.process_index() == 0 else []
-    done = {row.get("eval") for row in rows if row["kind"] == "eval" and row["step"] == step}
-    due = due_evals(plan, stage_step)
-    missing = np.array([name not in done for name in due], bool)
-    if due and jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        missing = multihost_utils.broadcast_one_to_all(missing)
-    for name in (n for n, is_missing in zip(due, missing) if is_missing):
-        log.info("[%d] %s: was due when the run stopped; made up for now", step, name)
-        try:
-            evaluate(session, plan, state, name, step)
-        except Exception as e:
-            if stage_step == plan.stage.num_steps:
-                raise
-            log.warning("[%d] %s: failed again (%s: %s); skipped", step, name, type(e).__name__, e)
-
-
 def feed(
-    plan: StagePlan, seed: int, stage_step: int, mesh: Mesh, workdir: pathlib.Path
+    plan: StagePlan, seed: int, stage_step: int, mesh: Mesh, quarantine: Appended
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the global batches of a stage, as arrays on the devices.
 
@@ -244,7 +252,7 @@ def feed(
         seed: of the order and of all draws.
         stage_step: steps of the stage that are already done.
         mesh: the run's mesh.
-        workdir: the work directory, where bad records are listed.
+        quarantine: where bad records are listed.
 
     Yields:
         {leaf: array [B …]}, with the leaves of another stream named "stream/leaf".
@@ -257,13 +265,12 @@ def feed(
         num = stage.num_steps - stage_step
         reading = start_plan(data, batch=batch, samples=num * batch, num_hosts=jax.process_count())
         log.info("%s: %s", f"data of stream {name!r}" if name else "data", reading)
-        bad = workdir / f"quarantine_{jax.process_index()}.jsonl"
         streams[name] = data.train_iter(
             start=start,
             batch=batch,
             num_batches=num,
             seed=seed,
-            quarantine=bad,
+            quarantine=quarantine,
             rows=local.rows(batch, mesh),
         )
     for batches in zip(*streams.values()):
@@ -337,29 +344,6 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
             "[%d] %s %d/%d  loss %.4f  %s  data wait %.0f%%",
             step, stage.name, number, stage.num_steps, averages["loss"], pace, 100 * wait,
         )  # fmt: skip
-
-
-def evaluate(session: Session, plan: StagePlan, state: State, label: str, step: int) -> None:
-    """Runs one evaluator on the current parameters, and writes its results to metrics.jsonl and the log."""
-    stage = plan.stage
-    session.watchdog.beat(f"eval {label}")
-    began = time.monotonic()
-    params = state.params if stage.eval_params == "student" else state.teachers[stage.eval_params]
-    write = lambda name, value: files.write_artefact(session.workdir, name, {"step": step} | value)
-    io = own_names(stage.evals, label, IO(stage.data, plan.main.tokenizer, write))
-    results = list(stage.evals[label](Apply(stage.model, params), session.mesh, io))
-    samples = stage.start_samples + (step - stage.start_step) * stage.batch
-    row: dict[str, Any] = {
-        "kind": "eval",
-        "step": step,
-        "samples": samples,
-        "stage": stage.name,
-        "eval": label,
-    }
-    row |= {r.metric: r.value for r in results} | dict(results[0].provenance if results else {})
-    session.metrics.write(row | {"time/eval_s": round(time.monotonic() - began, 3)})
-    text = "  ".join(f"{r.metric} {r.value:.4g}" for r in results)
-    log.info("[%d] %s: %s", step, label, text)
 
 
 def check_platform(wanted: str) -> None:

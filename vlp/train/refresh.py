@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp.core import check, local
+from vlp.core import check, interrupt, local
 from vlp.core import mesh as meshes
+from vlp.core.appended import Appended
 from vlp.core.types import Apply, Ctx
 from vlp.train.build import StagePlan, arrays_of
 from vlp.train.session import Session
@@ -42,7 +42,7 @@ class Embed:
     plan: StagePlan
     state: State
     mesh: Mesh
-    workdir: pathlib.Path
+    quarantine: Appended
     seed: int
     samples: int
 
@@ -70,9 +70,10 @@ class Embed:
             batch=batch,
             num_batches=-(-num // batch),
             seed=self.seed,
-            quarantine=self.workdir / f"quarantine_{jax.process_index()}.jsonl",
+            quarantine=self.quarantine,
             rows=local.rows(batch, self.mesh),
         ):
+            interrupt.poll()
             out = run(self.state.params, self.state.teachers, meshes.to_global(rows, self.mesh))
             found.append(jax.tree.map(meshes.to_host, out))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *found)
@@ -105,7 +106,7 @@ def refreshed(session: Session, plan: StagePlan, state: State, stage_step: int) 
     stage, began = plan.stage, time.monotonic()
     seen = stage.start_samples + stage_step * stage.batch
     before = jax.tree.map(meshes.to_host, state.method_state)
-    embed = Embed(plan, state, session.mesh, session.workdir, session.settings.seed, seen)
+    embed = Embed(plan, state, session.mesh, session.quarantine, session.settings.seed, seen)
     after = jax.tree.map(np.asarray, stage.objective.refresh(before, embed))
     old, new = arrays_of(before), arrays_of(after)
     for name in sorted(old.keys() | new.keys()):

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from vlp.ckpt.manager import Checkpoints
-from vlp.core import tree
+from vlp.core import paths, tree
+from vlp.core.appended import Appended
 from vlp.core.config import difference, plain
+from vlp.infer import golden
 from vlp.optim import make as optimisers
-from vlp.runtime import hosts, sinks
+from vlp.runtime import hosts, locks, preflight, sinks
 from vlp.runtime import workdir as files
 from vlp.runtime.profile import Profile
-from vlp.runtime.watchdog import Stop, Watchdog
+from vlp.runtime.stop import Stop
+from vlp.runtime.watchdog import Watchdog
 from vlp.train import summary
 from vlp.train.stages import Run
 from vlp.train.state import State
@@ -39,35 +42,44 @@ class Session:
 
     config: dict[str, Any]
     settings: Run
-    workdir: pathlib.Path
+    workdir: paths.Path
     mesh: Mesh
     checkpoints: Checkpoints
     metrics: files.Metrics
     stop: Stop
     watchdog: Watchdog
     versions: dict[str, Any]
-    lock: IO[str]
+    lock: locks.Lock
     profile: Profile
+    quarantine: Appended  # bad records that this process met
+    scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # by step
 
 
 def open_session(
     config: dict[str, Any],
     settings: Run,
-    workdir: pathlib.Path,
+    workdir: paths.Path,
     mesh: Mesh,
     stop: Stop,
-    first: StagePlan,
+    plans: Sequence[StagePlan],
     position: Mapping[str, int],
     profile: tuple[int, int] | None = None,
 ) -> Session:
     """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
     with hosts.raise_together("--workdir"):
-        lock = files.lock(workdir)
+        lock = locks.lock(workdir)
+    last = plans[-1].stage
+    done = position["step"] == last.start_step + last.num_steps
+    states = [] if done else [saved_part(plan.abstract) for plan in plans]
+    preflight.check_workdir(workdir, states, settings.keep_checkpoints)
     note = lambda step: files.write_json(workdir / "saved.json", {"step": step})
-    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep_checkpoints, on_saved=note)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", settings.keep_checkpoints, on_saved=note, more=settings.keep
+    )
     if position["step"]:
         note(position["step"])
     checkpoints.set_aside_after(position["step"])
+    first = plans[0]
     versions = files.versions() | {"data": getattr(first.main.source, "info", {})}
     files.write_json(workdir / "config.json", config)
     files.write_json(workdir / "versions.json", versions)
@@ -89,6 +101,7 @@ def open_session(
         versions,
         lock,
         Profile(workdir / "profile", profile),
+        Appended(workdir / f"quarantine_{jax.process_index()}.jsonl"),
     )
 
 
@@ -120,9 +133,9 @@ def parameters(params: Any) -> str:
     return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
-def last_meta(workdir: pathlib.Path) -> dict[str, Any] | None:
+def last_meta(workdir: paths.Path) -> dict[str, Any] | None:
     """Returns the metadata of the newest complete checkpoint; None without a checkpoint."""
-    if not (workdir / "checkpoints").is_dir():
+    if not paths.is_dir(workdir / "checkpoints"):
         files.check_saved(workdir)
         return None
     checkpoints = Checkpoints(workdir / "checkpoints", create=False)
@@ -151,15 +164,44 @@ def save(
 
     interval: sums of metrics since the last row (`Interval.plain`).
     """
-    session.watchdog.beat("save")
+    session.watchdog.beat("save", plan.stage.start_step + stage_step)
+    session.lock.check()
     session.metrics.flush()
+    session.quarantine.flush()
     stage = plan.stage
     step = stage.start_step + stage_step
     samples = stage.start_samples + stage_step * stage.batch
     position = {"step": step, "stage": stage.index, "stage_step": stage_step, "samples": samples}
     meta = {"position": position, "interval": interval, **description(session, plan)}
-    rest = {k: getattr(state, k) for k in REST}
-    session.checkpoints.save(step, state.params, rest, meta)
+    meta |= {
+        "scores": session.scores.get(step, {}),
+        "golden": golden_pair(session, plan, state),
+    }
+    session.checkpoints.save(step, *saved_part(state), meta)
+
+
+def saved_part(state: State) -> tuple[Any, dict[str, Any]]:
+    """Returns what a checkpoint holds: the parameters, and all the rest."""
+    return state.params, {k: getattr(state, k) for k in REST}
+
+
+def note_save(session: Session) -> None:
+    """Logs how long the last save took, once it is on disk."""
+    if (secs := session.checkpoints.save_secs) is not None:
+        session.checkpoints.save_secs = None
+        session.stop.note_save(secs)
+
+
+def golden_pair(session: Session, plan: StagePlan, state: State) -> dict[str, Any]:
+    """The golden pair of the trained parameters and of those that are evaluated; {} if compiling it would take time
+    that a process asked to stop may not have."""
+    stage, trees = plan.stage, {"student": state.params}
+    if stage.eval_params != "student":
+        trees[stage.eval_params] = state.teachers[stage.eval_params]
+    stop = session.stop
+    if stop.rescuing or (stop.stopped and not golden.compiled(stage.model, session.mesh)):
+        return {}
+    return golden.describe(stage.model, trees, stage.data, plan.main.tokenizer, session.mesh)
 
 
 def restore(session: Session, plan: StagePlan, step: int) -> State:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vlp.ckpt.keep import Keep, check_keep
 from vlp.core import check, plugins
 from vlp.core.config import build, build_named, overlay, plain
 from vlp.core.mesh import MeshShape
@@ -69,9 +70,11 @@ class Run:
     platform: str = ""  # "tpu", "gpu", "cpu": stop if JAX found another one
     log_every_steps: int = 10
     save_every_steps: int = 1000
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep: Keep = Keep()  # which others
     sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard", "wandb", "clu"
-    hang_secs: float = 0.0  # exit 76 with all stacks if nothing moves for so long; 0: never
+    hang_secs: float = 3600.0  # exit 76 with all stacks if nothing moves for so long; 0: never
+    grace_secs: float = 30.0  # between SIGTERM and SIGKILL (GCE spot, Kubernetes, Slurm's KillWait)
     plugins: tuple[
         Plugin, ...
     ] = ()  # modules and files of users that extend the tables (core.plugins)
@@ -148,7 +151,11 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
         if key not in RUN_KEYS | STAGE_KEYS | {"stages"}:
             raise _unknown("", key, RUN_KEYS | STAGE_KEYS | {"stages"})
     run = build(Run, {k: v for k, v in config.items() if k in RUN_KEYS}, "config")
-    check.bounds("config", run, {"hang_secs": (0 <= run.hang_secs < math.inf, "at least 0")})
+    bounds = {
+        "hang_secs": (0 <= run.hang_secs < math.inf, "at least 0"),
+        "grace_secs": (1 <= run.grace_secs < math.inf, "1 or more"),
+    }
+    check.bounds("config", run, bounds)
     for key in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
         if getattr(run, key) < 1:
             raise check.error(
@@ -198,6 +205,10 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
             raise check.error(
                 where, f"name {names[-1]!r} twice", "a different name for each stage", "rename it"
             )
+    check_keep("config.keep", run.keep)
+    label = run.keep.metric.partition("/")[0]
+    if label and label not in (known := {name for stage in stages for name in stage.evals}):
+        raise check.unknown("config.keep.metric", run.keep.metric, (f"{k}/METRIC" for k in known))
     return run, tuple(stages)
 
 

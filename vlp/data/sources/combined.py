@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from vlp.core import check
+from vlp.core import appended, check, paths
 from vlp.data import order
 from vlp.data import tokenizer as tokenizers
 
@@ -86,7 +85,7 @@ def without(source: Any, path: str) -> Without:
 
     Raises: `UserError` if there is no such file, or it lists none of this source's.
     """
-    if not os.path.isfile(path):
+    if not paths.is_file(path):
         raise check.error(
             "config.data.skip",
             f"{path!r}, which is not a file",
@@ -94,8 +93,8 @@ def without(source: Any, path: str) -> Without:
             "name a run's quarantine_0.jsonl, or write ''",
         )
     try:
-        with open(path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f if line.strip()]
+        lines = appended.read(paths.of(path)).decode().splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
         mine = sorted({int(r["record"]) for r in rows if r["fingerprint"] == source.fingerprint})
     except (ValueError, TypeError, KeyError) as e:
         got, do = f"{type(e).__name__} ({e!s:.60})", "give a run's quarantine_0.jsonl"
