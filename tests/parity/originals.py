@@ -88,7 +88,12 @@ def open_clip_model(cfg):
     custom = cfg.pop("custom_text", False)
     cls = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if custom else CLIP
     torch.manual_seed(0)
-    return trained_like(cls(**cfg))
+    model = cls(**cfg)
+    if hasattr(model, "text_decoder"):  # left as `torch.empty` there
+        torch.nn.init.normal_(
+            model.text_decoder.text_projection, std=cfg["text_cfg"]["width"] ** -0.5
+        )
+    return trained_like(model)
 
 
 def open_clip_folder(cfg, model, folder, preprocess=None):

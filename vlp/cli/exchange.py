@@ -34,9 +34,10 @@ def import_(args: argparse.Namespace) -> int:
     import pathlib
 
     from vlp.cli.main import start_jax
+    from vlp.core import paths
     from vlp.exchange import checkpoint, folders
 
-    source, out = pathlib.Path(args.source), pathlib.Path(args.out)
+    source, out = pathlib.Path(args.source), paths.parse("--out", args.out)
     checkpoint.check_out(out)
     start_jax()
     exchanged = folders.read(source, args.tokenizer, args.only)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +15,15 @@ from flax import traverse_util
 
 from vlp import __version__
 from vlp.ckpt.manager import Checkpoints
-from vlp.core import check, tree
+from vlp.core import check, paths, tree
 from vlp.core.config import build, build_named, plain
 from vlp.data.config import Data
 from vlp.data.tokenizer import Tokenizer
+from vlp.infer import golden
 from vlp.infer.average import check_out
 from vlp.infer.load import load, stage_config
 from vlp.models import MODELS, TOWERS
+from vlp.runtime import workdir as files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def check_shapes(exchanged: Exchanged) -> None:
             raise check.error(exchanged.source, got, f"{shape}", do)
 
 
-def write(exchanged: Exchanged, out: pathlib.Path) -> None:
+def write(exchanged: Exchanged, out: paths.Path) -> None:
     """Writes a workdir with one checkpoint, that `vlp eval`, `vlp caption`, `load` and `config.init` take.
 
     Raises:
@@ -94,14 +95,15 @@ def write(exchanged: Exchanged, out: pathlib.Path) -> None:
         raise check.error(exchanged.source, "no tokenizer", "the one of these weights", do)
     check_shapes(exchanged)
     tokenizer = exchanged.tokenizer
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer.model").write_bytes(tokenizer.to_bytes())
-    data = plain(build(Data, dict(exchanged.data), "preprocessing"))
+    file = out / "tokenizer.model"
+    files.write_bytes(file, tokenizer.to_bytes())
+    built = build(Data, dict(exchanged.data), "preprocessing")
+    data = plain(built)
     config = {
         "name": f"imported from {exchanged.system}",
         "model": dict(exchanged.model),
         "objective": {"name": exchanged.objective},
-        "data": data | {"tokenizer": str((out / "tokenizer.model").absolute())},
+        "data": data | {"tokenizer": str(file)},
         "evals": {},
     }
     meta = {
@@ -116,13 +118,16 @@ def write(exchanged: Exchanged, out: pathlib.Path) -> None:
         "fingerprints": {},
         "imported": {"from": exchanged.system, "source": exchanged.source},
     }
-    nested = traverse_util.unflatten_dict(dict(exchanged.leaves), sep="/")
+    nested: Any = traverse_util.unflatten_dict(dict(exchanged.leaves), sep="/")
+    if exchanged.model.get("embed"):
+        params = {"student": nested}
+        meta["golden"] = golden.describe(exchanged.build(), params, built, tokenizer, None)
     checkpoints = Checkpoints(out / "checkpoints")
     checkpoints.save(0, nested, {"step": np.int32(0)}, meta)
     checkpoints.close()
 
 
-def read(workdir: str | pathlib.Path, step: int | None = None) -> Exchanged:
+def read(workdir: str | os.PathLike, step: int | None = None) -> Exchanged:
     """Reads a checkpoint of ours: the parameters that its run evaluates."""
     loaded = load(workdir, step)
     section = stage_config(loaded.meta["config"], loaded.meta["stage"])
