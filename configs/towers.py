@@ -123,6 +123,23 @@ def clip(size: str) -> dict[str, Any]:
     )
 
 
+def open_clip_coca(size: str) -> dict[str, Any]:
+    """OpenCLIP's CoCa (coca_ViT-B-32, coca_ViT-L-14), which is not the paper's.
+
+    One pooler of 256 queries, the first of them contrastive; a norm of the image's tokens in each cross-attention and
+    two MLPs a layer; a mask of the text's CLS that is one position late.
+    """
+    section = clip(size)
+    shared = dict(activation="gelu_exact")
+    section["image_tower"].update(pool="none", cls=True, **shared)
+    section["text_tower"].update(pool="cls", cls_pos=True, cls_mask="shifted", **shared)
+    heads = {"B/32": 8, "L/14": 8}[size]
+    return section | dict(
+        decoder=dict(depth=12, norm_image=True, mlp_self=True),
+        poolers=dict(queries=255, heads=heads, cascade=False, shared=True),
+    )
+
+
 def flip(size: str) -> dict[str, Any]:
     """FLIP's: fixed positions, the mean of all image tokens with the CLS; text that sees both ways, at its first token.
 

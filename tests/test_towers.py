@@ -61,6 +61,13 @@ def originals_vocabulary(section):
     return section
 
 
+@pytest.mark.parametrize(("size", "total"), [("B/32", 253.56), ("L/14", 638.45)])
+def test_open_clips_coca_has_its_count(size, total):
+    """The same table's coca_ViT-B-32 and coca_ViT-L-14."""
+    found = counts(originals_vocabulary(towers.open_clip_coca(size)), text_len=76)
+    assert found["total"] == pytest.approx(total, abs=0.0051)
+
+
 def test_clips_b32_has_openais_count():
     assert round(counts(originals_vocabulary(towers.clip("B/32")))["total"] * 1e6) == 151_277_313
 

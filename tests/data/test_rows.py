@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from helpers.formats import clip_merges
 from vlp.core import check
 from vlp.data import text_ops, tokenizer, tokenizer_formats
 from vlp.data.config import Data, check_data
@@ -124,21 +125,10 @@ def test_a_sentencepiece_model_keeps_its_own_ids():
         Tokenizer(model)
 
 
-def merges(num: int) -> bytes:
-    """A merges file of `num` different lines, the last of which would join two letters of "qz"."""
-    letters = [chr(i) for i in range(ord("a"), ord("p"))]
-    lines, level = [], letters
-    while len(lines) < num:
-        level = [(x, y) for x in level[:300] for y in letters]
-        lines += [f"{x} {y}" for x, y in level]
-        level = [x + y for x, y in level]
-    return ("#version\n" + "\n".join([*lines[: num - 1], "q z"])).encode()
-
-
 def test_clip_keeps_48_894_merges():
     """512 + 48,894 + 2 = 49,408 pieces, the end of text the last; further lines of the file are not read."""
     pytest.importorskip("tokenizers")
-    spec = json.loads(tokenizer_formats.clip_bpe(gzip.compress(merges(50_000))))
+    spec = json.loads(tokenizer_formats.clip_bpe(gzip.compress(clip_merges(50_000))))
     vocab = spec["model"]["vocab"]
     assert len(spec["model"]["merges"]) == 48_894
     assert vocab["<|startoftext|>"] == 49_406 and vocab["<|endoftext|>"] == 49_407
@@ -147,7 +137,7 @@ def test_clip_keeps_48_894_merges():
 
 def test_a_tokenizer_json_keeps_its_own_ids():
     pytest.importorskip("tokenizers")
-    model = tokenizer_formats.clip_bpe(merges(400))
+    model = tokenizer_formats.clip_bpe(clip_merges(400))
     end = 512 + 400 + 1
     tok = Tokenizer(tokenizer.wrapped(model, Row(ids=(0, end - 1, end, -1))))
     renumbered = Tokenizer(model)

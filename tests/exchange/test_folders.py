@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 
 from helpers import runs
+from helpers.formats import clip_merges
 from vlp.core.check import UserError
 from vlp.core.config import build_named
 from vlp.data.tokenizer import Tokenizer
@@ -187,15 +188,13 @@ def test_a_model_of_our_own_tokenizer_is_written_with_a_remark(tmp_path):
 
 def test_a_model_with_our_numbering_of_clips_pieces_goes_out_in_theirs(tmp_path):
     """The table's rows follow their pieces; the pad and the unknown, which CLIP does not have, are left out."""
-    from test_rows import merges
-
     from vlp.data import tokenizer_formats
 
-    ours = Tokenizer(tokenizer_formats.clip_bpe(merges(20)))
+    ours = Tokenizer(tokenizer_formats.clip_bpe(clip_merges(20)))
     text = dict(CLIP["text_tower"], vocab=ours.vocab_size, pad_id=0, eos_id=2)
     first = made(dict(CLIP, text_tower=text), ours)
     folders.write(first, tmp_path / "out", "open_clip")
-    second = folders.read(tmp_path / "out", str(merged(tmp_path, merges(20))))
+    second = folders.read(tmp_path / "out", str(merged(tmp_path, clip_merges(20))))
     ids, theirs = ours.encode("abc no", 6), second.tokenizer.encode("abc no", 6)
     real = ids != 0
     a, b = first.leaves["text_tower/embedding"][ids], second.leaves["text_tower/embedding"][theirs]

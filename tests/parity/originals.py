@@ -80,13 +80,11 @@ OPEN_CLIP = {
 
 def open_clip_model(cfg):
     """An OpenCLIP model of a JSON, trained-like."""
-    pytest.importorskip("open_clip")
-    from open_clip.coca_model import CoCa
-    from open_clip.model import CLIP, CustomTextCLIP
-
+    dual = pytest.importorskip("open_clip.model")
+    coca = pytest.importorskip("open_clip.coca_model")
     cfg = json.loads(json.dumps(cfg))
     custom = cfg.pop("custom_text", False)
-    cls = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if custom else CLIP
+    cls = coca.CoCa if "multimodal_cfg" in cfg else dual.CustomTextCLIP if custom else dual.CLIP
     torch.manual_seed(0)
     model = cls(**cfg)
     if hasattr(model, "text_decoder"):  # left as `torch.empty` there

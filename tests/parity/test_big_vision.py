@@ -1,11 +1,11 @@
 """big_vision's two towers (SigLIP), written here with flax's own layers as its released code has them."""
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from vlp.exchange import compare, folders
 
@@ -85,7 +85,7 @@ def test_its_files_give_its_embeddings(scanned, tmp_path):
     moved = lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32)
     params = jax.tree.map(moved, params)
     want = jax.jit(model.apply)({"params": params}, image / 127.5 - 1, text)
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = traverse_util.flatten_dict(params, sep="/")
     arrays = {f"params/{n}": x for n, x in flat.items()}
     if scanned:
         for name in [n for n in arrays if "encoderblock_0" in n]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -86,8 +87,7 @@ def difference(exchanged: Exchanged, folder: pathlib.Path, system: str) -> dict[
 
 
 def _pixels(exchanged: Exchanged, image: np.ndarray) -> Any:
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     tower = exchanged.build().image_tower
     mean, std = (np.array(v, np.float32) for v in (tower.mean, tower.std))
     x = (image.astype(np.float32) / 255 - mean) / std
@@ -103,9 +103,8 @@ def _open_clip(
     exchanged: Exchanged, folder: pathlib.Path, image: np.ndarray, text: np.ndarray
 ) -> Outputs:
     torch = _torch()
-    import open_clip
-
-    model: Any = open_clip.create_model(f"local-dir:{folder.absolute()}").eval()
+    library: Any = importlib.import_module("open_clip")
+    model: Any = library.create_model(f"local-dir:{folder.absolute()}").eval()
     with torch.no_grad():
         x, rows = _pixels(exchanged, image), torch.from_numpy(text).long()
         out = {"image": _unit(model.encode_image(x)), "text": _unit(model.encode_text(rows))}
@@ -118,9 +117,8 @@ def _hugging_face(
     exchanged: Exchanged, folder: pathlib.Path, image: np.ndarray, text: np.ndarray
 ) -> Outputs:
     torch = _torch()
-    import transformers
-
-    model: Any = transformers.AutoModel.from_pretrained(folder).eval()
+    library: Any = importlib.import_module("transformers")
+    model: Any = library.AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
         rows = torch.from_numpy(text).long()
         found = model(input_ids=rows, pixel_values=_pixels(exchanged, image))
@@ -129,8 +127,7 @@ def _hugging_face(
 
 def _torch() -> Any:
     """torch, with the schemas of torchvision's operators where its own do not load; nothing here calls them."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ def caption(loaded: Loaded, images: Sequence[np.ndarray]) -> list[str]:
     if not tokenizer.row.bos:
         got, do = "a tokenizer whose rows have no bos", "caption with another model"
         raise check.error("caption", got, "rows that begin with bos", do)
-    options = dict(resize=data.resize, how=data.eval_crop)
+    options: dict[str, Any] = dict(resize=data.resize, how=data.eval_crop)
     pixels = [image_ops.eval_image(image, data.image_px, **options) for image in images]
     ids = {name: getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id", "unk_id")}
     generate = loaded.apply.jit(
