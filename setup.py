@@ -45,7 +45,7 @@ extras = {
     "wandb": ["wandb>=0.19"],
     "beam": ["apache-beam>=2.60"],
     "syntax": ["textblob>=0.19"],
-    "hf": ["tokenizers>=0.20"],
+    "hf": ["tokenizers>=0.20", "safetensors>=0.5", "ftfy>=6.2"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",

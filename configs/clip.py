@@ -3,7 +3,7 @@
 Arguments: size (and S/32 … G/14: OpenCLIP's), path, keep_ratio (below 1: FLIP's masking), smoke. Of the paper: batch
 32,768, 32 epochs of 400 M pairs, AdamW β2 0.98, ε 1e-6, weight decay 0.2, lr 5e-4 (B/32, B/16) or 4e-4 (L/14), 2,000
 warm-up steps, cosine, only random square crops. Not from the paper: gradients are clipped to norm 1 (the default), and
-the vocabulary is your tokenizer's (49,408 at most). Larger sizes take L/14's rate.
+the vocabulary is your tokenizer's (49,410 at most: CLIP's 49,408, a pad and an unknown). Larger sizes take L/14's rate.
 """
 
 import ml_collections

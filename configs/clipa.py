@@ -8,8 +8,7 @@ examples, 3,200 warm-up steps ("smaller collapses"), crops of 40-100 % of the ar
 224 px and 32 tokens, batch 32,768, 30 % of the patches dropped, lr 4e-7 per 256, 26.2 M of warm-up; 131 M at 336 px,
 batch 16,384, 40 % dropped, lr 1e-7 per 256. AdamW β 0.9/0.95, decay 0.2, cosine to 0 in each stage.
 
-Where this differs: the tokens' mean is taken after the final norm, not before; a longer text table keeps its first rows
-and starts the others fresh.
+Where this differs: a longer text table keeps its first rows and starts the others fresh.
 """
 
 import ml_collections

@@ -21,7 +21,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c = pretraining(f"siglip_{arg.size}", towers.siglip(arg.size), arg.path)
     c.batch = 32_768
     c.objective = dict(name="siglip", keep_ratio=arg.keep_ratio)
-    c.data.update(image_px=224, text_len=64)
+    c.data.update(image_px=224, text_len=64, eval_crop="squash")
+    c.data.update(bos=False, fill="eos", clean="siglip")  # pieces, eos to the end
     c.optim = dict(b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
     c.optim["rules"] = [dict(match=".*/kernel"), dict(match=".*", decay=0.0)]
     c.schedule = dict(lr=1e-3, warmup_steps=20_000)

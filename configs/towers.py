@@ -88,33 +88,55 @@ TEXT = {
 TEXT["clipa"] = {size: TEXT["clip"][size] for size in ("B/16", "L/16", "L/14", "H/14", "G/14")}
 
 COMPUTE = dict(dtype="bfloat16", remat="dots_no_batch")
+# CLIP's and OpenCLIP's: PyTorch's epsilon of LayerNorm; mean and deviation of OpenAI's pixels (its `clip.load`).
+NORM = dict(eps=1e-5)
+PIXELS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+CLIP_VOCAB = 49_410  # CLIP's 49,408 and, as `vlp data tokenizer` numbers them, a pad and an unknown
 
 
 def clip(size: str) -> dict[str, Any]:
     """CLIP's and OpenCLIP's: CLS and a norm before the blocks; causal text, read at its end.
 
     CLIP has QuickGELU; OpenCLIP's own models (those it adds to CLIP's sizes among them) have the exact GELU.
-    CLIP's position table has a row for the CLS, which here is part of the CLS. RN50 … RN50x64: its modified ResNets,
-    whose attention pooling is the projection too.
+    RN50 … RN50x64: its modified ResNets, whose attention pooling is the projection too.
     """
     lower = pick("clip", size)
     if size in RESNET:
         compute = dict(COMPUTE, remat="none")
-        tower = dict(vocab=49_408, pool="eos", activation="quick_gelu", **lower, **COMPUTE)
+        tower = dict(activation="quick_gelu", **lower, **NORM, **COMPUTE)
+        tower |= dict(vocab=CLIP_VOCAB, pool="eos")
         return dict(
             name="two_tower",
-            image_tower=dict(name="resnet", **RESNET[size], **compute),
+            image_tower=dict(name="resnet", **RESNET[size], **PIXELS, **compute),
             text_tower=tower,
             embed=RESNET[size]["out"],
             project_image=False,
         )
     activation = "quick_gelu" if size in ("B/32", "B/16", "L/14") else "gelu_exact"
-    shared = dict(activation=activation, **COMPUTE)
+    shared = dict(activation=activation, **NORM, **COMPUTE)
+    front = dict(pool="cls", cls_pos=True, pre_norm=True, patch_bias=False)
     return dict(
         name="two_tower",
-        image_tower=dict(pool="cls", pre_norm=True, patch_bias=False, **IMAGE[size], **shared),
-        text_tower=dict(vocab=49_408, pool="eos", **lower, **shared),
+        image_tower=dict(**front, **IMAGE[size], **PIXELS, **shared),
+        text_tower=dict(vocab=CLIP_VOCAB, pool="eos", **lower, **shared),
         embed=lower["width"],
+    )
+
+
+def open_clip_coca(size: str) -> dict[str, Any]:
+    """OpenCLIP's CoCa (coca_ViT-B-32, coca_ViT-L-14), which is not the paper's.
+
+    One pooler of 256 queries, the first of them contrastive; a norm of the image's tokens in each cross-attention and
+    two MLPs a layer; a mask of the text's CLS that is one position late.
+    """
+    section = clip(size)
+    shared = dict(activation="gelu_exact")
+    section["image_tower"].update(pool="none", cls=True, **shared)
+    section["text_tower"].update(pool="cls", cls_pos=True, cls_mask="shifted", **shared)
+    heads = {"B/32": 8, "L/14": 8}[size]
+    return section | dict(
+        decoder=dict(depth=12, norm_image=True, mlp_self=True),
+        poolers=dict(queries=255, heads=heads, cascade=False, shared=True),
     )
 
 
@@ -135,14 +157,15 @@ def flip(size: str) -> dict[str, Any]:
 
 
 def clipa(size: str) -> dict[str, Any]:
-    """CLIPA's: fixed positions, the mean of the image tokens; text that sees both ways, at its last position.
+    """CLIPA's: fixed positions, the norm of the patches' mean; text that sees both ways, at its last position.
 
-    Its vocabulary is 32,000 (BERT's 30,522 words, rounded up).
+    The blocks see a CLS, which the mean leaves out. Its vocabulary is 32,000 (BERT's 30,522 words, rounded up).
     """
     lower = pick("clipa", size)
+    front = dict(pool="mean_patches", cls=True, pool_first=True, patch_bias=False)
     return dict(
         name="two_tower",
-        image_tower=dict(pool="mean", pos="sincos", **IMAGE[size], **COMPUTE),
+        image_tower=dict(pos="sincos_big_vision", **front, **IMAGE[size], **COMPUTE),
         text_tower=dict(
             vocab=32_000, pool="last", causal=False, attend_padding=True, **lower, **COMPUTE
         ),

@@ -23,6 +23,7 @@ FLOORS = {
     "evals": 3,
     "infer": 3,
     "runtime": 3,
+    "exchange": 4,
     "train": 4,
     "report": 4,
     "plan": 5,

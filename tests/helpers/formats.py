@@ -103,3 +103,14 @@ def tfds(directory, pairs, captions=None) -> str:
     builder = Pairs(data_dir=str(directory), file_format="array_record")
     builder.download_and_prepare()
     return str(builder.data_path)
+
+
+def clip_merges(num: int) -> bytes:
+    """A merges file, as CLIP's, of `num` different lines, the last of which would join two letters of "qz"."""
+    letters = [chr(i) for i in range(ord("a"), ord("p"))]
+    lines, level = [], letters
+    while len(lines) < num:
+        level = [(x, y) for x in level[:300] for y in letters]
+        lines += [f"{x} {y}" for x, y in level]
+        level = [x + y for x, y in level]
+    return ("#version\n" + "\n".join([*lines[: num - 1], "q z"])).encode()

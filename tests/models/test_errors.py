@@ -30,11 +30,11 @@ text = lambda **kwargs: CAPTIONER.clone(text_tower=TEXT.clone(**kwargs))
     [
         (
             image(pool="max"),
-            "model.image.pool: got 'max', expected one of ['cls', 'map', 'mean', 'none']; did you mean",
+            "model.image.pool: got 'max', expected one of ['cls', 'map', 'mean', 'mean_patches', 'none']; did you mean",
         ),
         (
             image(pos="learnt"),
-            "got 'learnt', expected one of ['learned', 'sincos']; did you mean 'learned'?",
+            "got 'learnt', expected one of ['learned', 'sincos', 'sincos_big_vision']; did you mean 'learned'?",
         ),
         (
             image(patch=5),

@@ -1,10 +1,12 @@
-"""`vlp ckpt`: lists, checks, removes, tags and copies the checkpoints of a run."""
+"""`vlp ckpt`: lists, checks, removes, tags and copies the checkpoints of a run; imports and exports (exchange.py)."""
 
 import argparse
 
+from vlp.cli import exchange
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    about = "list, check, remove, tag and copy checkpoints"
+    about = "list, check, remove, tag, copy, import and export checkpoints"
     parser = subparsers.add_parser("ckpt", help=about, description=about)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
@@ -33,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     one = action("cp", "copy a checkpoint into another workdir, and check the copy", cp)
     one.add_argument("target", metavar="TARGET", help="a workdir, here or in a bucket")
     one.add_argument("--step", type=int, help="default: the newest whole one")
+    exchange.add_actions(actions)
 
 
 def ls(args: argparse.Namespace) -> int:

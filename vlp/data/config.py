@@ -100,6 +100,9 @@ class Data:
     group_by: str = ""  # a field of the records: an epoch visits each of its values once
     image_px: int = 64
     text_len: int = 16  # tokens, with bos and eos
+    bos: bool | None = None  # rows begin with it; None, "": as the tokenizer says (tokenizer.Row)
+    fill: str = ""  # what follows the eos: "pad" or "eos"
+    clean: str = ""  # how texts are cleaned first: text_ops.CLEAN
     captions: str = "first"  # first | uniform | weighted | all (the first num_captions)
     num_captions: int = 1
     langs: tuple[str, ...] = ()  # use only captions in these languages (("en",)); () = all
@@ -128,6 +131,8 @@ class Data:
     randaugment: int = 0  # operations per image
     randaugment_magnitude: float = 9.0  # of 10
     resize: str = "bicubic"  # one of image_ops.FILTERS
+    crop: str = "exact"  # training's: image_ops.CROPS
+    eval_crop: str = "exact"  # evaluation's: image_ops.EVAL_CROPS
     bad_records: str = "error"  # or "replace": use another record, chosen by the stream position
     max_bad_frac: float = 0.05  # the run stops if it replaces more
     skip: str = ""  # a quarantine file of an earlier run, whose records are omitted
@@ -155,6 +160,10 @@ def check_data(data: Data) -> None:
     enums = (
         ("captions", text_ops.POLICIES),
         ("bad_records", BAD_RECORDS),
+        ("fill", ("", "pad", "eos")),
+        ("clean", ("", *text_ops.CLEAN)),
+        ("crop", image_ops.CROPS),
+        ("eval_crop", image_ops.EVAL_CROPS),
     )
     for field, known in enums:
         if getattr(data, field) not in known:

@@ -20,7 +20,7 @@ import numpy as np
 from vlp.core import check
 from vlp.core.appended import Appended
 from vlp.core.plugins import Plugin
-from vlp.data import SOURCES, groups, leaves, order, pipeline, samples, storage
+from vlp.data import SOURCES, groups, leaves, order, pipeline, samples, storage, text_ops
 from vlp.data import quarantine as quarantine_lib
 from vlp.data import tokenizer as tokenizers
 from vlp.data.config import Data, check_data
@@ -57,8 +57,21 @@ def open_dataset(
     if tokenizer is None and data.tokenizer:
         tokenizer = tokenizers.load(data.tokenizer)
     _look(data, source, found)
-    words = source.tokenizer() if tokenizer is None else tokenizer
+    words = _with_row(source.tokenizer() if tokenizer is None else tokenizer, data)
     return Dataset(data, source, words, reads=tuple(reads), plugins=tuple(plugins))
+
+
+def _with_row(tokenizer: Any, data: Data) -> Any:
+    """The tokenizer with what the config says of its rows. Raises UserError if it cannot have it."""
+    fields = {"bos": data.bos, "fill": data.fill, "clean": data.clean}
+    changes = {k: v for k, v in fields.items() if v not in (None, "")}
+    if not changes:
+        return tokenizer
+    if not hasattr(tokenizer, "with_row"):
+        where, do = f"config.data.{next(iter(changes))}", "leave it out"
+        raise check.error(where, changes, "a tokenizer of vlp, whose rows can change", do)
+    text_ops.check_clean("config.data.clean", changes.get("clean", "none"))
+    return tokenizer.with_row(**changes)
 
 
 def _look(data: Data, source: Any, found: Sequence[leaves.Leaf], num: int = 64) -> None:

@@ -83,7 +83,8 @@ class Draws:
         data = self.data
         if self.training or "crop" in options:
             return augmented(image, data, rng, training=self.training, **options)
-        return image_ops.eval_image(image, data.image_px, resize=data.resize, **options)
+        how = data.eval_crop
+        return image_ops.eval_image(image, data.image_px, resize=data.resize, how=how, **options)
 
     def crop(self, record: dict) -> image_ops.Crop:
         """Returns the crop of the leaf "image": drawn, the centre in evaluations, or one of the record's own."""
@@ -92,7 +93,7 @@ class Draws:
             entry = record["crops"][self.stored_number(record)]
             return image_ops.crop_of_shares(entry["box"], entry["flip"], size, self.data.image_px)
         if not self.training:
-            return image_ops.eval_crop(size)
+            return image_ops.eval_crop(size, self.data.image_px, self.data.eval_crop)
         draws = self.rng("image").random(8)
         return image_ops.draw_crop(size, self.data.image_px, draws, **_crop_options(self.data))
 
@@ -108,6 +109,7 @@ def _crop_options(data: Data) -> dict[str, Any]:
         "max_aspect": data.max_aspect,
         "translate_frac": data.translate_frac,
         "flip": data.flip,
+        "how": data.crop,
     }
 
 

@@ -23,6 +23,8 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "fast": None,  # OpenCV's Gaussian, then its cubic: near "bicubic", at a quarter of its time
 }  # Pillow's filters widen when shrinking: all are antialiased
+CROPS = ("exact", "torchvision")  # of training (`train_box`)
+EVAL_CROPS = ("exact", "torchvision", "squash")  # of evaluation (`eval_crop`)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _MARGIN = (
     1.25  # with it, scaled decoding stays within 1.5/255 of Pillow's bicubic; with 1, within 3
@@ -62,6 +64,7 @@ def draw_crop(
     max_aspect: float = 1.0,
     translate_frac: float = 0.0,
     flip: bool = False,
+    how: str = "exact",
 ) -> Crop:
     """Returns the crop that draws[:5], uniform in [0, 1), choose in an image of (height, width) (`train_image`)."""
     border_px = round(translate_frac * min(size)) if translate_frac else 0
@@ -72,6 +75,7 @@ def draw_crop(
         min_area_frac=min_area_frac,
         max_area_frac=max_area_frac,
         max_aspect=max_aspect,
+        how=how,
     )
     return Crop(box, shrink, border_px, bool(flip and draws[4] < 0.5))
 
@@ -85,10 +89,21 @@ def crop_of_shares(
     return Crop((left, top, right, bottom), _shrink(right - left, bottom - top, size_px), 0, flip)
 
 
-def eval_crop(size: tuple[int, ...]) -> Crop:
-    """Returns the crop of evaluations: the centre square of the whole image."""
+def eval_crop(size: tuple[int, ...], size_px: int = 0, how: str = "exact") -> Crop:
+    """Returns the crop of evaluations: the centre square of the whole image.
+
+    "torchvision": its Resize of the shorter side to `size_px`, which cuts a fraction of a pixel off the longer one, and
+    its CenterCrop, which rounds the edges (OpenCLIP). "squash": the whole image, whatever its aspect ratio (SigLIP).
+    """
     height, width = size
+    if how == "squash":
+        return Crop((0.0, 0.0, float(width), float(height)))
     side = min(height, width)
+    if how == "torchvision":
+        new_h, new_w = (int(size_px * edge / side) for edge in (height, width))
+        top, left = (round((edge - size_px) / 2) for edge in (new_h, new_w))
+        y, x = height / new_h, width / new_w
+        return Crop((left * x, top * y, (left + size_px) * x, (top + size_px) * y))
     left, top = (width - side) / 2, (height - side) / 2
     return Crop((left, top, left + side, top + side))
 
@@ -108,6 +123,7 @@ def train_image(
     max_aspect: float = 1.0,
     translate_frac: float = 0.0,
     flip: bool = False,
+    how: str = "exact",
     jitter: float = 0.0,
     randaugment: int = 0,
     magnitude: float = 0.0,
@@ -140,6 +156,7 @@ def train_image(
             max_aspect=max_aspect,
             translate_frac=translate_frac,
             flip=flip,
+            how=how,
         )
     box = crop.box
     if crop.border_px or translate_frac:
@@ -180,6 +197,7 @@ def train_box(
     min_area_frac: float = 1.0,
     max_area_frac: float = 1.0,
     max_aspect: float = 1.0,
+    how: str = "exact",
 ) -> tuple[tuple[float, float, float, float], int]:
     """Returns the crop (left, top, right, bottom) that four draws choose in an image of (height,
     width), and the fraction 1/1 … 1/8 at which it may be decoded.
@@ -187,10 +205,13 @@ def train_box(
     Area and aspect ratio are drawn until the crop lies within the image, ten times at most; then it
     is the largest crop of an allowed aspect ratio (and area), at a place that is drawn as well (a
     random square crop, where only squares are allowed). Source: Szegedy et al. 2015,
-    arXiv:1409.4842, §6, as in torchvision's RandomResizedCrop, which takes the centre in the end
-    and whole pixels. All further draws are a function of the first two.
+    arXiv:1409.4842, §6. All further draws are a function of the first two. how="torchvision": the
+    distribution of its RandomResizedCrop, which has whole pixels and takes the centre in the end.
     """
     height, width = size
+    if how == "torchvision":
+        box = _torchvision_box(size, draws, (min_area_frac, max_area_frac), max_aspect)
+        return box, _shrink(box[2] - box[0], box[3] - box[1], size_px)
     largest_w, largest_h = min(width, height * max_aspect), min(height, width * max_aspect)
     crop_w, crop_h = float(largest_w), float(largest_h)
     if min_area_frac * height * width <= largest_w * largest_h:
@@ -205,6 +226,24 @@ def train_box(
             crop_w, crop_h = smaller * largest_w, smaller * largest_h
     left, top = draws[2] * (width - crop_w), draws[3] * (height - crop_h)
     return (left, top, left + crop_w, top + crop_h), _shrink(crop_w, crop_h, size_px)
+
+
+def _torchvision_box(
+    size: tuple[int, ...], draws: np.ndarray, area_frac: tuple[float, float], max_aspect: float
+) -> tuple[float, float, float, float]:
+    """As torchvision 0.29, `RandomResizedCrop.get_params`, with ratio (1/max_aspect, max_aspect)."""
+    height, width = size
+    for area_draw, aspect_draw in _tries(draws):
+        area = (area_frac[0] + area_draw * (area_frac[1] - area_frac[0])) * height * width
+        aspect = max_aspect ** (2 * aspect_draw - 1)
+        crop_w, crop_h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < crop_w <= width and 0 < crop_h <= height:
+            left, top = int(draws[2] * (width - crop_w + 1)), int(draws[3] * (height - crop_h + 1))
+            return float(left), float(top), float(left + crop_w), float(top + crop_h)
+    crop_w = round(min(width, height * max_aspect))
+    crop_h = round(min(height, width * max_aspect))
+    left, top = float((width - crop_w) // 2), float((height - crop_h) // 2)
+    return left, top, left + crop_w, top + crop_h
 
 
 def _shrink(crop_w: float, crop_h: float, size_px: int) -> int:
@@ -224,14 +263,15 @@ def eval_image(
     size_px: int,
     *,
     resize: str = "bicubic",
+    how: str = "exact",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns u8[size_px, size_px, 3]: the centre square of the whole image, resized in one step."""
+    """Returns u8[size_px, size_px, 3]: the crop `eval_crop` of the whole image, resized in one step."""
     image = _pixels(image)
     height, width = image.shape[:2]
     if height == width == size_px:  # equal size: bit for bit
         return image if out is None else _put(image, out)
-    return _resized(image, size_px, eval_crop((height, width)).box, resize, out)
+    return _resized(image, size_px, eval_crop((height, width), size_px, how).box, resize, out)
 
 
 def _pixels(image: np.ndarray | Picture) -> np.ndarray:

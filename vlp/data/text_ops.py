@@ -1,8 +1,10 @@
 """Which of a record's captions a sample uses, and how a long one is shortened."""
 
 import functools
+import html
 import itertools
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 
 from vlp.core import check
 
+CLEAN = ("none", "whitespace", "lower", "canonicalize", "siglip")
 SHORTEN = ("truncate", "random", "block", "syntax")
 POLICIES = ("first", "uniform", "weighted", "all")
 REASONS = ("bad_caption", "no_caption")
@@ -21,6 +24,8 @@ _UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u180b\u180
 }
 _SEPARATE = ("Zs", "Zl", "Zp", "Cc", "Cf", "Cs")  # not Cn: characters newer than Python's tables
 _PLAIN = re.compile("[A-Za-z0-9]")
+_SIMPLE = re.compile("[ -%'-~]*")  # printable ASCII without &: ftfy and HTML have nothing to repair
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SENTENCE_END = re.compile(
     r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+(?![a-zà-öø-ÿ])|(?<=[。！？])(?![”’」』）])|[\r\n]+"""
 )
@@ -134,6 +139,44 @@ def is_caption(caption: Any) -> bool:
         and isinstance(weight := caption.get("weight", 1.0), int | float)
         and 0 <= weight < float("inf")
     )
+
+
+def clean(text: str, how: str) -> str:
+    """Returns a text as it is cleaned before tokenizing.
+
+    "whitespace": ftfy's repair of mis-encoded text, `html.unescape` twice, single spaces. "lower": and lower case
+    (CLIP, Radford et al. 2021, its `simple_tokenizer.py`). "canonicalize": without ASCII punctuation, "_" a space,
+    lower case (big_vision's `prompt_engineering.py`; after the same repair, as in OpenCLIP). "siglip": without ASCII
+    punctuation, lower case, no repair (transformers' SiglipTokenizer). "none": as it is.
+    """
+    if how == "none":
+        return text
+    if how == "siglip":
+        return " ".join(text.lower().translate(_PUNCTUATION).split())
+    if not _SIMPLE.fullmatch(text):
+        text = html.unescape(html.unescape(_ftfy().fix_text(text)))
+    if how == "canonicalize":
+        text = text.replace("_", " ").translate(_PUNCTUATION)
+    text = " ".join(text.split())
+    return text if how == "whitespace" else text.lower()
+
+
+@functools.cache
+def _ftfy() -> Any:
+    try:
+        import ftfy  # here, because only cleaning needs it
+    except ImportError:
+        got, do = "a text cleaning that needs the package ftfy", 'run `pip install "vlp[hf]"`'
+        raise check.error("config.data.clean", got, "it", do) from None
+    return ftfy
+
+
+def check_clean(where: str, how: str) -> None:
+    """Raises a `UserError` unless `how` is one of `CLEAN` and its package is there."""
+    if how not in CLEAN:
+        raise check.unknown(where, how, CLEAN)
+    if how not in ("none", "siglip"):
+        _ftfy()
 
 
 def sentences(text: str) -> list[str]:

@@ -31,9 +31,9 @@ _KEYS = {
     "unk": ("unk_token",),
 }
 UNK = ROLES.index("unk")
-# Radford et al. 2021, arXiv:2103.00020, §2.4: a vocabulary of 49,152, lower-cased byte pairs. Of it
-# 512 are the bytes, alone and at a word's end, and two are the start and end of text.
-CLIP_MERGES = 49152 - 512 - 2
+# CLIP (Radford et al. 2021, arXiv:2103.00020, §2.4) keeps 49,152 − 256 − 2 lower-cased merges of its
+# file. With 512 pieces for the bytes, alone and at a word's end, and start and end of text: 49,408.
+CLIP_MERGES = 49152 - 256 - 2
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
@@ -81,6 +81,25 @@ class Pieces:
         return len(self.old_ids)
 
 
+class OwnIds:
+    """`Pieces` in the file's own numbering. unk: the id for a piece that it lacks."""
+
+    def __init__(self, pieces: Pieces, unk: int):
+        self._pieces, self.roles, self.old_ids = pieces, pieces.roles, pieces.old_ids
+        self._ours = {old: i for i, old in enumerate(pieces.old_ids) if old >= 0}
+        self._unk = unk
+
+    def encode(self, text: str) -> list[int]:
+        found = self._pieces.encode(text)
+        return [self._unk if i == UNK else self.old_ids[i] for i in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._pieces.decode([self._ours[i] for i in ids if i in self._ours])
+
+    def vocab_size(self) -> int:
+        return 1 + max(self.old_ids)
+
+
 def with_roles(model: bytes, config_files: Mapping[str, bytes], where: str) -> bytes:
     """Returns the tokenizer.json with the roles of special tokens from the other files of its folder.
 
@@ -119,6 +138,25 @@ def with_roles(model: bytes, config_files: Mapping[str, bytes], where: str) -> b
             "pad_id": old[found["pad"]], "pad_type_id": 0, "pad_token": found["pad"],
         }  # fmt: skip
     return json.dumps(spec, ensure_ascii=False, sort_keys=True).encode()
+
+
+def assigned(model: bytes, where: str) -> dict[str, str]:
+    """Returns role → token, as a tokenizer.json itself assigns them."""
+    return _assigned(_spec(model, where), where)
+
+
+def named(config_files: Mapping[str, bytes], where: str) -> dict[str, str]:
+    """Returns role → token, as the files `CONFIG_FILES` of its folder name them; the first file counts."""
+    out: dict[str, str] = {}
+    for name in CONFIG_FILES:
+        if name in config_files:
+            out = _named(config_files[name], f"{where}: {name}") | out
+    return out
+
+
+def ids_of(model: bytes) -> dict[str, int]:
+    """Returns every piece of a tokenizer.json with its own id."""
+    return _old_ids(json.loads(model))
 
 
 def _no_tokenizer(where: str, e: Exception) -> check.UserError:
@@ -276,7 +314,7 @@ def lowered(model: bytes, where: str) -> bytes:
 def clip_bpe(data: bytes, where: str = "CLIP's merges") -> bytes:
     """Returns the tokenizer.json of CLIP's `bpe_simple_vocab_16e6.txt.gz` (or its plain text).
 
-    Unlike CLIP's own code it does not repair mis-encoded text or HTML entities first.
+    CLIP's own code first repairs mis-encoded text and HTML entities: `Row.clean` "lower" (tokenizer.py).
     """
     library = _library(where)
     expected, do = "a tokenizer.json, or a merges file of two pieces a line", "check the file"

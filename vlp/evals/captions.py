@@ -65,7 +65,9 @@ class Captions:
         dataset = io.open(self.split)
         losses = apply.jit(_losses)
         length, vocab_size = dataset.data.text_len, dataset.tokenizer.vocab_size
-        generate = apply.jit(decoding.captions, length=length, vocab_size=vocab_size)
+        names = ("pad_id", "bos_id", "eos_id", "unk_id")
+        ids = {name: getattr(dataset.tokenizer, name) for name in names}
+        generate = apply.jit(decoding.captions, length=length, vocab_size=vocab_size, **ids)
         found: dict[str, list[np.ndarray]] = {"true": [], "shuffled": [], "count": []}
         generated: list[str] = []
         used: list[int] = []  # the record of each row, or its substitute's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +27,15 @@ def caption(loaded: Loaded, images: Sequence[np.ndarray]) -> list[str]:
             "a model with a decoder",
             "give the workdir of a captioner, such as CoCa",
         )
-    px, resize = loaded.data.image_px, loaded.data.resize
-    pixels = [image_ops.eval_image(image, px, resize=resize) for image in images]
-    vocab_size = loaded.tokenizer.vocab_size
+    data, tokenizer = loaded.data, loaded.tokenizer
+    if not tokenizer.row.bos:
+        got, do = "a tokenizer whose rows have no bos", "caption with another model"
+        raise check.error("caption", got, "rows that begin with bos", do)
+    options: dict[str, Any] = dict(resize=data.resize, how=data.eval_crop)
+    pixels = [image_ops.eval_image(image, data.image_px, **options) for image in images]
+    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id", "unk_id")}
     generate = loaded.apply.jit(
-        decoding.captions, length=loaded.data.text_len, vocab_size=vocab_size
+        decoding.captions, length=data.text_len, vocab_size=tokenizer.vocab_size, **ids
     )
     tokens = generate(jnp.asarray(np.stack(pixels)))
     return [loaded.tokenizer.decode(row) for row in np.asarray(tokens)]

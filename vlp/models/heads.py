@@ -71,14 +71,15 @@ class AttentionPool(nn.Module):
     width: int
     heads: int
     dtype: str = "float32"
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B Q D"]:
         shape = (self.queries, self.width)
         query = self.param("query", logical(nn.initializers.normal(0.02), "tokens", "embed"), shape)
-        query = Norm(self.dtype, name="norm_query")(query.astype(self.dtype)[None])
+        query = Norm(self.dtype, self.eps, name="norm_query")(query.astype(self.dtype)[None])
         y = Attention(self.heads, self.width, self.dtype, name="attention")(query, x)
-        return Norm(self.dtype, name="norm")(y)
+        return Norm(self.dtype, self.eps, name="norm")(y)
 
 
 class MapPool(nn.Module):
@@ -91,6 +92,7 @@ class MapPool(nn.Module):
     mlp: int
     activation: str = "gelu"
     dtype: str = "float32"
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(
@@ -101,7 +103,7 @@ class MapPool(nn.Module):
         query = self.param("query", init, (1, width)).astype(self.dtype)[None]
         mask_B1N = None if mask is None else mask[:, None]
         x = Attention(self.heads, width, self.dtype, name="attention")(query, x, mask_BTS=mask_B1N)
-        y = Norm(self.dtype, name="norm")(x)
+        y = Norm(self.dtype, self.eps, name="norm")(x)
         return (x + Mlp(self.mlp, self.activation, self.dtype, name="mlp")(y))[:, 0]
 
 

@@ -268,6 +268,8 @@ class BlockConfig:
     width: of the tokens. heads: of the attention, a divisor of `width`. mlp: width of the MLP's hidden layer.
     activation: a name in ACTIVATIONS. dropout, drop_path: rates in [0, 1). dtype: type of the computation.
     attention: a kernel in `ops.attention.KERNELS`. remat: what the backward pass keeps of a block, a name in REMAT.
+    eps: of the norms. norm_context: a norm of what the cross-attention reads. mlp_self: a block with cross-attention
+    has an MLP after its self-attention too (both: OpenCLIP's CoCa).
     scan: False unrolls the loop over blocks; the parameters stay the same.
     """
 
@@ -281,6 +283,9 @@ class BlockConfig:
     attention: str = "auto"
     remat: str = "none"
     scan: bool = True
+    eps: float = 1e-6
+    norm_context: bool = False
+    mlp_self: bool = False
 
     @classmethod
     def of(cls, tower: Any, **changes: Any) -> BlockConfig:
@@ -316,13 +321,16 @@ class Block(nn.Module):
             return constrain(x + y, "batch", None, None)
 
         attention = lambda name: Attention(c.heads, c.width, c.dtype, c.attention, name=name)
-        y = Norm(c.dtype, name="norm_self")(x)
+        norm = lambda name, x: Norm(c.dtype, c.eps, name=name)(x)
+        mlp = lambda name, x: Mlp(c.mlp, c.activation, c.dtype, name=name)(x)
+        y = norm("norm_self", x)
         x = add(x, attention("self")(y, mask_BTS=mask, causal=causal), 0)
         if context is not None:
-            y = Norm(c.dtype, name="norm_cross")(x)
-            x = add(x, attention("cross")(y, context), 1)
-        y = Norm(c.dtype, name="norm_mlp")(x)
-        x = add(x, Mlp(c.mlp, c.activation, c.dtype, name="mlp")(y), 2)
+            if c.mlp_self:
+                x = add(x, mlp("mlp_self", norm("norm_mlp_self", x)), 3)
+            context = norm("norm_context", context) if c.norm_context else context
+            x = add(x, attention("cross")(norm("norm_cross", x), context), 1)
+        x = add(x, mlp("mlp", norm("norm_mlp", x)), 2)
         return x, x if collect else None
 
 

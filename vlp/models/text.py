@@ -14,6 +14,7 @@ from vlp.models.heads import MapPool
 from vlp.models.layers import BlockConfig, Norm, Stack, fold
 from vlp.ops.params import rows, spread
 
+CLS_MASKS = ("real", "shifted")
 POOLS = ("cls", "first", "eos", "last", "mean", "norm_mean", "map", "none")
 
 
@@ -31,6 +32,9 @@ class Text(nn.Module):
         "none": no vector.
     attend_padding: treats a pad as a word like any other (the released FLIP and SigLIP towers have no mask). Otherwise
     no token attends to padding, and the number of pads changes only the result of "last".
+    cls_mask: what the CLS sees: "real", as above, or "shifted": OpenCLIP's CoCa, whose mask is one position late. It
+    sees the first pad too, as a word, and sees itself only if there is no pad. cls_pos: the CLS has a learned position
+    (OpenCLIP's CoCa). eps: of the norms.
     """
 
     kind: ClassVar[str] = "text"
@@ -45,6 +49,9 @@ class Text(nn.Module):
     pad_id: int = 0
     eos_id: int = 2
     attend_padding: bool = False
+    cls_mask: str = "real"
+    cls_pos: bool = False
+    eps: float = 1e-6
     activation: str = "gelu"
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -55,6 +62,11 @@ class Text(nn.Module):
     def setup(self) -> None:
         if self.pool not in POOLS:
             raise check.unknown("model.text.pool", self.pool, POOLS)
+        if self.cls_mask not in CLS_MASKS:
+            raise check.unknown("model.text.cls_mask", self.cls_mask, CLS_MASKS)
+        if self.cls_mask == "shifted" and (self.pool != "cls" or not self.causal):
+            got, expected = f"'shifted' with pool={self.pool!r}", "a causal tower with pool='cls'"
+            raise check.error("model.text.cls_mask", got, expected, "set it to 'real'")
         if self.pool == "first" and self.causal:
             got = "'first' in a causal tower, where the first token sees nothing else"
             do = "set causal=False, or pool='eos'"
@@ -65,10 +77,12 @@ class Text(nn.Module):
         )
         if self.pool == "cls":
             self.cls = self.param("cls", logical(init, "embed"), (self.width,))
+            if self.cls_pos:
+                self.cls_place = self.param("cls_pos", logical(init, "embed"), (self.width,))
         config = BlockConfig.of(self)
         self.stack = Stack(self.depth, config, name="encoder")
-        self.norm = Norm(self.dtype)
-        self.pool_map = MapPool(self.heads, config.mlp, self.activation, self.dtype)
+        self.norm = Norm(self.dtype, self.eps)
+        self.pool_map = MapPool(self.heads, config.mlp, self.activation, self.dtype, self.eps)
 
     def __call__(
         self, text: Int[Array, "B L"], *, keys: Key[Array, "B"] | None = None, layers: bool = False
@@ -86,13 +100,18 @@ class Text(nn.Module):
         """
         length = text.shape[1]
         mask_BL = text != self.pad_id
+        shifted = self.cls_mask == "shifted"
         seen_BL = jnp.ones_like(mask_BL) if self.attend_padding else mask_BL
-        words_BLD = x = self._words(text, seen_BL)
+        words_BLD = x = self._words(text, jnp.ones_like(mask_BL) if shifted else seen_BL)
         if self.pool == "cls":
-            cls = spread(self.cls, (x.shape[0], 1, self.width), x.dtype)
+            cls = self.cls + self.cls_place if self.cls_pos else self.cls
+            cls = spread(cls, (x.shape[0], 1, self.width), x.dtype)
             x = jnp.concatenate([x, cls], axis=1)
         x = constrain(x, "batch", None, None)
-        mask_BTS = attention_mask(seen_BL, causal=self.causal, cls=self.pool == "cls")
+        if shifted:
+            mask_BTS = shifted_mask(seen_BL)
+        else:
+            mask_BTS = attention_mask(seen_BL, causal=self.causal, cls=self.pool == "cls")
         x, collected = self.stack(x, mask=mask_BTS, keys=fold(keys, 1), collect=layers)
         pooled = None if self.pool == "none" else self._pool(x, text, seen_BL)
         out = {"words": words_BLD, "tokens": x[:, :length], "pooled": pooled, "mask": mask_BL}
@@ -153,3 +172,13 @@ def attention_mask(mask_BL: Bool[Array, "B L"], *, causal: bool, cls: bool) -> B
         jnp.tril(jnp.ones((length, length), bool)) if causal else jnp.ones((length, length), bool)
     )
     return (keys_BT[:, None, :] & seen_TT[None]) | jnp.eye(length, dtype=bool)[None]
+
+
+def shifted_mask(mask_BL: Bool[Array, "B L"]) -> Bool[Array, "B T T"]:
+    """Attention mask of OpenCLIP's CoCa, T = L + 1: causal, and key s is seen if token s − 1 is real (key 0 always).
+
+    Source: open_clip, `TextTransformer._build_additive_mask` without `correct_cls_mask`, as its weights were trained.
+    """
+    keys_BT = jnp.pad(mask_BL, ((0, 0), (1, 0)), constant_values=True)
+    length = keys_BT.shape[1]
+    return keys_BT[:, None, :] & jnp.tril(jnp.ones((length, length), bool))[None]

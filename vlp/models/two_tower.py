@@ -29,13 +29,17 @@ class Decoder:
     depth: blocks above the text tower, with causal self-attention and cross-attention to the image (CoCa). None: the
     text tower itself runs again, causal and with cross-attention in every block (MaMMUT; in the paper only some blocks
     have one). tied: the output embedding is the token embedding (CoCa's base and large count them apart). dropout, mlp:
-    of the blocks above; None and 0: the text tower's. Width, heads and compute are always the text tower's.
+    of the blocks above; None and 0: the text tower's. norm_image: each of them normalises the image's tokens.
+    mlp_self: each has an MLP after its self-attention too (both: OpenCLIP's CoCa). Width, heads and compute are always
+    the text tower's.
     """
 
     depth: int | None = None
     tied: bool = False
     dropout: float | None = None
     mlp: int = 0
+    norm_image: bool = False
+    mlp_self: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +48,14 @@ class Poolers:
 
     queries: learned queries of the captioning pooler, whose output the decoder reads (0: the decoder reads the image
     tower's tokens). heads: of the attention; None: the text tower's. cascade: the contrastive pooler (one query) reads
-    the captioning pooler's output (the paper's default); False: the image tower's tokens.
+    the captioning pooler's output (the paper's default); False: the image tower's tokens. shared: one pooler of
+    1 + queries queries; the first is the contrastive one (OpenCLIP's CoCa, which has `cascade` False).
     """
 
     queries: int = 256
     heads: int | None = None
     cascade: bool = True
+    shared: bool = False
 
 
 class TwoTower(nn.Module):
@@ -88,14 +94,17 @@ class TwoTower(nn.Module):
 
     def setup(self) -> None:
         text = self.text_tower
+        eps = getattr(text, "eps", Norm.eps)
         self._check()
         if self.poolers:
             remat = getattr(self.image_tower, "remat", "none")
             pool = rematerialised(parts.AttentionPool, remat)
-            size = text.width, self.poolers.heads or text.heads, text.dtype
-            if self.poolers.queries:
+            size = text.width, self.poolers.heads or text.heads, text.dtype, eps
+            if self.poolers.shared:
+                self.pool_shared = pool(1 + self.poolers.queries, *size)
+            if self.poolers.queries and not self.poolers.shared:
                 self.pool_caption = pool(self.poolers.queries, *size)
-            if self.embed:
+            if self.embed and not self.poolers.shared:
                 self.pool_contrast = pool(1, *size)
         if self.embed:
             self.joint_image = parts.Joint(self.embed, project=self.project_image)
@@ -104,7 +113,7 @@ class TwoTower(nn.Module):
         if self.decoder:
             if self.decoder.depth is not None:
                 self.upper = self._upper(self.decoder.depth, self.decoder)
-                self.decoder_norm = Norm(text.dtype)
+                self.decoder_norm = Norm(text.dtype, eps)
 
     def image(
         self,
@@ -128,11 +137,15 @@ class TwoTower(nn.Module):
         out = self.image_tower(image, keep_ratio=keep_ratio, keys=keys, kept=kept, layers=layers)
         out = out if frames == 1 else _clips(out, frames)
         feats = out["tokens"]
-        if self.poolers and self.poolers.queries:
+        if self.poolers and self.poolers.shared:
+            pooled = self.pool_shared(feats)
+            out |= {"pooled": pooled[:, 0]}
+            feats = pooled[:, 1:] if self.poolers.queries else feats
+        elif self.poolers and self.poolers.queries:
             feats = self.pool_caption(feats)
         if self.decoder:
             out |= {"feats": feats}
-        if self.embed and self.poolers:
+        if self.embed and self.poolers and not self.poolers.shared:
             read = feats if self.poolers.cascade else out["tokens"]
             out |= {"pooled": self.pool_contrast(read)[:, 0]}
         return out | ({"embed": self.joint_image(out["pooled"])} if self.embed else {})
@@ -204,7 +217,8 @@ class TwoTower(nn.Module):
         """The decoder's own blocks."""
         text = self.text_tower
         dropout = text.dropout if decoder.dropout is None else decoder.dropout
-        config = BlockConfig.of(text, dropout=dropout, mlp=decoder.mlp or text.mlp)
+        mlps = dict(mlp=decoder.mlp or text.mlp, mlp_self=decoder.mlp_self)
+        config = BlockConfig.of(text, dropout=dropout, norm_context=decoder.norm_image, **mlps)
         return Stack(depth, config, name="decoder")
 
     def _check(self) -> None:
@@ -215,6 +229,9 @@ class TwoTower(nn.Module):
             if self.embed and getattr(tower, "pool", "") == "none":
                 where, expected = f"config.model.{what}_tower.pool", f"a pooled {what} to embed"
                 raise check.error(where, "'none'", expected, "use 'cls' or 'mean'")
+        if self.poolers and self.poolers.shared and self.poolers.cascade:
+            do = "set cascade=False"
+            raise check.error("config.model.poolers", "shared and cascade", "one of them", do)
         if self.decoder is None:
             return
         if self.decoder.depth is not None and not getattr(text, "causal", True):

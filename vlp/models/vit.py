@@ -15,16 +15,19 @@ from vlp.models.layers import BlockConfig, Linear, Norm, Stack, fold, rematerial
 from vlp.ops import masking, posembed
 from vlp.ops.params import spread
 
-POOLS = ("none", "cls", "mean", "map")
+POOLS = ("none", "cls", "mean", "mean_patches", "map")
+POSITIONS = ("learned", "sincos", "sincos_big_vision")
 
 
 class ViT(nn.Module):
     """Transformer over an image's patches. An `mlp` of 0 means 4 · width.
 
-    pos: positions, "learned" or "sincos" (fixed). pool: how an image becomes one vector: "cls" (a learned token, put in
-    front after masking), "mean" over all tokens, "map" (attention pooling, SigLIP) or "none". cls: adds the token for
-    the other pools too; "mean" counts it (FLIP). registers: number of learned tokens that take part in the blocks and
-    are not returned (Darcet et al. 2024, arXiv:2309.16588). pre_norm: LayerNorm before the blocks (CLIP). patch_bias:
+    pos: positions, "learned", "sincos" or "sincos_big_vision" (fixed; `ops.posembed.sincos_2d`). pool: how an image
+    becomes one vector: "cls" (a learned token, put in front after masking), "mean" over all tokens, "mean_patches"
+    over all but the CLS (CLIPA), "map" (attention pooling, SigLIP) or "none". cls: adds the token for the other pools
+    too; "mean" counts it (FLIP). cls_pos: the CLS has a learned position (CLIP). registers: number of learned tokens
+    that take part in the blocks and are not returned (Darcet et al. 2024, arXiv:2309.16588). pre_norm: LayerNorm before
+    the blocks (CLIP). pool_first: the image is pooled before the final norm (CLIPA). eps: of the norms. patch_bias:
     CLIP's patch embedding has none. mean, std: pixels in [0, 1] are normalised by them.
     """
 
@@ -38,8 +41,11 @@ class ViT(nn.Module):
     pos: str = "learned"
     pool: str = "none"
     cls: bool = False
+    cls_pos: bool = False
     registers: int = 0
     pre_norm: bool = False
+    pool_first: bool = False
+    eps: float = 1e-6
     patch_bias: bool = True
     activation: str = "gelu"
     dropout: float = 0.0
@@ -105,17 +111,21 @@ class ViT(nn.Module):
         x += spread(pos_ND, x.shape, x.dtype) if kept is None else pos_ND[kept].astype(x.dtype)
         x = constrain(self._add_learned(x), "batch", None, None)
         if self.pre_norm:
-            x = Norm(self.dtype, name="norm_pre")(x)
+            x = Norm(self.dtype, self.eps, name="norm_pre")(x)
         config = BlockConfig.of(self)
         stack = Stack(self.depth, config, name="encoder")
         x, collected = stack(x, keys=fold(keys, 1), collect=layers)
-        x = Norm(self.dtype, name="norm")(x[:, self.registers :])
+        x = x[:, self.registers :]
+        norm = Norm(self.dtype, self.eps, name="norm")
+        tokens = norm(x)
         if self.pool == "map":
             pool = rematerialised(MapPool, self.remat)
-            pooled = pool(self.heads, config.mlp, self.activation, self.dtype, name="pool_map")(x)
+            size = self.heads, config.mlp, self.activation, self.dtype, self.eps
+            pooled = pool(*size, name="pool_map")(tokens)
         else:
-            pooled = {"cls": x[:, 0], "mean": x.mean(axis=1), "none": None}[self.pool]
-        out = {"tokens": x, "pooled": pooled, "kept": kept}
+            pooled = self._pool(x if self.pool_first else tokens)
+            pooled = norm(pooled) if self.pool_first and pooled is not None else pooled
+        out = {"tokens": tokens, "pooled": pooled, "kept": kept}
         if collected is not None:
             out["layers"] = collected[:, :, self.registers :]
         return out
@@ -128,16 +138,27 @@ class ViT(nn.Module):
             front.append(self.param("registers", init, (self.registers, self.width)))
         if self.cls or self.pool == "cls":
             init = logical(nn.initializers.normal(0.02), "embed")
-            front.append(self.param("cls", init, (self.width,))[None])
+            cls: Any = self.param("cls", init, (self.width,))
+            if self.cls_pos:
+                cls = cls + self.param("cls_pos", init, (self.width,))
+            front.append(cls[None])
         tokens = [spread(f, (x.shape[0], *f.shape), x.dtype) for f in front]
         return jnp.concatenate([*tokens, x], axis=1)
 
+    def _pool(self, x: Float[Array, "B N D"]) -> Float[Array, "B D"] | None:
+        if self.pool == "cls":
+            return x[:, 0]
+        if self.pool == "mean":
+            return x.mean(axis=1)
+        return x[:, int(self.cls) :].mean(axis=1) if self.pool == "mean_patches" else None
+
     def _positions(self, num: int) -> Float[Array, "N D"]:
         side = round(num**0.5)
-        if self.pos == "sincos":
-            return jnp.asarray(posembed.sincos_2d(side, side, self.width))
+        if self.pos not in POSITIONS:
+            raise check.unknown("model.image.pos", self.pos, POSITIONS)
         if self.pos != "learned":
-            raise check.unknown("model.image.pos", self.pos, ("learned", "sincos"))
+            ends = self.pos == "sincos_big_vision"
+            return jnp.asarray(posembed.sincos_2d(side, side, self.width, ends=ends))
         return self.param(
             "pos", logical(nn.initializers.normal(0.02), "tokens", "embed"), (num, self.width)
         )

@@ -52,7 +52,9 @@ def greedy(
     return jax.lax.while_loop(more, step, (tokens, jnp.int32(0), done_B))[0]
 
 
-def captions(apply: Apply, image: jax.Array, *, length: int, vocab_size: int) -> jax.Array:
+def captions(
+    apply: Apply, image: jax.Array, *, length: int, vocab_size: int, **ids: int
+) -> jax.Array:
     """Greedy captions of images, i32[B length]. Each image is encoded once.
 
     Args:
@@ -60,6 +62,7 @@ def captions(apply: Apply, image: jax.Array, *, length: int, vocab_size: int) ->
         image: u8, or float in [0, 1], [B R R 3].
         length: tokens of a caption, BOS and EOS among them.
         vocab_size: the tokenizer's.
+        ids: those of special tokens, as of `greedy`.
     """
     feats = apply("image", image)["feats"]
 
@@ -67,4 +70,4 @@ def captions(apply: Apply, image: jax.Array, *, length: int, vocab_size: int) ->
         out = apply("decode", apply("text", tokens_BL)["tokens"], feats)
         return jnp.take(out["hidden"], t, axis=1).astype(jnp.float32) @ out["unembed"]
 
-    return greedy(next_logits, image.shape[0], length, vocab_size=vocab_size)
+    return greedy(next_logits, image.shape[0], length, vocab_size=vocab_size, **ids)

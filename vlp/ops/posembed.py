@@ -11,10 +11,11 @@ from vlp.core import check
 
 
 def sincos_2d(
-    rows: int, cols: int, width: int, temperature: float = 10_000.0
+    rows: int, cols: int, width: int, temperature: float = 10_000.0, *, ends: bool = False
 ) -> Float[np.ndarray, "N D"]:
     """The fixed table of a grid of rows × cols: a quarter of the width each for sin x, cos x, sin y and cos y.
 
+    ends: the lowest frequency is 1/temperature itself (big_vision, CLIPA); otherwise the one after it would be.
     Source: MoCo v3 (Chen et al. 2021, arXiv:2104.02057), as used by MAE and FLIP.
     """
     if width % 4:
@@ -24,7 +25,8 @@ def sincos_2d(
             "a multiple of 4 for sincos positions",
             f"set it to {width // 4 * 4 + 4}",
         )
-    omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4))
+    num = width // 4
+    omega = 1.0 / temperature ** (np.arange(num) / max(1, num - ends))
     y, x = np.mgrid[:rows, :cols]
     angles_x, angles_y = (np.outer(axis.reshape(-1), omega) for axis in (x, y))
     table = [np.sin(angles_x), np.cos(angles_x), np.sin(angles_y), np.cos(angles_y)]

@@ -56,7 +56,7 @@ class Rule:
 
 DEFAULT_RULES = (
     Rule(".*logit_scale", decay=0.0, clamp=(0.0, math.log(100.0))),
-    Rule(".*(bias|norm.*/scale|/pos|/cls|/registers|/query|logit_bias)", decay=0.0),
+    Rule(".*(bias|norm.*/scale|/pos|/cls|/cls_pos|/registers|/query|logit_bias)", decay=0.0),
     Rule(".*"),
 )
 
