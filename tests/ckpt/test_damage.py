@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -229,3 +230,60 @@ def test_each_process_hashes_what_it_wrote(tmp_path):
         digest.write(folder)
     with pytest.raises(OSError, match="no digests of process 2"):
         digest.check_parts(folder, 3)
+
+
+PROCESS = """
+import pathlib, sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from vlp.ckpt import digest
+from vlp.ckpt.manager import Checkpoints
+me, entries, check = jax.process_index(), digest._entries, digest._check_file
+hashed, checked = [], []
+digest._entries = lambda folder, names: entries(folder, [n for n in names if hashed.append(n) is None])
+digest._check_file = lambda path, name, entry: checked.append(name) or check(path, name, entry)
+mesh = jax.make_mesh((2,), ("x",))
+rows = NamedSharding(mesh, PartitionSpec("x"))
+w = jax.make_array_from_process_local_data(rows, np.arange(64.0, dtype=np.float32)[32 * me : 32 * me + 32])
+checkpoints = Checkpoints(sys.argv[3])
+checkpoints.save(1, {"w": w}, {"step": np.int32(1)}, {})
+checkpoints.wait()
+assert checkpoints.newest() == 1 and checkpoints.steps() == [1]
+print("HASHED", *hashed)
+print("CHECKED", *checked)
+multihost_utils.sync_global_devices("whole")
+if not me:
+    folder = pathlib.Path(sys.argv[3]) / "step_000000001"
+    path = max((folder / "params" / "ocdbt.process_1").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+multihost_utils.sync_global_devices("flipped")
+print("PROBLEM", checkpoints.problem(1))
+checkpoints.close()
+"""
+
+
+def test_two_processes_hash_their_own_files_and_check_in_shares(tmp_path):
+    """What either of them finds, both know."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folder = tmp_path / "c"
+    start = lambda i: runs.command(port, i, folder, program=("-c", PROCESS))
+    told = []
+    for process in [start(0), start(1)]:
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+        told.append({x.split()[0]: x.split()[1:] for x in out.splitlines() if x[:1].isupper()})
+    assert any("ocdbt.process_1" in n for n in told[1]["HASHED"])
+    assert not any("process_1/" in n for n in told[0]["HASHED"])
+    manifest = json.loads((folder / "step_000000001" / digest.FILE).read_text())
+    both = [n.replace(".orbax-checkpoint-tmp/", "/") for t in told for n in t["HASHED"]]
+    both.sort()
+    assert both == sorted(manifest["files"])
+    shares = [set(t["CHECKED"]) for t in told]
+    assert all(shares) and not shares[0] & shares[1]
+    assert shares[0] | shares[1] == manifest["files"].keys() | manifest["late"].keys()
+    assert told[0]["PROBLEM"] == told[1]["PROBLEM"]
+    assert "ocdbt.process_1" in told[0]["PROBLEM"][0] and told[0]["PROBLEM"][-1] == "changed"

@@ -1,4 +1,4 @@
-"""`vlp train --extend`: a run goes on with another length of its last stage, or with other evaluators."""
+"""What may change between two starts: evaluators; with `--extend` the length of the last stage."""
 
 import json
 
@@ -44,14 +44,42 @@ def test_the_schedule_is_told(extend, tmp_path, caplog):
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_new_evaluators_of_a_finished_run(extend, tmp_path, caplog):
+def test_a_finished_run_takes_new_and_changed_evaluators(toy, tmp_path, caplog):
+    """Without a flag, once each; training goes on from nowhere, and its files stay as they are."""
     caplog.set_level("INFO")
     assert runs.train(TOY, tmp_path / "run") == 0
-    assert extend(TOY | {"evals": EVALS}) == (0, "")
-    last = runs.rows(tmp_path / "run")[-1]
-    assert (last["kind"], last["step"], last["num"]) == ("eval", 4, 21)
-    assert "stage 'stage0': evaluators added or changed: retrieval" in caplog.text
-    assert runs.vlp("eval", "--workdir", tmp_path / "run", "--evals", "retrieval") == 0
+    saved = runs.contents(tmp_path / "run" / "checkpoints")
+    config = TOY | {"evals": EVALS}
+    smaller = changed(config, **{"evals.retrieval.split": "train"})
+    for now, num in ((config, 1), (config, 1), (smaller, 2), (smaller, 2)):
+        assert runs.train(now, tmp_path / "run") == 0
+        found = [row for row in runs.rows(tmp_path / "run") if row["kind"] == "eval"]
+        assert [(row["step"], row["num"]) for row in found] == [(4, 21)] * num
+    assert [row["split"] for row in found] == ["test", "train"]
+    told = "since the last start: stage 'stage0': evaluators added or changed: retrieval"
+    assert caplog.text.count(told) == 2
+    assert runs.train(TOY, tmp_path / "run") == 0
+    assert "evaluators removed: retrieval" in caplog.text
+    assert runs.contents(tmp_path / "run" / "checkpoints") == saved
+
+
+def test_evaluators_may_change_in_the_midst_of_a_run(toy, tmp_path):
+    kept = changed(TOY, teachers={"ema": {"decay": 0.9}}, evals=EVALS)
+    assert runs.train(kept, tmp_path / "whole") == 0
+    assert runs.train(changed(kept, steps=2), tmp_path / "run") == 0
+    every = changed(kept, eval_params="ema", **{"evals.retrieval.every_steps": 1})
+    assert runs.vlp(*runs.arguments(every, tmp_path / "run"), "--extend") == 0
+    rows = runs.rows(tmp_path / "run")
+    assert [r["step"] for r in rows if r["kind"] == "eval"] == [2, 2, 3, 4]
+
+
+def test_what_may_not_change_is_shown(toy, tmp_path, capsys):
+    """All differences, up to four; what may change is not among them."""
+    assert runs.train(TOY, tmp_path / "run") == 0
+    other = changed(TOY, batch=16, seed=1, evals=EVALS, log_every_steps=3, **{"schedule.lr": 0.5})
+    line = runs.refused(capsys, *runs.arguments(other, tmp_path / "run"))
+    assert "(batch: 8 -> 16, schedule.lr: 0.01 -> 0.5, seed: null -> 1), expected the same" in line
+    assert "evals:" not in line and "log_every_steps:" not in line
 
 
 def test_only_the_last_stage_is_extended(extend, tmp_path):

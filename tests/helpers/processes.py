@@ -172,7 +172,13 @@ def stalled(phase, how, step):
         before(Checkpoints, "save", lambda _self, number, *_: number == step)
 
 
+def end_with_parent():
+    """Ends this process when the one that made it has ended, also if it is frozen."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main():
+    end_with_parent()
     warnings.simplefilter("ignore")  # JAX's, about forks: it has not started here
     import grain  # noqa: F401
     import orbax.checkpoint  # noqa: F401
@@ -187,6 +193,7 @@ def main():
         if pid := os.fork():
             pids.append(pid)
             continue
+        end_with_parent()
         for number, kind in ((1, "out"), (2, "err")):
             os.dup2(
                 os.open(f"{spec['out']}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number

@@ -98,19 +98,50 @@ class Toy(nn.Module):
         return {"embed": self.words[text].mean(axis=1)}
 
 
+@jax.custom_vjp
+def spoilt(x, bad):
+    """x, whose gradient is NaN where `bad` (bool, as x's first axis)."""
+    return x
+
+
+spoilt.defvjp(
+    lambda x, bad: (x, bad),
+    lambda bad, g: (jnp.where(bad.reshape(-1, *[1] * (g.ndim - 1)), jnp.nan, g), None),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ToyObjective:
-    """Distance of the pair's embeddings, squared or more; not a number at stage step `nan_step`."""
+    """Distance of the pair's embeddings, squared or more; not a number at stage step `nan_step`.
+
+    fault: what happens to the samples at the stream positions `bad` (first, last + 1): "loss" (NaN), "gradient" (NaN,
+    with a finite loss), "state" (NaN in the method's state alone) or "spike" (a loss 100 times as large).
+    """
 
     reads: ClassVar = frozenset({"image", "text"})
     nan_step: int = -1
     power: int = 2
+    fault: str = ""
+    bad: tuple[int, int] = (0, 0)
+
+    def init_method_state(self, key, model):
+        return {"seen": jnp.zeros(())} if self.fault else ()
 
     def __call__(self, ctx):
         zi_BE, zt_BE = ctx.map(self.encode)
+        index_B = ctx.batch["index"][:, 1].astype(jnp.int32)
+        bad_B = (index_B >= self.bad[0]) & (index_B < self.bad[1])
+        if self.fault == "gradient":
+            zi_BE = spoilt(zi_BE, bad_B)
         total = ((zi_BE - zt_BE) ** self.power).sum()
         total = jnp.where(ctx.step == self.nan_step, jnp.nan, total)
-        return Out({"distance": Term(total, zi_BE.shape[0])})
+        if self.fault in ("loss", "spike"):
+            total *= jnp.where(bad_B.any(), jnp.nan if self.fault == "loss" else 100.0, 1.0)
+        terms = {"distance": Term(total, zi_BE.shape[0])}
+        if not self.fault:
+            return Out(terms)
+        seen = ctx.method_state["seen"] + zi_BE.shape[0]
+        return Out(terms, {"seen": jnp.where(bad_B.any() & (self.fault == "state"), jnp.nan, seen)})
 
     def encode(self, ctx) -> Any:
         image = ctx.student("image", ctx.batch["image"])

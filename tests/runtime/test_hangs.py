@@ -29,7 +29,8 @@ FROZEN = {  # which process, where
     "step": (2, ("step", "freeze", 5)),
     "data": (2, ("data", "freeze", 5)),
     "save": (2, ("save", "freeze", 6)),
-    "step of process 0": (0, ("step", "freeze", 5)),  # JAX's coordinator freezes with it
+    # JAX's coordinator freezes with it: JAX may abort a process that waits for an answer, after 100 s
+    "step of process 0": (0, ("step", "freeze", 5)),
 }
 
 
@@ -45,14 +46,17 @@ def test_one_of_four_processes_freezes(toy, tmp_path, where):
         codes = run.finish(others)
         secs = time.monotonic() - began
         print(f"{where}: named and gone {secs:.1f} s after it froze (hang_secs 10)")
-        assert codes == [HANG] * 3, [run.err(i) for i in range(4)]
+        if frozen:
+            assert codes == [HANG] * 3, [run.err(i) for i in range(4)]
+        assert HANG in codes and all(codes)
+        others = [i for i, code in zip(others, codes) if code == HANG]
         phase = {"data": "data", "save": "save"}.get(where, "step 5")
         for i in others:
             line = run.err(i).split("\n", 1)[0]
             name = f"process {frozen} on {socket.gethostname()} in {phase!r} at step "
             assert name in line and ", silent for " in line, line
             assert "Thread 0x" in run.err(i)
-        assert secs < 30
+        assert secs < (30 if frozen else 120)
         run.send(signal.SIGCONT, frozen)
         assert run.finish([frozen])[0] != 0
     assert runs.train(CONFIG, tmp_path / "run") == 0

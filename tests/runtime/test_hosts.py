@@ -1,6 +1,8 @@
 """Runs of several processes with 4 devices each on this machine, and the roll call before JAX starts."""
 
 import concurrent.futures
+import json
+import shutil
 import signal
 import socket
 import textwrap
@@ -303,9 +305,22 @@ SLOW = """
 """
 
 
-def test_sigterm_on_one_process_stops_all_and_one_process_can_resume(toy, tmp_path, port):
-    """SIGTERM on process 1 makes both save after the same step. One process resumes, as if it had been alone."""
-    config = runs.changed(runs.TOY, steps=60, save_every_steps=50, mesh={"data": 2, "fsdp": 4})
+def test_sigterm_on_one_process_stops_all_and_one_or_four_can_resume(
+    toy, tmp_path, port, monkeypatch
+):
+    """SIGTERM on process 1 makes both save after the same step. One process with one device resumes, as if it had been
+    alone, and so do four with two each. A step is skipped before; after, all go back at a spike of the loss (step 55).
+    """
+    bad = {"name": "toy", "nan_step": 0, "fault": "spike", "bad": [54 * 8, 55 * 8]}
+    spike = {"factor": 20.0, "window_steps": 30, "margin_steps": 1}
+    config = runs.changed(
+        runs.TOY,
+        steps=60,
+        save_every_steps=50,
+        mesh={"data": 2, "fsdp": 4},
+        objective=bad,
+        spike=spike,
+    )
     slow = ("-c", textwrap.dedent(SLOW))
     first, second = start(config, tmp_path / "run", port, program=slow)
     for line in first.stdout:
@@ -317,10 +332,18 @@ def test_sigterm_on_one_process_stops_all_and_one_process_can_resume(toy, tmp_pa
     step = int(runs.saved(tmp_path / "run")[""])
     assert 0 < step < 60 and runs.rows(tmp_path / "run")[-1]["step"] == step
     assert (tmp_path / "run" / "versions.json").read_text().count('"processes": 2') == 1
+    assert len(json.loads((tmp_path / "run" / "nonfinite_step1.json").read_text())["keys"]) == 8
+    shutil.copytree(tmp_path / "run", tmp_path / "four")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    codes, errors = finish(start(config, tmp_path / "four", free_port(), num=4, of=4))
+    assert codes == [0] * 4, errors
     config = runs.changed(config, mesh={"data": 1, "fsdp": 1})
     assert runs.train(config, tmp_path / "run") == 0
     assert runs.train(config, tmp_path / "whole") == 0
+    told = [r for r in runs.rows(tmp_path / "whole") if r["kind"] == "rollback"]
+    assert [(r["step"], r["left_out"]) for r in told] == [(50, 5)]
     assert_close(tmp_path / "run", tmp_path / "whole", 1e-3)
+    assert_close(tmp_path / "four", tmp_path / "whole", 1e-3)
 
 
 TINY = runs.changed(

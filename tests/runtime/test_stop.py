@@ -10,7 +10,7 @@ from helpers import processes, runs
 from vlp.runtime.stop import PREEMPTED
 
 CONFIG = runs.changed(
-    runs.TOY, steps=6, save_every_steps=50, evals={"retrieval": {"every_steps": 2, "batch": 8}},
+    runs.TOY, steps=6, save_every_steps=5, evals={"retrieval": {"every_steps": 2, "batch": 8}},
     grace_secs=9.0,
 )  # fmt: skip
 # phase → where it stalls (helpers.processes.stalled), the step that is saved. "block": the main thread is deaf.
@@ -20,7 +20,7 @@ CASES = {
     "step": (("step", "1.5", 3), 3),
     "evaluation": (("eval", "block", 1), 2),
     "batch": (("batch", "1.5", 0), 2),
-    "save": (("save", "1.5", 6), 6),
+    "save": (("save", "1.5", 5), 5),
 }
 slow = pytest.mark.skipif(not os.environ.get("VLP_SLOW"), reason="set VLP_SLOW=1 to run it")
 

@@ -26,6 +26,7 @@ STEP = "_CHECKPOINT_METADATA"  # by Orbax, with the time of commit
 UNLISTED = f"{FILE} is missing"  # lost, or the checkpoint is of another program
 _PART = "digests.process_{}.json"
 _OWNED = re.compile(r"(^|/)(ocdbt\.|array_metadatas/)process_(\d+)(/|$)")
+_TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp[^/]*/")  # items lose it when all have written
 _LATE = (FILE, MARKER, STEP)  # in the checkpoint's own folder
 
 
@@ -35,7 +36,8 @@ _LATE = (FILE, MARKER, STEP)  # in the checkpoint's own folder
 def write_part(folder: paths.Path, process: int) -> None:
     """Writes the digests of the files that this process wrote, for `write`. Called before all processes meet."""
     own = [name for name in paths.files(folder) if owner(name) == process]
-    paths.write(folder / _PART.format(process), _dump(_entries(folder, own)))
+    found = {_TEMPORARY.sub("/", name): entry for name, entry in _entries(folder, own).items()}
+    paths.write(folder / _PART.format(process), _dump(found))
 
 
 def check_parts(folder: paths.Path, processes: int) -> None:

@@ -127,12 +127,13 @@ class Checkpoints:
         """Returns what is wrong with the files of a step, or "". All processes call it, and check a share each."""
         return together.problem(self._folder(step), ITEMS)
 
-    def set_aside_after(self, step: int) -> None:
-        """Renames later steps, the broken ones that `newest` skipped, so that they can be saved again."""
+    def set_aside_after(self, step: int, why: str = "broken") -> None:
+        """Renames later steps, so that they can be saved again: the broken ones that `newest` skipped, or those that
+        a run went back over. why: first part of the new name."""
         later = [s for s in self.steps() if s > step]
         if later and jax.process_index() == 0:
             for folder in map(self._folder, later):
-                aside = self._path / f"broken_{int(time.time())}_{folder.name}"
+                aside = self._path / f"{why}_{int(time.time())}_{folder.name}"
                 paths.rename_tree(folder, aside, last=digest.MARKER)
         if later:
             together.meet("set_aside_after")

@@ -7,6 +7,7 @@ the array's metadata, and TensorStore raises an error for a chunk that does not 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -70,6 +71,20 @@ def path(where: os.PathLike) -> epath.Path:
     return epath.Path(where)
 
 
+def bound_barriers() -> None:
+    """Makes Orbax's barriers of several processes meet at JAX's coordinator, with a limit of time.
+
+    Its default is a collective on the devices. It waits for ever, and a save that another thread starts could meet the
+    collectives of the main thread in another order on each host.
+    """
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # else Orbax cannot read it
+        flags.FLAGS.mark_as_parsed()
+    with contextlib.suppress(KeyError):  # another Orbax
+        flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
+
+
 def restore_args(target: PyTree) -> PyTree:
     """Returns Orbax's restore arguments for a tree of jax.ShapeDtypeStruct with shardings."""
     return ocp.checkpoint_utils.construct_restore_args(target)
@@ -96,7 +111,7 @@ def read(folder: os.PathLike, metadata: PyTree, wanted: Mapping[str, Any]) -> di
     args = ocp.args.PyTreeRestore(
         tree.map_named(leaf, metadata), tree.map_named(leaf_args, metadata)
     )
-    # Not by a Checkpointer, which would wait for the other processes: in a save, process 0 alone reads.
+    # Not a Checkpointer, in whose `restore` all processes meet: one alone may read.
     found = tree.named(ocp.PyTreeCheckpointHandler().restore(path(folder), args=args))
     return {name: found[name] for name in wanted}
 

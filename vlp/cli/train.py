@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="continue with another length of the last stage, or with other evaluators",
+        help="continue with another length of the last stage",
     )
     several = parser.add_argument_group("several processes", SEVERAL)
     several.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")

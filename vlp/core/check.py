@@ -103,7 +103,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(known[1])
 
 
-def output_file(where: str, path: str | pathlib.Path | None, *, new: bool = False) -> None:
+def output_file(where: str, path: str | os.PathLike | None, *, new: bool = False) -> None:
     """Raises UserError unless a file can be written at `path`. Call it before the work.
 
     Args:
@@ -133,7 +133,7 @@ def output_file(where: str, path: str | pathlib.Path | None, *, new: bool = Fals
         raise error(where, f"{got} ({e.strerror})", "a file to write", do) from None
 
 
-def output_dir(where: str, path: str | pathlib.Path) -> None:
+def output_dir(where: str, path: str | os.PathLike) -> None:
     """Raises UserError unless files can be written in the directory `path`, which may not exist yet."""
     place = pathlib.Path(path).absolute()
     try:

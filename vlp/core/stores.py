@@ -85,10 +85,10 @@ def _prepare() -> None:
     # What fails is raised and told in one line; gcsfs would print a traceback before.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     logging.getLogger("fsspec").setLevel(logging.WARNING)
-    import fsspec
+    from fsspec.config import conf
 
     for scheme in SCHEMES:  # other hosts write too: a listing from memory is wrong
-        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+        conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
 
 
 def call(path: str | os.PathLike, method: str, *args: Any, **options: Any) -> Any:

@@ -262,9 +262,7 @@ class Updater:
 
     @property
     def transform(self) -> optax.GradientTransformation:
-        o = self.optim
-        clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
-        return optax.chain(clip, direction(o))
+        return optax.chain(self._clip, direction(self.optim))
 
     def init(self, params: PyTree) -> PyTree:
         return self.transform.init(tree.where(self.trainable, params))
@@ -279,7 +277,24 @@ class Updater:
             opt: the optimiser's state.
             lr: learning rate of this step, f32[].
         """
-        directions, opt = self.transform.update(grads, opt, params)
+        new, opt, changes = self.apply(self.clipped(grads), opt, params, lr)
+        return new, opt, tree.norm(changes)
+
+    @property
+    def _clip(self) -> optax.GradientTransformation:
+        o = self.optim
+        return optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
+
+    def clipped(self, grads: PyTree) -> PyTree:
+        """The first half of `update`: the gradients, their global norm bounded."""
+        return self._clip.update(grads, self._clip.init(grads))[0]
+
+    def apply(
+        self, grads: PyTree, opt: PyTree, params: PyTree, lr: jax.Array
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """The second half of `update`: of clipped gradients. Returns the changes instead of their norm."""
+        directions, inner = direction(self.optim).update(grads, opt[1], params)
+        opt = (opt[0], inner)
         rules = tree.where(self.trainable, self.rules)
 
         def change(rule: Rule, u: jax.Array, p: jax.Array) -> jax.Array:
@@ -298,7 +313,7 @@ class Updater:
 
         changes = jax.tree.map(change, rules, directions, params)
         new = jax.tree.map(clamp, rules, optax.apply_updates(params, changes))
-        return new, opt, tree.norm(jax.tree.map(applied, rules, changes, params, new))
+        return new, opt, jax.tree.map(applied, rules, changes, params, new)
 
 
 def make(optim: Optim, params: PyTree) -> Updater:

@@ -201,6 +201,7 @@ def _lines(path: paths.Path) -> tuple[int, list[_Line], bool]:
         total += 1
         line = _line(data, names)
         if line is None:
+            total -= _is_note(data)
             continue
         cut = cut or line.cut
         found.append(line)
@@ -273,6 +274,14 @@ def _line(data: bytes, names: dict[str, str]) -> _Line | None:
     )
     # A row of an evaluation may have text that describes it; a row of training has numbers only.
     return _Line(row, words, bool(lost) and not (is_eval and len(words) == len(lost)), cut)
+
+
+def _is_note(data: bytes) -> bool:
+    """Returns whether a line that is no row of training or evaluation is one of another kind that a run writes."""
+    try:
+        return json.loads(data)["kind"] in ("nonfinite", "rollback")
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return False
 
 
 def _is_count(value: object) -> TypeGuard[int]:

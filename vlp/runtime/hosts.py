@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlp.ckpt import orbax_io
 from vlp.core import agree, check, paths
 from vlp.core.config import difference, plain
 from vlp.runtime.workdir import SHARED
@@ -155,6 +156,7 @@ def joined(
         return
     roll_call(place, facts, workdir, secs)
     jax.config.update("jax_enable_preemption_service", False)  # runtime/stop.py takes SIGTERM
+    orbax_io.bound_barriers()
     jax.distributed.initialize(
         place.coordinator,
         place.num,

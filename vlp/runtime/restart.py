@@ -19,13 +19,16 @@ _READING = (
     "mixture.*.path",
 )
 LOCAL = tuple(f"{where}.{key}" for where in ("data", "streams.*.data") for key in _READING)
-FREE = ("mesh", "log_every_steps", "save_every_steps", "keep_checkpoints", "keep", "micro_batches", "micro_remat",
-        "platform", "hang_secs", "grace_secs", "sinks", "plugins", *LOCAL)  # fmt: skip
+FREE = (
+    "mesh", "evals", "eval_params", "log_every_steps", "save_every_steps", "keep_checkpoints", "keep",
+    "micro_batches", "micro_remat", "platform", "hang_secs", "grace_secs", "max_nonfinite_steps", "spike", "sinks",
+    "plugins", *LOCAL,
+)  # fmt: skip
 
 
 def extendable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config that an extended run must keep: `fixed` without evaluators and the last stage's length."""
-    out = fixed(config, (*FREE, "evals"))
+    """Returns the config that an extended run must keep: `fixed` without the last stage's length."""
+    out = fixed(config)
     patches = out.get("stages") or []
     has_length = lambda patch: bool({"steps", "samples"} & patch.keys())
     own = (

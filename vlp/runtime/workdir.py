@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 # What a run writes. None may be a symbolic link, which would lead out of the workdir (checkpoints/ may: large disks).
 _WRITTEN = {
     ".lock", "config.json", "versions.json", "preprocessing.json", "saved.json", "tokenizer.model", "metrics.jsonl",
-    "parameters.txt", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
+    "parameters.txt", "rollbacks.json", "evals", "heartbeats", "profile", "tensorboard", "clu", "wandb",
 }  # fmt: skip
 LEASE = ".lease"  # in a store: who writes in the workdir (lock.py)
+MAX_CHANGES = 4  # of a config that an error names
 SHARED = ".shared"  # suffix of the file that tests whether hosts share the workdir; caches may show it after its end
 
 
@@ -193,7 +194,7 @@ def check_reachable(where: str, workdir: paths.Path) -> None:
 def check_config(workdir: paths.Path, config: dict[str, Any], extend: bool = False) -> None:
     """Raises UserError if the workdir holds a run of another config, or other files.
 
-    extend: the last stage's length and the evaluators may differ.
+    extend: the last stage's length may differ.
     """
     check_path("--workdir", workdir)
     check_reachable("--workdir", workdir)
@@ -231,16 +232,16 @@ def check_config(workdir: paths.Path, config: dict[str, Any], extend: bool = Fal
     if changes and extend:
         changes = difference(restart.extendable(old), restart.extendable(config))
     if changes:
-        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        more = f" and {len(changes) - MAX_CHANGES} more" if len(changes) > MAX_CHANGES else ""
         do = "choose another --workdir, or the run's own config"
         if extend:
-            do += " (--extend allows the last stage's length, evaluators, logging and saving)"
+            do += " (--extend allows another length of the last stage)"
         elif extends:
             do += "; --extend continues with this one"
         raise check.error(
             f"--workdir {workdir}",
-            f"a run with another config ({changes[0]}{more})",
-            "the same",
+            f"a run with another config ({', '.join(changes[:MAX_CHANGES])}{more})",
+            "the same, but for what does not change its numbers (mesh, evaluators, logging, saving, workers …)",
             do,
         )
 

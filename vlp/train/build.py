@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -24,6 +24,7 @@ from vlp.data.stages import in_stages
 from vlp.evals.io import IO, check_asks, check_ready
 from vlp.optim import make as optimisers
 from vlp.train import state as states
+from vlp.train.rollback import Rollback, left_out
 from vlp.train.stages import Run, Stage
 from vlp.train.state import State
 from vlp.train.step import train_step
@@ -46,10 +47,20 @@ class StagePlan:
     abstract: State
     batch: Mapping[str, jax.ShapeDtypeStruct]
     step: Any
+    starts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # stream → first position
+    rollbacks: tuple[Rollback, ...] = ()  # those of the stage
+    renewed: frozenset[str] = (
+        frozenset()
+    )  # evaluators that were added or changed since the last start
 
     @property
     def main(self) -> Dataset:
         return self.datasets[""]
+
+    def position(self, stage_step: int, name: str = "") -> int:
+        """Position in a stream of the sample that is read after `stage_step` steps of the stage."""
+        batch = (self.stage.streams[name] if name else self.stage).batch
+        return self.starts[name] + (stage_step + left_out(self.rollbacks, stage_step)) * batch
 
 
 def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
@@ -74,19 +85,31 @@ def prepare(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
     return dataclasses.replace(plan, datasets=datasets)
 
 
-def in_order(plans: Sequence[StagePlan]) -> list[StagePlan]:
-    """Makes each stream continue its sample order from stage to stage (`vlp.data.stages.in_stages`)."""
+def in_order(plans: Sequence[StagePlan], rollbacks: Sequence[Rollback] = ()) -> list[StagePlan]:
+    """Makes each stream continue its sample order from stage to stage (`vlp.data.stages.in_stages`).
+
+    rollbacks: whose data is left out; it counts as read.
+    """
     datasets: list[dict[str, Dataset]] = [{} for _ in plans]
+    starts: list[dict[str, int]] = [{} for _ in plans]
+    own = [tuple(r for r in rollbacks if r.stage == plan.stage.index) for plan in plans]
     for name in sorted({name for plan in plans for name in plan.datasets}):
         here = [i for i, plan in enumerate(plans) if name in plan.datasets]
-        found = []
-        for plan in (plans[i] for i in here):
-            stream = plan.stage.streams[name] if name else plan.stage
-            num = plan.stage.num_steps * stream.batch
-            found.append((plan.datasets[name], stream.start_samples, num))
+        found, shift = [], 0
+        for i in here:
+            stage = plans[i].stage
+            stream = stage.streams[name] if name else stage
+            more = sum(r.left_out for r in own[i])
+            starts[i][name] = stream.start_samples + shift
+            num = (stage.num_steps + more) * stream.batch
+            found.append((plans[i].datasets[name], starts[i][name], num))
+            shift += more * stream.batch
         for i, dataset in zip(here, in_stages(found)):
             datasets[i][name] = dataset
-    return [dataclasses.replace(plan, datasets=own) for plan, own in zip(plans, datasets)]
+    return [
+        dataclasses.replace(plan, datasets=data, starts=first, rollbacks=mine)
+        for plan, data, first, mine in zip(plans, datasets, starts, own)
+    ]
 
 
 def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
@@ -128,7 +151,6 @@ def assemble(stage: Stage, settings: Run, mesh: Mesh) -> StagePlan:
         state = abstract_state(stage, boxed, nets, updater, mesh)
     check_sharded(state, settings, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = keeping_state(step, f"objective {type(stage.objective).__name__}")
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
     return StagePlan(stage, {}, updater, teachers, boxed, state, batch, compiled)
 
@@ -212,31 +234,6 @@ def large_integers(stage: Stage) -> dict[str, int]:
     walk("config.model", plain(stage.model))
     walk("config.objective", plain(stage.objective))
     return out
-
-
-def keeping_state(step: Callable[..., Any], where: str) -> Callable[..., Any]:
-    """The step, which raises UserError when it is traced unless the state that it gives back has the arrays of the
-    one given: else no checkpoint of it could be restored."""
-
-    def checked(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
-        after, metrics = step(state, batch)
-        for field in dataclasses.fields(State):
-            old, new = (arrays_of(getattr(s, field.name)) for s in (state, after))
-            for name in sorted(old.keys() | new.keys()):
-                if old.get(name) != new.get(name):
-                    got = new.get(name, "none after a step")
-                    expected = old.get(name, "none, as before it")
-                    do = "return Out(…, method_state) of the shapes and types that init_method_state gives"
-                    raise check.error(f"{where}: {field.name}{name}", got, expected, do)
-        return after, metrics
-
-    return checked
-
-
-def arrays_of(tree: PyTree) -> dict[str, str]:
-    """ "float32[8, 4]" of every leaf, by its path."""
-    text = lambda x: f"{x.dtype}{list(x.shape)}"
-    return {jax.tree_util.keystr(p): text(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def check_sharded(state: State, settings: Run, mesh: Mesh) -> None:

@@ -52,14 +52,17 @@ def evaluate_all(
 
 
 def make_up(session: Session, plan: StagePlan, state: State, stage_step: int) -> bool:
-    """Runs the evaluations of a restored step that are missing; returns False if the run is to stop."""
+    """Runs the evaluations of a restored step that are missing in metrics.jsonl, and those changed since; returns False
+    if the run is to stop."""
     step = plan.stage.start_step + stage_step
     rows = session.metrics.begun if jax.process_index() == 0 else []
     done = {row.get("eval") for row in rows if row["kind"] == "eval" and row["step"] == step}
+    done -= plan.renewed
     due = due_evals(plan, stage_step)
     missing = agree.share("evaluations to make up for", [n for n in due if n not in done])
     for name in missing:
-        log.info("[%d] %s: was due when the run stopped; made up for now", step, name)
+        why = "added or changed" if name in plan.renewed else "was due when the run stopped"
+        log.info("[%d] %s: %s; made up for now", step, name, why)
         try:
             with between(session, f"eval {name}", step) as going:
                 evaluate(session, plan, state, name, step)

@@ -27,10 +27,20 @@ from vlp.runtime.profile import check_range
 from vlp.runtime.sinks import check_sinks
 from vlp.runtime.stop import PREEMPTED, Stop
 from vlp.train import bar as bars
-from vlp.train import refresh
+from vlp.train import nonfinite, refresh, rollback
 from vlp.train.build import StagePlan, in_order, prepare
 from vlp.train.evaluation import between, due_evals, evaluate_all, make_up
-from vlp.train.metrics import FINITE, Clock, Interval, Sums, flops_frac, input_metrics, values
+from vlp.train.guard import Guard
+from vlp.train.metrics import (
+    BROKEN,
+    FINE,
+    Clock,
+    Interval,
+    Sums,
+    flops_frac,
+    input_metrics,
+    values,
+)
 from vlp.train.session import (
     Session,
     description_of_data,
@@ -42,7 +52,7 @@ from vlp.train.session import (
     say_model,
 )
 from vlp.train.stages import parse
-from vlp.train.start import check_length, check_start, extension, start_stage
+from vlp.train.start import changed, check_length, check_start, start_stage
 from vlp.train.state import State
 
 log = logging.getLogger(__name__)
@@ -55,20 +65,38 @@ def run(
     profile: tuple[int, int] | None = None,
     extend: bool = False,
 ) -> int:
-    """Starts or continues training.
+    """Starts or continues training. Going back to a checkpoint (`train.rollback`) is a start like any other.
+
+    Args, Returns and Raises: as `start`.
+    """
+    while True:
+        try:
+            return start(config, directory, profile, extend)
+        except rollback.GoBack:
+            profile = None  # its steps may be over
+
+
+def start(
+    config: Mapping[str, Any],
+    directory: str | os.PathLike,
+    profile: tuple[int, int] | None = None,
+    extend: bool = False,
+) -> int:
+    """Trains from the last checkpoint, or from the start, to the end.
 
     Args:
         config: the whole config.
         directory: the work directory, which is created.
         profile: first and last step to profile, counted from 1 over the whole run.
-        extend: whether the last stage's length and the evaluators may differ from those of the run's last start.
+        extend: whether the last stage's length may differ from that of the run's last start.
 
     Returns:
         The exit code: 0, or 75 if the run was pre-empted and saved.
 
     Raises:
         UserError: a mistake in the config or the work directory.
-        Failed: the loss, gradient or parameters of a step are not finite.
+        Failed: loss or gradient are not finite in several steps in a row, or the parameters in one.
+        GoBack: the loss jumped, and the run is to be started again.
     """
     resolved: dict[str, Any] = plain(config)
     if "plugins" in resolved:
@@ -91,16 +119,23 @@ def run(
             for stage in stages:
                 with progress.phase(f"opening the data of stage {stage.name!r}, tracing its step"):
                     plans.append(prepare(stage, settings, mesh))
-            plans = in_order(plans)
+            rollbacks = rollback.read(workdir, meta)
+            plans = in_order(plans, rollbacks)
             check_start(plans, position, meta)
             check_length(plans[-1].stage, position)
-            if extend and meta:
-                log.info(
-                    "--extend: %s",
-                    extension(stages, files.latest(workdir, meta["config"]), position),
-                )
+            if meta:
+                old = files.latest(workdir, meta["config"])
+                own = {"plugins": resolved["plugins"]} if "plugins" in resolved else {}
+                changes = changed(stages, old | own, position)
+                plans = [dataclasses.replace(p, renewed=e) for p, e in zip(plans, changes.evals)]
+                if extend or changes.text:
+                    flag = "--extend" if extend else "since the last start"
+                    log.info("%s: %s", flag, changes.text or "nothing differs")
             reported |= {plan.stage.name: description_of_data(plan) for plan in plans}
-        session = open_session(resolved, settings, workdir, mesh, stop, plans, position, profile)
+        guard = Guard(settings.spike, (meta or {}).get("guard"))
+        session = open_session(
+            resolved, settings, workdir, mesh, stop, plans, position, guard, rollbacks, profile
+        )
         say_model(session, plans)
         say_changes(meta, session)
         return train_stages(session, plans, position, Interval((meta or {}).get("interval")))
@@ -197,6 +232,7 @@ def train_stage(
     for number in range(first, stage.num_steps):
         step, last = stage.start_step + number + 1, number + 1 == stage.num_steps
         held = functools.partial(keep, number)
+        rollback.tell(session, plan, number)
         if refresh.due(stage, number):
             record()
             with clock.paused(), between(session, "refresh", step - 1, held) as going:
@@ -216,9 +252,11 @@ def train_stage(
             state, metrics = plan.step(state, batch)
         stop.work()
         session.profile.after(step, metrics)
-        finite = interval.add(metrics)
+        status = interval.add(metrics)
         logging_due = last or not number or (number + 1) % settings.log_every_steps == 0
-        pending.append(Done(number + 1, metrics, finite, interval.take() if logging_due else None))
+        records = {k: v for k, v in batch.items() if k.rpartition("/")[2] == "record"}
+        sums = interval.take() if logging_due else None
+        pending.append(Done(number + 1, metrics, status, records, sums))
         record(ahead=AHEAD if number else 0)
         session.checkpoints.look()
         note_save(session)
@@ -235,6 +273,7 @@ def train_stage(
                 )
                 if last or stopping or step % settings.save_every_steps == 0:
                     keep(number + 1)
+                    stopping = stopping or (not last and stop.poll())  # asked while it saved
         if stopping:
             break
     return state
@@ -257,22 +296,9 @@ def feed(
     Yields:
         {leaf: array [B …]}, with the leaves of another stream named "stream/leaf".
     """
-    stage = plan.stage
-    streams: dict[str, Iterator[dict[str, np.ndarray]]] = {}
-    for name, data in plan.datasets.items():
-        batch = stage.streams[name].batch if name else stage.batch
-        start = (stage.streams[name] if name else stage).start_samples + stage_step * batch
-        num = stage.num_steps - stage_step
-        reading = start_plan(data, batch=batch, samples=num * batch, num_hosts=jax.process_count())
-        log.info("%s: %s", f"data of stream {name!r}" if name else "data", reading)
-        streams[name] = data.train_iter(
-            start=start,
-            batch=batch,
-            num_batches=num,
-            seed=seed,
-            quarantine=quarantine,
-            rows=local.rows(batch, mesh),
-        )
+    streams = {
+        name: _batches(plan, name, seed, stage_step, mesh, quarantine) for name in plan.datasets
+    }
     for batches in zip(*streams.values()):
         named = {
             f"{n}/{k}" if n else k: v
@@ -282,13 +308,34 @@ def feed(
         yield meshes.to_global(named, mesh)
 
 
+def _batches(
+    plan: StagePlan, name: str, seed: int, stage_step: int, mesh: Mesh, quarantine: Appended
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields this host's batches of one stream ("": the main one). Arguments: as of `feed`."""
+    stage, data = plan.stage, plan.datasets[name]
+    batch = stage.streams[name].batch if name else stage.batch
+    samples = (stage.num_steps - stage_step) * batch
+    reading = start_plan(data, batch=batch, samples=samples, num_hosts=jax.process_count())
+    log.info("%s: %s", f"data of stream {name!r}" if name else "data", reading)
+    for first, num in rollback.stretches(plan.rollbacks, stage_step, stage.num_steps):
+        yield from data.train_iter(
+            start=plan.position(first, name),
+            batch=batch,
+            num_batches=num,
+            seed=seed,
+            quarantine=quarantine,
+            rows=local.rows(batch, mesh),
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A dispatched step: its number in the stage (from 1) and its metrics, still on the device."""
+    """A dispatched step: its number in the stage (from 1), its metrics and status, still on the device."""
 
     number: int
     metrics: dict[str, jax.Array]
-    finite: jax.Array
+    status: jax.Array
+    records: dict[str, jax.Array]  # the record ids of each stream's batch
     sums: Sums | None  # of the metrics since the last row; None if no row is due
 
 
@@ -303,28 +350,20 @@ def write_step(session: Session, plan: StagePlan, done: Done, clock: Clock, bar:
         bar: progress bar.
 
     Raises:
-        Failed: a metric is not finite. The batch is listed in nonfinite_stepN.json.
+        Failed: the parameters are not finite, or too many updates in a row were skipped.
+        GoBack: the loss jumped; the run starts again from a checkpoint.
     """
-    stage, settings = plan.stage, session.settings
+    stage = plan.stage
     clock.count()
     number, step = done.number, stage.start_step + done.number
-    seen = stage.start_samples + number * stage.batch
-    row = {"kind": "train", "step": step, "samples": seen, "stage": stage.name}
-    if not jax.device_get(done.finite):
-        found = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
-        session.metrics.write(row | found)
-        session.metrics.flush()
-        ids = plan.main.record_ids(seen - stage.batch, stage.batch, settings.seed)
-        keys = plan.main.keys(ids[:64])
-        path = session.workdir / f"nonfinite_step{step}.json"
-        files.write_json(
-            path, {"step": step, "metrics": found, "records": ids.tolist(), "keys": keys}
-        )
-        got = ", ".join(f"{k} {found[k]}" for k in FINITE)
-        raise check.Failed(
-            f"step {step}: got {got}, expected finite numbers; see {path} for the batch "
-            f"(keys {', '.join(keys[:4])}, …), lower the learning rate or inspect these records"
-        )
+    row = {"kind": "train", "step": step, "samples": stage.start_samples + number * stage.batch}
+    row["stage"] = stage.name
+    status, loss = jax.device_get((done.status, done.metrics["loss"]))
+    spiked = session.guard.see(float(loss), applied=bool(status == FINE))
+    if status != FINE:
+        nonfinite.refuse(session, plan, done.metrics, done.records, row, bool(status == BROKEN))
+    if spiked:
+        rollback.go_back(session, plan, step, "spike", float(loss))
     if done.sums is None:
         return
     averages, warm = values(done.sums), clock.warm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -81,6 +82,10 @@ class Clock:
 
 LAST = ("lr", "param_norm")  # what is of the interval's last step, and no average
 FINITE = ("loss", "grad_norm", "param_norm")  # what has to be a number in every step
+APPLIED = "applied"  # the step's flag, which is no metric
+FINE, SKIPPED, BROKEN = range(
+    3
+)  # a step's status: skipped, as it was not finite; parameters broken
 
 Sums = dict[str, Any]  # name → clu metric
 
@@ -94,9 +99,9 @@ class Interval:
         self._sums: Sums | None = {k: as_metric(k, v) for k, v in (kept or {}).items()} or None
 
     def add(self, metrics: Mapping[str, jax.Array]) -> jax.Array:
-        """Adds a step's metrics. Returns whether loss, gradient and parameters are finite (bool[], on the device)."""
-        self._sums, finite = _add(self._sums, metrics)
-        return finite
+        """Adds a step's metrics, unless its update was skipped. Returns its status (i32[], on the device)."""
+        self._sums, status = _add(self._sums, metrics)
+        return status
 
     def take(self) -> Sums:
         """Returns the sums over the steps since the last call, still on the device, and resets them."""
@@ -111,15 +116,24 @@ class Interval:
 
 
 def values(sums: Sums) -> dict[str, float]:
-    """What the sums amount to, as numbers; waits for the last of their steps."""
-    return {k: float(m.compute()) for k, m in jax.device_get(sums).items()}
+    """What the sums amount to, as numbers (NaN if every step was skipped); waits for the last of their steps."""
+    found = jax.device_get(sums).items()
+    return {k: float(m.compute()) if m.count else math.nan for k, m in found}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(sums: Sums | None, metrics: Mapping[str, jax.Array]) -> tuple[Sums, jax.Array]:
-    new = {k: _kind(k)(x.astype(jnp.float32), jnp.int32(1)) for k, x in metrics.items()}
-    finite = jnp.isfinite(jnp.stack([metrics[k] for k in FINITE])).all()
-    return (new if sums is None else {k: sums[k].merge(m) for k, m in new.items()}), finite
+    applied = metrics[APPLIED]
+
+    def one(name: str, x: jax.Array) -> Any:
+        counts = applied | (name in LAST)
+        x = jnp.where(counts, x.astype(jnp.float32), 0)
+        return _kind(name)(x, counts.astype(jnp.int32))
+
+    new = {k: one(k, x) for k, x in metrics.items() if k != APPLIED}
+    broken = ~jnp.isfinite(metrics["param_norm"])
+    status = jnp.where(broken, BROKEN, jnp.where(applied, FINE, SKIPPED))
+    return (new if sums is None else {k: sums[k].merge(m) for k, m in new.items()}), status
 
 
 def _kind(name: str) -> Any:
@@ -136,8 +150,7 @@ def input_metrics(plan: StagePlan, num_steps: int) -> dict[str, float]:
         # of this process's life, not of the run's: like all under time/, no two runs agree on it
         measured = f"time/{name}.input_" if name else "time/input_"
         out |= {f"{measured}{k}": v for k, v in data.loader_stats.metrics().items()}
-        stream = plan.stage.streams[name] if name else plan.stage
-        position = stream.start_samples + num_steps * stream.batch
+        position = plan.position(num_steps, name)
         out |= {f"{where}samples_{k}": float(n) for k, n in data.source_counts(position).items()}
     return out
 

@@ -23,10 +23,10 @@ from vlp.core import check, interrupt, local
 from vlp.core import mesh as meshes
 from vlp.core.appended import Appended
 from vlp.core.types import Apply, Ctx
-from vlp.train.build import StagePlan, arrays_of
+from vlp.train.build import StagePlan
 from vlp.train.session import Session
 from vlp.train.stages import Stage
-from vlp.train.state import State
+from vlp.train.state import State, arrays_of
 
 log = logging.getLogger(__name__)
 PyTree = Any
@@ -37,6 +37,7 @@ class Embed:
     """What `refresh` may ask of the present model: `embed(f, num)`.
 
     samples: number of samples the run has seen. rng(): a NumPy generator that depends only on the seed and on it.
+    position: in the main stream, of the sample that the next step reads first.
     """
 
     plan: StagePlan
@@ -45,6 +46,7 @@ class Embed:
     quarantine: Appended
     seed: int
     samples: int
+    position: int
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.samples))
@@ -66,7 +68,7 @@ class Embed:
         run = _compiled(f, stage.model, nets, stage.micro_batches)
         found = []
         for rows in data.train_iter(
-            start=self.samples,
+            start=self.position,
             batch=batch,
             num_batches=-(-num // batch),
             seed=self.seed,
@@ -106,7 +108,8 @@ def refreshed(session: Session, plan: StagePlan, state: State, stage_step: int) 
     stage, began = plan.stage, time.monotonic()
     seen = stage.start_samples + stage_step * stage.batch
     before = jax.tree.map(meshes.to_host, state.method_state)
-    embed = Embed(plan, state, session.mesh, session.quarantine, session.settings.seed, seen)
+    seed, position = session.settings.seed, plan.position(stage_step)
+    embed = Embed(plan, state, session.mesh, session.quarantine, seed, seen, position)
     after = jax.tree.map(np.asarray, stage.objective.refresh(before, embed))
     old, new = arrays_of(before), arrays_of(after)
     for name in sorted(old.keys() | new.keys()):

@@ -23,6 +23,8 @@ from vlp.runtime.profile import Profile
 from vlp.runtime.stop import Stop
 from vlp.runtime.watchdog import Watchdog
 from vlp.train import summary
+from vlp.train.guard import Guard
+from vlp.train.rollback import Rollback
 from vlp.train.stages import Run
 from vlp.train.state import State
 
@@ -52,6 +54,8 @@ class Session:
     lock: locks.Lock
     profile: Profile
     quarantine: Appended  # bad records that this process met
+    guard: Guard
+    rollbacks: tuple[Rollback, ...]
     scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # by step
 
 
@@ -63,6 +67,8 @@ def open_session(
     stop: Stop,
     plans: Sequence[StagePlan],
     position: Mapping[str, int],
+    guard: Guard,
+    rollbacks: tuple[Rollback, ...] = (),
     profile: tuple[int, int] | None = None,
 ) -> Session:
     """Creates the workdir, or opens it to continue from `position`. This is the first write of a run."""
@@ -102,6 +108,8 @@ def open_session(
         lock,
         Profile(workdir / "profile", profile),
         Appended(workdir / f"quarantine_{jax.process_index()}.jsonl"),
+        guard,
+        rollbacks,
     )
 
 
@@ -172,7 +180,9 @@ def save(
     step = stage.start_step + stage_step
     samples = stage.start_samples + stage_step * stage.batch
     position = {"step": step, "stage": stage.index, "stage_step": stage_step, "samples": samples}
-    meta = {"position": position, "interval": interval, **description(session, plan)}
+    meta = {"position": position, "interval": interval, "guard": session.guard.plain()}
+    meta["rollbacks"] = [dataclasses.asdict(r) for r in session.rollbacks if r.step <= step]
+    meta |= description(session, plan)
     meta |= {
         "scores": session.scores.get(step, {}),
         "golden": golden_pair(session, plan, state),

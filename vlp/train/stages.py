@@ -27,6 +27,7 @@ from vlp.models.interface import check_fields
 from vlp.objectives import OBJECTIVES
 from vlp.optim.make import Optim
 from vlp.optim.schedules import Schedule
+from vlp.train.guard import Spike
 
 MAX_BATCH = 2**26
 # Settings that apply only to the stage that sets them: later stages do not inherit them from the base config.
@@ -62,7 +63,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What holds for all stages. mesh, platform and how often is logged and saved may change at a restart."""
+    """What holds for all stages. What may change at a restart: `runtime.restart.FREE`."""
 
     name: str
     seed: int = 0
@@ -73,6 +74,8 @@ class Run:
     keep_checkpoints: int = 2  # the newest ones
     keep: Keep = Keep()  # which others
     sinks: tuple[str, ...] = ()  # who follows metrics.jsonl: "tensorboard", "wandb", "clu"
+    max_nonfinite_steps: int = 3  # stop after so many in a row whose update was skipped
+    spike: Spike = Spike()
     hang_secs: float = 3600.0  # exit 76 with all stacks if nothing moves for so long; 0: never
     grace_secs: float = 30.0  # between SIGTERM and SIGKILL (GCE spot, Kubernetes, Slurm's KillWait)
     plugins: tuple[
@@ -156,7 +159,7 @@ def parse(config: Mapping[str, Any]) -> tuple[Run, tuple[Stage, ...]]:
         "grace_secs": (1 <= run.grace_secs < math.inf, "1 or more"),
     }
     check.bounds("config", run, bounds)
-    for key in ("log_every_steps", "save_every_steps", "keep_checkpoints"):
+    for key in ("log_every_steps", "save_every_steps", "keep_checkpoints", "max_nonfinite_steps"):
         if getattr(run, key) < 1:
             raise check.error(
                 f"config.{key}", getattr(run, key), "1 or more", f"set config.{key} to 1 or more"

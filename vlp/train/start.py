@@ -66,16 +66,29 @@ def check_length(last: Stage, position: Mapping[str, int]) -> None:
         raise check.error(f"stage {last.name!r}", got, f"the {done} that it has, or more", do)
 
 
-def extension(stages: Sequence[Stage], old: Mapping[str, Any], position: Mapping[str, int]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What a start does otherwise than the one before it, in words; and each stage's evaluators that are new or
+    changed."""
+
+    text: str
+    evals: tuple[frozenset[str], ...]
+
+
+def changed(
+    stages: Sequence[Stage], old: Mapping[str, Any], position: Mapping[str, int]
+) -> Changes:
     """Returns the differences from the config `old` of the last start, and their effect on the learning rate."""
     _, before = parse(old)
-    found = []
+    found, evals = [], []
     for stage, other in zip(stages, before):
-        labels = sorted(k for k in stage.evals if other.evals.get(k) != stage.evals[k])
+        labels = frozenset(k for k in stage.evals if other.evals.get(k) != stage.evals[k])
+        evals.append(labels)
         if lost := sorted(other.evals.keys() - stage.evals.keys()):
             found.append(f"stage {stage.name!r}: evaluators removed: {', '.join(lost)}")
         if labels:
-            found.append(f"stage {stage.name!r}: evaluators added or changed: {', '.join(labels)}")
+            names = ", ".join(sorted(labels))
+            found.append(f"stage {stage.name!r}: evaluators added or changed: {names}")
     stage, other = stages[-1], before[-1]
     if stage.num_steps != other.num_steps:
         found.append(f"stage {stage.name!r} has {stage.num_steps:,} steps, not {other.num_steps:,}")
@@ -88,7 +101,7 @@ def extension(stages: Sequence[Stage], old: Mapping[str, Any], position: Mapping
                 f"its schedule depends on the length: the rate at its step {step:,} goes from "
                 f"{float(was(step)):.3g} to {float(now(step)):.3g}, unlike in a run of this length"
             )
-    return "; ".join(found) or "nothing differs"
+    return Changes("; ".join(found), tuple(evals))
 
 
 def check_clamps(previous: StagePlan | None, plan: StagePlan, given: Mapping[str, Any]) -> None:

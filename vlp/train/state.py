@@ -152,6 +152,27 @@ def method_state(objective: Objective, model: Any, seed: int | jax.Array) -> PyT
     return () if init is None else init(key, model)
 
 
+def check_kept(where: str, old: PyTree, new: PyTree) -> None:
+    """Raises UserError unless a step returns a `method_state` with the arrays of the one that it was given: else no
+    checkpoint of it could be restored."""
+    before, after = arrays_of(old), arrays_of(new)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            got = after.get(name, "none after a step")
+            expected = before.get(name, "none, as before it")
+            do = "return Out(…, method_state) of the shapes and types that init_method_state gives"
+            raise check.error(f"{where}: method_state{name}", got, expected, do)
+    got, expected = jax.tree.structure(new), jax.tree.structure(old)
+    if got != expected:
+        raise check.error(f"{where}: method_state", got, expected, "return it in these containers")
+
+
+def arrays_of(tree: PyTree) -> dict[str, str]:
+    """ "float32[8, 4]" of every leaf, by its path."""
+    text = lambda x: f"{x.dtype}{list(x.shape)}"
+    return {jax.tree_util.keystr(p): text(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def shardings(
     boxed: PyTree, updater: Updater, state: State, mesh: Mesh, method_state: PyTree = None
 ) -> State:

@@ -1,4 +1,8 @@
-"""One training step: one `jit`, with the state donated. It names no method and no parameter."""
+"""One training step: one `jit`, with the state donated. It names no method and no parameter.
+
+If the loss, the gradient, a statistic or the objective's state is not finite, the step only counts: parameters,
+optimiser, averages, statistics and the objective's state stay as they were, on all devices.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx, Objective, Weight, answer
 from vlp.ops import statistics
 from vlp.optim import ema
 from vlp.optim.make import Updater
-from vlp.train.state import State
+from vlp.train.state import State, check_kept
 
 PyTree = Any
 
@@ -47,7 +52,10 @@ def train_step(
         teachers: Name → (model, decay). With a decay, the teacher is the moving average of the trained parameters.
 
     Returns:
-        The next state and the step's metrics (scalars).
+        The next state and the step's metrics (scalars); "applied", a bool: whether the state was updated.
+
+    Raises:
+        UserError: when traced, if the objective returns a `method_state` of other arrays than it was given.
     """
     teachers = teachers or {}
     moving = jax.tree.map(lambda a, b: a or b, updater.trainable, updater.statistics)
@@ -76,24 +84,60 @@ def train_step(
     (loss, (method_state, metrics)), grads = value_and_grad(tree.where(moving, state.params))
     slots, recorded = (tree.where(updater.statistics, t) for t in (state.params, grads))
     trainable, grads = (tree.where(updater.trainable, t) for t in (state.params, grads))
+    check_kept(f"objective {type(objective).__name__}", state.method_state, method_state)
+    grad_norm = tree.norm(grads)
+    applied = jnp.isfinite(jnp.stack([loss, grad_norm, tree.norm(recorded)])).all()
+    applied &= stays_finite(state.method_state, method_state)
     lr = lr_at(state.stage_step)
-    trainable, opt, update_norm = updater.update(grads, state.opt, trainable, lr)
-    slots = statistics.updated(slots, recorded)
+
+    def update(old: PyTree) -> PyTree:
+        grads, trainable, slots, opt, averages, _ = old
+        trainable, opt, changes = updater.apply(grads, opt, trainable, lr)
+        slots = statistics.updated(slots, recorded)
+        params = tree.merge(tree.merge(trainable, frozen), slots)
+        averages = {
+            name: average
+            if teachers[name][1] is None
+            else ema.update(average, params, teachers[name][1], progress)
+            for name, average in averages.items()
+        }
+        changes = jax.tree.map(lambda g, c: c.astype(g.dtype), grads, changes)
+        return changes, trainable, slots, opt, averages, method_state
+
+    # The gradients are clipped before, and the changes take their place: no further array of their size is needed.
+    old = updater.clipped(grads), trainable, slots, state.opt, state.teachers, state.method_state
+    changes, trainable, slots, opt, averages, method_state = changed_if(applied, update, old)
     weights = tree.merge(trainable, frozen)
     params = tree.merge(weights, slots)
-    averages = {
-        name: state.teachers[name]
-        if decay is None
-        else ema.update(state.teachers[name], params, decay, progress)
-        for name, (_, decay) in teachers.items()
-    }
     metrics = {
         "loss": loss,
         **metrics,
         **statistics.metrics(slots),
         "lr": lr,
-        "grad_norm": tree.norm(grads),
-        "update_norm": update_norm,
+        "grad_norm": grad_norm,
+        "update_norm": tree.norm(changes),
+        "param_norm": tree.norm(weights),
+        "applied": applied,
     }
-    metrics["param_norm"] = tree.norm(weights)
     return State(state.step + 1, state.stage_step + 1, params, opt, averages, method_state), metrics
+
+
+def changed_if(wanted: jax.Array, change: Callable[[PyTree], PyTree], x: PyTree) -> PyTree:
+    """Returns change(x) if `wanted` (bool[]), else x.
+
+    A loop of one turn or none, since XLA writes what a loop changes in place. To choose between old and new values by
+    `jnp.where` takes memory for the parameters once more on some machines, and `jax.lax.cond` copies its operands.
+    """
+    turn = lambda carry: (jnp.bool_(False), change(carry[1]))
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, x))[1]
+
+
+def stays_finite(old: PyTree, new: PyTree) -> jax.Array:
+    """Returns bool[]: whether every number of `new` is finite where that of `old` is."""
+    floats = [
+        (o, n)
+        for o, n in zip(jax.tree.leaves(old), jax.tree.leaves(new))
+        if jnp.issubdtype(n.dtype, jnp.inexact)
+    ]
+    kept = [(jnp.isfinite(n) | ~jnp.isfinite(o)).all() for o, n in floats]
+    return jnp.stack(kept).all() if kept else jnp.bool_(True)
