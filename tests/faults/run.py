@@ -93,6 +93,10 @@ class Run:
         found = [line for line in self.lines if line.startswith("restored step ")]
         return int(found[0].split()[-1]) if found else 0
 
+    def fed(self) -> bool:
+        """Whether the data is opened: what follows is the compilation of the step."""
+        return any(line.startswith("data: ") and " epochs; " in line for line in list(self.lines))
+
     def has(self, text: str) -> bool:
         return any(line.startswith(text) for line in list(self.lines))
 
@@ -130,7 +134,7 @@ def aimed(run: Run, checkpoints: pathlib.Path, moment: str, rng: random.Random) 
 
     def come() -> bool:
         if moment == "compile":
-            return run.has("data: ")
+            return run.fed()
         steps = run.steps()
         if moment == "step":
             return len(steps) >= 4 * later
@@ -159,7 +163,7 @@ def hit(run: Run, folder: Folder) -> str:
     """Where a killed run was."""
     told = [line for line in run.lines if STEP.match(line) or EVAL.match(line)]
     if not told:
-        return "compile" if run.has("data: ") else "start"
+        return "compile" if run.fed() else "start"
     if folder.deleting:
         return "delete"
     if folder.writing:
@@ -258,7 +262,9 @@ def faults(folder: pathlib.Path, kills: int, steps: int, rng: random.Random) -> 
         newest = max(look.published, default=0)
         reached = max(run.steps(), default=run.restored())
         saving = int(look.writing[5:14]) if look.writing else None
-        again = {} if open_row is None else {"reached": max(reached, open_row["reached"])}
+        again = {}
+        if open_row is not None:  # nothing happened since the kill before it
+            again = {k: open_row[k] for k in ("reached", "saving")}
         open_row = {
             "kill": len(out) + 1,
             "moment": hit(run, look),
