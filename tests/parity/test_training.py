@@ -11,7 +11,7 @@ from flax import traverse_util
 from parity import originals
 from vlp.core import tree
 from vlp.core.types import Apply, Ctx, answer
-from vlp.exchange import folders, open_clip, tensors
+from vlp.exchange import folders, open_clip_tensors, tensors
 from vlp.objectives import OBJECTIVES
 from vlp.optim.make import DEFAULT_RULES, Optim, Rule, make
 from vlp.train import state as states
@@ -109,7 +109,7 @@ def test_losses_and_gradients_are_open_clips(name, tmp_path):
         ).loss()
 
     found = tree.named(jax.jit(jax.grad(loss_of))(params))
-    table = open_clip.rules(exchanged.model, folders._is_custom(cfg))
+    table = open_clip_tensors.rules(exchanged.model, folders._is_custom(cfg))
     for leaf, want in tensors.read(table, grads, "gradients").items():
         error = np.linalg.norm(found[leaf] - want) / max(np.linalg.norm(want), 1e-12)
         assert error < 1e-4 or np.linalg.norm(want) < 1e-7, f"{leaf}: {error}"

@@ -14,7 +14,14 @@ import numpy as np
 from vlp.core import check
 from vlp.core.config import build_named, plain
 from vlp.data.tokenizer import Tokenizer
-from vlp.exchange import big_vision, hugging_face, open_clip, tensors, tokenizers
+from vlp.exchange import (
+    big_vision,
+    hugging_face,
+    open_clip,
+    open_clip_tensors,
+    tensors,
+    tokenizers,
+)
 from vlp.exchange.checkpoint import Exchanged
 from vlp.models import MODELS, TOWERS
 
@@ -95,7 +102,7 @@ def _read_open_clip(path: pathlib.Path, tokenizer: str) -> Exchanged:
             f"text.{k}" if re.fullmatch(parts, k) else k: x for k, x in weights.items()
         }  # fmt: skip
     same = "visual.attn_pool.attn.in_proj_weight" in weights
-    leaves = tensors.read(open_clip.rules(model, custom, same), weights, str(path))
+    leaves = tensors.read(open_clip_tensors.rules(model, custom, same), weights, str(path))
     model = tokenizers.fitted(model, words, str(path))
     return Exchanged(model, objective, data, words, leaves, "open_clip", str(path))
 
@@ -177,7 +184,7 @@ def _write(exchanged: Exchanged, out: pathlib.Path, system: str) -> list[str]:
         _compare(exchanged, found, "OpenCLIP")
         pooler = exchanged.leaves.get("pool_shared/query")
         same = pooler is not None and pooler.shape[1] == model.image_tower.width
-        rules = open_clip.rules(found, _is_custom(cfg), same)
+        rules = open_clip_tensors.rules(found, _is_custom(cfg), same)
     theirs = tensors.write(rules, exchanged.leaves, exchanged.source)
     out.mkdir(parents=True, exist_ok=True)
     if words is not None and not (system == "open_clip" and tokenizers.is_clip(words)):
