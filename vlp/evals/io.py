@@ -109,8 +109,7 @@ class IO:
 
 def preprocessing(data: Data) -> str:
     """Returns in words how evaluations prepare images and texts."""
-    crop = getattr(data, "eval_crop", "exact")
-    return f"{crop} crop, {data.resize}, {data.image_px} px, {data.text_len} tokens"
+    return f"{data.eval_crop} crop, {data.resize}, {data.image_px} px, {data.text_len} tokens"
 
 
 def run(

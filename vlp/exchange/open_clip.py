@@ -1,4 +1,4 @@
-"""OpenCLIP: a model's JSON ↔ our config (CLIP, CustomText with SigLIP's towers, CoCa). Its tensors: `open_clip_tensors`.
+"""OpenCLIP: a model's JSON ↔ our config (CLIP, CustomText with SigLIP's towers, CoCa). Tensors: `open_clip_tensors`.
 
 Source: open_clip 3.3.0, `model.py`, `transformer.py`, `coca_model.py`; timm 1.0.31, `vision_transformer.py`.
 """
