@@ -93,7 +93,7 @@ def test_a_run_keeps_its_best_checkpoint(toy, tmp_path, capsys):
     config = runs.changed(
         runs.TOY, steps=6, keep_checkpoints=1,
         evals={"retrieval": {"every_steps": 2, "batch": 8}},
-        keep={"best": 1, "metric": "retrieval/image_to_text/median_rank", "mode": "min"},
+        keep={"best": 1, "metric": "retrieval/i2t/median_rank", "mode": "min"},
     )  # fmt: skip
     wrong = runs.changed(config, **{"keep.metric": "retrieval/R@7"})
     assert runs.train(wrong, tmp_path / "wrong") == 2
