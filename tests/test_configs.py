@@ -13,6 +13,7 @@ from helpers import runs
 from helpers.everything import pairs
 from vlp.core import check, tree
 from vlp.core import config as configs
+from vlp.objectives import OBJECTIVES
 from vlp.optim import make as optimisers
 from vlp.runtime import workdir
 from vlp.train import stages, state, summary
@@ -32,8 +33,9 @@ def test_all_shipped_configs_are_tested():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_trains_evaluates_saves_and_resumes_at_smoke_size(name, tmp_path):
-    """Two steps, or one per stage, through `vlp train`; without its last checkpoint it trains to the same numbers."""
+def test_every_config_trains_evaluates_and_saves_at_smoke_size(name, tmp_path):
+    """Two steps, or one per stage, through `vlp train`. The config that an objective is named after is resumed as well:
+    without its last checkpoint it trains to the same numbers."""
     directory = tmp_path / "run"
     argv = ["train", "--config", f"{FOLDER / name}.py:smoke", "--workdir", directory]
     argv += ["--config.save_every_steps=1"]
@@ -44,6 +46,8 @@ def test_every_config_trains_evaluates_saves_and_resumes_at_smoke_size(name, tmp
     assert num_steps == max(2, len(config["stages"]))
     assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, num_steps + 1))
     assert {r["eval"] for r in rows if r["kind"] == "eval"} == set(config["evals"])
+    if name not in OBJECTIVES:
+        return
     *_, last = sorted((directory / "checkpoints").glob("step_?????????"))
     shutil.copytree(directory, tmp_path / "whole")
     shutil.rmtree(last)
