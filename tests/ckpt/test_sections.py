@@ -17,7 +17,8 @@ from vlp.models import MODELS
 from vlp.objectives import OBJECTIVES
 from vlp.optim.make import Optim, Rule
 from vlp.optim.schedules import Schedule
-from vlp.train.stages import Run, Stream, Teacher
+from vlp.train.guard import Spike
+from vlp.train.stages import Keep, Run, Stream, Teacher
 
 SECTIONS = [
     Data, Part, CaptionSource, Reweight, Optim, Rule, Schedule, Teacher, Stream, MeshShape, Run,
@@ -66,7 +67,7 @@ def filled(cls, seen):
 def test_every_field_of_every_section(tmp_path, monkeypatch):
     """Through a checkpoint and back unchanged."""
     seen = set()
-    for cls in {*SECTIONS}:
+    for cls in {*SECTIONS, Spike, Keep}:
         if not any(base.__module__ == "flax.linen.module" for base in cls.__mro__):
             monkeypatch.setattr(cls, "__post_init__", lambda self: None, raising=False)
     sections = [filled(cls, seen) for cls in SECTIONS]

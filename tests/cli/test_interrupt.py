@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "eval --workdir run",
     "caption": "caption --workdir run my.png",
     "average": "average run run --out out",
+    "ckpt": "ckpt ls run",
     "plan": "plan --config configs/coca.py:size=base --devices 8",
     "report": "report run",
     "data emoji": "data emoji --out out",

@@ -107,7 +107,7 @@ def test_bad_input_is_one_line(tmp_path, small_tokenizer, command):
 def test_bench_refuses_zero(tmp_path, flag, capsys):
     with pytest.raises(SystemExit):
         run("bench", tmp_path, flag, 0)
-    assert f"{flag}: got '0', expected a whole number, 1 or more" in capsys.readouterr().err
+    assert f"{flag}: got '0', expected a whole number, 1 to 2^31 - 1" in capsys.readouterr().err
 
 
 def test_bench_of_data_with_a_bad_image(tmp_path, capsys):

@@ -95,7 +95,7 @@ def test_mistakes_in_a_models_section_are_one_line(model, message):
             "head",
             ("predct", (1, 8)),
             {},
-            "head: got 'predct', expected one of ['predict']; declare heads = ",
+            "head: got 'predct', expected one of ['predict']; did you mean 'predict'? else declare heads = ",
         ),
         (
             CAPTIONER,

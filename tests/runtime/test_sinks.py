@@ -147,9 +147,10 @@ def test_a_sink_added_at_a_restart_gets_the_whole_run(toy, tmp_path):
 
 def test_not_a_number_is_followed(toy, tmp_path):
     run = tmp_path / "run"
-    assert runs.train(runs.changed(CONFIG, **{"objective.nan_step": 2}), run) == 1
+    config = runs.changed(CONFIG, max_nonfinite_steps=1, **{"objective.nan_step": 2})
+    assert runs.train(config, run) == 1
     assert np.isnan(
-        next(v for tag, step, v in tensorboard(run) if (tag, step) == ("train/loss", 3))
+        next(v for tag, step, v in tensorboard(run) if (tag, step) == ("nonfinite/loss", 3))
     )
 
 

@@ -78,7 +78,7 @@ def test_several_in_a_row_end_the_run_also_if_it_is_started_again(toy, tmp_path,
         assert int(runs.saved(run)[""]) == 4
     assert told[0] == told[1] and told[0].count("\n") == 1
     assert told[0].startswith("vlp: step 5: got loss nan, grad_norm nan, param_norm ")
-    assert " in 3 steps in a row, whose updates were skipped, expected finite" in told[0]
+    assert " (steps in a row whose updates were skipped: 3), expected finite" in told[0]
     before, after = runs.saved(run, 2), runs.saved(run, 4)
     for name in (n for n in after if n.startswith(("params", "rest/opt", "rest/teachers"))):
         np.testing.assert_array_equal(after[name], before[name])

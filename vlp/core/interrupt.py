@@ -66,7 +66,8 @@ def watch(sigterm: bool = False) -> None:
     processes = sys.modules.get("multiprocessing")
     if processes is not None and processes.parent_process() is not None:
         return
-    if watched:
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if watched or (ignored and not sigterm):
         return
     # silences multiprocessing's resource tracker, which warns about what killed workers leave
     quiet, given = "ignore:resource_tracker:UserWarning", os.environ.get("PYTHONWARNINGS", "")
@@ -74,7 +75,7 @@ def watch(sigterm: bool = False) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    if not ignored:
         signal.signal(signal.SIGINT, _woken)
     if sigterm:
         signal.signal(signal.SIGTERM, _woken)

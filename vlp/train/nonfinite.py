@@ -69,7 +69,7 @@ def refuse(
         return
     if not broken and settings.spike.factor:
         rollback.go_back(session, plan, step, "nonfinite", found["loss"])
-    often = "" if broken else f" in {guard.in_a_row} steps in a row, whose updates were skipped"
+    often = "" if broken else f" (steps in a row whose updates were skipped: {guard.in_a_row})"
     do = "lower the learning rate or inspect these records"
     if not broken:
         do += "; config.max_nonfinite_steps and config.spike may change when the run is continued"

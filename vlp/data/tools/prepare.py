@@ -115,7 +115,9 @@ def given_tokenizer(wanted: str, beside: str) -> tokenizers.Tokenizer | None:
     if not wanted or wanted.isdecimal() and 0 < int(wanted) < 2**31:
         return None
     if wanted.isdecimal():
-        raise check.error("--tokenizer", f"{wanted:.40}", "1 to 2^31 - 1 pieces", "give fewer")
+        raise check.error(
+            "--tokenizer", f"{wanted!r:.42}", "1 to 2^31 - 1 pieces", "give another number"
+        )
     if not storage.exists(wanted):
         do = "train one with `vlp data tokenizer`, or correct the path"
         got = f"{wanted!r}, which is not a file"
