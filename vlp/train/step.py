@@ -96,11 +96,10 @@ def train_step(
         slots = statistics.updated(slots, recorded)
         params = tree.merge(tree.merge(trainable, frozen), slots)
         averages = {
-            name: average
-            if teachers[name][1] is None
-            else ema.update(average, params, teachers[name][1], progress)
+            name: average if (decay := teachers[name][1]) is None
+            else ema.update(average, params, decay, progress)
             for name, average in averages.items()
-        }
+        }  # fmt: skip
         changes = jax.tree.map(lambda g, c: c.astype(g.dtype), grads, changes)
         return changes, trainable, slots, opt, averages, method_state
 
