@@ -73,6 +73,11 @@ SLOW = {  # part of a command → why it needs VLP_SLOW=1
 }
 ELSEWHERE = {  # part of a command → why it cannot run here
     "--workdir gs://": "needs a bucket; tests/runtime/test_buckets.py",
+    "--config.init=runs/b32": "trains from weights of others; tests/exchange/test_folders.py does",
+    "vlp ckpt import ViT-B-32-laion2b/": "needs weights of others; tests/exchange makes some",
+    "--workdir runs/b32": "the same",
+    "--workdir runs/coca photo.jpg": "the same",
+    "vlp ckpt export runs/tuned": "the same",
     "img2dataset --url_list": "needs the network, and an environment of its own",
     "--topology v5e:16x16": "needs the TPU compiler (libtpu); tests/train/test_plan.py where it is",
 }
