@@ -14,6 +14,8 @@ OUTPUTS = {
     "eval --json": "eval --workdir nowhere --json {}",
     "plan --json": "plan --config nowhere.py --json {}",
     "report --out": "report nowhere --out {}",
+    "import --out": "ckpt import nowhere --out {}",
+    "export --out": "ckpt export nowhere --to open_clip --out {}",
     "average --out": "average nowhere nowhere --out {}",
     "train --workdir": "train --config configs/clip.py:size=B/32,smoke --workdir {}",
     "emoji --out": "data emoji --out {}",

@@ -46,9 +46,8 @@ def test_one_of_four_processes_freezes(toy, tmp_path, where):
         codes = run.finish(others)
         secs = time.monotonic() - began
         print(f"{where}: named and gone {secs:.1f} s after it froze (hang_secs 10)")
-        if frozen:
-            assert codes == [HANG] * 3, [run.err(i) for i in range(4)]
-        assert HANG in codes and all(codes)
+        # one whose collective fails because another left first may end with 1, or be aborted with the coordinator
+        assert HANG in codes and all(codes), [run.err(i) for i in range(4)]
         others = [i for i, code in zip(others, codes) if code == HANG]
         phase = {"data": "data", "save": "save"}.get(where, "step 5")
         for i in others:
