@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -94,10 +95,8 @@ def copy(checkpoints: paths.Path, target: str, step: int | None) -> str:
 
 def newest_whole(checkpoints: paths.Path) -> int | None:
     """Returns the newest step whose files are whole; None if there is none."""
-    whole = (
-        s for s in reversed(steps.listed(checkpoints)) if not next(verify(checkpoints, [s]))[1]
-    )
-    return next(whole, None)
+    problem = lambda step: digest.problem(steps.folder(checkpoints, step), steps.ITEMS)
+    return next((s for s in reversed(steps.listed(checkpoints)) if not problem(s)), None)
 
 
 def _state(folder: paths.Path) -> str:
@@ -111,8 +110,6 @@ def _state(folder: paths.Path) -> str:
 
 def _saved(folder: paths.Path) -> str:
     """The time of the commit, in UTC."""
-    import json
-
     try:
         nanos = json.loads(paths.read(folder / digest.STEP))["commit_timestamp_nsecs"]
         return time.strftime("%Y-%m-%d %H:%M", time.gmtime(nanos / 1e9))

@@ -103,7 +103,7 @@ def _marker_text(folder: paths.Path, names: Iterable[str]) -> str:
 def problem(folder: paths.Path, items: Sequence[str]) -> str:
     """Returns what is wrong with a checkpoint's files, or "". Items: subfolders that must be there."""
     manifest, found = opened(folder, items)
-    return found or next(filter(None, check_files(folder, manifest, manifest)), "")
+    return found or check_files(folder, manifest, manifest)
 
 
 def opened(folder: paths.Path, items: Sequence[str]) -> tuple[dict[str, Any], str]:
@@ -156,12 +156,10 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return value
 
 
-def check_files(
-    folder: paths.Path, manifest: Mapping[str, Any], names: Iterable[str]
-) -> Iterable[str]:
-    """Yields for each named file what is wrong with it, or ""."""
-    for name in names:
-        yield _check_file(folder / name, name, manifest[name])
+def check_files(folder: paths.Path, manifest: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Returns what is wrong with the first bad one of the named files, or ""."""
+    found = (_check_file(folder / name, name, manifest[name]) for name in names)
+    return next(filter(None, found), "")
 
 
 def shares(manifest: Mapping[str, Any], num: int) -> list[list[str]]:

@@ -100,7 +100,7 @@ def _problem(folder: paths.Path, item: str) -> str:
     """Returns what is wrong with one item's files, or ""."""
     manifest, found = digest.opened(folder, [item])
     names = [name for name in manifest if name.startswith(f"{item}/")]
-    return found or next(filter(None, digest.check_files(folder, manifest, names)), "")
+    return found or digest.check_files(folder, manifest, names)
 
 
 def _part(found: PyTree, prefix: str, where: str) -> PyTree:

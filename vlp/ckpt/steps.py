@@ -183,7 +183,7 @@ def copy(source: paths.Path, target: paths.Path) -> None:
         do = "choose another place"
         raise check.error(os.fspath(target), "a checkpoint", "a step that is not there yet", do)
     manifest, found = digest.opened(source, ITEMS)
-    if found := found or digest.problem(source, ITEMS):
+    if found := found or digest.check_files(source, manifest, manifest):
         do = "copy another step"
         raise check.error(os.fspath(source), found, "a whole checkpoint", do)
     names = paths.files(source)
@@ -193,7 +193,7 @@ def copy(source: paths.Path, target: paths.Path) -> None:
     for name in digest.empty_folders(source):
         paths.make_dir(target / name)
     kept: Mapping[str, Any] = {n: e for n, e in manifest.items() if n != digest.MARKER}
-    problem = next(filter(None, digest.check_files(target, kept, kept)), "")
+    problem = digest.check_files(target, kept, kept)
     if problem:
         raise check.Failed(
             f"{target}: got {problem}, expected a copy of {source}; check the source with "

@@ -29,7 +29,7 @@ def problem(folder: paths.Path, items: Sequence[str]) -> str:
         manifest, found = digest.opened(folder, items)
         if not found:
             share = digest.shares(manifest, num)[jax.process_index()]
-            found = next(filter(None, digest.check_files(folder, manifest, share)), "")
+            found = digest.check_files(folder, manifest, share)
     except Exception as e:  # all have to learn of it: the others wait below
         found = f"process {jax.process_index()} cannot read it ({e})"
     first = lambda told: next(filter(None, told), "")

@@ -14,7 +14,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlp.core import agree, check, paths
+from vlp.ckpt import together
+from vlp.core import check, paths
 from vlp.runtime import workdir as files
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def go_back(session: Session, plan: StagePlan, found: int, why: str, loss: float
     checkpoints.set_aside_after(step, "spike")
     rows = [dataclasses.asdict(r) for r in extended(before, new)]
     files.write_json(session.workdir / FILE, rows)
-    agree.share("rollback", None)  # after it, every process reads the same file
+    together.meet("rollback")  # after it, every process reads the same file
     raise GoBack
 
 
