@@ -13,7 +13,7 @@ import pytest
 from helpers import formats, processes, runs
 from vlp.core import check
 from vlp.data import records, tokenizer
-from vlp.runtime import preflight
+from vlp.runtime import hosts, preflight
 
 BIG = runs.changed(
     runs.TOY, **{"model.embed": 1024}
@@ -160,7 +160,7 @@ def test_a_disk_that_returns_other_bytes(tmp_path, monkeypatch):
 
 def test_a_workdir_that_is_not_shared(tmp_path, monkeypatch):
     """Each process looks for a file of process 0; here it is never there."""
-    monkeypatch.setattr(preflight, "_SEE_SECS", 0.3)
+    monkeypatch.setattr(hosts, "_SEE_SECS", 0.3)
     with pytest.raises(check.UserError, match="give a --workdir that all hosts share"):
         preflight._check_shared(tmp_path / "token", "a")
 

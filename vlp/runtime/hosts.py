@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -371,7 +371,8 @@ def _follow(place: Place, facts: Mapping[str, Any], workdir: paths.Path, secs: f
                 with line.makefile("rb") as answers:
                     message = json.loads(answers.readline(_LINE))
                     if "token" in message:
-                        seen = _sees(workdir / message["token"].rpartition("/")[2])
+                        token = workdir / message["token"].rpartition("/")[2]
+                        seen = appears(token, functools.partial(paths.exists, token))
                         line.sendall(json.dumps({"seen": seen}).encode() + b"\n")
                         message = json.loads(answers.readline(_LINE))
                     return message["problem"]
@@ -383,9 +384,10 @@ def _follow(place: Place, facts: Mapping[str, Any], workdir: paths.Path, secs: f
     return str(check.error("hosts", got, "the coordinator", do))
 
 
-def _sees(path: paths.Path) -> bool:
+def appears(path: paths.Path, good: Callable[[], bool]) -> bool:
+    """Returns whether `good` becomes true, within the time that a file of another host may take to show here."""
     until = time.monotonic() + _SEE_SECS
-    while not paths.exists(path):
+    while not good():
         if time.monotonic() > until:
             return False
         with contextlib.suppress(OSError):

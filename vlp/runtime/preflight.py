@@ -12,7 +12,6 @@ import math
 import os
 import resource
 import secrets
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,9 +22,6 @@ from vlp.runtime import hosts
 from vlp.runtime.workdir import SHARED
 
 log = logging.getLogger(__name__)
-_SEE_SECS = (
-    10.0  # how long a file of process 0 may take to show on another host (NFS caches directories)
-)
 _FILES = 65_536  # open files that suffice
 _LEAST_FILES = 128  # Python, JAX and a save; readers of data take a quarter of the limit at most
 
@@ -89,18 +85,16 @@ def _write_and_read(path: Any) -> None:
 
 def _check_shared(path: Any, token: str) -> None:
     """Raises UserError if this process does not see the file of process 0."""
-    until = time.monotonic() + _SEE_SECS
-    while True:
+
+    def good() -> bool:
         with contextlib.suppress(OSError, check.UserError):
-            if paths.read(path) == token.encode():
-                return
-        if time.monotonic() > until:
-            got = "a folder without the file that process 0 wrote into its own"
-            do = "give a --workdir that all hosts share (NFS, a bucket)"
-            raise check.error(f"--workdir {path.parent}", got, "one folder for all", do)
-        with contextlib.suppress(OSError):
-            paths.listing(path.parent)  # makes NFS look again
-        time.sleep(0.2)
+            return paths.read(path) == token.encode()
+        return False
+
+    if not hosts.appears(path, good):
+        got = "a folder without the file that process 0 wrote into its own"
+        do = "give a --workdir that all hosts share (NFS, a bucket)"
+        raise check.error(f"--workdir {path.parent}", got, "one folder for all", do)
 
 
 def _check_room(folder: Any, states: list[Any], keep: int) -> None:
