@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from vlp.core import mesh as meshes
@@ -32,3 +33,8 @@ def rows(batch: int, mesh: Mesh, process: int | None = None) -> tuple[range, ...
         else:
             out.append(range(start, stop))
     return tuple(out)
+
+
+def indices(batch: int, mesh: Mesh) -> np.ndarray:
+    """Returns the numbers i64[b] of the rows of a global batch that this process loads; arguments as of `rows`."""
+    return np.concatenate([np.arange(block.start, block.stop) for block in rows(batch, mesh)])

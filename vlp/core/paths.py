@@ -81,6 +81,14 @@ def of(path: str | os.PathLike) -> Path:
     return epath.Path(path)
 
 
+def found_from(cwd: str, path: str) -> str:
+    """Returns a path, a relative one as it is seen from the folder `cwd`, if there is such a file."""
+    if not path or not cwd or is_remote(path):
+        return path
+    there = os.path.join(cwd, path)
+    return there if os.path.exists(there) else path
+
+
 # ---- reading
 
 

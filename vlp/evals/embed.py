@@ -47,7 +47,7 @@ def texts(
         mesh: of the devices that share them.
     """
     run, found, rows = apply.jit(text), [], iter(ids)
-    mine_b = np.concatenate([np.arange(b.start, b.stop) for b in local.rows(batch, mesh)])
+    mine_b = local.indices(batch, mesh)
     while some := list(itertools.islice(rows, batch)):
         interrupt.poll()
         mine_bL = np.stack(some)[np.minimum(mine_b, len(some) - 1)].astype(np.int32)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlp.core import check, interrupt, local, tree
+from vlp.core import check, interrupt, local, paths, tree
 from vlp.core import mesh as meshes
 from vlp.core.types import Apply, Evaluator, Result
 from vlp.data.config import Data
@@ -158,12 +158,7 @@ FILES = ("path", "images", "class_set", "template_set", "frequency")  # fields t
 def located(evaluator: Any, cwd: str) -> Any:
     """Returns the evaluator; relative paths in it start at `cwd`, where such files are."""
 
-    def one(path: str) -> str:
-        there = os.path.join(cwd, path)
-        return there if path and "://" not in path and os.path.exists(there) else path
-
-    if not cwd:
-        return evaluator
+    one = functools.partial(paths.found_from, cwd)
     changes: dict[str, Any] = {
         k: one(v) for k in FILES if isinstance(v := getattr(evaluator, k, None), str)
     }

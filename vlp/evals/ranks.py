@@ -8,6 +8,8 @@ matrix, whatever the tile, the mesh and the chip.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jaxtyping import Float, Int
 
 from vlp.core import interrupt, local
 from vlp.core import mesh as meshes
+from vlp.core.types import Result
 
 TIE = 1e-12  # × the norms of both rows: scores that are closer are equal
 CHUNK_BYTES = 2**26  # of rows in float64 at a time
@@ -61,6 +64,19 @@ def ranks(
             text = _placed(sides[1], owner_M, left, columns, mesh, shared=False)
             _count(sides, (top, left), _tile(image, text))
     return sides[0].count + 1, sides[1].count + 1
+
+
+def results(both: tuple[np.ndarray, np.ndarray], where: dict[str, Any]) -> Iterator[Result]:
+    """Yields R@1, R@5, R@10 and the median rank, of images and of texts.
+
+    Args:
+        both: as `ranks` returns them.
+        where: the provenance.
+    """
+    for name, found in zip(("i2t", "t2i"), both):
+        for k in (1, 5, 10):
+            yield Result(f"{name}/R@{k}", float((found <= k).mean()), where)
+        yield Result(f"{name}/median_rank", float(np.median(found)), where)
 
 
 def rule(tile: int) -> tuple[bool, str]:
@@ -109,7 +125,7 @@ def _placed(
         filled[name] = full
     if not shared:
         return jax.device_put(filled, meshes.replicated(mesh))
-    mine = np.concatenate([np.arange(b.start, b.stop) for b in local.rows(num, mesh)])
+    mine = local.indices(num, mesh)
     return meshes.to_global({k: v[mine] for k, v in filled.items()}, mesh)
 
 

@@ -55,10 +55,7 @@ class Retrieval:
         if self.num_captions != 1:
             num_bad = io.open(self.split).num_records - dataset.num_records
             where |= {"num_captions": len(zt_ME), "num_bad": num_bad}
-        for name, found in {"i2t": ranks_N, "t2i": ranks_M}.items():
-            for k in (1, 5, 10):
-                yield Result(f"{name}/R@{k}", float((found <= k).mean()), where)
-            yield Result(f"{name}/median_rank", float(np.median(found)), where)
+        yield from ranks.results((ranks_N, ranks_M), where)
         if self.gallery:
             captions = embed.Captions(dataset, self.num_captions)
             shown = Shown(dataset, captions, zi_NE, zt_ME, owner_M, ranks_N, ranks_M)

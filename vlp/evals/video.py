@@ -67,7 +67,7 @@ class Video:
     def __call__(self, apply: Apply, mesh: Mesh, io: ios.IO) -> Iterator[Result]:
         found = clips(self.path, "config.evals: video.path")
         run = apply.jit(pooled, frames=self.frames, pool=self.pool)
-        mine_b = np.concatenate([np.arange(b.start, b.stop) for b in local.rows(self.batch, mesh)])
+        mine_b = local.indices(self.batch, mesh)
         parts = []
         for start in range(0, len(found), self.batch):
             interrupt.poll()
@@ -84,10 +84,7 @@ class Video:
         where = {"split": self.split, "num": len(found), "num_captions": len(owner_M)}
         where |= {"fingerprint": ios.digest(lines), "preprocessing": ios.preprocessing(io.data)}
         where |= {"frames": self.frames, "pool": self.pool}
-        for name, ranks_N in zip(("i2t", "t2i"), both):
-            for k in (1, 5, 10):
-                yield Result(f"{name}/R@{k}", float((ranks_N <= k).mean()), where)
-            yield Result(f"{name}/median_rank", float(np.median(ranks_N)), where)
+        yield from ranks.results(both, where)
 
     def pixels(self, clip: Clip, io: ios.IO) -> np.ndarray:
         """Returns the frames of a clip, u8[T R R 3], prepared as the checkpoint's images."""

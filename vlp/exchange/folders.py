@@ -13,7 +13,6 @@ import numpy as np
 
 from vlp.core import check
 from vlp.core.config import build_named, plain
-from vlp.data.tokenizer import Tokenizer
 from vlp.exchange import (
     big_vision,
     hugging_face,
@@ -388,6 +387,3 @@ def _save(arrays: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
     _safetensors().save_file(
         {n: np.asarray(x, np.float32, order="C") for n, x in arrays.items()}, path, {"format": "pt"}
     )
-
-
-__all__ = ["Tokenizer", "read", "system_of", "write"]

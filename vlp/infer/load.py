@@ -109,15 +109,10 @@ def plugins_of(section: Mapping[str, Any]) -> tuple[Plugin, ...]:
 def located(data: Data, cwd: str) -> Data:
     """Returns `data` with relative paths resolved against `cwd`, as far as the files are still there."""
 
-    def one(path: str) -> str:
-        if not path or not cwd or os.path.isabs(path) or "://" in path:
-            return path
-        there = os.path.join(cwd, path)
-        return there if os.path.exists(there) else path
-
+    one = functools.partial(paths.found_from, cwd)
     parts = tuple(dataclasses.replace(p, path=one(p.path), skip=one(p.skip)) for p in data.mixture)
-    paths = {name: one(getattr(data, name)) for name in ("path", "tokenizer", "skip")}
-    return dataclasses.replace(data, mixture=parts, **paths)
+    named = {name: one(getattr(data, name)) for name in ("path", "tokenizer", "skip")}
+    return dataclasses.replace(data, mixture=parts, **named)
 
 
 def stage_config(config: Mapping[str, Any], index: int) -> dict[str, Any]:
